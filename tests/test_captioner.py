@@ -1,0 +1,382 @@
+"""The whole captioner on tiny random models, against slower computations of the same.
+
+References: the loss over all positions with torch's cross_entropy and ignore_index, one caption a pass;
+greedy decoding without a cache; and the frozen models' own tensors, compared bit for bit. The tokenizer
+is a stub: a letter is a token, so a caption can be read off its ids.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lm import CausalLM, LMConfig, lm_names, naive_generate
+from model import IGNORED, PROMPT, AdapterConfig, Captioner
+from vit import ViT, ViTConfig, vit_names
+from weights import InputError, read_metadata, read_safetensors, sha256_of, write_safetensors
+
+DEPTH, SIDE, LETTERS, EOS = 3, 16, " abcdefghijklmnopqrstuvwxyz", 2
+CONFIGS = {
+    "read": AdapterConfig(queries=5, rank=8, frames=4),
+    "write": AdapterConfig(queries=5, rank=8, frames=4, reading="write", talk=True),
+    "last two, no gate": AdapterConfig(queries=5, rank=8, frames=4, reading="write", last_blocks=2, gate="none"),
+    "linear": AdapterConfig(method="linear", frames=4),
+    "lora": AdapterConfig(method="lora", rank=2, frames=4),
+    "full": AdapterConfig(method="full", frames=4),
+}
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+class Letters:
+    """The part of sentencepiece's interface that a captioner uses; ids 0 to 2 are unknown, BOS, EOS."""
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + LETTERS.index(letter) for letter in text]
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        return ["".join(LETTERS[i - 3] if i >= 3 else "?" for i in row) for row in rows]
+
+
+def make(name: str, seed: int = 0, tied: bool = False, stirred: bool = True) -> Captioner:
+    """A captioner; if stirred, what begins at zero (gates, ways back, LoRA's B) is random instead."""
+    torch.manual_seed(seed)
+    vit = ViT(ViTConfig(image_size=SIDE, patch_size=8, width=24, depth=DEPTH, heads=3, mlp_width=32,
+                        activation="quick_gelu", norm_eps=1e-5))  # fmt: skip
+    lm = CausalLM(LMConfig(vocab=30, width=20, depth=2, heads=4, kv_heads=2, head_width=6, mlp_width=28,
+                           rope_theta=10000.0, norm_eps=1e-5, max_positions=96, tied=tied, bos_id=1,
+                           eos_id=EOS))  # fmt: skip
+    captioner = Captioner(vit, lm, Letters(), CONFIGS[name])
+    with torch.no_grad():
+        for parameter in captioner.trained().values():
+            if stirred and not parameter.any():
+                parameter.normal_(0, 0.2)
+    return captioner
+
+
+def clips(batch: int, frames: int, seed: int) -> torch.Tensor:
+    return torch.randint(256, (batch, frames, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(seed),
+                         dtype=torch.uint8)  # fmt: skip
+
+
+def captions(*hands: list[str]) -> torch.Tensor:
+    """Each clip's captions -> targets (B, K, L), ending in EOS and padded."""
+    rows = [[torch.tensor([*Letters().encode(text), EOS]) for text in hand] for hand in hands]
+    flat = torch.nn.utils.rnn.pad_sequence([r for row in rows for r in row], batch_first=True, padding_value=IGNORED)
+    return flat.unflatten(0, (len(hands), -1))
+
+
+TARGETS = captions(["a cat", "two dogs run", ""], ["red", "a red ball moves", "it rolls away"])
+
+
+def bits(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone().view(torch.int32) for name, p in parameters.items()}
+
+
+def changed(captioner: Captioner, before: dict[str, torch.Tensor]) -> set[str]:
+    after = bits(dict(captioner.named_parameters()))
+    assert after.keys() == before.keys()
+    return {name for name in before if not torch.equal(after[name], before[name])}
+
+
+def gradients(captioner: Captioner, run) -> dict[str, torch.Tensor]:
+    captioner.zero_grad()
+    run().backward()
+    return {name: p.grad.clone() for name, p in captioner.trained().items()}
+
+
+# ---------------------------------------------------------------------------------------- the loss
+
+
+@every_config
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_is_cross_entropy_over_the_whole_text(name, tied):
+    """Model seed 0, frames seed 1, relative tolerance 1e-5: all positions' logits, everything but captions ignored."""
+    captioner, frames = make(name, tied=tied), clips(2, 4, 1)
+    loss, count = captioner(frames, TARGETS)
+    expected, said = 0.0, 0
+    lm = captioner.lm
+    for clip, hand in zip(frames, TARGETS, strict=True):
+        visual = captioner.encode(clip[None])  # (1, N, C)
+        for padded in hand:
+            row = padded.clone().clamp(min=EOS)
+            before, prompt = torch.tensor([[1]]), torch.tensor([Letters().encode(PROMPT)])
+            x = torch.cat([lm.embed(before), visual, lm.embed(prompt), lm.embed(row[None])], dim=1)
+            labels = torch.full((x.shape[1],), IGNORED)
+            labels[-len(padded) :] = padded
+            expected = expected + F.cross_entropy(lm(x)[0, :-1], labels[1:], ignore_index=IGNORED, reduction="sum")
+            said += int((padded != IGNORED).sum())
+    assert count == said == 6 + 13 + 1 + 4 + 17 + 14
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+@every_config
+def test_k_captions_in_one_pass_are_k_passes(name):
+    """Model seed 2, frames seed 3. Summed losses within a relative 1e-4, gradients within 1e-5 of a tensor's largest
+    (a key's bias, whose gradient is zero but for rounding: within 1e-8)."""
+    captioner, frames = make(name, 2), clips(2, 4, 3)
+    together, count = captioner(frames, TARGETS)
+    apart = [captioner(frames[b : b + 1], TARGETS[b : b + 1, k : k + 1]) for b in range(2) for k in range(3)]
+    assert count == sum(n for _, n in apart)
+    torch.testing.assert_close(together, sum(loss for loss, _ in apart), rtol=1e-4, atol=0)
+    found = gradients(captioner, lambda: captioner(frames, TARGETS)[0])
+    expected = gradients(captioner, lambda: sum(captioner(frames, TARGETS[:, k : k + 1])[0] for k in range(3)))
+    for key in found:
+        within = 1e-5 * float(expected[key].abs().max())
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=max(within, 1e-8), msg=key)
+
+
+@every_config
+def test_padding_changes_nothing(name):
+    """Model seed 4, frames seed 5. The loss within a relative 1e-6, the count exactly."""
+    captioner, frames = make(name, 4), clips(2, 4, 5)
+    loss, count = captioner(frames, TARGETS)
+    longer, again = captioner(frames, F.pad(TARGETS, (0, 9), value=IGNORED))
+    assert again == count
+    torch.testing.assert_close(longer, loss, rtol=1e-6, atol=0)
+
+
+def test_a_clip_is_encoded_once_for_all_its_captions():
+    """Model seed 6, frames seed 7: one run of the ViT over the frames of both clips."""
+    captioner, runs = make("read", 6), []
+    captioner.vit.blocks[0].register_forward_hook(lambda _m, inputs, _o: runs.append(len(inputs[0])))
+    captioner(clips(2, 4, 7), TARGETS)
+    assert runs == [8]
+
+
+def test_the_head_runs_on_caption_positions_only():
+    """Model seed 6, frames seed 7: as many rows as there are caption tokens and EOS, no padding among them."""
+    captioner, rows = make("read", 6), []
+    captioner.lm.head.register_forward_hook(lambda _m, inputs, _o: rows.append(inputs[0].shape[:-1].numel()))
+    _, count = captioner(clips(2, 4, 7), TARGETS)
+    assert rows == [count]
+
+
+# ---------------------------------------------------------------------------- what is trained, and what not
+
+
+def meant_to_train(name: str, captioner: Captioner) -> set[str]:
+    """The trained tensors, spelled out."""
+    connector = {"connector.weight", "connector.bias"}
+    if name == "full":
+        return set(dict(captioner.named_parameters()))
+    if name == "linear":
+        return connector | {"frames"}
+    if name == "lora":
+        layers = [f"vit.blocks.{i}.attn.{x}" for i in range(DEPTH) for x in "qv"]
+        return connector | {"frames"} | {f"{layer}.lora_{x}" for layer in layers for x in "ab"}
+    config = CONFIGS[name]
+    meant = connector | {f"adapter.{x}" for x in ("queries", "frames", "norm.weight", "norm.bias")}
+    adapted = config.last_blocks or DEPTH
+    for i in range(adapted):
+        parts = ["norm.weight", "norm.bias", "q.weight", "kv.weight", "o.weight"]
+        parts += ["gate.weight", "gate.bias"] if config.gate == "sigmoid" else []
+        parts += [f"back_{x}.weight" for x in ("q", "kv", "o")] if config.reading == "write" and i < adapted - 1 else []
+        meant |= {f"adapter.blocks.{i}.{part}" for part in parts}
+    return meant
+
+
+@every_config
+@pytest.mark.parametrize("tied", [False, True])
+def test_training_changes_what_it_should_and_not_a_bit_else(name, tied):
+    """Model seed 8, frames seeds 9 to 11, from the real starting point: three steps of AdamW with weight decay.
+
+    The optimizer is given every parameter of the model, so only a missing gradient protects the frozen ones.
+    """
+    captioner = make(name, 8, tied, stirred=False)
+    meant, before = meant_to_train(name, captioner), bits(dict(captioner.named_parameters()))
+    assert captioner.trained().keys() == meant
+    optimizer = torch.optim.AdamW(captioner.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss, count = captioner(clips(2, 4, 9 + step), TARGETS)
+        (loss / count).backward()
+        assert {key for key, p in captioner.named_parameters() if p.grad is not None} == meant
+        optimizer.step()
+    assert changed(captioner, before) == meant
+
+
+def test_full_trains_every_tensor_of_both_models():
+    """Model seed 0: all but nothing; a tied head counts once."""
+    for tied in (False, True):
+        captioner = make("full", tied=tied)
+        assert all(p.requires_grad for p in captioner.parameters())
+        assert ("lm.head.weight" in captioner.trained()) != tied
+        assert {"vit.cls", "vit.post_norm.bias", "lm.embed.weight", "frames"} <= captioner.trained().keys()
+
+
+def backbones(folder: Path, captioner: Captioner) -> None:
+    """Writes the two models of a captioner as public folders."""
+    vit, lm = captioner.vit.config, captioner.lm.config
+    configs = {
+        "vit": {"model_type": "clip_vision_model", "image_size": vit.image_size, "patch_size": vit.patch_size,
+                "hidden_size": vit.width, "num_hidden_layers": vit.depth, "num_attention_heads": vit.heads,
+                "intermediate_size": vit.mlp_width},
+        "lm": {"model_type": "llama", "vocab_size": lm.vocab, "hidden_size": lm.width, "num_hidden_layers": lm.depth,
+               "num_attention_heads": lm.heads, "num_key_value_heads": lm.kv_heads, "head_dim": lm.head_width,
+               "intermediate_size": lm.mlp_width, "max_position_embeddings": lm.max_positions},
+    }  # fmt: skip
+    for name, module, names in (("vit", captioner.vit, vit_names(vit)), ("lm", captioner.lm, lm_names(lm))):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(configs[name]))
+        tensors = {names[key]: tensor for key, tensor in module.state_dict().items() if key in names}
+        write_safetensors(folder / name / "model.safetensors", tensors)
+
+
+@every_config
+def test_training_on_loaded_backbones_leaves_their_files_and_the_frozen_tensors_alone(name, tmp_path):
+    """Model seed 25, frames seeds 26 to 28. Parameters lie in the files' mapped pages: `full` must not write there."""
+    backbones(tmp_path, make("linear", 25))
+    files = [tmp_path / part / "model.safetensors" for part in ("vit", "lm")]
+    before = [sha256_of(file) for file in files]
+    vit, lm = ViT.from_pretrained(tmp_path / "vit"), CausalLM.from_pretrained(tmp_path / "lm")
+    captioner = Captioner(vit, lm, Letters(), CONFIGS[name])
+    optimizer = torch.optim.AdamW(captioner.trained().values(), lr=1e-2)
+    for step in range(3):
+        optimizer.zero_grad()
+        captioner(clips(2, 4, 26 + step), TARGETS)[0].backward()
+        optimizer.step()
+    assert [sha256_of(file) for file in files] == before
+    for file, module, names in zip(files, (vit, lm), (vit_names(vit.config), lm_names(lm.config)), strict=True):
+        stored, now = read_safetensors(file), dict(module.named_parameters())
+        equal = {torch.equal(now[key].view(torch.int32), stored[names[key]].view(torch.int32)) for key in names}
+        assert equal == {name != "full"}
+
+
+@every_config
+def test_frozen_models_stay_in_eval_mode(name):
+    captioner = make(name)
+    captioner.train()
+    for part in (captioner.vit, captioner.lm):
+        assert {module.training for module in part.modules()} == {name == "full"}
+    assert captioner.connector.training
+    assert not any(module.training for module in captioner.eval().modules())
+
+
+def test_linear_and_read_ask_the_vit_for_no_gradients():
+    """Model seed 12, frames seed 13: no activation of a ViT block is kept, although the LM's are."""
+    for name, kept in (("read", False), ("linear", False), ("lora", True), ("full", True)):
+        captioner, seen = make(name, 12), []
+        captioner.vit.blocks[-1].register_forward_hook(lambda _m, _i, output, s=seen: s.append(output.requires_grad))
+        captioner.lm.blocks[-1].register_forward_hook(lambda _m, _i, output, s=seen: s.append(output.requires_grad))
+        captioner(clips(2, 4, 13), TARGETS)
+        assert seen == [kept, True], name
+
+
+# ------------------------------------------------------------------------------------- visual tokens
+
+
+@every_config
+@pytest.mark.parametrize("frames", [1, 4, 8, 32])
+def test_a_clip_is_n_tokens_for_the_adapter_and_t_for_its_rivals(name, frames):
+    """Model seed 14, frames seed 15."""
+    captioner = make(name, 14)
+    count = 5 if CONFIGS[name].method == "qadapter" else frames
+    assert captioner.encode(clips(2, frames, 15)).shape == (2, count, 20)
+
+
+@pytest.mark.parametrize("name", ["linear", "lora", "full"])
+def test_a_rival_s_token_is_a_frame_s_feature_and_its_vector(name):
+    """Model seed 16, frames seed 17, tolerance 1e-5: connector(pooled + E) at the embeddings' scale, frame by frame."""
+    captioner, frames = make(name, 16), clips(2, 4, 17)
+    found = captioner.encode(frames)
+    scale = captioner.lm.embed.weight.square().mean().sqrt()
+    for b in range(2):
+        for t in range(4):
+            feature = captioner.vit.pooled(captioner.vit.normalise(frames[b, t : t + 1]))[0] + captioner.frames[t]
+            torch.testing.assert_close(found[b, t], captioner.connector(feature) * scale, rtol=0, atol=1e-5)
+
+
+@every_config
+def test_the_prefix_is_bos_then_visual_tokens_then_the_prompt(name):
+    """Model seed 18, frames seed 19, bit for bit."""
+    captioner, frames = make(name, 18), clips(2, 4, 19)
+    visual, prefix = captioner.encode(frames), captioner.prefix(frames)
+    embed, prompt = captioner.lm.embed.weight, Letters().encode("a video of")
+    assert prefix.shape[1] == 1 + visual.shape[1] + len(prompt)
+    for row, own in zip(prefix, visual, strict=True):
+        assert torch.equal(row, torch.cat([embed[1:2], own, embed[prompt]]))
+
+
+@every_config
+def test_captions_are_greedy_text_after_the_prefix(name):
+    """Model seed 20, frames seed 21: the naive decoder's, and each clip's is its own whatever else is in the batch.
+
+    Clips of four colours, and attention made sharp and loud, so that the random model says something else of each.
+    """
+    captioner, frames = make(name, 20), clips(4, 4, 21)
+    for i in range(4):
+        frames[i, :, :i] //= 4
+        frames[i, :, i:] |= 128
+    with torch.no_grad():
+        for block in captioner.lm.blocks:
+            block.attn.q.weight *= 5
+            block.attn.o.weight *= 5
+        expected = Letters().decode(naive_generate(captioner.lm, captioner.prefix(frames), 12, EOS))
+    assert captioner.caption(frames, 12) == expected
+    assert [captioner.caption(clip[None], 12)[0] for clip in frames] == expected
+    assert len(set(expected)) >= 3
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@every_config
+def test_what_is_saved_is_what_is_loaded(name, tmp_path):
+    """Model seeds 22 and 23 for what is trained, one backbone; bit for bit: tensors, loss, captions, metadata."""
+    ours, path, frames = make(name, 22), tmp_path / "adapter.safetensors", clips(2, 4, 24)
+    ours.save(path, {"method": name})
+    assert read_safetensors(path).keys() == ours.trained().keys()
+    assert read_metadata(path) == {"method": name}
+    other = make(name, 22)
+    with torch.no_grad():
+        torch.manual_seed(23)
+        for parameter in other.trained().values():
+            parameter.add_(torch.randn_like(parameter))
+    assert changed(other, bits(dict(ours.named_parameters()))) == ours.trained().keys()
+    other.load(path)
+    assert not changed(other, bits(dict(ours.named_parameters())))
+    with torch.no_grad():
+        assert torch.equal(other(frames, TARGETS)[0], ours(frames, TARGETS)[0])
+    assert other.caption(frames) == ours.caption(frames)
+    assert all(p.requires_grad for p in other.trained().values())
+
+
+def refusal(captioner: Captioner, path, *words: str) -> None:
+    """Loading raises an InputError of one line that names the file and holds the words; nothing changes."""
+    before = bits(dict(captioner.named_parameters()))
+    with pytest.raises(InputError) as error:
+        captioner.load(path)
+    text = str(error.value)
+    assert text.isprintable(), text
+    for word in (str(path), *words):
+        assert word in text, text
+    assert not changed(captioner, before)
+
+
+@every_config
+def test_another_method_s_file_is_refused(name, tmp_path):
+    for other in CONFIGS.keys() - {name}:
+        path = tmp_path / f"{other}.safetensors"
+        make(other).save(path, {})
+        refusal(make(name), path, "tensors")
+
+
+@every_config
+def test_a_missing_extra_or_misshapen_tensor_is_refused(name, tmp_path):
+    captioner, path = make(name), tmp_path / "adapter.safetensors"
+    good = {key: p.detach() for key, p in captioner.trained().items()}
+    write_safetensors(path, {key: t for key, t in good.items() if key != "connector.bias"})
+    refusal(captioner, path, "connector.bias")
+    write_safetensors(path, good | {"connector.scale": torch.ones(1)})
+    refusal(captioner, path, "connector.scale")
+    write_safetensors(path, good | {"connector.weight": torch.zeros(20, 25)})
+    refusal(captioner, path, "connector.weight", "[20, 25]", "[20, 24]")
+
+
+def test_a_missing_or_broken_file_is_refused(tmp_path):
+    refusal(make("linear"), tmp_path / "none.safetensors")
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(b"\x00" * 7)
+    refusal(make("linear"), path)
