@@ -1,0 +1,65 @@
+"""How the scripts talk: flags, one-line errors with exit code 2, and times that a person can read."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from weights import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows every default, takes no abbreviations and complains in one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number not below `least`."""
+
+    def whole(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, found {text!r}")
+        return int(text)
+
+    return whole
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a script: its exit code is main's, 2 after an InputError, 130 after Ctrl-C."""
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+def clock(seconds: float) -> str:
+    """65.2 -> "1:05"; an hour and more as h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,337 @@
+"""METEOR 1.5's English tables, read from where they are installed; none of them is part of this code.
+
+Two files hold them, both in the folder `meteor/` of an installed pycocoevalcap: a zip (the program's
+jar; nothing in it is run) with function words, non-breaking prefixes, synonyms and irregular forms,
+and a gz with 5.3 million paraphrases. The latter take seconds to read, so they are compiled once
+into a file of plain arrays under the user's cache folder, which later runs map into memory.
+
+The compiled file is: 8 bytes of magic, the length of a JSON header (8 bytes, little-endian), the
+header, then arrays, each at a multiple of 64. The header names the source's size and sha256 and the
+arrays' CRC-32; a file that does not agree is built again. A paraphrase (left, right) is two nodes of
+one trie of word ids: node 0 is the empty phrase, and child (node, word) is the position of
+`node * words + word` in the sorted array `keys`, plus one.
+
+References
+[1] Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation for Any Target
+    Language, WMT 2014 (paraphrase tables, function words).
+[2] Miller, WordNet: A Lexical Database for English, Communications of the ACM 38(11), 1995.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .meteor_text import Prefixes
+
+JAR = "meteor-1.5.jar"
+PARAPHRASES = "paraphrase-en.gz"
+MAGIC = b"METEORP1"
+BLOCK = 1 << 23
+LONGEST = 7  # words in a phrase, at most
+# How an English noun, verb, adjective or adverb is turned into a base form: the first that exists.
+ENDINGS = (
+    ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
+    ("men", "man"), ("ies", "y"), ("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"),
+    ("ed", ""), ("ing", "e"), ("ing", ""), ("er", ""), ("est", ""), ("er", "e"), ("est", "e"),
+)  # fmt: skip
+
+
+class DataError(ValueError):
+    """METEOR's tables are there but cannot be used; the text names the file and what was expected."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """Tables from the zip: function words, prefixes, synonyms and irregular forms."""
+
+    function: frozenset = frozenset()
+    prefixes: Prefixes = Prefixes()
+    synsets: dict = field(default_factory=dict)  # word -> ids, one string, separated by spaces
+    bases: dict = field(default_factory=dict)  # irregular form -> list of base forms
+
+    def base(self, word):
+        """The form of `word` that the synonym table has, or ""."""
+        if word.endswith("ss") or len(word) <= 2:
+            return word
+        for suffix, ending in ENDINGS:
+            if word.endswith(suffix):
+                stem = word[: len(word) - len(suffix)] + ending
+                if stem in self.synsets:
+                    return stem
+        return ""
+
+    def meanings(self, word):
+        """Ids of the synonym sets of a word and of its base forms (set of str)."""
+        bases = self.bases.get(word) or [self.base(word)]
+        return {i for form in (word, *bases) for i in self.synsets.get(form, "").split()}
+
+
+@dataclass(frozen=True)
+class Paraphrases:
+    """The compiled paraphrases: word -> id, trie keys, and both sides as nodes, in file order."""
+
+    words: dict
+    keys: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+
+    def find(self, captions):
+        """Every phrase of the table that stands in a caption.
+
+        captions: list of lists of str. Returns arrays (caption, start, length, node), sorted by
+        caption, start and length.
+        """
+        lengths = np.fromiter(map(len, captions), np.int64, len(captions))
+        unknown = len(self.words)
+        flat = [self.words.get(word, unknown) for caption in captions for word in caption]
+        ids = np.array(flat, np.int64)
+        caption = np.repeat(np.arange(len(captions)), lengths)
+        start = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        at, node, found = np.arange(len(ids)), np.zeros(len(ids), np.int64), []
+        for length in range(1, LONGEST + 1):
+            last = at + length - 1
+            inside = last < len(ids)
+            at, node, last = at[inside], node[inside], last[inside]
+            known = (caption[last] == caption[at]) & (ids[last] < unknown)
+            at, node = at[known], node[known]
+            key = node * unknown + ids[at + length - 1]
+            child = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
+            there = self.keys[child] == key
+            at, node = at[there], child[there] + 1
+            found.append((caption[at], start[at], np.full(len(at), length), node))
+        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+        order = np.lexsort((columns[2], columns[1], columns[0]))
+        return [column[order] for column in columns]
+
+    def nodes(self):
+        return len(self.keys) + 1
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What METEOR can use: `words` and `paraphrases` are None where their file is missing."""
+
+    words: Words | None = None
+    paraphrases: Paraphrases | None = None
+
+    def modules(self):
+        """Names of the matchers that these tables allow, in METEOR's order."""
+        extra = [("synonym", self.words), ("paraphrase", self.paraphrases)]
+        return ["exact", "stem"] + [name for name, table in extra if table is not None]
+
+
+# --- the zip --------------------------------------------------------------------------------------
+
+
+def read_words(path):
+    """Words of METEOR's zip. Raises DataError where the file is no such zip."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            function, prefixes, synsets, exceptions = (
+                archive.read(name).decode("utf-8").split("\n")
+                for name in (
+                    "function/english.words",
+                    "nonbreaking/english.prefixes",
+                    "synonym/english.synsets",
+                    "synonym/english.exceptions",
+                )
+            )
+    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(f"{path}: {error}, expected METEOR 1.5's jar") from error
+    entries = [line.split() for line in prefixes if line.strip() and not line.startswith("#")]
+    bases = {}
+    for base, forms in zip(exceptions[0::2], exceptions[1::2], strict=False):
+        for form in forms.split():
+            bases.setdefault(form, []).append(base)
+    return Words(
+        function=frozenset(word.strip() for word in function if word.strip()),
+        prefixes=Prefixes(
+            always=frozenset(entry[0] for entry in entries if len(entry) == 1),
+            before_digit=frozenset(entry[0] for entry in entries if len(entry) > 1),
+        ),
+        synsets=dict(zip(synsets[0::2], synsets[1::2], strict=False)),
+        bases=bases,
+    )
+
+
+# --- the gz, compiled -----------------------------------------------------------------------------
+
+
+def fingerprint(path):
+    """{"size": bytes, "sha256": hex} of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return {"size": os.path.getsize(path), "sha256": digest.hexdigest()}
+
+
+def blocks_of_lines(path):
+    """Lines of a gz, in lists of some hundred thousand (a multiple of three). Raises DataError."""
+    rest, lines = b"", []
+    try:
+        with gzip.open(path) as file:
+            while block := file.read(BLOCK):
+                text, newline, rest = (rest + block).rpartition(b"\n")
+                if newline:
+                    lines += text.decode("utf-8").split("\n")
+                    whole = len(lines) // 3 * 3
+                    yield lines[:whole]
+                    lines = lines[whole:]
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}, expected METEOR's paraphrases in a gz") from error
+    if rest:
+        lines.append(rest.decode("utf-8"))
+    if len(lines) not in (0, 3):
+        raise DataError(f"{path}: ends inside an entry, expected three lines an entry")
+    yield lines
+
+
+def trie(phrases):
+    """Word ids and trie of distinct phrases: (list of words, keys, node of each phrase)."""
+    ids, flat = {}, []
+    lengths = np.empty(len(phrases), np.int64)
+    for i, phrase in enumerate(phrases):
+        words = phrase.split()
+        lengths[i] = len(words)
+        flat.extend([ids.setdefault(word, len(ids)) for word in words])
+    flat, first = np.array(flat, np.int32), np.cumsum(lengths) - lengths
+    node, keys, nodes = np.zeros(len(phrases), np.int64), [], 1
+    for depth in range(int(lengths.max())):
+        long = np.flatnonzero(lengths > depth)
+        key, child = np.unique(
+            node[long] * len(ids) + flat[first[long] + depth], return_inverse=True
+        )
+        node[long] = child.reshape(-1) + nodes
+        keys.append(key)
+        nodes += len(key)
+    return list(ids), np.concatenate(keys), node
+
+
+def read_paraphrases(path):
+    """Arrays of METEOR's paraphrase file: {"words", "keys", "left", "right"}. Raises DataError."""
+    ids, lefts, rights = {}, [], []
+    number = ids.setdefault
+    for lines in blocks_of_lines(path):
+        left = [number(phrase, len(ids)) for phrase in lines[1::3]]
+        right = [number(phrase, len(ids)) for phrase in lines[2::3]]
+        lefts.append(np.array(left, np.int32))
+        rights.append(np.array(right, np.int32))
+    if not ids:
+        raise DataError(f"{path}: is empty, expected METEOR's paraphrases")
+    words, keys, node = trie(list(ids))
+    node = node.astype(np.int32)
+    return {
+        "words": np.frombuffer("\n".join(words).encode("utf-8"), np.uint8),
+        "keys": keys,
+        "left": node[np.concatenate(lefts)],
+        "right": node[np.concatenate(rights)],
+    }
+
+
+def write_compiled(path, source, arrays):
+    """Writes the compiled file beside `path` and renames it."""
+    layout, at, check = {}, 0, 0
+    for name, array in arrays.items():
+        layout[name] = {"dtype": array.dtype.str, "length": len(array), "at": at}
+        at += -(-array.nbytes // 64) * 64
+        check = zlib.crc32(array.data, check)
+    header = json.dumps({"source": source, "arrays": layout, "crc32": check}).encode("ascii")
+    body = -(-(16 + len(header)) // 64) * 64
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(MAGIC + len(header).to_bytes(8, "little") + header)
+            for name, array in arrays.items():
+                file.seek(body + layout[name]["at"])
+                file.write(array.data)
+            file.truncate(body + at)
+        os.replace(beside, path)
+    finally:
+        if os.path.exists(beside):
+            os.unlink(beside)
+
+
+def map_compiled(path, source):
+    """Arrays of a compiled file, or None where it is missing, damaged or of another source."""
+    try:
+        data = np.memmap(path, np.uint8, "r")
+        length = int.from_bytes(data[8:16].tobytes(), "little")
+        if data[:8].tobytes() != MAGIC or length > len(data):
+            return None
+        header = json.loads(data[16 : 16 + length].tobytes())
+        body, check, arrays = data[-(-(16 + length) // 64) * 64 :], 0, {}
+        for name, layout in header["arrays"].items():
+            kind = np.dtype(layout["dtype"])
+            part = body[layout["at"] : layout["at"] + layout["length"] * kind.itemsize]
+            check = zlib.crc32(part.data, check)
+            arrays[name] = part.view(kind)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return arrays if header["source"] == source and header["crc32"] == check else None
+
+
+def cache_folder():
+    """Where compiled tables are kept: below XDG_CACHE_HOME, LOCALAPPDATA or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return Path(base or Path.home() / ".cache") / "caption-metrics"
+
+
+def load_paraphrases(path, tell=None):
+    """Paraphrases of METEOR's gz, from the cache or compiled into it (some ten seconds).
+
+    tell: called with one line of text before compiling. Where the cache cannot be written, the
+    tables live in memory for this run only.
+    """
+    source = fingerprint(path)
+    compiled = cache_folder() / f"meteor-paraphrases-{source['sha256'][:16]}.bin"
+    arrays = map_compiled(compiled, source)
+    if arrays is None:
+        if tell:
+            tell(f"compiling METEOR's paraphrases into {compiled} (once)")
+        arrays = read_paraphrases(path)
+        try:
+            write_compiled(compiled, source, arrays)
+        except OSError as error:
+            if tell:
+                tell(f"cannot keep the compiled paraphrases: {error}")
+    words = arrays["words"].tobytes().decode("utf-8").split("\n")
+    ids = dict(zip(words, range(len(words)), strict=True))
+    return Paraphrases(ids, arrays["keys"], arrays["left"], arrays["right"])
+
+
+# --- where the files are --------------------------------------------------------------------------
+
+
+def folders(given=None):
+    """Folders to look in: the one given, else METEOR_DATA's, else an installed pycocoevalcap's."""
+    chosen = given or os.environ.get("METEOR_DATA")
+    if chosen:
+        if not Path(chosen).is_dir():
+            raise DataError(f"{chosen}: no such folder, expected METEOR's {JAR} and {PARAPHRASES}")
+        return [Path(chosen), Path(chosen, "data"), Path(chosen, "meteor"), Path(chosen, "meteor/data")]
+    package = importlib.util.find_spec("pycocoevalcap")
+    places = package.submodule_search_locations if package else None
+    return [Path(place, part) for place in places or () for part in ("meteor", "meteor/data")]
+
+
+def load(given=None, tell=None):
+    """Tables found in `folders(given)`. Raises DataError where a file is there but broken."""
+    found = {}
+    for name in (JAR, PARAPHRASES):
+        paths = [folder / name for folder in folders(given)]
+        found[name] = next((path for path in paths if path.is_file()), None)
+    return Tables(
+        words=read_words(found[JAR]) if found[JAR] else None,
+        paraphrases=load_paraphrases(found[PARAPHRASES], tell) if found[PARAPHRASES] else None,
+    )

@@ -1,0 +1,139 @@
+"""The whole captioner: a frozen ViT, an adapter, a connector, a frozen causal language model.
+
+    BOS | N visual tokens | "a video of" | caption | EOS        what the language model reads
+
+The visual tokens are connector(LN(Q)) of the Q-Adapter (`--method qadapter`), or one a frame for its
+rivals: the ViT's pooled feature plus a frame vector, through the connector, with the ViT frozen
+(`linear`), with LoRA in its attention (`lora`), or with everything trained (`full`).
+
+Letters: B clips, T frames, D ViT width, C width of the language model, V vocabulary, N visual tokens,
+K captions a clip, L tokens of the longest caption with its EOS.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm import CausalLM, generate
+from qadapter import QAdapter, add_lora, frame_vectors
+from vit import ViT
+from weights import InputError, read_safetensors, write_safetensors
+
+__all__ = ["AdapterConfig", "Captioner", "CausalLM", "ViT", "generate"]
+
+PROMPT = "a video of"
+IGNORED = -100  # a target that pads a row
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained, and in which shape; with the two backbones it determines every trained tensor."""
+
+    method: str = "qadapter"  # qadapter | linear | lora | full
+    reading: str = "read"  # read | write
+    queries: int = 16
+    rank: int = 16
+    heads: int = 4
+    last_blocks: int = 0  # 0: all
+    gate: str = "sigmoid"  # sigmoid | none
+    talk: bool = False
+    frames: int = 8
+
+
+class Captioner(nn.Module):
+    """Frames to captions. Only `trained()` parameters change; the rest is frozen and stays in eval mode."""
+
+    def __init__(self, vit: ViT, lm: CausalLM, tokenizer, config: AdapterConfig):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.vit, self.lm = vit, lm
+        self.requires_grad_(config.method == "full")
+        width, depth = vit.config.width, vit.config.depth
+        if config.rank % config.heads:
+            raise InputError(f"--rank {config.rank}: expected a multiple of --heads {config.heads}")
+        if config.last_blocks > depth:
+            raise InputError(f"--last-blocks {config.last_blocks}: the vision tower has {depth} blocks")
+        self.adapter = self.frames = None
+        if config.method == "qadapter":
+            self.adapter = QAdapter(width, depth, config.queries, config.rank, config.heads,
+                                    config.frames, config.last_blocks, config.gate, config.reading,
+                                    config.talk)  # fmt: skip
+        else:
+            self.frames = nn.Parameter(torch.randn(config.frames, width) * 0.5)
+            if config.method == "lora":
+                add_lora(vit, config.rank)
+        self.connector = nn.Linear(width, lm.config.width)
+        nn.init.normal_(self.connector.weight, std=width**-0.5)
+        nn.init.zeros_(self.connector.bias)
+        # The language model knows inputs as large as its embeddings; the connector need not learn that.
+        self.prefix_scale = float(lm.embed.weight.detach().float().square().mean().sqrt())
+        self.prompt_ids = tokenizer.encode(PROMPT)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Captioner":
+        super().train(mode)
+        if self.config.method != "full":
+            self.vit.eval()
+            self.lm.eval()
+        return self
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames uint8 (B, T, 3, S, S) -> visual tokens (B, N, C)."""
+        pixels = self.vit.normalise(frames)
+        if self.adapter is not None:
+            x = self.adapter(self.vit, pixels)  # (B, N, D)
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.method != "linear"):
+                pooled = self.vit.pooled(pixels.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, D)
+            x = pooled + frame_vectors(self.frames, frames.shape[1])
+        return self.connector(x) * self.prefix_scale
+
+    def prefix(self, frames: Tensor) -> Tensor:
+        """BOS, visual tokens and prompt, embedded: what a caption follows (B, 1+N+p, C)."""
+        visual = self.encode(frames)
+        ids = torch.tensor([self.lm.config.bos_id, *self.prompt_ids], device=frames.device)
+        text = self.lm.embed(ids).to(visual.dtype).expand(len(frames), -1, -1)
+        return torch.cat([text[:, :1], visual, text[:, 1:]], dim=1)
+
+    def forward(self, frames: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        """Frames (B, T, 3, S, S) and K captions each, ids (B, K, L) ending in EOS and padded with -100.
+
+        Returns the cross-entropy summed over all caption tokens and EOS, and their number. A clip is
+        encoded once for its K captions; the head runs on caption positions only.
+        """
+        k, length = targets.shape[1:]
+        prefix = self.prefix(frames).repeat_interleave(k, dim=0)  # (B*K, 1+N+p, C)
+        targets = targets.flatten(0, 1)  # (B*K, L)
+        said = self.lm.embed(targets[:, :-1].clamp(min=0)).to(prefix.dtype)
+        hidden = self.lm.hidden(torch.cat([prefix, said], dim=1))[:, -length:]  # (B*K, L, C)
+        counted = targets != IGNORED
+        logits = self.lm.head(hidden[counted]).float()  # (tokens, V)
+        return F.cross_entropy(logits, targets[counted], reduction="sum"), int(counted.sum())
+
+    @torch.no_grad()
+    def caption(self, frames: Tensor, max_new_tokens: int = 30) -> list[str]:
+        """Frames uint8 (B, T, 3, S, S) -> one greedy caption a clip."""
+        return self.tokenizer.decode(generate(self.lm, self.prefix(frames), max_new_tokens))
+
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        """Writes the trained tensors, and nothing else."""
+        write_safetensors(path, dict(self.trained()), metadata)
+
+    def load(self, path: Path) -> None:
+        """Reads what `save` wrote; names and shapes must be exactly those of `trained()`."""
+        tensors, mine = read_safetensors(path), self.trained()
+        if odd := sorted(tensors.keys() ^ mine.keys()):
+            raise InputError(f"{path}: holds other tensors than this model trains, for one {odd[0]}")
+        for name, parameter in mine.items():
+            if tensors[name].shape != parameter.shape:
+                raise InputError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(parameter.shape)}")
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(tensors[name])

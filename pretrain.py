@@ -1,0 +1,238 @@
+"""Makes the two tiny backbones in `backbones/`: `python pretrain.py`.
+
+The ViT learns from stills of `shapes` only: at each patch which colour and kind covers it, where that
+shape's centre is, how big it is and how it is turned; at the class token which shapes are there. The
+language model learns from text only: captions, and captions told again after a paraphrase or a list of
+key words. Neither meets a clip together with its caption; that is left to `train.py`.
+
+Both are written as a public model's folder: config.json, model.safetensors (fp16), and for the ViT
+preprocessor_config.json, for the language model tokenizer.model.
+
+Letters: n images, P tokens an image, D width of the ViT, S side in pixels.
+"""
+
+import argparse
+import io
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import shapes
+from lm import CausalLM, LMConfig, lm_names
+from model import PROMPT
+from vit import ViT, ViTConfig, vit_names
+from weights import replace_atomically, write_safetensors
+
+VIT = ViTConfig(image_size=shapes.SIDE, patch_size=16, width=128, depth=6, heads=4, mlp_width=512,
+                activation="gelu", norm_eps=1e-5)  # fmt: skip
+VOCABULARY = 400
+COLOURS, KINDS = list(shapes.COLOURS), list(shapes.KINDS)
+NOTHING = -1
+
+# ------------------------------------------------------------------------------------------ stills
+
+
+def still(index: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Image (S, S, 3) uint8 and what there is to tell of it.
+
+    Classes (P-1, 2) of the shape that covers each patch most, colour and kind (-1 where none does);
+    geometry (P-1, 5) of that shape: centre from the patch's centre in patches, log radius, turn as
+    cosine and sine of the angle times the shape's symmetry; presence (colours * kinds,) of each shape.
+    """
+    rng = np.random.default_rng([seed, 9, index])
+    scene = shapes.draw_scene(rng)
+    u = rng.uniform(0, 1, 1)
+    frames, covers = shapes.render(scene, u, rng)
+    size, side = VIT.patch_size, shapes.SIDE // VIT.patch_size
+    share = covers[:, 0].reshape(len(scene), side, size, side, size).mean((2, 4)).reshape(len(scene), -1)
+    classes = np.full((side * side, 2), NOTHING, np.int64)
+    geometry = np.zeros((side * side, 5), np.float32)
+    presence = np.zeros((len(COLOURS), len(KINDS)), np.float32)
+    for i, shape in enumerate(scene):
+        own = (share[i] > 0.05) & (share[i] == share.max(0))
+        x, y, radius, angle, _ = (float(v[0]) for v in shape.at(u))
+        colour, kind = COLOURS.index(shape.colour), KINDS.index(shape.kind)
+        presence[colour, kind] = own.any()
+        turn = angle * shapes.SYMMETRY.get(shape.kind, 0)
+        for p in np.flatnonzero(own):
+            dx, dy = x / size - (p % side + 0.5), y / size - (p // side + 0.5)
+            classes[p] = colour, kind
+            geometry[p] = dx, dy, np.log(radius / 9), np.cos(turn), np.sin(turn)
+    return frames[0], classes, geometry, presence.reshape(-1)
+
+
+class StillHeads(nn.Module):
+    """Linear read-outs of the ViT's tokens, thrown away after pretraining."""
+
+    def __init__(self):
+        super().__init__()
+        self.colour = nn.Linear(VIT.width, len(COLOURS) + 1)
+        self.kind = nn.Linear(VIT.width, len(KINDS) + 1)
+        self.geometry = nn.Linear(VIT.width, 5)
+        self.presence = nn.Linear(VIT.width, len(COLOURS) * len(KINDS))
+
+    def forward(self, tokens: Tensor, classes: Tensor, geometry: Tensor, presence: Tensor) -> tuple[Tensor, dict]:
+        """Tokens (n, P, D) and the targets of `still` -> loss, and figures for the log."""
+        patches, covered = tokens[:, 1:], classes[..., 0] != NOTHING  # (n, P-1, D), (n, P-1)
+        colour, kind, place = self.colour(patches), self.kind(patches), self.geometry(patches[covered])
+        losses = [
+            F.cross_entropy(colour.flatten(0, 1), classes[..., 0].flatten() + 1),
+            F.cross_entropy(kind.flatten(0, 1), classes[..., 1].flatten() + 1),
+            4 * F.mse_loss(place, geometry[covered]),
+            20 * F.binary_cross_entropy_with_logits(self.presence(tokens[:, 0]), presence),
+        ]
+        right = (kind.argmax(-1) == classes[..., 1] + 1)[covered].float().mean()
+        pixels = (place[:, :2] - geometry[covered][:, :2]).abs().mean() * VIT.patch_size
+        return sum(losses), {"kind": right.item(), "off by pixels": pixels.item()}
+
+
+def train(name: str, modules: list[nn.Module], batch, steps: int, lr: float) -> None:
+    """AdamW with warm-up and cosine decay on `batch(step) -> (loss, figures)`."""
+    parameters = [p for m in modules for p in m.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.05)
+    begun = time.monotonic()
+    for step in range(steps):
+        scale = min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * scale
+        loss, figures = batch(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 100 == 0 or step == steps - 1:
+            told = "  ".join(f"{k} {v:.3f}" for k, v in figures.items())
+            print(f"{name} step {step}/{steps}  loss {loss.item():.4f}  {told}  {time.monotonic() - begun:.0f} s",
+                  flush=True)  # fmt: skip
+
+
+def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: int) -> None:
+    with ProcessPoolExecutor() as pool:
+        columns = zip(*pool.map(partial(still, seed=seed), range(count), chunksize=500), strict=True)
+        images, classes, geometry, presence = (torch.from_numpy(np.stack(c)) for c in columns)
+    images = images.permute(0, 3, 1, 2).contiguous()  # (count, 3, S, S)
+    mean, std = [0.3] * 3, [0.2] * 3
+    vit, heads = ViT(VIT, mean, std), StillHeads()
+    draw = torch.Generator().manual_seed(seed)
+
+    def batch(step: int):
+        rows = torch.randint(count, (batch_size,), generator=draw)
+        tokens = vit.post_norm(vit(vit.normalise(images[rows])))
+        return heads(tokens, classes[rows], geometry[rows], presence[rows])
+
+    train("vit", [vit, heads], batch, steps, lr=1e-3)
+    config = {
+        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": VIT.activation,
+        "hidden_size": VIT.width, "image_size": VIT.image_size, "intermediate_size": VIT.mlp_width,
+        "layer_norm_eps": VIT.norm_eps, "num_attention_heads": VIT.heads, "num_channels": 3,
+        "num_hidden_layers": VIT.depth, "patch_size": VIT.patch_size, "torch_dtype": "float16",
+    }  # fmt: skip
+    pixels = {"image_mean": mean, "image_std": std, "size": {"shortest_edge": VIT.image_size}}
+    save(folder, vit, vit_names(VIT), {"config.json": config, "preprocessor_config.json": pixels})
+
+
+# -------------------------------------------------------------------------------------------- text
+
+
+def document(rng: np.random.Generator) -> str:
+    """A caption of a scene, alone or after one or two other tellings of it or its key words."""
+    scene = shapes.draw_scene(rng)
+    before = []
+    for _ in range(rng.integers(3)):
+        if rng.random() < 0.5:
+            before.append(shapes.describe(scene, rng))
+        else:
+            words = [f"{s.colour} {s.kind} {s.motion}" for s in scene]
+            before.append(" ".join(rng.permutation(words)))
+    return " ".join([*before, PROMPT, shapes.describe(scene, rng)])
+
+
+def train_tokenizer(texts: list[str]) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=VOCABULARY,
+        byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2,
+        pad_id=-1, unk_id=0, bos_id=1, eos_id=2, num_threads=1,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int) -> None:
+    rng = np.random.default_rng([seed, 8])
+    texts = [document(rng) for _ in range(count)]
+    tokenizer = train_tokenizer(texts[:20000])
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+    config = LMConfig(
+        vocab=pieces.vocab_size(), width=160, depth=4, heads=4, kv_heads=2, head_width=40, mlp_width=448,
+        rope_theta=10000.0, norm_eps=1e-5, max_positions=256, tied=True, bos_id=pieces.bos_id(),
+        eos_id=pieces.eos_id(),
+    )  # fmt: skip
+    lm = CausalLM(config)
+    nn.init.normal_(lm.embed.weight, std=0.05)  # it is the head too
+    rows = [[config.bos_id, *ids, config.eos_id] for ids in pieces.encode(texts)]
+    longest = max(map(len, rows))
+    ids = torch.tensor([r + [-100] * (longest - len(r)) for r in rows])
+    draw = torch.Generator().manual_seed(seed)
+
+    def batch(step: int):
+        some = ids[torch.randint(count, (batch_size,), generator=draw)]
+        some = some[:, : int((some != -100).sum(1).max())]
+        logits = lm(lm.embed(some[:, :-1].clamp(min=0)))
+        return F.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), ignore_index=-100), {}
+
+    train("lm", [lm], batch, steps, lr=2e-3)
+    told = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": config.vocab, "hidden_size": config.width, "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width, "intermediate_size": config.mlp_width,
+        "rope_theta": config.rope_theta, "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_positions, "tie_word_embeddings": config.tied,
+        "bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "attention_bias": False,
+        "mlp_bias": False, "rope_scaling": None, "torch_dtype": "float16",
+    }  # fmt: skip
+    save(folder, lm, lm_names(config), {"config.json": told})
+    with replace_atomically(folder / "tokenizer.model") as file:
+        file.write(tokenizer)
+
+
+def save(folder: Path, module: nn.Module, names: dict[str, str], texts: dict[str, dict]) -> None:
+    """Writes a public model's folder: the module's tensors in fp16 under their public names, and JSON files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = module.state_dict()
+    write_safetensors(folder / "model.safetensors", {names[k]: v.half() for k, v in state.items()}, {"format": "pt"})
+    for name, content in texts.items():
+        with replace_atomically(folder / name) as file:
+            file.write((json.dumps(content, indent=2) + "\n").encode())
+    print(f"{folder}: {sum(p.numel() for p in module.parameters()):,} parameters")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("backbones"), help="where the two folders go")
+    parser.add_argument("--only", choices=["vit", "lm"], help="make one of the two")
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights and order")
+    parser.add_argument("--stills", type=int, default=60_000, help="stills drawn for the ViT")
+    parser.add_argument("--vit-steps", type=int, default=5000, help="steps of 128 stills")
+    parser.add_argument("--texts", type=int, default=50_000, help="texts written for the language model")
+    parser.add_argument("--lm-steps", type=int, default=500, help="steps of 64 texts")
+    args = parser.parse_args()
+    if args.only != "vit":
+        torch.manual_seed(args.seed)
+        pretrain_lm(args.out / "tiny-lm", args.texts, args.lm_steps, 64, args.seed)
+    if args.only != "lm":
+        torch.manual_seed(args.seed)
+        pretrain_vit(args.out / "tiny-vit", args.stills, args.vit_steps, 128, args.seed)
+
+
+if __name__ == "__main__":
+    main()

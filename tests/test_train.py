@@ -1,0 +1,238 @@
+"""Training and evaluation as a user runs them, on a dataset of a few clips and tiny random backbones.
+
+References: an uninterrupted run with the same seed (bit for bit, one thread); the files themselves.
+Backbones: transformers' own CLIPVisionModel and LlamaForCausalLM would do as well; ours are written
+with `pretrain.save`, which test_vit.py and test_lm.py hold to the public layout.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+import shapes
+from lm import CausalLM
+from vit import ViT
+from weights import read_safetensors
+
+ROOT = Path(__file__).parent.parent
+ALONE = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+QUICK = ["--clips", "12", "4", "6", "--batch-size", "4", "--epochs", "4", "--eval-every", "2", "--log-every", "1",
+         "--workers", "1", "--device", "cpu", "--queries", "4", "--rank", "4", "--heads", "2"]  # fmt: skip
+
+
+def python(*words, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory) -> Path:
+    """Two tiny backbones; the language model's second copy, `other-lm`, differs in one weight."""
+    folder = tmp_path_factory.mktemp("backbones")
+    torch.manual_seed(0)
+    pretrain.VIT = replace(pretrain.VIT, width=16, depth=2, heads=2, mlp_width=32)
+    pretrain.VOCABULARY = 330
+    pretrain.pretrain_vit(folder / "vit", count=8, steps=1, batch_size=4, seed=0)
+    pretrain.pretrain_lm(folder / "lm", count=300, steps=1, batch_size=2, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flags(backbones, tmp_path_factory) -> list:
+    data = tmp_path_factory.mktemp("data") / "shapes"
+    return [*QUICK, "--vit", backbones / "vit", "--lm", backbones / "lm", "--data", data]
+
+
+@pytest.fixture(scope="session")
+def run(flags, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = python("train.py", *flags, "--out", out)
+    assert done.returncode == 0, done.stderr
+    (out / "stdout.txt").write_text(done.stdout)
+    return out
+
+
+def one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2 and, last on stderr, one line that names what is wrong; no traceback."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert lines[-1].startswith("error: ") and all(w in lines[-1] for w in words), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_leaves_what_it_promises(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["splits"] == {"train": 12, "val": 4, "test": 6} and config["flags"]["epochs"] == 4
+    assert all(len(sha) == 64 for sha in config["sha256"].values())
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert all(len(row["gates"]) == 2 and row["clips/s"] > 0 and row["lr"] >= 0 for row in steps)
+    assert [row["step"] for row in rows if "val" in row] == [6, 12]
+    for which in ("best", "last"):
+        names = set(read_safetensors(run / which / "adapter.safetensors"))
+        assert names and all(n.startswith(("adapter.", "connector.")) for n in names)
+    assert (run / "last/state.pt").exists() and not (run / "best/state.pt").exists()
+    said = (run / "stdout.txt").read_text()
+    assert said.count("reference  ") == 5 and "trained: " in said and "left 0:0" in said
+    test = json.loads((run / "test.json").read_text())
+    assert len(test["captions"]) == 6 and {"Bleu_4", "ROUGE_L", "CIDEr", "shapes right"} <= set(test["scores"])
+
+
+def test_the_backbones_are_not_changed(run, flags, backbones):
+    """The checkpoint holds no tensor of theirs, and their files are what the run's config says they were."""
+    from weights import sha256_of
+
+    config = json.loads((run / "config.json").read_text())
+    for name in ("vit", "lm"):
+        assert sha256_of(backbones / name / "model.safetensors") == config["sha256"][name]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, flags, tmp_path):
+    """One thread: weights and logged losses equal bit for bit."""
+    for out, seed in ((tmp_path / "same", 0), (tmp_path / "other", 1)):
+        assert python("train.py", *flags, "--out", out, "--seed", seed).returncode == 0
+    weights = [(r / "last/adapter.safetensors").read_bytes() for r in (run, tmp_path / "same", tmp_path / "other")]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_ctrl_c_leaves_last_whole_and_resume_ends_where_the_whole_run_ended(run, flags, tmp_path):
+    """SIGINT after the third step's report; then `--resume`: final weights and log equal the uninterrupted run's."""
+    out = tmp_path / "stopped"
+    command = [sys.executable, "train.py", *map(str, flags), "--out", str(out)]
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True)  # fmt: skip
+    for line in child.stdout:
+        if line.startswith("step 3/"):
+            child.send_signal(signal.SIGINT)
+            break
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in errors
+    state = torch.load(out / "last/state.pt", weights_only=True)
+    assert 3 <= state["step"] < 12 and read_safetensors(out / "last/adapter.safetensors")
+    assert sorted(p.name for p in out.iterdir() if p.is_dir())[-1] == "last"
+
+    assert python("train.py", "--resume", out).returncode == 0
+    assert (out / "last/adapter.safetensors").read_bytes() == (run / "last/adapter.safetensors").read_bytes()
+    logs = [[json.loads(line) for line in (r / "log.jsonl").read_text().splitlines()] for r in (out, run)]
+    for row in logs[0] + logs[1]:
+        row.pop("clips/s", None)
+    assert logs[0] == logs[1]
+
+
+def test_evaluate_gives_the_scores_that_training_gave(run, tmp_path):
+    done = python("evaluate.py", run, "--save", tmp_path / "p.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    test = json.loads((run / "test.json").read_text())
+    assert json.loads((tmp_path / "p.json").read_text()) == test["captions"]
+    assert f"CIDEr {100 * test['scores']['CIDEr']:.1f}" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["linear", "lora", "full"])
+def test_the_rivals_run_and_their_checkpoints_hold_what_they_train(method, flags, tmp_path):
+    done = python("train.py", *flags, "--out", tmp_path / "r", "--method", method, "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    names = set(read_safetensors(tmp_path / "r/best/adapter.safetensors"))
+    assert {"frames", "connector.weight", "connector.bias"} <= names
+    assert any(".lora_" in n for n in names) == (method == "lora")
+    assert ("lm.embed.weight" in names) == (method == "full")
+    assert python("evaluate.py", tmp_path / "r").returncode == 0
+
+
+def test_your_own_videos_good_and_bad(run, flags, tmp_path):
+    """Ten files, two of them bad: eight captions, two named, exit code 2."""
+    clips = sorted((Path(flags[-1]) / "test").glob("*.mp4"))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.mp4").write_bytes(clips[i % len(clips)].read_bytes())
+    (folder / "3bad.mp4").write_bytes(b"")
+    (folder / "5bad.mp4").write_bytes(b"not a video")
+    done = python("evaluate.py", run, "--video", folder, "--save", tmp_path / "c.json")
+    one_line_error(done, "2 of 10 videos")
+    assert len(done.stdout.splitlines()) == 8 and "3bad.mp4" in done.stderr and "5bad.mp4" in done.stderr
+    assert len(json.loads((tmp_path / "c.json").read_text())) == 8
+    done = python("evaluate.py", run, "--video", folder / "0.mp4", folder / "1.mp4", "--frames", 3)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+
+
+def test_real_videos_are_captioned_or_named(run, real):
+    """Every file of clips/ and of MSVD: 16 and 3; the empty one, the text and the sound are the bad ones."""
+    done = python("evaluate.py", run, "--video", real / "clips", real / "msvd/YouTubeClips")
+    one_line_error(done, "3 of 19 videos")
+    assert len(done.stdout.splitlines()) == 16
+    assert all(name in done.stderr for name in ("WrongFile.mp4", "audio_only.mp4", "empty.mp4"))
+
+
+def test_what_the_user_gets_wrong_is_one_line(run, flags, backbones, tmp_path):
+    out = ["--out", tmp_path / "none"]
+    one_line_error(python("train.py", *flags, *out, "--frames", 0), "--frames", "at least 1")
+    one_line_error(python("train.py", *flags, *out, "--lr", "nan"), "--lr")
+    one_line_error(python("train.py", *flags, *out, "--colour", "red"), "--colour")
+    one_line_error(python("train.py", *flags, *out, "--vit", tmp_path / "gone"), "gone", "config.json")
+    one_line_error(python("train.py", *flags, *out, "--vit", backbones / "lm"), "config.json", "model_type")
+    one_line_error(python("train.py", *flags, *out, "--rank", 5), "--rank 5", "--heads 2")
+    one_line_error(python("train.py", *flags, *out, "--last-blocks", 3), "--last-blocks 3", "2")
+    one_line_error(python("train.py", *flags, *out, "--batch-size", 64), "--batch-size 64", "12")
+    one_line_error(python("train.py", *flags, "--out", run), str(run), "--resume")
+    one_line_error(python("train.py", "--resume", tmp_path / "gone"), "gone", "state.pt")
+    one_line_error(python("evaluate.py", tmp_path / "gone"), "gone", "config.json")
+    one_line_error(python("evaluate.py", run, "--video", tmp_path / "gone.mp4"), "gone.mp4")
+    one_line_error(python("evaluate.py", run, "--device", "abacus"), "abacus")
+    one_line_error(python("evaluate.py", run, "--save", tmp_path / "gone/p.json"), "gone/p.json")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_of_other_backbones_is_refused(flags, backbones, tmp_path):
+    lm = copy_of(backbones / "lm", tmp_path)
+    done = python("train.py", *flags, "--epochs", 1, "--out", tmp_path / "r", "--lm", lm)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "lm/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    one_line_error(python("evaluate.py", tmp_path / "r"), "adapter.safetensors", "another lm")
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    (to / folder.name).mkdir()
+    for file in folder.iterdir():
+        (to / folder.name / file.name).write_bytes(file.read_bytes())
+    return to / folder.name
+
+
+def test_the_committed_backbones_load_and_stay_small():
+    """The two folders in backbones/: loaded strictly, at most 8 MB together, the tokenizer knows every word."""
+    import data
+
+    vit, lm = ViT.from_pretrained(ROOT / "backbones/tiny-vit"), CausalLM.from_pretrained(ROOT / "backbones/tiny-lm")
+    tokenizer = data.load_tokenizer(ROOT / "backbones/tiny-lm")
+    assert vit.config.image_size == shapes.SIDE and lm.config.vocab == tokenizer.vocab_size()
+    assert sum(f.stat().st_size for f in (ROOT / "backbones").rglob("*")) < 8e6
+    caption = shapes.describe(shapes.draw_scene(np.random.default_rng(0)), np.random.default_rng(0))
+    ids = tokenizer.encode(caption)
+    assert tokenizer.decode(ids) == caption and tokenizer.unk_id() not in ids
+
+
+def test_stopping_takes_no_longer_than_a_step(flags, tmp_path):
+    """SIGTERM counts as Ctrl-C: exit code 130 within 20 seconds, last/ whole."""
+    command = [sys.executable, "train.py", *map(str, flags), "--out", str(tmp_path / "r"), "--epochs", "500"]
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | ALONE, stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.startswith("step 2/"):
+            break
+    child.terminate()
+    begun = time.monotonic()
+    child.communicate(timeout=60)
+    assert child.returncode == 130 and time.monotonic() - begun < 20
+    assert torch.load(tmp_path / "r/last/state.pt", weights_only=True)["step"] >= 2

@@ -1,0 +1,263 @@
+"""Trains a captioner: `python train.py --dataset shapes`. Read it downward.
+
+A run is a folder: config.json (every flag, versions, seed, sha256 of both backbones, split sizes),
+log.jsonl (a row a report), best/ and last/ with adapter.safetensors (the trained tensors only), and
+last/state.pt, out of which `--resume RUN` goes on. The best checkpoint is the one with the highest
+CIDEr on the validation split; the test split is read once, after training.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+import cli
+import data
+from evaluate import backbone_hashes, caption_split, pick_device, score_captions, table
+from lm import CausalLM
+from model import AdapterConfig, Captioner
+from vit import ViT
+from weights import InputError, read_json, replace_atomically
+
+TINY = {"vit": "backbones/tiny-vit", "lm": "backbones/tiny-lm"}
+CANDIDATES = 16  # frames kept of each training clip; a step draws T of them
+
+
+def parse(argv: list[str] | None = None):
+    parser = cli.Parser("Trains a captioner on a dataset.")
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=["shapes"], default="shapes", help="what to train on")
+    group.add_argument("--data", default="data/shapes", help="the dataset's folder; shapes is made there")
+    group.add_argument("--clips", type=cli.at_least(1), nargs=3, default=[6000, 200, 500],
+                       metavar=("TRAIN", "VAL", "TEST"), help="clips that shapes is made of")  # fmt: skip
+    group.add_argument("--frames", type=cli.at_least(1), default=8, help="frames a clip")
+    group.add_argument("--captions-per-clip", type=cli.at_least(1), default=2, help="captions a clip in a step")
+    group = parser.add_argument_group("model")
+    group.add_argument("--vit", default=TINY["vit"], help="folder of the vision tower")
+    group.add_argument("--lm", default=TINY["lm"], help="folder of the language model")
+    group.add_argument("--method", choices=["qadapter", "linear", "lora", "full"], default="qadapter",
+                       help="what is trained")  # fmt: skip
+    group.add_argument("--reading", choices=["read", "write"], default="read", help="do patches read queries back?")
+    group.add_argument("--queries", type=cli.at_least(1), default=16, help="query tokens, and so visual tokens")
+    group.add_argument("--rank", type=cli.at_least(1), default=16, help="of the Q-Adapter's projections, of LoRA")
+    group.add_argument("--heads", type=cli.at_least(1), default=4, help="attention heads of the Q-Adapter")
+    group.add_argument("--last-blocks", type=cli.at_least(0), default=0, help="adapt only the last so many; 0: all")
+    group.add_argument("--gate", choices=["sigmoid", "none"], default="sigmoid", help="the gating layer")
+    group.add_argument("--talk", action="store_true", help="queries attend to each other too")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips a step")
+    group.add_argument("--epochs", type=cli.at_least(1), default=10, help="passes over the training clips")
+    group.add_argument("--lr", type=cli.positive, default=2e-3, help="peak learning rate of AdamW")
+    group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
+    group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
+    group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, order, frames and captions")
+    group = parser.add_argument_group("run and machine")
+    group.add_argument("--out", type=Path, help="the run's folder; unset: runs/DATASET-METHOD")
+    group.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with its own flags")
+    group.add_argument("--eval-every", type=cli.at_least(1), default=2, help="epochs between validations")
+    group.add_argument("--log-every", type=cli.at_least(1), default=20, help="steps between reports")
+    group.add_argument("--workers", type=cli.at_least(0), default=0, help="processes that decode; 0: one a core")
+    group.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first that is there")
+    return parser.parse_args(argv)
+
+
+def parameter_table(captioner: Captioner) -> str:
+    """Parameters of each part, trained and in all, and the trained share."""
+    lines = [f"{'part':12}{'trained':>12}{'in all':>14}"]
+    total = mine = 0
+    for name, part in captioner.named_children():
+        sizes = {p: p.numel() for p in part.parameters()}  # a tied head counts once
+        trained = sum(n for p, n in sizes.items() if p.requires_grad)
+        lines.append(f"{name:12}{trained:>12,}{sum(sizes.values()):>14,}")
+        mine, total = mine + trained, total + sum(sizes.values())
+    if captioner.frames is not None:
+        mine, total = mine + captioner.frames.numel(), total + captioner.frames.numel()
+        lines.append(f"{'frames':12}{captioner.frames.numel():>12,}{captioner.frames.numel():>14,}")
+    lines.append(f"{'together':12}{mine:>12,}{total:>14,}   trained: {100 * mine / total:.2f} %")
+    return "\n".join(lines)
+
+
+def check_trained(captioner: Captioner) -> None:
+    """The trained set must be exactly what the method means."""
+    method, names = captioner.config.method, set(captioner.trained())
+    own = {"qadapter": ("adapter.", "connector."), "linear": ("frames", "connector."),
+           "lora": ("frames", "connector."), "full": ("frames", "connector.", "vit.", "lm.")}[method]  # fmt: skip
+    meant = {
+        name for name, _ in captioner.named_parameters()
+        if name.startswith(own) or (method == "lora" and ".lora_" in name)
+    }  # fmt: skip
+    assert names == meant, f"trained and should not be, or the reverse: {sorted(names ^ meant)[:5]}"
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def save_folder(folder: Path, captioner: Captioner, metadata: dict[str, str], state: dict | None = None) -> None:
+    """Writes a checkpoint beside `folder` and renames it into place; until then the old one stays."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    captioner.save(new / "adapter.safetensors", metadata)
+    if state is not None:
+        with replace_atomically(new / "state.pt") as file:
+            torch.save(state, file)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with replace_atomically(path) as file:
+        file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
+
+
+def main() -> int:
+    # 1. The flags: of this command, or of the run that goes on.
+    args = parse()
+    resumed = args.resume
+    if resumed:
+        if not (resumed / "last" / "state.pt").is_file():
+            raise InputError(f"{resumed}: expected a run to go on with, with last/state.pt in it")
+        flags = read_json(resumed / "config.json")["flags"]
+        args.__dict__.update(flags, out=resumed)
+    out = args.out = Path(args.out or f"runs/{args.dataset}-{args.method}")
+    if (out / "config.json").exists() and not resumed:
+        raise InputError(f"{out}: holds a run already; --resume {out} goes on with it, --out names another folder")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped kindly is stopped like Ctrl-C
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    begun = time.monotonic()
+
+    # 2. The frozen backbones and what is trained beside them.
+    vit, lm, tokenizer = ViT.from_pretrained(args.vit), CausalLM.from_pretrained(args.lm), data.load_tokenizer(args.lm)
+    shape = AdapterConfig(args.method, args.reading, args.queries, args.rank, args.heads, args.last_blocks, args.gate,
+                          args.talk, args.frames)  # fmt: skip
+    captioner = Captioner(vit, lm, tokenizer, shape).to(device)
+    check_trained(captioner)
+    print(f"device: {device}, {torch.get_num_threads()} threads")
+    print(parameter_table(captioner))
+
+    # 3. The data: clips and captions, frames decoded once, batches.
+    root, size = Path(args.data), vit.config.image_size
+    splits = data.load(args.dataset, root, args.clips)
+    print("clips: " + ", ".join(f"{split} {len(clips)}" for split, clips in splits.items()))
+
+    def frames_of(split: str, count: int) -> np.ndarray:
+        return data.cached_frames(splits[split], root / f"{split}-{count}x{size}.frames", count, size, args.workers)
+
+    examples = data.Examples(splits["train"], frames_of("train", max(CANDIDATES, args.frames)), tokenizer,
+                             args.frames, args.captions_per_clip, args.seed, lm.config.eos_id)  # fmt: skip
+    val_frames = frames_of("val", args.frames)
+    val_references = {c.id: list(c.captions) for c in splits["val"]}
+    steps_an_epoch = len(examples) // args.batch_size
+    if steps_an_epoch == 0:
+        raise InputError(f"--batch-size {args.batch_size}: the dataset has only {len(examples)} training clips")
+    steps = args.epochs * steps_an_epoch
+
+    # 4. The optimizer, and where to begin.
+    trained = captioner.trained()
+    optimizer = torch.optim.AdamW(trained.values(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
+    first, best = 0, -1.0
+    hashes = backbone_hashes(args.vit, args.lm)
+    if resumed:
+        captioner.load(out / "last" / "adapter.safetensors")
+        state = torch.load(out / "last" / "state.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        first, best = state["step"], state["best"]
+        print(f"going on after step {first}")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", {
+            "flags": {k: v for k, v in vars(args).items() if k != "resume"}, "adapter": asdict(shape), "sha256": hashes,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
+            "splits": {split: len(clips) for split, clips in splits.items()}, "seed": args.seed,
+        })  # fmt: skip
+    # The log keeps the rows up to the step that the run goes on after.
+    rows = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+    rows = [row for row in rows if json.loads(row)["step"] <= first]
+    (out / "log.jsonl").write_text("".join(row + "\n" for row in rows))
+    log = open(out / "log.jsonl", "a", buffering=1)
+
+    def save(which: str, step: int, with_state: bool) -> None:
+        state = {"optimizer": optimizer.state_dict(), "step": step, "best": best} if with_state else None
+        save_folder(out / which, captioner, hashes | {"step": str(step)}, state)
+
+    # 5. The loop.
+    batches = data.order(len(examples), args.batch_size, args.epochs, args.seed, first)
+    step, since, reported = first, time.monotonic(), first
+    try:
+        for batch in batches:
+            frames, targets = data.collate([examples[key] for key in batch])
+            lr = learning_rate(step, steps, args.warmup, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            total, count = captioner(frames.to(device), targets.to(device))
+            loss = total / count
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            optimizer.step()
+            step += 1
+
+            if step % args.log_every == 0 or step == steps:
+                now = time.monotonic()
+                speed = (step - reported) * args.batch_size / (now - since)
+                left = (steps - step) * args.batch_size / speed
+                row = {"step": step, "loss": loss.item(), "lr": lr, "clips/s": speed}
+                if captioner.adapter is not None:
+                    row["gates"] = captioner.adapter.mean_gates.tolist()
+                log.write(json.dumps(row) + "\n")
+                print(f"step {step}/{steps}  loss {row['loss']:.3f}  lr {lr:.1e}  {speed:.0f} clips/s  "
+                      f"elapsed {cli.clock(now - begun)}  left {cli.clock(left)}", flush=True)  # fmt: skip
+                since, reported = now, step
+
+            if step % (steps_an_epoch * args.eval_every) == 0 or step == steps:
+                captioner.eval()
+                captions = dict(zip(val_references, caption_split(captioner, val_frames), strict=True))
+                captioner.train()
+                scores, _ = score_captions(args.dataset, val_references, captions)
+                log.write(json.dumps({"step": step, "val": scores}) + "\n")
+                print(f"val at step {step}: {table(scores)}", flush=True)
+                if scores["CIDEr"] > best:
+                    best = scores["CIDEr"]
+                    save("best", step, with_state=False)
+                save("last", step, with_state=True)
+                since = time.monotonic()
+    except KeyboardInterrupt:
+        save("last", step, with_state=True)
+        print(f"\nstopped after step {step}; --resume {out} goes on")
+        raise
+
+    # 6. The test split, once, with the weights that validated best.
+    captioner.load(out / "best" / "adapter.safetensors")
+    captioner.eval()
+    captions = dict(zip((c.id for c in splits["test"]), caption_split(captioner, frames_of("test", args.frames)),
+                        strict=True))  # fmt: skip
+    references = {c.id: list(c.captions) for c in splits["test"]}
+    scores, signature = score_captions(args.dataset, references, captions)
+    log.write(json.dumps({"step": step, "test": scores}) + "\n")
+    write_json(out / "test.json", {"scores": scores, "signature": signature, "captions": captions})
+    for clip in splits["test"][:5]:
+        print(f"\n{clip.path}\n  says       {captions[clip.id]}\n  reference  {clip.captions[0]}")
+    print(f"\ntest: {table(scores)}\n{signature}")
+    print(f"run: {out}, {cli.clock(time.monotonic() - begun)}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
