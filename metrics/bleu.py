@@ -4,9 +4,10 @@ Clipped n-gram precision against all references of a video, the brevity penalty 
 reference length closest to the hypothesis, and two tiny constants where others smooth: a perfect
 corpus scores 0.99999999..., a hypothesis of one right word 3.16e-5 and not 0.
 
-References [1] Papineni et al., BLEU: a Method for Automatic Evaluation of Machine Translation,
-ACL 2002. [2] Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv
-1504.00325, 2015.
+References
+[1] Papineni et al., BLEU: a Method for Automatic Evaluation of Machine Translation, ACL 2002.
+[2] Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv 1504.00325,
+    2015.
 """
 
 import numpy as np

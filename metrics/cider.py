@@ -8,9 +8,11 @@ The reference's behaviour, kept here: the "length" of a caption is its number of
 changes nothing but the distance between an empty caption and one of one word; and captions of
 fewer than four words have no 4-grams, so even a perfect one cannot reach 10.
 
-References [1] Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, CVPR 2015
-(CIDEr-D: section 5). [2] Chen et al., Microsoft COCO Captions: Data Collection and Evaluation
-Server, arXiv 1504.00325, 2015.
+References
+[1] Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, CVPR 2015 (CIDEr-D:
+    section 5).
+[2] Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv 1504.00325,
+    2015.
 """
 
 import numpy as np

@@ -1,15 +1,16 @@
-"""METEOR 1.5's English tables, read from where they are installed; none of them is part of this code.
+"""METEOR 1.5's English tables, read from where they are installed; none is part of this code.
 
-Two files hold them, both in the folder `meteor/` of an installed pycocoevalcap: a zip (the program's
-jar; nothing in it is run) with function words, non-breaking prefixes, synonyms and irregular forms,
-and a gz with 5.3 million paraphrases. The latter take seconds to read, so they are compiled once
-into a file of plain arrays under the user's cache folder, which later runs map into memory.
+Two files hold them, both in the folder `meteor/` of an installed pycocoevalcap: a zip (the
+program's jar; nothing in it is run) with function words, non-breaking prefixes, synonyms and
+irregular forms, and a gz with 5.3 million paraphrases. The latter take seconds to read, so they
+are compiled once into a file of plain arrays under the user's cache folder, which later runs map
+into memory.
 
 The compiled file is: 8 bytes of magic, the length of a JSON header (8 bytes, little-endian), the
-header, then arrays, each at a multiple of 64. The header names the source's size and sha256 and the
-arrays' CRC-32; a file that does not agree is built again. A paraphrase (left, right) is two nodes of
-one trie of word ids: node 0 is the empty phrase, and child (node, word) is the position of
-`node * words + word` in the sorted array `keys`, plus one.
+header, then arrays, each at a multiple of 64. The header names the source's size and sha256 and
+the arrays' CRC-32; a file that does not agree is built again. A paraphrase (left, right) is two
+nodes of one trie of word ids: node 0 is the empty phrase, and child (node, word) is the position
+of `node * words + word` in the sorted array `keys`, plus one.
 
 References
 [1] Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation for Any Target
@@ -26,16 +27,19 @@ import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from .inputs import InputError
 from .meteor_text import Prefixes
 
 JAR = "meteor-1.5.jar"
 PARAPHRASES = "paraphrase-en.gz"
 MAGIC = b"METEORP1"
-BLOCK = 1 << 23
+BLOCK = 1 << 21  # bytes read at a time
+PIECE = 1 << 18  # phrases handled at a time
 LONGEST = 7  # words in a phrase, at most
 # How an English noun, verb, adjective or adverb is turned into a base form: the first that exists.
 ENDINGS = (
@@ -43,10 +47,6 @@ ENDINGS = (
     ("men", "man"), ("ies", "y"), ("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"),
     ("ed", ""), ("ing", "e"), ("ing", ""), ("er", ""), ("est", ""), ("er", "e"), ("est", "e"),
 )  # fmt: skip
-
-
-class DataError(ValueError):
-    """METEOR's tables are there but cannot be used; the text names the file and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Tables:
 
 
 def read_words(path):
-    """Words of METEOR's zip. Raises DataError where the file is no such zip."""
+    """Words of METEOR's zip. Raises InputError where the file is no such zip."""
     try:
         with zipfile.ZipFile(path) as archive:
             function, prefixes, synsets, exceptions = (
@@ -146,7 +146,7 @@ def read_words(path):
                 )
             )
     except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{path}: {error}, expected METEOR 1.5's jar") from error
+        raise InputError(f"{path}: {error}, expected METEOR 1.5's jar") from error
     entries = [line.split() for line in prefixes if line.strip() and not line.startswith("#")]
     bases = {}
     for base, forms in zip(exceptions[0::2], exceptions[1::2], strict=False):
@@ -176,7 +176,7 @@ def fingerprint(path):
 
 
 def blocks_of_lines(path):
-    """Lines of a gz, in lists of some hundred thousand (a multiple of three). Raises DataError."""
+    """Lines of a gz, in lists of a multiple of three. Raises InputError."""
     rest, lines = b"", []
     try:
         with gzip.open(path) as file:
@@ -188,53 +188,82 @@ def blocks_of_lines(path):
                     yield lines[:whole]
                     lines = lines[whole:]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}, expected METEOR's paraphrases in a gz") from error
+        raise InputError(f"{path}: {error}, expected METEOR's paraphrases in a gz") from error
     if rest:
         lines.append(rest.decode("utf-8"))
     if len(lines) not in (0, 3):
-        raise DataError(f"{path}: ends inside an entry, expected three lines an entry")
+        raise InputError(f"{path}: ends inside an entry, expected three lines an entry")
     yield lines
 
 
-def trie(phrases):
-    """Word ids and trie of distinct phrases: (list of words, keys, node of each phrase)."""
-    ids, flat = {}, []
-    lengths = np.empty(len(phrases), np.int64)
-    for i, phrase in enumerate(phrases):
-        words = phrase.split()
-        lengths[i] = len(words)
-        flat.extend([ids.setdefault(word, len(ids)) for word in words])
-    flat, first = np.array(flat, np.int32), np.cumsum(lengths) - lengths
-    node, keys, nodes = np.zeros(len(phrases), np.int64), [], 1
+class PhraseList:
+    """Phrases as they come, kept as word ids: far less memory than the strings."""
+
+    def __init__(self, ids):
+        self.ids, self.words, self.lengths = ids, [], []
+
+    def extend(self, phrases):
+        words, number, ids = " ".join(phrases).split(" "), self.ids.setdefault, self.ids
+        flat = [number(word, len(ids)) for word in words]
+        self.words.append(np.array(flat, np.min_scalar_type(len(ids))))
+        self.lengths.append(np.array([phrase.count(" ") + 1 for phrase in phrases], np.int8))
+
+
+def distinct(parts):
+    """Sorted distinct values of all arrays."""
+    merged = np.concatenate([np.unique(part) for part in parts])
+    merged.sort()
+    return merged[np.append(True, merged[1:] != merged[:-1])]
+
+
+def trie(phrases, vocabulary):
+    """Sorted keys of the trie of a PhraseList (emptied), and the node (int32) of each phrase."""
+    flat, lengths = np.concatenate(phrases.words), np.concatenate(phrases.lengths)
+    phrases.words.clear()
+    first = np.cumsum(lengths, dtype=np.int32) - lengths
+    node, keys, nodes = np.zeros(len(lengths), np.int32), [], 1
     for depth in range(int(lengths.max())):
-        long = np.flatnonzero(lengths > depth)
-        key, child = np.unique(
-            node[long] * len(ids) + flat[first[long] + depth], return_inverse=True
-        )
-        node[long] = child.reshape(-1) + nodes
-        keys.append(key)
-        nodes += len(key)
-    return list(ids), np.concatenate(keys), node
+
+        def steps(depth=depth):  # a piece at a time: temporaries of all phrases would double memory
+            for at in range(0, len(lengths), PIECE):
+                longer = at + np.flatnonzero(lengths[at : at + PIECE] > depth)
+                key = node[longer].astype(np.int64) * vocabulary + flat[first[longer] + depth]
+                yield longer, key
+
+        keys.append(distinct(key for _, key in steps()))
+        for longer, key in steps():
+            node[longer] = np.searchsorted(keys[-1], key) + nodes
+        nodes += len(keys[-1])
+    return np.concatenate(keys), node
 
 
 def read_paraphrases(path):
-    """Arrays of METEOR's paraphrase file: {"words", "keys", "left", "right"}. Raises DataError."""
-    ids, lefts, rights = {}, [], []
-    number = ids.setdefault
+    """Arrays of METEOR's paraphrase file: {"words", "keys", "left", "right"}. Raises InputError."""
+    ids, repeats, previous = {}, [], None
+    lefts, rights = PhraseList(ids), PhraseList(ids)
     for lines in blocks_of_lines(path):
-        left = [number(phrase, len(ids)) for phrase in lines[1::3]]
-        right = [number(phrase, len(ids)) for phrase in lines[2::3]]
-        lefts.append(np.array(left, np.int32))
-        rights.append(np.array(right, np.int32))
+        opening = []
+        for left in lines[1::3]:  # the file is grouped by left
+            if left != previous:
+                opening.append(left)
+                repeats.append(0)
+                previous = left
+            repeats[-1] += 1
+        if opening:
+            lefts.extend(opening)
+        if lines:
+            rights.extend(lines[2::3])
     if not ids:
-        raise DataError(f"{path}: is empty, expected METEOR's paraphrases")
-    words, keys, node = trie(list(ids))
-    node = node.astype(np.int32)
+        raise InputError(f"{path}: is empty, expected METEOR's paraphrases")
+    entries = sum(map(len, rights.lengths))
+    rights.words += lefts.words
+    rights.lengths += lefts.lengths
+    keys, node = trie(rights, len(ids))
     return {
-        "words": np.frombuffer("\n".join(words).encode("utf-8"), np.uint8),
+        "words": np.frombuffer("\n".join(ids).encode("utf-8"), np.uint8),
         "keys": keys,
-        "left": node[np.concatenate(lefts)],
-        "right": node[np.concatenate(rights)],
+        "left": np.repeat(node[entries:], repeats),
+        "right": node[:entries],
     }
 
 
@@ -302,6 +331,7 @@ def load_paraphrases(path, tell=None):
         arrays = read_paraphrases(path)
         try:
             write_compiled(compiled, source, arrays)
+            arrays = map_compiled(compiled, source) or arrays
         except OSError as error:
             if tell:
                 tell(f"cannot keep the compiled paraphrases: {error}")
@@ -317,21 +347,39 @@ def folders(given=None):
     """Folders to look in: the one given, else METEOR_DATA's, else an installed pycocoevalcap's."""
     chosen = given or os.environ.get("METEOR_DATA")
     if chosen:
-        if not Path(chosen).is_dir():
-            raise DataError(f"{chosen}: no such folder, expected METEOR's {JAR} and {PARAPHRASES}")
-        return [Path(chosen), Path(chosen, "data"), Path(chosen, "meteor"), Path(chosen, "meteor/data")]
+        return [Path(chosen, part) for part in ("", "data", "meteor", "meteor/data")]
     package = importlib.util.find_spec("pycocoevalcap")
     places = package.submodule_search_locations if package else None
     return [Path(place, part) for place in places or () for part in ("meteor", "meteor/data")]
 
 
-def load(given=None, tell=None):
-    """Tables found in `folders(given)`. Raises DataError where a file is there but broken."""
-    found = {}
-    for name in (JAR, PARAPHRASES):
-        paths = [folder / name for folder in folders(given)]
-        found[name] = next((path for path in paths if path.is_file()), None)
+def locate(given=None):
+    """Paths of the zip and the gz, None for what is missing.
+
+    Raises InputError for a folder that was named and has neither.
+    """
+    places = folders(given)
+    found = [
+        next((place / name for place in places if (place / name).is_file()), None)
+        for name in (JAR, PARAPHRASES)
+    ]
+    if not any(found) and (given or os.environ.get("METEOR_DATA")):
+        raise InputError(f"{places[0]}: has neither {JAR} nor {PARAPHRASES}, METEOR's tables")
+    return found
+
+
+@lru_cache(maxsize=1)
+def read(jar, paraphrases, tell):
     return Tables(
-        words=read_words(found[JAR]) if found[JAR] else None,
-        paraphrases=load_paraphrases(found[PARAPHRASES], tell) if found[PARAPHRASES] else None,
+        words=read_words(jar) if jar else None,
+        paraphrases=load_paraphrases(paraphrases, tell) if paraphrases else None,
     )
+
+
+def load(given=None, tell=None):
+    """Tables found in `folders(given)`, kept for the next call.
+
+    tell: called with one line of text before something that takes long. Raises InputError where a
+    file is there but broken.
+    """
+    return read(*locate(given), tell)

@@ -1,8 +1,9 @@
 """METEOR's own normalisation of English text, which runs after the Penn Treebank tokenizer.
 
-It splits off punctuation once more, and differently: "n't" becomes "n" "'t", "well-known" two words,
-"p.m." loses its dots. Each step is a left-to-right replacement that does not overlap, so that of
-"a-b-c" only the first hyphen goes: "a b-c". METEOR lower-cases what comes out and compares words.
+It splits off punctuation once more, and differently: "n't" becomes "n" "'t", "well-known" two
+words, "p.m." loses its dots. Each step is a left-to-right replacement that does not overlap, so
+that of "a-b-c" only the first hyphen goes: "a b-c". METEOR lower-cases what comes out and
+compares words.
 
 References
 [1] Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation for Any Target
@@ -55,7 +56,7 @@ class Prefixes:
 
 
 def final_dot(word, after, prefixes):
-    """A word that ends in a dot, with the dot removed, kept or split off. `after`: the next word."""
+    """A word that ends in a dot, the dot removed, kept or split off. `after`: the next word."""
     stem = word[:-1]
     if "." in stem and HAS_ALPHA.search(stem):
         return word.replace(".", "")

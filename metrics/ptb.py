@@ -24,10 +24,10 @@ References
 import re
 from functools import cache
 
+from .inputs import LINE_BREAKS
 from .ptb_rules import NOTHING, OTHER_SPACE, RULES, SHAPES
 
 PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
-LINE_BREAKS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
 BLANK = " \t\u00a0\n" + OTHER_SPACE + NOTHING
 # A caption of plain words needs no rules: no word of it is split, and spaces end every context.
 PLAIN = re.compile("[a-z ]*")
