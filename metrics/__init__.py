@@ -150,4 +150,3 @@ def score(
         signature=signature(len(ids), len(references), refs, tokenizer, metrics, tables),
         notes=notes,
     )
-

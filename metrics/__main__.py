@@ -70,9 +70,7 @@ def arguments(argv):
         description="BLEU, METEOR, ROUGE-L and CIDEr of captions, as video captioning papers report"
         " them (equal to pycocoevalcap's figures; no Java).",
     )
-    parser.add_argument(
-        "--references", required=True, help="JSON: {id: [caption, ...]} or COCO annotations"
-    )
+    parser.add_argument("--references", required=True, help="JSON: {id: [caption, ...]} or COCO annotations")
     parser.add_argument(
         "--hypotheses",
         required=True,
@@ -86,18 +84,10 @@ def arguments(argv):
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, unscaled")
     parser.add_argument("--per-video", metavar="FILE", help="write each video's scores as CSV")
-    parser.add_argument(
-        "--subset", action="store_true", help="score only the videos that have a hypothesis"
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="fail where METEOR's tables are missing"
-    )
-    parser.add_argument(
-        "--meteor-data", metavar="DIR", help="folder of meteor-1.5.jar and paraphrase-en.gz"
-    )
-    parser.add_argument(
-        "--metrics", nargs="+", choices=METRICS, default=METRICS, help="which to compute (all)"
-    )
+    parser.add_argument("--subset", action="store_true", help="score only the videos that have a hypothesis")
+    parser.add_argument("--strict", action="store_true", help="fail where METEOR's tables are missing")
+    parser.add_argument("--meteor-data", metavar="DIR", help="folder of meteor-1.5.jar and paraphrase-en.gz")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="which to compute (all)")
     return parser.parse_args(argv)
 
 

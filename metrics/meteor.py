@@ -74,9 +74,7 @@ def harmonic(precision, recall):
 
 
 def is_perfect(counts):
-    return (
-        counts[HYP_MATCHED] == counts[0] and counts[REF_MATCHED] == counts[1] and counts[CHUNKS]
-        == 1 )
+    return counts[HYP_MATCHED] == counts[0] and counts[REF_MATCHED] == counts[1] and counts[CHUNKS] == 1
 
 
 def score_counts(counts):

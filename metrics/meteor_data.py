@@ -359,10 +359,7 @@ def locate(given=None):
     Raises InputError for a folder that was named and has neither.
     """
     places = folders(given)
-    found = [
-        next((place / name for place in places if (place / name).is_file()), None)
-        for name in (JAR, PARAPHRASES)
-    ]
+    found = [next((place / name for place in places if (place / name).is_file()), None) for name in (JAR, PARAPHRASES)]
     if not any(found) and (given or os.environ.get("METEOR_DATA")):
         raise InputError(f"{places[0]}: has neither {JAR} nor {PARAPHRASES}, METEOR's tables")
     return found

@@ -93,18 +93,14 @@ class Lexicon:
         wanted = in_reference[left] & in_hypothesis[right]
         wanted |= in_hypothesis[left] & in_reference[right]
         entries = np.flatnonzero(wanted)
-        for entry, a, b in zip(
-            entries.tolist(), left[entries].tolist(), right[entries].tolist(), strict=True
-        ):
+        for entry, a, b in zip(entries.tolist(), left[entries].tolist(), right[entries].tolist(), strict=True):
             self.rights[a].append((entry, b))
             self.lefts[b].append((entry, a))
         useful = np.zeros(table.nodes(), bool)
         useful[left[entries]] = useful[right[entries]] = True
         keep = useful[node]
         phrases = [[] for _ in captions]
-        for at, *phrase in zip(
-            *[column[keep].tolist() for column in (caption, start, length, node)], strict=True
-        ):
+        for at, *phrase in zip(*[column[keep].tolist() for column in (caption, start, length, node)], strict=True):
             phrases[at].append(tuple(phrase))
         return [tuple(found) for found in phrases]
 

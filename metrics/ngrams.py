@@ -74,9 +74,7 @@ def count(references, hypotheses):
     captions = [caption.split() for caption in chain(chain.from_iterable(references), hypotheses)]
     videos = len(hypotheses)
     length = np.fromiter(map(len, captions), np.int64, len(captions))
-    owner = np.concatenate(
-        [np.repeat(np.arange(videos), [len(r) for r in references]), np.arange(videos)]
-    )
+    owner = np.concatenate([np.repeat(np.arange(videos), [len(r) for r in references]), np.arange(videos)])
     ids = {}
     flat = [ids.setdefault(word, len(ids)) for word in chain.from_iterable(captions)]
     words = np.array(flat, np.int64)

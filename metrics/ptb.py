@@ -34,7 +34,6 @@ PLAIN = re.compile("[a-z ]*")
 SPLIT = re.compile("cannot|gonna|gotta|wanna|lemme|gimme")
 
 
-
 @cache
 def compiled(pattern, flags):
     pattern = re.compile(pattern, flags)
@@ -44,11 +43,7 @@ def compiled(pattern, flags):
 @cache
 def rules_for(char):
     """The rules that can start with `char` (of a shape), in order of precedence."""
-    return [
-        (*compiled(pattern, flags), action)
-        for starts, pattern, flags, action in RULES
-        if re.match(starts, char)
-    ]
+    return [(*compiled(pattern, flags), action) for starts, pattern, flags, action in RULES if re.match(starts, char)]
 
 
 def read_token(text, shape, at):
@@ -100,7 +95,4 @@ def tokenize(lines):
 
 def captions(lines):
     """Captions as the metrics see them: list of str -> list of str, punctuation tokens removed."""
-    return [
-        " ".join([token for token in tokens if token not in PUNCTUATION])
-        for tokens in tokenize(lines)
-    ]
+    return [" ".join([token for token in tokens if token not in PUNCTUATION]) for tokens in tokenize(lines)]

@@ -18,8 +18,7 @@ LETTER, CAPITAL, MARK, SYMBOL = "\u00e9", "\u00c9", "\u0301", "\u2603"
 SUPERSCRIPT, SUBSCRIPT, OTHER_SPACE = "\u00b2", "\u2082", "\u2000"
 DASH, HYPHEN, SPACE, DECIMAL, NOTHING = "\u2013", "\u2010", "\u00a0", "\u066b", "\0"
 KEPT = set("\u00ad\u00a2\u00a3\u00a4\u20a0\u20ac\u2026\u2044\u00bc\u00bd\u00be\u2153\u2154")
-KEPT |= set("\u207a\u207b\u208a\u208b"
-            "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb")
+KEPT |= set("\u207a\u207b\u208a\u208b\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb")
 # Windows-1252 characters that came through as control codes mean what they mean there.
 WINDOWS = {"\x80": "\u20ac", "\x91": "\u2018", "\x92": "\u2019", "\x93": "\u201c", "\x94": "\u201d"}
 WINDOWS |= {"\x85": "\u2026", "\x96": DASH, "\x97": DASH}
@@ -176,8 +175,8 @@ def rule(starts, pattern, action=None, flags=0):
 WORD = "<W>(?:<W>|[0-9])*(?:[.!?]<W>(?:<W>|[0-9])*)*"
 CLITIC = "(?:[sSmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
 NUMBER = "[0-9]*(?:[.:,\u066b][0-9]+)+|[0-9]+"
-LINK_END = "[^ \t\u00a0\n\"<>|.!?(){},-]"
-PATH = "(?:/[^ \t\u00a0\n\"<>|()]+" + LINK_END + ")?"
+LINK_END = '[^ \t\u00a0\n"<>|.!?(){},-]'
+PATH = '(?:/[^ \t\u00a0\n"<>|()]+' + LINK_END + ")?"
 
 # Abbreviations keep their dot. Those that can end a sentence do so before a capital, a tag or the
 # end of the file, and then the dot is read twice: "etc. Then" is "etc." "." "then".
@@ -228,21 +227,20 @@ rule("[A-Za-z\u00ad]", "[A-Za-z\u00ad]*[A-MO-Za-mo-z](?P<after>[nN]<P>[tT])", wo
 rule(WORD_START, WORD, word)
 rule(QUOTE, "<Q>[nN]<Q>?")
 rule("[dDlLjJ]", "[dDlLjJ]<Q>")
-rule("['\u2019cdnosCDNOS]", "<Q>(?:em|till?|cause)|(?:dunkin|somethin|ol)<Q>|cap<Q>n|ne<Q>er", None,
-     re.I)
+rule("['\u2019cdnosCDNOS]", "<Q>(?:em|till?|cause)|(?:dunkin|somethin|ol)<Q>|cap<Q>n|ne<Q>er", None, re.I)
 rule("[celnsCELNS]", "c'mon|e'er|ev'ry|li'l|nat'l|nor'easters?|s'mores", None, re.I)
 rule(QUOTE, "<Q>[0-9][0-9]s|'[0-9][0-9]S|<Q>[0-9][0-9](?P<after>[ \t\u00a0\u2000\n])")
 rule("[A-HJ-XZn]", "[A-HJ-XZn]<P><L><L>+")
 rule(LETTERS, "<L>+?[aeiouyAEIOUY]<P>[aeiouA-Z]<L>*")
 rule("[yY]", "[yY]<Q>(?P<after><L>)")
 # links, mail, names
-rule("[hH]", "(?i:https?)://[^ \t\u00a0\n\"<>|()]+" + LINK_END)
+rule("[hH]", '(?i:https?)://[^ \t\u00a0\n"<>|()]+' + LINK_END)
 rule("[wW]", r"www\.(?:[^ \t\u00a0\n\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}" + PATH)
 # "," to "_" is a range, with all capitals and digits in it: the reference's behaviour
 rule("[^A-Z0-9,-_]", "(?:[^ \t\u00a0\n\"`'<>|.!?(){},-_$]+\\.)+(?:com|net|org|edu)" + PATH)
 rule(
     "[a-zA-Z0-9<]",
-    "<?[a-zA-Z0-9][^ \t\u00a0\n\"<>|()]*@(?:[^ \t\u00a0\n\"<>|().]+\\.)*[^ \t\u00a0\n\"<>|().]+>?",
+    '<?[a-zA-Z0-9][^ \t\u00a0\n"<>|()]*@(?:[^ \t\u00a0\n"<>|().]+\\.)*[^ \t\u00a0\n"<>|().]+>?',
 )
 rule("@", "@[A-Za-z_][A-Za-z_0-9]*")
 rule("#", "#<L>+")
@@ -294,8 +292,12 @@ rule("'", "''?")
 rule("&", "&(?:[HT]L|[UL]R|Q[CLR]|odq|cdq|#[0-9]+|quot|apos);", None, re.I)
 # smileys
 rule("[<>:;=]", r"[<>]?[:;=][-o*']?[dpDOP()@\[\]{|\\](?P<after>[^A-Za-z0-9])", smiley)
-rule("[-^x=~<>'(]", r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)"
-     r"|\([\^x=~<>']-[\^x=~<>'`]\)", smiley)
+rule(
+    "[-^x=~<>'(]",
+    r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)"
+    r"|\([\^x=~<>']-[\^x=~<>'`]\)",
+    smiley,
+)
 # other signs
 rule("-", "-{5,}")
 rule("-", "-{3,4}", becomes("--"))
