@@ -87,6 +87,24 @@ def signature(videos, of, references, tokenizer, metrics, tables):
     return "|".join([*parts, f"v:{VERSION}"])
 
 
+def score_ngrams(references, hypotheses, metrics, names):
+    """{name: (corpus score, per-video scores)} of BLEU-1..4 and CIDEr, as far as they are asked for.
+
+    The counts are large, so they end here, before METEOR takes its memory.
+    """
+    if not {"BLEU", "CIDEr"} & set(metrics):
+        return {}
+    columns, counts = {}, ngrams.count(references, hypotheses)
+    if "BLEU" in metrics:
+        total, rows = bleu.score(counts)
+        columns |= {f"Bleu_{n + 1}": (total[n], rows[n]) for n in range(ngrams.ORDERS)}
+    if "CIDEr" in metrics:
+        if not counts.length[: counts.references].any():
+            raise InputError(f"{names[0]}: every reference is empty, expected a word for CIDEr")
+        columns["CIDEr"] = cider.score(counts)
+    return columns
+
+
 def check_options(tokenizer, metrics):
     if tokenizer not in TOKENIZERS:
         raise InputError(f"tokenizer: is {tokenizer!r}, expected one of {', '.join(TOKENIZERS)}")
@@ -122,22 +140,19 @@ def score(
     """
     check_options(tokenizer, metrics)
     ids, refs, hyps = inputs.pair(references, hypotheses, subset, names)
-    refs, hyps = tokenize(refs, hyps, tokenizer)
-    columns, tables, notes = {}, None, ()
-    counts = ngrams.count(refs, hyps) if {"BLEU", "CIDEr"} & set(metrics) else None
-    if "BLEU" in metrics:
-        total, rows = bleu.score(counts)
-        columns |= {f"Bleu_{n + 1}": (total[n], rows[n]) for n in range(ngrams.ORDERS)}
-    if "METEOR" in metrics:
+    tables, notes = None, ()
+    if "METEOR" in metrics:  # first, as compiling its paraphrases takes most memory
         tables = load_meteor(meteor_data, tell)
         notes = check_tables(tables, strict)
+    refs, hyps = tokenize(refs, hyps, tokenizer)
+    columns = score_ngrams(refs, hyps, metrics, names)
+    last = columns.pop("CIDEr", None)
+    if tables is not None:
         columns[meteor_name(tables)] = meteor.score(refs, hyps, tables, tell)[:2]
     if "ROUGE_L" in metrics:
         columns["ROUGE_L"] = rouge.score(refs, hyps)
-    if "CIDEr" in metrics:
-        if not counts.length[: counts.references].any():
-            raise InputError(f"{names[0]}: every reference is empty, expected a word for CIDEr")
-        columns["CIDEr"] = cider.score(counts)
+    if last is not None:
+        columns["CIDEr"] = last
         if len(ids) == 1:
             notes += ("CIDEr is 0 for one video: its weights come from the set of videos scored",)
     if len(ids) < len(references):

@@ -17,7 +17,10 @@ from . import METRICS, TOKENIZERS, InputError, inputs, score
 
 
 class Progress:
-    """A line on standard error that appears once something takes longer than two seconds."""
+    """A line on standard error that appears once something takes longer than two seconds.
+
+    On a terminal it is written over and over; elsewhere only its last state is.
+    """
 
     def __init__(self):
         self.start = self.last = time.monotonic()
@@ -35,6 +38,7 @@ class Progress:
 
 
 def table(scores):
+    """Scores x100, one a line, and the signature."""
     width = max(map(len, scores.corpus))
     lines = [f"{name:<{width}}  {100 * value:6.2f}" for name, value in scores.corpus.items()]
     return "\n".join([*lines, scores.signature])
@@ -59,14 +63,23 @@ def write_csv(path, per_video):
 
 
 def current_umask():
+    """The permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that complains in one line."""
+
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
 def arguments(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m metrics",
+        allow_abbrev=False,
         description="BLEU, METEOR, ROUGE-L and CIDEr of captions, as video captioning papers report"
         " them (equal to pycocoevalcap's figures; no Java).",
     )
@@ -92,8 +105,9 @@ def arguments(argv):
 
 
 def main(argv=None):
-    given = arguments(argv)
+    """Runs the command; returns its exit code."""
     try:
+        given = arguments(argv)
         scores = score(
             inputs.read_references(given.references),
             inputs.read_hypotheses(given.hypotheses),

@@ -2,45 +2,30 @@
 
 Two files hold them, both in the folder `meteor/` of an installed pycocoevalcap: a zip (the
 program's jar; nothing in it is run) with function words, non-breaking prefixes, synonyms and
-irregular forms, and a gz with 5.3 million paraphrases. The latter take seconds to read, so they
-are compiled once into a file of plain arrays under the user's cache folder, which later runs map
-into memory.
-
-The compiled file is: 8 bytes of magic, the length of a JSON header (8 bytes, little-endian), the
-header, then arrays, each at a multiple of 64. The header names the source's size and sha256 and
-the arrays' CRC-32; a file that does not agree is built again. A paraphrase (left, right) is two
-nodes of one trie of word ids: node 0 is the empty phrase, and child (node, word) is the position
-of `node * words + word` in the sorted array `keys`, plus one.
+irregular forms, and a gz with 5.3 million paraphrases (`meteor_paraphrases.py`).
 
 References
 [1] Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation for Any Target
-    Language, WMT 2014 (paraphrase tables, function words).
-[2] Miller, WordNet: A Lexical Database for English, Communications of the ACM 38(11), 1995.
+    Language, WMT 2014 (function words).
+[2] Miller, WordNet: A Lexical Database for English, Communications of the ACM 38(11), 1995
+    (synonyms and irregular forms).
 """
 
-import gzip
-import hashlib
 import importlib.util
-import json
 import os
-import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
+from . import meteor_paraphrases
 from .inputs import InputError
+from .meteor_paraphrases import Paraphrases
 from .meteor_text import Prefixes
 
 JAR = "meteor-1.5.jar"
 PARAPHRASES = "paraphrase-en.gz"
-MAGIC = b"METEORP1"
-BLOCK = 1 << 21  # bytes read at a time
-PIECE = 1 << 18  # phrases handled at a time
-LONGEST = 7  # words in a phrase, at most
+last_loaded = {}  # "found": paths of the files, "tables": what was read from them
 # How an English noun, verb, adjective or adverb is turned into a base form: the first that exists.
 ENDINGS = (
     ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
@@ -73,47 +58,6 @@ class Words:
         """Ids of the synonym sets of a word and of its base forms (set of str)."""
         bases = self.bases.get(word) or [self.base(word)]
         return {i for form in (word, *bases) for i in self.synsets.get(form, "").split()}
-
-
-@dataclass(frozen=True)
-class Paraphrases:
-    """The compiled paraphrases: word -> id, trie keys, and both sides as nodes, in file order."""
-
-    words: dict
-    keys: np.ndarray
-    left: np.ndarray
-    right: np.ndarray
-
-    def find(self, captions):
-        """Every phrase of the table that stands in a caption.
-
-        captions: list of lists of str. Returns arrays (caption, start, length, node), sorted by
-        caption, start and length.
-        """
-        lengths = np.fromiter(map(len, captions), np.int64, len(captions))
-        unknown = len(self.words)
-        flat = [self.words.get(word, unknown) for caption in captions for word in caption]
-        ids = np.array(flat, np.int64)
-        caption = np.repeat(np.arange(len(captions)), lengths)
-        start = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        at, node, found = np.arange(len(ids)), np.zeros(len(ids), np.int64), []
-        for length in range(1, LONGEST + 1):
-            last = at + length - 1
-            inside = last < len(ids)
-            at, node, last = at[inside], node[inside], last[inside]
-            known = (caption[last] == caption[at]) & (ids[last] < unknown)
-            at, node = at[known], node[known]
-            key = node * unknown + ids[at + length - 1]
-            child = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
-            there = self.keys[child] == key
-            at, node = at[there], child[there] + 1
-            found.append((caption[at], start[at], np.full(len(at), length), node))
-        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-        order = np.lexsort((columns[2], columns[1], columns[0]))
-        return [column[order] for column in columns]
-
-    def nodes(self):
-        return len(self.keys) + 1
 
 
 @dataclass(frozen=True)
@@ -163,183 +107,6 @@ def read_words(path):
     )
 
 
-# --- the gz, compiled -----------------------------------------------------------------------------
-
-
-def fingerprint(path):
-    """{"size": bytes, "sha256": hex} of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return {"size": os.path.getsize(path), "sha256": digest.hexdigest()}
-
-
-def blocks_of_lines(path):
-    """Lines of a gz, in lists of a multiple of three. Raises InputError."""
-    rest, lines = b"", []
-    try:
-        with gzip.open(path) as file:
-            while block := file.read(BLOCK):
-                text, newline, rest = (rest + block).rpartition(b"\n")
-                if newline:
-                    lines += text.decode("utf-8").split("\n")
-                    whole = len(lines) // 3 * 3
-                    yield lines[:whole]
-                    lines = lines[whole:]
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}, expected METEOR's paraphrases in a gz") from error
-    if rest:
-        lines.append(rest.decode("utf-8"))
-    if len(lines) not in (0, 3):
-        raise InputError(f"{path}: ends inside an entry, expected three lines an entry")
-    yield lines
-
-
-class PhraseList:
-    """Phrases as they come, kept as word ids: far less memory than the strings."""
-
-    def __init__(self, ids):
-        self.ids, self.words, self.lengths = ids, [], []
-
-    def extend(self, phrases):
-        words, number, ids = " ".join(phrases).split(" "), self.ids.setdefault, self.ids
-        flat = [number(word, len(ids)) for word in words]
-        self.words.append(np.array(flat, np.min_scalar_type(len(ids))))
-        self.lengths.append(np.array([phrase.count(" ") + 1 for phrase in phrases], np.int8))
-
-
-def distinct(parts):
-    """Sorted distinct values of all arrays."""
-    merged = np.concatenate([np.unique(part) for part in parts])
-    merged.sort()
-    return merged[np.append(True, merged[1:] != merged[:-1])]
-
-
-def trie(phrases, vocabulary):
-    """Sorted keys of the trie of a PhraseList (emptied), and the node (int32) of each phrase."""
-    flat, lengths = np.concatenate(phrases.words), np.concatenate(phrases.lengths)
-    phrases.words.clear()
-    first = np.cumsum(lengths, dtype=np.int32) - lengths
-    node, keys, nodes = np.zeros(len(lengths), np.int32), [], 1
-    for depth in range(int(lengths.max())):
-
-        def steps(depth=depth):  # a piece at a time: temporaries of all phrases would double memory
-            for at in range(0, len(lengths), PIECE):
-                longer = at + np.flatnonzero(lengths[at : at + PIECE] > depth)
-                key = node[longer].astype(np.int64) * vocabulary + flat[first[longer] + depth]
-                yield longer, key
-
-        keys.append(distinct(key for _, key in steps()))
-        for longer, key in steps():
-            node[longer] = np.searchsorted(keys[-1], key) + nodes
-        nodes += len(keys[-1])
-    return np.concatenate(keys), node
-
-
-def read_paraphrases(path):
-    """Arrays of METEOR's paraphrase file: {"words", "keys", "left", "right"}. Raises InputError."""
-    ids, repeats, previous = {}, [], None
-    lefts, rights = PhraseList(ids), PhraseList(ids)
-    for lines in blocks_of_lines(path):
-        opening = []
-        for left in lines[1::3]:  # the file is grouped by left
-            if left != previous:
-                opening.append(left)
-                repeats.append(0)
-                previous = left
-            repeats[-1] += 1
-        if opening:
-            lefts.extend(opening)
-        if lines:
-            rights.extend(lines[2::3])
-    if not ids:
-        raise InputError(f"{path}: is empty, expected METEOR's paraphrases")
-    entries = sum(map(len, rights.lengths))
-    rights.words += lefts.words
-    rights.lengths += lefts.lengths
-    keys, node = trie(rights, len(ids))
-    return {
-        "words": np.frombuffer("\n".join(ids).encode("utf-8"), np.uint8),
-        "keys": keys,
-        "left": np.repeat(node[entries:], repeats),
-        "right": node[:entries],
-    }
-
-
-def write_compiled(path, source, arrays):
-    """Writes the compiled file beside `path` and renames it."""
-    layout, at, check = {}, 0, 0
-    for name, array in arrays.items():
-        layout[name] = {"dtype": array.dtype.str, "length": len(array), "at": at}
-        at += -(-array.nbytes // 64) * 64
-        check = zlib.crc32(array.data, check)
-    header = json.dumps({"source": source, "arrays": layout, "crc32": check}).encode("ascii")
-    body = -(-(16 + len(header)) // 64) * 64
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(MAGIC + len(header).to_bytes(8, "little") + header)
-            for name, array in arrays.items():
-                file.seek(body + layout[name]["at"])
-                file.write(array.data)
-            file.truncate(body + at)
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.unlink(beside)
-
-
-def map_compiled(path, source):
-    """Arrays of a compiled file, or None where it is missing, damaged or of another source."""
-    try:
-        data = np.memmap(path, np.uint8, "r")
-        length = int.from_bytes(data[8:16].tobytes(), "little")
-        if data[:8].tobytes() != MAGIC or length > len(data):
-            return None
-        header = json.loads(data[16 : 16 + length].tobytes())
-        body, check, arrays = data[-(-(16 + length) // 64) * 64 :], 0, {}
-        for name, layout in header["arrays"].items():
-            kind = np.dtype(layout["dtype"])
-            part = body[layout["at"] : layout["at"] + layout["length"] * kind.itemsize]
-            check = zlib.crc32(part.data, check)
-            arrays[name] = part.view(kind)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return arrays if header["source"] == source and header["crc32"] == check else None
-
-
-def cache_folder():
-    """Where compiled tables are kept: below XDG_CACHE_HOME, LOCALAPPDATA or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return Path(base or Path.home() / ".cache") / "caption-metrics"
-
-
-def load_paraphrases(path, tell=None):
-    """Paraphrases of METEOR's gz, from the cache or compiled into it (some ten seconds).
-
-    tell: called with one line of text before compiling. Where the cache cannot be written, the
-    tables live in memory for this run only.
-    """
-    source = fingerprint(path)
-    compiled = cache_folder() / f"meteor-paraphrases-{source['sha256'][:16]}.bin"
-    arrays = map_compiled(compiled, source)
-    if arrays is None:
-        if tell:
-            tell(f"compiling METEOR's paraphrases into {compiled} (once)")
-        arrays = read_paraphrases(path)
-        try:
-            write_compiled(compiled, source, arrays)
-            arrays = map_compiled(compiled, source) or arrays
-        except OSError as error:
-            if tell:
-                tell(f"cannot keep the compiled paraphrases: {error}")
-    words = arrays["words"].tobytes().decode("utf-8").split("\n")
-    ids = dict(zip(words, range(len(words)), strict=True))
-    return Paraphrases(ids, arrays["keys"], arrays["left"], arrays["right"])
-
-
 # --- where the files are --------------------------------------------------------------------------
 
 
@@ -365,18 +132,17 @@ def locate(given=None):
     return found
 
 
-@lru_cache(maxsize=1)
-def read(jar, paraphrases, tell):
-    return Tables(
-        words=read_words(jar) if jar else None,
-        paraphrases=load_paraphrases(paraphrases, tell) if paraphrases else None,
-    )
-
-
 def load(given=None, tell=None):
-    """Tables found in `folders(given)`, kept for the next call.
+    """Tables found in `folders(given)`; the last ones are kept in memory for the next call.
 
     tell: called with one line of text before something that takes long. Raises InputError where a
     file is there but broken.
     """
-    return read(*locate(given), tell)
+    jar, paraphrases = found = locate(given)
+    if last_loaded.get("found") != found:
+        last_loaded["tables"] = Tables(
+            words=read_words(jar) if jar else None,
+            paraphrases=meteor_paraphrases.load(paraphrases, tell) if paraphrases else None,
+        )
+        last_loaded["found"] = found
+    return last_loaded["tables"]

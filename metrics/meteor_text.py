@@ -14,6 +14,7 @@ References
 
 import re
 from dataclasses import dataclass
+from sys import intern
 
 ALPHA = (
     "A-Za-z\u0160\u017d\u0161\u017e\u0178\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017e\u0400-\u04ff"
@@ -82,5 +83,5 @@ def normalize(line, prefixes):
 
 
 def words(line, prefixes):
-    """Lower-cased words of a caption, list of str."""
-    return [word for word in SEPARATORS.split(normalize(line, prefixes).lower()) if word]
+    """Lower-cased words of a caption, list of str; equal words are one object, which spares memory."""
+    return [intern(word) for word in SEPARATORS.split(normalize(line, prefixes).lower()) if word]

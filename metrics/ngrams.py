@@ -71,14 +71,14 @@ def count(references, hypotheses):
     references: list (videos) of lists of str; hypotheses: list (videos) of str. Words are what
     `str.split()` gives, so a no-break space separates words here, as in the reference.
     """
-    captions = [caption.split() for caption in chain(chain.from_iterable(references), hypotheses)]
-    videos = len(hypotheses)
-    length = np.fromiter(map(len, captions), np.int64, len(captions))
+    videos, ids, flat, length = len(hypotheses), {}, [], []
+    for caption in chain(chain.from_iterable(references), hypotheses):
+        words = [ids.setdefault(word, len(ids)) for word in caption.split()]
+        flat += words
+        length.append(len(words))
+    words, length = np.array(flat, np.int64), np.array(length, np.int64)
     owner = np.concatenate([np.repeat(np.arange(videos), [len(r) for r in references]), np.arange(videos)])
-    ids = {}
-    flat = [ids.setdefault(word, len(ids)) for word in chain.from_iterable(captions)]
-    words = np.array(flat, np.int64)
-    row = np.repeat(np.arange(len(captions)), length)
+    row = np.repeat(np.arange(len(length)), length)
     left = np.repeat(np.cumsum(length), length) - np.arange(len(words))  # words to the end
     tables = []
     gram, size = words, len(ids)
@@ -91,4 +91,4 @@ def count(references, hypotheses):
             gram[start] = inverse.reshape(-1)
         key, times = np.unique(row[start] * max(size, 1) + gram[start], return_counts=True)
         tables.append(Table(key // max(size, 1), key % max(size, 1), times, size))
-    return Corpus(videos, len(captions) - videos, owner, length, tuple(tables))
+    return Corpus(videos, len(length) - videos, owner, length, tuple(tables))
