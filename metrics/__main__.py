@@ -24,7 +24,6 @@ class Progress:
 
     def __init__(self):
         self.start = self.last = time.monotonic()
-        self.shown = False
 
     def __call__(self, text, done=None, total=None):
         now = time.monotonic()
@@ -50,7 +49,7 @@ def write_csv(path, per_video):
     names = list(next(iter(per_video.values())))
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["id", *names])
             for key, values in per_video.items():
@@ -127,6 +126,9 @@ def main(argv=None):
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     for note in scores.notes:
         print(note, file=sys.stderr)
     if given.json:

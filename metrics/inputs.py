@@ -60,6 +60,10 @@ def read_json(path):
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{path}: {where}: {error.msg}, expected JSON") from error
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+        raise InputError(f"{path}: {error}, expected JSON") from error
 
 
 def entry(path, field, item, number):
