@@ -72,6 +72,7 @@ class Paraphrases:
         return [column[order] for column in columns]
 
     def nodes(self):
+        """Nodes of the trie, the empty phrase included."""
         return len(self.keys) + 1
 
 
@@ -99,10 +100,9 @@ def blocks_of_lines(path):
                     whole = len(lines) // 3 * 3
                     yield lines[:whole]
                     lines = lines[whole:]
+            lines += [rest.decode("utf-8")] if rest else []
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}, expected METEOR's paraphrases in a gz") from error
-    if rest:
-        lines.append(rest.decode("utf-8"))
     if len(lines) not in (0, 3):
         raise InputError(f"{path}: ends inside an entry, expected three lines an entry")
     yield lines

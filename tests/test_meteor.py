@@ -244,6 +244,12 @@ def test_any_damage_is_seen_and_mended(small, tmp_path):
     assert compiled.read_bytes() == whole
 
 
+def test_a_last_line_without_its_end_counts(small):
+    text = gzip.decompress((small / meteor_data.PARAPHRASES).read_bytes())
+    (small / meteor_data.PARAPHRASES).write_bytes(gzip.compress(text.removesuffix(b"\n")))
+    assert as_pairs(load_again().paraphrases) == PAIRS
+
+
 def test_another_source_is_compiled_anew(small, tmp_path):
     load_again()
     write_tables(small, pairs=PAIRS[:1] + [("kid", "exile")] + PAIRS[1:])
@@ -279,6 +285,7 @@ def test_a_failed_write_leaves_nothing_and_costs_nothing_but_time(small, tmp_pat
         (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\nright\n" * 50)[:-9]),
         (meteor_data.PARAPHRASES, gzip.compress(b"")),
         (meteor_data.PARAPHRASES, gzip.compress(b"0.5\n\xff\nright\n")),
+        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\n\xff")),
     ],
 )
 def test_broken_tables_are_named(small, tmp_path, name, content):
