@@ -52,12 +52,12 @@ class Captioner(nn.Module):
         self.vit, self.lm = vit, lm
         self.requires_grad_(config.method == "full")
         width, depth = vit.config.width, vit.config.depth
-        if config.rank % config.heads:
-            raise InputError(f"--rank {config.rank}: expected a multiple of --heads {config.heads}")
-        if config.last_blocks > depth:
-            raise InputError(f"--last-blocks {config.last_blocks}: the vision tower has {depth} blocks")
         self.adapter = self.frames = None
         if config.method == "qadapter":
+            if config.rank % config.heads:
+                raise InputError(f"--rank {config.rank}: expected a multiple of --heads {config.heads}")
+            if config.last_blocks > depth:
+                raise InputError(f"--last-blocks {config.last_blocks}: the vision tower has {depth} blocks")
             self.adapter = QAdapter(width, depth, config.queries, config.rank, config.heads,
                                     config.frames, config.last_blocks, config.gate, config.reading,
                                     config.talk)  # fmt: skip

@@ -229,7 +229,7 @@ def claims(caption: str) -> list[tuple[str, str]]:
     """
     found = []
     nouns = list(NOUN.finditer(caption))
-    for noun, after in zip(nouns, nouns[1:] + [None], strict=True):
+    for noun, after in zip(nouns, [*nouns[1:], None], strict=False):
         clause = f" {caption[noun.end() : after.start() if after else None]} "
         motions = [m for m, pairs in MOTIONS.items() if any(f" {p} " in clause for pair in pairs for p in pair)]
         found.append((noun.group(), motions[0] if len(motions) == 1 else ""))

@@ -121,6 +121,19 @@ def save_folder(folder: Path, captioner: Captioner, metadata: dict[str, str], st
     shutil.rmtree(old, ignore_errors=True)
 
 
+def note_interrupts() -> list[int]:
+    """From here on a first Ctrl-C or SIGTERM is noted in the list returned; a second one interrupts at once."""
+    noted: list[int] = []
+
+    def note(number: int, _) -> None:
+        noted.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return noted
+
+
 def write_json(path: Path, content: dict) -> None:
     with replace_atomically(path) as file:
         file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
@@ -138,7 +151,6 @@ def main() -> int:
     out = args.out = Path(args.out or f"runs/{args.dataset}-{args.method}")
     if (out / "config.json").exists() and not resumed:
         raise InputError(f"{out}: holds a run already; --resume {out} goes on with it, --out names another folder")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped kindly is stopped like Ctrl-C
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     begun = time.monotonic()
@@ -190,8 +202,12 @@ def main() -> int:
     # The log keeps the rows up to the step that the run goes on after.
     rows = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
     rows = [row for row in rows if json.loads(row)["step"] <= first]
-    (out / "log.jsonl").write_text("".join(row + "\n" for row in rows))
-    log = open(out / "log.jsonl", "a", buffering=1)
+    with replace_atomically(out / "log.jsonl") as file:
+        file.write("".join(row + "\n" for row in rows).encode())
+
+    def log(row: dict) -> None:
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def save(which: str, step: int, with_state: bool) -> None:
         state = {"optimizer": optimizer.state_dict(), "step": step, "best": best} if with_state else None
@@ -200,48 +216,52 @@ def main() -> int:
     # 5. The loop.
     batches = data.order(len(examples), args.batch_size, args.epochs, args.seed, first)
     step, since, reported = first, time.monotonic(), first
-    try:
-        for batch in batches:
-            frames, targets = data.collate([examples[key] for key in batch])
-            lr = learning_rate(step, steps, args.warmup, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            total, count = captioner(frames.to(device), targets.to(device))
-            loss = total / count
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-            optimizer.step()
-            step += 1
+    interrupted = note_interrupts()  # between two steps the run can be gone on with to the bit; inside one it cannot
+    for batch in batches:
+        frames, targets = data.collate([examples[key] for key in batch])
+        lr = learning_rate(step, steps, args.warmup, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total, count = captioner(frames.to(device), targets.to(device))
+        loss = total / count
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        step += 1
 
-            if step % args.log_every == 0 or step == steps:
-                now = time.monotonic()
-                speed = (step - reported) * args.batch_size / (now - since)
-                left = (steps - step) * args.batch_size / speed
-                row = {"step": step, "loss": loss.item(), "lr": lr, "clips/s": speed}
-                if captioner.adapter is not None:
-                    row["gates"] = captioner.adapter.mean_gates.tolist()
-                log.write(json.dumps(row) + "\n")
-                print(f"step {step}/{steps}  loss {row['loss']:.3f}  lr {lr:.1e}  {speed:.0f} clips/s  "
-                      f"elapsed {cli.clock(now - begun)}  left {cli.clock(left)}", flush=True)  # fmt: skip
-                since, reported = now, step
+        if step % args.log_every == 0 or step == steps:
+            now = time.monotonic()
+            speed = (step - reported) * args.batch_size / (now - since)
+            left = (steps - step) * args.batch_size / speed
+            row = {"step": step, "loss": loss.item(), "lr": lr, "clips/s": speed}
+            if captioner.adapter is not None:
+                row["gates"] = captioner.adapter.mean_gates.tolist()
+            log(row)
+            print(f"step {step}/{steps}  loss {row['loss']:.3f}  lr {lr:.1e}  {speed:.0f} clips/s  "
+                  f"elapsed {cli.clock(now - begun)}  left {cli.clock(left)}", flush=True)  # fmt: skip
+            since, reported = now, step
 
-            if step % (steps_an_epoch * args.eval_every) == 0 or step == steps:
-                captioner.eval()
-                captions = dict(zip(val_references, caption_split(captioner, val_frames), strict=True))
-                captioner.train()
-                scores, _ = score_captions(args.dataset, val_references, captions)
-                log.write(json.dumps({"step": step, "val": scores}) + "\n")
-                print(f"val at step {step}: {table(scores)}", flush=True)
-                if scores["CIDEr"] > best:
-                    best = scores["CIDEr"]
-                    save("best", step, with_state=False)
-                save("last", step, with_state=True)
-                since = time.monotonic()
-    except KeyboardInterrupt:
-        save("last", step, with_state=True)
-        print(f"\nstopped after step {step}; --resume {out} goes on")
-        raise
+        if step % (steps_an_epoch * args.eval_every) == 0 or step == steps:
+            pause = time.monotonic()
+            captioner.eval()
+            captions = dict(zip(val_references, caption_split(captioner, val_frames), strict=True))
+            captioner.train()
+            scores, _ = score_captions(args.dataset, val_references, captions)
+            log({"step": step, "val": scores})
+            print(f"val at step {step}: {table(scores)}", flush=True)
+            if scores["CIDEr"] > best:
+                best = scores["CIDEr"]
+                save("best", step, with_state=False)
+            save("last", step, with_state=True)
+            since += time.monotonic() - pause
+
+        if interrupted:
+            save("last", step, with_state=True)
+            print(f"\nstopped after step {step}; --resume {out} goes on")
+            raise KeyboardInterrupt
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
     # 6. The test split, once, with the weights that validated best.
     captioner.load(out / "best" / "adapter.safetensors")
@@ -250,7 +270,7 @@ def main() -> int:
                         strict=True))  # fmt: skip
     references = {c.id: list(c.captions) for c in splits["test"]}
     scores, signature = score_captions(args.dataset, references, captions)
-    log.write(json.dumps({"step": step, "test": scores}) + "\n")
+    log({"step": step, "test": scores})
     write_json(out / "test.json", {"scores": scores, "signature": signature, "captions": captions})
     for clip in splits["test"][:5]:
         print(f"\n{clip.path}\n  says       {captions[clip.id]}\n  reference  {clip.captions[0]}")
