@@ -221,7 +221,7 @@ def map_compiled(path, source):
     start = data[:16].tobytes()
     length, check = (int.from_bytes(start[at : at + 4], "little") for at in (8, 12))
     header = data[16 : 16 + length].tobytes()
-    if start[:8] != MAGIC or len(header) < length or zlib.crc32(header) != check:
+    if start[:8] != MAGIC or not header or len(header) < length or zlib.crc32(header) != check:
         return None
     header, arrays, check = json.loads(header), {}, 0
     body = data[padded(16 + length) :]
