@@ -71,6 +71,13 @@ def test_tables_are_whole(tables):
     assert tables.words.meanings("automobile") & tables.words.meanings("cars")
 
 
+def test_base_forms(tables):
+    """The first ending that leaves a word of the table; none for words in "ss" and of one or two letters."""
+    cases = "ladies lady boxes box churches church women woman taller tall tallest tall grass grass as as".split()
+    cases = dict(zip(cases[::2], cases[1::2], strict=True)) | {"running": "", "xyzs": ""}
+    assert {word: tables.words.base(word) for word in cases} == cases
+
+
 # --- counts and scores --------------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,15 @@ def test_coco_files(files, capsys):
     assert run(capsys, *files[0])[:2] == (0, expected)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_files_are_utf8(files, capsys, encoding):
+    """With the mark that some editors write, and without."""
+    files[1].write_text(json.dumps({"кот": ["señora", "x"], "b": ["y"]}, ensure_ascii=False), encoding=encoding)
+    files[2].write_text(json.dumps({"кот": "señora", "b": "y"}, ensure_ascii=False), encoding=encoding)
+    code, out, _ = run(capsys, *files[0], "--json")
+    assert code == 0 and json.loads(out)["ROUGE_L"] == 1.0
+
+
 def test_progress_waits_two_seconds(capsys, monkeypatch):
     progress = Progress()
     progress("METEOR", 3, 3)
