@@ -22,6 +22,7 @@ import os
 import tempfile
 import zlib
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,14 @@ def blocks_of_lines(path):
     yield lines
 
 
+class Ids(dict):
+    """Numbers its keys from 0 as they are first asked for."""
+
+    def __missing__(self, key):
+        self[key] = number = len(self)
+        return number
+
+
 class PhraseList:
     """Phrases as they come, kept as word ids: far less memory than the strings."""
 
@@ -115,10 +124,13 @@ class PhraseList:
         self.ids, self.words, self.lengths = ids, [], []
 
     def extend(self, phrases):
-        words, number, ids = " ".join(phrases).split(" "), self.ids.setdefault, self.ids
-        flat = [number(word, len(ids)) for word in words]
-        self.words.append(np.array(flat, np.min_scalar_type(len(ids))))
-        self.lengths.append(np.array([phrase.count(" ") + 1 for phrase in phrases], np.int8))
+        """Adds a list of str, which is not empty."""
+        words = " ".join(phrases).split(" ")
+        flat = np.fromiter(map(self.ids.__getitem__, words), np.int32, len(words))
+        self.words.append(flat.astype(np.min_scalar_type(len(self.ids))))
+        text = np.frombuffer("\n".join(["", *phrases]).encode("utf-8"), np.uint8)
+        spaces = np.add.reduceat(text == ord(" "), np.flatnonzero(text == ord("\n")), dtype=np.int8)
+        self.lengths.append(spaces + np.int8(1))
 
 
 def distinct(parts):
@@ -151,16 +163,16 @@ def trie(phrases, vocabulary):
 
 def compile_table(path):
     """Arrays of METEOR's paraphrase file: {"words", "keys", "left", "right"}. Raises InputError."""
-    ids, repeats, previous = {}, [], None
+    ids, repeats, previous = Ids(), [], None
     lefts, rights = PhraseList(ids), PhraseList(ids)
     for lines in blocks_of_lines(path):
         opening = []
-        for left in lines[1::3]:  # the file is grouped by left
+        for left, entries in groupby(lines[1::3]):  # the file is grouped by left
             if left != previous:
                 opening.append(left)
                 repeats.append(0)
                 previous = left
-            repeats[-1] += 1
+            repeats[-1] += len(list(entries))
         if opening:
             lefts.extend(opening)
         if lines:
