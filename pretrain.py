@@ -2,8 +2,9 @@
 
 The ViT learns from stills of `shapes` only: at each patch which colour and kind covers it, where that
 shape's centre is, how big it is and how it is turned; at the class token which shapes are there. The
-language model learns from text only: captions, and captions told again after a paraphrase or a list of
-key words. Neither meets a clip together with its caption; that is left to `train.py`.
+language model learns from text only: captions, captions after another telling or after notes ("red
+circle left"), and lists of notes told again in another order, which is where it learns to look up what
+was said of a shape. Neither meets a clip together with its caption; that is left to `train.py`.
 
 Both are written as a public model's folder: config.json, model.safetensors (fp16), and for the ViT
 preprocessor_config.json, for the language model tokenizer.model.
@@ -33,7 +34,7 @@ from weights import replace_atomically, write_safetensors
 
 VIT = ViTConfig(image_size=shapes.SIDE, patch_size=16, width=128, depth=6, heads=4, mlp_width=512,
                 activation="gelu", norm_eps=1e-5)  # fmt: skip
-VOCABULARY = 400
+VOCABULARY = 480
 COLOURS, KINDS = list(shapes.COLOURS), list(shapes.KINDS)
 NOTHING = -1
 
@@ -44,7 +45,7 @@ def still(index: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     """Image (S, S, 3) uint8 and what there is to tell of it.
 
     Classes (P-1, 2) of the shape that covers each patch most, colour and kind (-1 where none does);
-    geometry (P-1, 5) of that shape: centre from the patch's centre in patches, log radius, turn as
+    geometry (P-1, 5) of that shape: centre from the image's centre in patches, log radius, turn as
     cosine and sine of the angle times the shape's symmetry; presence (colours * kinds,) of each shape.
     """
     rng = np.random.default_rng([seed, 9, index])
@@ -63,9 +64,8 @@ def still(index: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
         presence[colour, kind] = own.any()
         turn = angle * shapes.SYMMETRY.get(shape.kind, 0)
         for p in np.flatnonzero(own):
-            dx, dy = x / size - (p % side + 0.5), y / size - (p // side + 0.5)
             classes[p] = colour, kind
-            geometry[p] = dx, dy, np.log(radius / 9), np.cos(turn), np.sin(turn)
+            geometry[p] = x / size - side / 2, y / size - side / 2, np.log(radius / 9), np.cos(turn), np.sin(turn)
     return frames[0], classes, geometry, presence.reshape(-1)
 
 
@@ -121,6 +121,10 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
     images = images.permute(0, 3, 1, 2).contiguous()  # (count, 3, S, S)
     mean, std = [0.3] * 3, [0.2] * 3
     vit, heads = ViT(VIT, mean, std), StillHeads()
+    nn.init.normal_(vit.position, std=0.3)  # as loud as the pixels, so that places are not drowned
+    for block in vit.blocks:
+        nn.init.zeros_(block.attn.out.weight)
+        nn.init.zeros_(block.mlp.down.weight)
     draw = torch.Generator().manual_seed(seed)
 
     def batch(step: int):
@@ -142,23 +146,34 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
 # -------------------------------------------------------------------------------------------- text
 
 
-def document(rng: np.random.Generator) -> str:
-    """A caption of a scene, alone or after one or two other tellings of it or its key words."""
-    scene = shapes.draw_scene(rng)
-    before = []
-    for _ in range(rng.integers(3)):
-        if rng.random() < 0.5:
-            before.append(shapes.describe(scene, rng))
-        else:
-            words = [f"{s.colour} {s.kind} {s.motion}" for s in scene]
-            before.append(" ".join(rng.permutation(words)))
-    return " ".join([*before, PROMPT, shapes.describe(scene, rng)])
+def notes(scene, rng: np.random.Generator) -> str:
+    """Key words of each shape, in any order of the shapes: "red circle left blue square up"."""
+    return " ".join(rng.permutation([f"{s.colour} {s.kind} {s.motion}" for s in scene]))
+
+
+def document(rng: np.random.Generator) -> tuple[str, str]:
+    """What comes first and what follows it, which are tokenised apart, as prompt and caption are in training."""
+    scene, style, before = shapes.draw_scene(rng), rng.integers(6), []
+    if style == 1:
+        before = [shapes.describe(scene, rng)]
+    elif style in (2, 3):
+        before = [notes(scene, rng) for _ in range(rng.integers(1, 5))]
+    elif style > 3:
+        many = [shapes.draw_shape(rng) for _ in range(rng.integers(3, 7))]
+        return notes(many, rng), " ".join(notes(many, rng) for _ in range(rng.integers(1, 4)))
+    return " ".join([*before, PROMPT]), shapes.describe(scene, rng)
 
 
 def train_tokenizer(texts: list[str]) -> bytes:
+    """A BPE model in which "red circle" or "moves left" is one piece, space and all: captions are then short,
+    and the demo is quick."""
+    nouns = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
+    verbs = [phrase for pairs in shapes.MOTIONS.values() for pair in pairs for phrase in pair]
+    pieces = ["\u2581" + words.replace(" ", "\u2581") for words in [*nouns, *verbs, *shapes.MOTIONS]]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=VOCABULARY,
+        user_defined_symbols=pieces,
         byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2,
         pad_id=-1, unk_id=0, bos_id=1, eos_id=2, num_threads=1,
     )  # fmt: skip
@@ -168,7 +183,7 @@ def train_tokenizer(texts: list[str]) -> bytes:
 def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int) -> None:
     rng = np.random.default_rng([seed, 8])
     texts = [document(rng) for _ in range(count)]
-    tokenizer = train_tokenizer(texts[:20000])
+    tokenizer = train_tokenizer([" ".join(t) for t in texts[:20000]])
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     config = LMConfig(
         vocab=pieces.vocab_size(), width=160, depth=4, heads=4, kv_heads=2, head_width=40, mlp_width=448,
@@ -177,7 +192,10 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
     )  # fmt: skip
     lm = CausalLM(config)
     nn.init.normal_(lm.embed.weight, std=0.05)  # it is the head too
-    rows = [[config.bos_id, *ids, config.eos_id] for ids in pieces.encode(texts)]
+    for block in lm.blocks:  # what a block adds grows from nothing, so that words are not drowned at the start
+        nn.init.zeros_(block.attn.o.weight)
+        nn.init.zeros_(block.down.weight)
+    rows = [[config.bos_id, *before, *after, config.eos_id] for before, after in map(pieces.encode, map(list, texts))]
     longest = max(map(len, rows))
     ids = torch.tensor([r + [-100] * (longest - len(r)) for r in rows])
     draw = torch.Generator().manual_seed(seed)
@@ -188,7 +206,7 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
         logits = lm(lm.embed(some[:, :-1].clamp(min=0)))
         return F.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), ignore_index=-100), {}
 
-    train("lm", [lm], batch, steps, lr=2e-3)
+    train("lm", [lm], batch, steps, lr=4e-3)
     told = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": config.vocab, "hidden_size": config.width, "num_hidden_layers": config.depth,
@@ -222,9 +240,9 @@ def main() -> None:
     parser.add_argument("--only", choices=["vit", "lm"], help="make one of the two")
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and order")
     parser.add_argument("--stills", type=int, default=60_000, help="stills drawn for the ViT")
-    parser.add_argument("--vit-steps", type=int, default=5000, help="steps of 128 stills")
+    parser.add_argument("--vit-steps", type=int, default=4000, help="steps of 128 stills")
     parser.add_argument("--texts", type=int, default=50_000, help="texts written for the language model")
-    parser.add_argument("--lm-steps", type=int, default=500, help="steps of 64 texts")
+    parser.add_argument("--lm-steps", type=int, default=2500, help="steps of 64 texts")
     args = parser.parse_args()
     if args.only != "vit":
         torch.manual_seed(args.seed)

@@ -41,7 +41,7 @@ def backbones(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("backbones")
     torch.manual_seed(0)
     pretrain.VIT = replace(pretrain.VIT, width=16, depth=2, heads=2, mlp_width=32)
-    pretrain.VOCABULARY = 330
+    pretrain.VOCABULARY = 400
     pretrain.pretrain_vit(folder / "vit", count=8, steps=1, batch_size=4, seed=0)
     pretrain.pretrain_lm(folder / "lm", count=300, steps=1, batch_size=2, seed=0)
     return folder
