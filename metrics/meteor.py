@@ -231,12 +231,11 @@ def score(references, hypotheses, tables, tell=None):
         {words[text] for group in references for text in group},
         {words[text] for text in hypotheses},
     )
-    ready, segments, scores = {}, [], []
+    segments, scores = [], []
     for group, text in zip(references, hypotheses, strict=True):
-        if words[text] not in ready:
-            ready[words[text]] = Hypothesis(lexicon.texts[words[text]], lexicon)
         unique = dict.fromkeys(words[reference] for reference in group)
-        counts, value = segment(ready[words[text]], [lexicon.texts[key] for key in unique])
+        texts = [lexicon.texts[key] for key in unique]
+        counts, value = segment(Hypothesis(lexicon.texts[words[text]], texts, lexicon), texts)
         segments.append(counts)
         scores.append(value)
         if tell:

@@ -3,8 +3,7 @@
 Four modules, in this order: equal words, equal stems, common synonym sets, entries of the
 paraphrase table. A word may be matched by several; the aligner chooses. Whether two words match
 depends on the two words alone, so everything is looked up once for the words of the whole
-corpus, and a `Hypothesis` then knows, for every word or phrase that a reference may hold, where
-it matches.
+corpus, and a `Hypothesis` then knows, for every word or phrase of its references, where it matches.
 
 References
 [1] Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation for Any Target
@@ -99,14 +98,15 @@ class Lexicon:
         useful = np.zeros(table.nodes(), bool)
         useful[left[entries]] = useful[right[entries]] = True
         keep = useful[node]
-        phrases = [[] for _ in captions]
+        phrases, known = [[] for _ in captions], {}
         for at, *phrase in zip(*[column[keep].tolist() for column in (caption, start, length, node)], strict=True):
-            phrases[at].append(tuple(phrase))
+            phrase = tuple(phrase)
+            phrases[at].append(known.setdefault(phrase, phrase))  # many are alike: one object each
         return [tuple(found) for found in phrases]
 
 
 class Hypothesis:
-    """A hypothesis ready to be matched.
+    """A hypothesis ready to be matched with some references.
 
     words[w]: positions (bit masks) where a reference's word w matches, by module (exact, stem,
     synonym). phrases[n]: paraphrase matches of a reference's phrase n, as (order, at, size), where
@@ -114,20 +114,26 @@ class Hypothesis:
     where those matches start, where the words after them are, and all they cover.
     """
 
-    def __init__(self, text, lexicon):
+    def __init__(self, text, references, lexicon):
+        """text: the hypothesis; references: all that it may be matched with; Texts of `lexicon`."""
         self.text = text
         self.words, self.phrases, self.reach = {}, defaultdict(list), {}
+        there = {word for reference in references for word in reference.words}
         for i, word in enumerate(text.words):
             self.note(word, EXACT, i)
             for other, module in lexicon.related[word]:
-                self.note(other, module, i)
+                if other in there:
+                    self.note(other, module, i)
+        there = {node for reference in references for _, _, node in reference.phrases}
         for at, size, node in text.phrases:
             # METEOR looks first for phrases of the reference on the table's left side, by length
             # and entry, then for phrases of the hypothesis there, by position, length and entry.
             for entry, other in lexicon.lefts.get(node, ()):
-                self.phrases[other].append((0, entry, at, size))
+                if other in there:
+                    self.phrases[other].append((0, entry, at, size))
             for entry, other in lexicon.rights.get(node, ()):
-                self.phrases[other].append((1, entry, at, size))
+                if other in there:
+                    self.phrases[other].append((1, entry, at, size))
         for node, found in self.phrases.items():
             reach = self.reach[node] = [0, 0, 0]
             for _, _, at, size in found:

@@ -47,27 +47,29 @@ class Paraphrases:
     def find(self, captions):
         """Every phrase of the table that stands in a caption.
 
-        captions: list of lists of str. Returns arrays (caption, start, length, node), sorted by
-        caption, start and length.
+        captions: list of lists of str. Returns int32 arrays (caption, start, length, node), sorted
+        by caption, start and length.
         """
-        lengths = np.fromiter(map(len, captions), np.int64, len(captions))
+        lengths = np.fromiter(map(len, captions), np.int32, len(captions))
         unknown = len(self.words)
-        flat = [self.words.get(word, unknown) for caption in captions for word in caption]
-        ids = np.array(flat, np.int64)
-        caption = np.repeat(np.arange(len(captions)), lengths)
-        start = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        at, node, found = np.arange(len(ids)), np.zeros(len(ids), np.int64), []
+        words = (self.words.get(word, unknown) for caption in captions for word in caption)
+        ids = np.fromiter(words, np.int32, lengths.sum())
+        caption = np.repeat(np.arange(len(captions), dtype=np.int32), lengths)
+        first = np.cumsum(lengths, dtype=np.int32) - lengths
+        at = np.arange(len(ids), dtype=np.int32)
+        start = at - np.repeat(first, lengths)
+        node, found = np.zeros(len(ids), np.int32), []
         for length in range(1, LONGEST + 1):
             last = at + length - 1
             inside = last < len(ids)
             at, node, last = at[inside], node[inside], last[inside]
             known = (caption[last] == caption[at]) & (ids[last] < unknown)
             at, node = at[known], node[known]
-            key = node * unknown + ids[at + length - 1]
+            key = node.astype(np.int64) * unknown + ids[at + length - 1]
             child = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
             there = self.keys[child] == key
-            at, node = at[there], child[there] + 1
-            found.append((caption[at], start[at], np.full(len(at), length), node))
+            at, node = at[there], child[there].astype(np.int32) + 1
+            found.append((caption[at], start[at], np.full(len(at), length, np.int32), node))
         columns = [np.concatenate(column) for column in zip(*found, strict=True)]
         order = np.lexsort((columns[2], columns[1], columns[0]))
         return [column[order] for column in columns]

@@ -119,7 +119,7 @@ def test_bound_spares_no_better_reference(tables):
     refs, hyps, lexicon = texts_of(refs, hyps, tables)
     skipped = 0
     for group, text in zip(refs, hyps, strict=True):
-        hypothesis, best = Hypothesis(text, lexicon), (None, -1.0)
+        hypothesis, best = Hypothesis(text, group, lexicon), (None, -1.0)
         for reference in group:
             counts = meteor.count(align(hypothesis.matches(reference), len(text.words)), text, reference)
             value, bound = meteor.score_counts(counts), meteor.upper_bound(hypothesis, reference)
@@ -242,12 +242,12 @@ def test_matches_come_in_the_order_of_the_modules(small):
     """Ties are decided by it: phrases of the reference on the table's left side come before the others."""
     write_tables(small, pairs=[("y", "q"), ("q", "x"), ("q", "y x")])
     (((text,),), (hypothesis,), lexicon) = texts_of([["q"]], ["y x"], load_again())
-    assert [(m.at, m.size) for m in Hypothesis(hypothesis, lexicon).matches(text)[0]] == [(1, 1), (0, 2), (0, 1)]
+    assert [(m.at, m.size) for m in Hypothesis(hypothesis, [text], lexicon).matches(text)[0]] == [(1, 1), (0, 2), (0, 1)]
 
 
 def test_equal_captions_are_matched_exactly_only(small):
     (((text,),), (hypothesis,), lexicon) = texts_of([["car automobile"]], ["car automobile"], load_again())
-    assert Hypothesis(hypothesis, lexicon).matches(text) == [[Match(0, 1, 0, 1, 0)], [Match(1, 1, 1, 1, 0)]]
+    assert Hypothesis(hypothesis, [text], lexicon).matches(text) == [[Match(0, 1, 0, 1, 0)], [Match(1, 1, 1, 1, 0)]]
 
 
 def test_compiled_once_and_reused(small, tmp_path, monkeypatch):
