@@ -158,7 +158,8 @@ def trie(phrases, vocabulary):
 
         keys.append(distinct(key for _, key in steps()))
         for longer, key in steps():
-            node[longer] = np.searchsorted(keys[-1], key) + nodes
+            order = np.argsort(key)  # a search in ascending order is twice as fast
+            node[longer[order]] = np.searchsorted(keys[-1], key[order]) + nodes
         nodes += len(keys[-1])
     return np.concatenate(keys), node
 

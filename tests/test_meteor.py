@@ -242,7 +242,8 @@ def test_matches_come_in_the_order_of_the_modules(small):
     """Ties are decided by it: phrases of the reference on the table's left side come before the others."""
     write_tables(small, pairs=[("y", "q"), ("q", "x"), ("q", "y x")])
     (((text,),), (hypothesis,), lexicon) = texts_of([["q"]], ["y x"], load_again())
-    assert [(m.at, m.size) for m in Hypothesis(hypothesis, [text], lexicon).matches(text)[0]] == [(1, 1), (0, 2), (0, 1)]
+    (found,) = Hypothesis(hypothesis, [text], lexicon).matches(text)
+    assert [(match.at, match.size) for match in found] == [(1, 1), (0, 2), (0, 1)]
 
 
 def test_equal_captions_are_matched_exactly_only(small):
