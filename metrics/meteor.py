@@ -7,7 +7,8 @@ matches scattered over many chunks. Of several references the best counts. The c
 from the summed counts of all segments and is not the mean of their scores.
 
 The reference's behaviour, kept here: where all references score 0 the first one's counts enter the
-corpus; the chunk of a segment that matches perfectly does not.
+corpus; the chunk of a segment that matches perfectly does not. One thing is not kept: the reference
+compares 32-bit hashes of words, so that to it "gelato" equals "variants".
 
 References
 [1] Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation for Any Target
