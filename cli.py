@@ -20,29 +20,36 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number not below `least`."""
+    """An argparse type: a whole number from `least` to 2^31."""
 
     def whole(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < least:
+        if not text.lstrip("-").isdecimal() or not least <= int(text[:12]) <= 2**31:
             raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, found {text!r}")
         return int(text)
 
     return whole
 
 
-def positive(text: str) -> float:
-    """An argparse type: a number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value
+def number(least: float, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number from `least` on, or `above` it."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not (value > least if above else value >= least) or value == float("inf"):
+            kind = "above" if above else "of at least"
+            raise argparse.ArgumentTypeError(f"expected a number {kind} {least:g}, found {text!r}")
+        return value
+
+    return parse
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a script: its exit code is main's, 2 after an InputError, 130 after Ctrl-C."""
+    """Runs a script: its exit code is main's, 2 after bad input, 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    sys.stderr.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -55,6 +62,9 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        code = 2
     sys.exit(code)
 
 

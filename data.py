@@ -2,7 +2,8 @@
 
 Video is read with PyAV [1]. Frames are chosen by time, never by count: the clip's span is cut into T
 equal segments, and of each the frame shown at its centre is taken (evaluation) or at a random moment
-(training), as Temporal Segment Networks do [2].
+(training), as Temporal Segment Networks do [2]. Training draws its moments from M > T frames kept of
+each clip, so that a video is decoded once.
 
 Letters: B clips, T frames, M candidate frames kept of a clip, S side in pixels, K captions a clip,
 L tokens of the longest caption with its EOS.
@@ -14,7 +15,9 @@ References
 
 import hashlib
 import json
+import math
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,9 +33,9 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from torch import Tensor
 
 import shapes
-from weights import InputError, read_json, replace_atomically
+from model import IGNORED, LONGEST
+from weights import InputError, field, read_json, replace_atomically
 
-IGNORED = -100  # pads targets; the loss leaves it out
 HELD_BYTES = 512 * 2**20  # of decoded frames; a longer video is decoded a second time instead
 
 
@@ -123,8 +126,8 @@ def read_frames(path: str | Path, frames: int, size: int, rng: np.random.Generat
     A clip with fewer frames than asked for shows some of them more than once. Raises InputError.
     """
     times, held, weight = [], [], 0
-    for time, frame in decode(path):
-        times.append(time)
+    for moment, frame in decode(path):
+        times.append(moment)
         weight += 2 * frame.width * frame.height
         if weight <= HELD_BYTES:
             held.append(frame)
@@ -154,10 +157,17 @@ def load(dataset: str, root: Path, sizes: tuple[int, int, int] = (6000, 200, 500
         raise InputError(f"dataset {dataset!r}: expected shapes")
     shapes.make(root, dict(zip(SPLITS, sizes, strict=True)))
     path = root / "captions.json"
-    return {
-        split: [Clip(name, root / name, tuple(captions)) for name, captions in clips.items()]
-        for split, clips in read_json(path).items()
-    }
+    splits = read_json(path)
+    found = {}
+    for split in SPLITS:
+        clips = field(splits, split, dict, path)
+        if not clips:
+            raise InputError(f"{path}: split {split!r} is empty, expected {{file: [caption, ...]}}")
+        found[split] = [Clip(name, root / name, tuple(captions)) for name, captions in clips.items()]
+    ids = [clip.id for clips in found.values() for clip in clips]
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{path}: a clip stands in two splits, for one {max(ids, key=ids.count)!r}")
+    return found
 
 
 def load_tokenizer(folder: str | Path) -> sentencepiece.SentencePieceProcessor:
@@ -187,7 +197,8 @@ def cached_frames(clips: list[Clip], path: Path, count: int, size: int, workers:
     key = hashlib.sha256(json.dumps([stamps, count, size]).encode()).hexdigest()
     note = path.with_suffix(".json")
     shape = (len(clips), count, 3, size, size)
-    if not (note.exists() and path.exists() and read_json(note).get("sha256 of sources") == key):
+    whole = path.exists() and path.stat().st_size == math.prod(shape)
+    if not (whole and note.exists() and read_json(note).get("sha256 of sources") == key):
         path.parent.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
         with replace_atomically(path) as file, ProcessPoolExecutor(workers or None) as pool:
@@ -201,26 +212,45 @@ def cached_frames(clips: list[Clip], path: Path, count: int, size: int, workers:
     return np.memmap(path, np.uint8, "r", shape=shape)
 
 
+def cached_features(frames: np.ndarray, path: Path, key: str, encode, report=print) -> np.ndarray:
+    """What the frozen ViT makes of cached frames (clips, M, 3, S, S), kept once: fp16 (clips, M, ...), memory-mapped.
+
+    encode: uint8 tensor (B, M, 3, S, S) -> fp16 tensor (B, M, ...). `path` is used again as long as it
+    was made with the same `key`, which has to name all that the result depends on.
+    """
+    note, shape = path.with_suffix(".json"), (len(frames), *encode(torch.from_numpy(np.array(frames[:1]))).shape[1:])
+    whole = path.exists() and path.stat().st_size == 2 * math.prod(shape)
+    if not (whole and note.exists() and read_json(note).get("key") == key):
+        report(f"features: {2 * math.prod(shape) / 1e9:.2f} GB go into {path}")
+        note.unlink(missing_ok=True)
+        begun = time.monotonic()
+        with replace_atomically(path) as file:
+            for i in range(0, len(frames), 32):
+                file.write(encode(torch.from_numpy(np.array(frames[i : i + 32]))).numpy().tobytes())
+                if i == 320:
+                    left = (time.monotonic() - begun) / 352 * (len(frames) - 352)
+                    report(f"features: {left:.0f} s to go")
+        with replace_atomically(note) as file:
+            file.write(json.dumps({"key": key, "shape": shape}).encode())
+    return np.memmap(path, np.float16, "r", shape=shape)
+
+
 # --------------------------------------------------------------------------------------- batches
 
 
-class Examples(torch.utils.data.Dataset):
-    """Training examples by (clip, epoch): T jittered frames, K captions as target ids.
+class Examples:
+    """Training examples by (clip, epoch): T jittered frames, or their features, and K captions as target ids.
 
-    Everything random is drawn from (seed, epoch, clip) alone, so it is the same whatever worker asks
-    and whenever a run goes on. The captions of a clip are dealt like cards: none comes again before
-    all have come.
+    Everything random is drawn from (seed, epoch, clip) alone, so it is the same whenever a run goes on.
+    The captions of a clip are dealt like cards: none comes again before all have come.
     """
 
     def __init__(self, clips: list[Clip], cache: np.ndarray, tokenizer, frames: int, captions: int, seed: int,
-                 eos_id: int, max_tokens: int = 40):  # fmt: skip
+                 eos_id: int):  # fmt: skip
         self.cache, self.frames, self.k, self.seed = cache, frames, captions, seed
         self.ids = [
-            [[*ids[:max_tokens], eos_id] for ids in tokenizer.encode(list(clip.captions))] for clip in clips
+            [[*ids[:LONGEST], eos_id] for ids in tokenizer.encode(list(clip.captions))] for clip in clips
         ]
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def deal(self, clip: int, epoch: int) -> list[list[int]]:
         """The K captions of this clip's turn in this epoch."""
@@ -234,7 +264,7 @@ class Examples(torch.utils.data.Dataset):
         clip, epoch = key
         rng = np.random.default_rng([self.seed, 2, clip, epoch])
         places = moments(self.frames, rng) * self.cache.shape[1]  # of M candidates
-        return torch.from_numpy(self.cache[clip][places.astype(int)]), self.deal(clip, epoch)
+        return torch.from_numpy(self.cache[clip, places.astype(int)]), self.deal(clip, epoch)
 
 
 def collate(examples: list[tuple[Tensor, list[list[int]]]]) -> tuple[Tensor, Tensor]:

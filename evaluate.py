@@ -7,8 +7,10 @@ Letters: B clips, T frames, S side in pixels.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +33,53 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if name == "meta":
+            raise RuntimeError("holds no numbers")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
+BACKBONE_FILES = {
+    "vit": ("config.json", "model.safetensors", "preprocessor_config.json"),
+    "lm": ("config.json", "model.safetensors", "tokenizer.model"),
+}
+
+
 def backbone_hashes(vit: str, lm: str) -> dict[str, str]:
-    """sha256 of both backbones' weights, which a checkpoint names and cannot do without."""
-    return {name: sha256_of(Path(folder) / "model.safetensors") for name, folder in (("vit", vit), ("lm", lm))}
+    """sha256 of every file that both backbones are read from, which a checkpoint names and cannot do without."""
+    paths = {f"{name}/{file}": Path(folder) / file for name, folder in (("vit", vit), ("lm", lm))
+             for file in BACKBONE_FILES[name]}  # fmt: skip
+    return {name: sha256_of(path) for name, path in paths.items() if path.exists()}
+
+
+def checkpoint(run: Path, which: str) -> Path:
+    """`run/which/adapter.safetensors`; a swap of old for new that was cut short in the middle is undone first."""
+    folder, old = run / which, run / f"{which}.old"
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    return folder / "adapter.safetensors"
+
+
+def check_checkpoint(path: Path, hashes: dict[str, str], adapter: AdapterConfig) -> None:
+    """Raises InputError, naming what differs, unless the checkpoint is of these backbones and this shape."""
+    metadata = read_metadata(path)
+    for name in sorted(hashes.keys() | {n for n in metadata if n.startswith(("vit/", "lm/"))}):
+        if metadata.get(name) != hashes.get(name):
+            raise InputError(f"{path}: was trained with another {name} (sha256 {str(metadata.get(name))[:12]}, "
+                             f"found {str(hashes.get(name))[:12]})")  # fmt: skip
+    if metadata.get("adapter") != json.dumps(asdict(adapter)):
+        raise InputError(f"{path}: is an adapter of {metadata.get('adapter')}, its run's config.json says "
+                         f"{json.dumps(asdict(adapter))}")  # fmt: skip
+
+
+def adapter_config(config: dict, path: Path) -> AdapterConfig:
+    """The field "adapter" of a run's config.json; each of its fields must be there and of its type."""
+    given = field(config, "adapter", dict, path)
+    types = {f.name: f.type for f in fields(AdapterConfig)}
+    if odd := sorted(types.keys() ^ given.keys()):
+        raise InputError(f"{path}: adapter: expected the fields {', '.join(types)}; {odd[0]!r} is missing or too much")
+    return AdapterConfig(**{name: field(given, name, kind, path) for name, kind in types.items()})
 
 
 def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
@@ -47,18 +88,10 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
         raise InputError(f"{run}: expected a run's folder with config.json in it, as train.py makes it")
     config = read_json(run / "config.json")
     flags = field(config, "flags", dict, run / "config.json")
-    path = run / which / "adapter.safetensors"
-    metadata = read_metadata(path)
-    for name, sha in backbone_hashes(flags["vit"], flags["lm"]).items():
-        if metadata.get(name) != sha:
-            raise InputError(f"{path}: was trained on another {name} than {flags[name]} (sha256 {sha[:12]}..., "
-                             f"expected {str(metadata.get(name))[:12]}...)")  # fmt: skip
-    captioner = Captioner(
-        ViT.from_pretrained(flags["vit"]),
-        CausalLM.from_pretrained(flags["lm"]),
-        data.load_tokenizer(flags["lm"]),
-        AdapterConfig(**field(config, "adapter", dict, run / "config.json")),
-    )
+    vit, lm = field(flags, "vit", str, run / "config.json"), field(flags, "lm", str, run / "config.json")
+    shape, path = adapter_config(config, run / "config.json"), checkpoint(run, which)
+    check_checkpoint(path, backbone_hashes(vit, lm), shape)
+    captioner = Captioner(ViT.from_pretrained(vit), CausalLM.from_pretrained(lm), data.load_tokenizer(lm), shape)
     captioner.load(path)
     return captioner, config
 
@@ -76,9 +109,12 @@ def caption_split(captioner: Captioner, cache, batch: int = 64) -> list[str]:
 
 
 def score_captions(dataset: str, references: dict[str, list[str]], captions: dict[str, str],
-                   names=("BLEU", "ROUGE_L", "CIDEr")) -> tuple[dict[str, float], str]:  # fmt: skip
+                   names=metrics.METRICS) -> tuple[dict[str, float], str]:  # fmt: skip
     """Scores by name, unscaled, `shapes` also by what its captions claim; and the metrics' signature."""
-    result = metrics.score(references, captions, metrics=names)
+    try:
+        result = metrics.score(references, captions, metrics=names)
+    except metrics.InputError as error:
+        raise InputError(str(error)) from error
     scores = dict(result.corpus)
     if dataset == "shapes":
         scores |= {f"{k} right": v for k, v in shapes.attributes(references, captions).items()}
@@ -124,6 +160,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
     what = parser.add_argument_group("what is captioned")
     what.add_argument("--split", choices=["val", "test"], default="test", help="which split of the run's dataset")
+    what.add_argument("--data", help="the dataset's folder; unset: as in training")
     what.add_argument("--video", nargs="+", metavar="FILE", help="your own videos, or folders of them, instead")
     what.add_argument("--frames", type=cli.at_least(1), help="frames a clip; unset: as in training")
     what.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
@@ -135,13 +172,16 @@ def main() -> int:
     captioner, config = load_run(args.run, args.weights)
     captioner.to(pick_device(args.device))
     flags = config["flags"]
-    frames = args.frames or flags["frames"]
+    frames = args.frames or field(flags, "frames", int, args.run / "config.json")
+    if args.save and not args.save.parent.is_dir():
+        raise InputError(f"--save {args.save}: {args.save.parent} is no folder")
     failed = 0
     if args.video:
         captions, failed = caption_videos(captioner, find_videos(args.video), frames)
     else:
-        root = Path(flags["data"])
-        clips = data.load(flags["dataset"], root, flags["clips"])[args.split]
+        where = args.run / "config.json"
+        root = Path(args.data or field(flags, "data", str, where))
+        clips = data.load(field(flags, "dataset", str, where), root, field(flags, "clips", list, where))[args.split]
         size = captioner.vit.config.image_size
         cache = data.cached_frames(clips, root / f"{args.split}-{frames}x{size}.frames", frames, size, 0)
         captions = dict(zip((c.id for c in clips), caption_split(captioner, cache), strict=True))
@@ -151,7 +191,7 @@ def main() -> int:
         print(signature)
     if args.save:
         with replace_atomically(args.save) as file:
-            file.write((json.dumps(captions, indent=1, ensure_ascii=False) + "\n").encode())
+            file.write((json.dumps(captions, indent=1) + "\n").encode())
     if failed and failed + len(captions) > 1:
         print(f"error: {failed} of {failed + len(captions)} videos could not be captioned", file=sys.stderr)
     return 2 if failed else 0

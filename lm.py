@@ -50,12 +50,15 @@ class LMConfig:
         if rope.get("rope_type", "default") != "default" or rope.keys() - {"rope_type", "rope_theta"}:
             raise InputError(f"{path}: rope_parameters is {rope!r}, only a theta of rope_type 'default' is supported")
         width, heads = field(config, "hidden_size", int, path), field(config, "num_attention_heads", int, path)
+        kv_heads = field(config, "num_key_value_heads", int, path, heads)
+        if min(width, heads, kv_heads) < 1 or heads % kv_heads:
+            raise InputError(f"{path}: num_attention_heads is {heads}, expected a multiple of num_key_value_heads")
         return cls(
             vocab=field(config, "vocab_size", int, path),
             width=width,
             depth=field(config, "num_hidden_layers", int, path),
             heads=heads,
-            kv_heads=field(config, "num_key_value_heads", int, path, heads),
+            kv_heads=kv_heads,
             head_width=field(config, "head_dim", int, path, width // heads),
             mlp_width=field(config, "intermediate_size", int, path),
             rope_theta=field({**config, **rope}, "rope_theta", float, path, 10000.0),
@@ -147,6 +150,7 @@ class CausalLM(nn.Module):
     def hidden(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings (B, S, C) -> last hidden states (B, S, C), so that a caller can choose what to decode."""
         start = cache.length if cache is not None else 0
+        assert start == 0 or x.shape[1] == 1, "after the prefix, one position a step"
         if start + x.shape[1] > self.config.max_positions:
             raise InputError(f"language model: {start + x.shape[1]} positions, it has {self.config.max_positions}")
         cos, sin = rotary_angles(self.config, torch.arange(start, start + x.shape[1], device=x.device))

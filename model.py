@@ -2,12 +2,13 @@
 
     BOS | N visual tokens | "a video of" | caption | EOS        what the language model reads
 
-The visual tokens are connector(LN(Q)) of the Q-Adapter (`--method qadapter`), or one a frame for its
-rivals: the ViT's pooled feature plus a frame vector, through the connector, with the ViT frozen
-(`linear`), with LoRA in its attention (`lora`), or with everything trained (`full`).
+The visual tokens are connector(LN(Q)) times the size of a word embedding (`--method qadapter`), or one
+a frame for its rivals: the ViT's pooled feature plus a frame vector, through the connector, with the
+ViT frozen (`linear`), with LoRA in its attention (`lora`), or with everything trained (`full`).
 
-Letters: B clips, T frames, D ViT width, C width of the language model, V vocabulary, N visual tokens,
-K captions a clip, L tokens of the longest caption with its EOS.
+Letters: B clips, T frames, S side in pixels, D ViT width, Q the Q-Adapter's queries, C width of the
+language model, V vocabulary, N visual tokens, p tokens of the prompt, K captions a clip, L tokens of
+the longest caption with its EOS.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ __all__ = ["AdapterConfig", "Captioner", "CausalLM", "ViT", "generate"]
 
 PROMPT = "a video of"
 IGNORED = -100  # a target that pads a row
+LONGEST = 40  # tokens of a caption; longer ones are cut
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class AdapterConfig:
     method: str = "qadapter"  # qadapter | linear | lora | full
     reading: str = "read"  # read | write
     queries: int = 16
-    rank: int = 16
-    heads: int = 4
-    last_blocks: int = 0  # 0: all
+    rank: int = 32
+    heads: int = 8
+    last_blocks: int = 3  # 0: all
     gate: str = "sigmoid"  # sigmoid | none
     talk: bool = False
     frames: int = 8
@@ -71,6 +73,10 @@ class Captioner(nn.Module):
         # The language model knows inputs as large as its embeddings; the connector need not learn that.
         self.prefix_scale = float(lm.embed.weight.detach().float().square().mean().sqrt())
         self.prompt_ids = tokenizer.encode(PROMPT)
+        visual = config.queries if self.adapter is not None else config.frames
+        if (need := 1 + visual + len(self.prompt_ids) + LONGEST + 1) > lm.config.max_positions:
+            raise InputError(f"{visual} visual tokens need {need} positions, the language model has "
+                             f"{lm.config.max_positions}")  # fmt: skip
         self.train()
 
     def train(self, mode: bool = True) -> "Captioner":
@@ -85,7 +91,9 @@ class Captioner(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Frames uint8 (B, T, 3, S, S) -> visual tokens (B, N, C)."""
+        """Frames uint8 (B, T, 3, S, S), or what `block_outputs` made of them -> visual tokens (B, N, C)."""
+        if frames.dtype != torch.uint8:
+            return self.connector(self.adapter.read(frames.float())) * self.prefix_scale
         pixels = self.vit.normalise(frames)
         if self.adapter is not None:
             x = self.adapter(self.vit, pixels)  # (B, N, D)
@@ -95,6 +103,10 @@ class Captioner(nn.Module):
             x = pooled + frame_vectors(self.frames, frames.shape[1])
         return self.connector(x) * self.prefix_scale
 
+    def block_outputs(self, frames: Tensor) -> Tensor:
+        """Frames uint8 (B, T, 3, S, S) -> all that reading `read` needs of them, fp16 (B, T, blocks, P, D)."""
+        return self.adapter.outputs(self.vit, self.vit.normalise(frames)).half()
+
     def prefix(self, frames: Tensor) -> Tensor:
         """BOS, visual tokens and prompt, embedded: what a caption follows (B, 1+N+p, C)."""
         visual = self.encode(frames)
@@ -103,7 +115,7 @@ class Captioner(nn.Module):
         return torch.cat([text[:, :1], visual, text[:, 1:]], dim=1)
 
     def forward(self, frames: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-        """Frames (B, T, 3, S, S) and K captions each, ids (B, K, L) ending in EOS and padded with -100.
+        """Frames (B, T, 3, S, S), or their block outputs, and K captions each, ids (B, K, L), padded with -100.
 
         Returns the cross-entropy summed over all caption tokens and EOS, and their number. A clip is
         encoded once for its K captions; the head runs on caption positions only.

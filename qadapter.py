@@ -13,7 +13,8 @@ Reading `read` leaves Z alone, so the ViT needs no gradients. Reading `write` le
 gated queries back through a projection that starts at zero: deeper frozen blocks then work on adapted
 patches, and the ViT must carry gradients.
 
-Letters: B clips, T frames, P tokens a frame, D ViT width, N queries, r rank, h heads, d = r/h.
+Letters: B clips, T frames of S x S pixels, P tokens a frame, D ViT width, N queries, L adapted blocks,
+r rank, h heads, d = r/h; n and m count any queries and keys.
 
 References
 [1] Q-Adapter, https://arxiv.org/abs/2510.10022 (abstract only).
@@ -62,7 +63,7 @@ class GatedRead(nn.Module):
 
     def forward(self, queries: Tensor, patches: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, D), patches (B, T, P, D), frame vectors (T, D) -> new queries, gates (B, N), patches."""
-        x = F.layer_norm(patches, patches.shape[-1:])  # its scale and shift would repeat W_k, W_v and E
+        x = F.layer_norm(patches, patches.shape[-1:])  # unscaled: W_k and W_v would learn its scale again
         # (LN(Z) + E) W = LN(Z) W + E W: the sum is then r wide and not D wide
         kv = self.kv(x) + self.kv(frames)[:, None]  # (B, T, P, 2r)
         kv = kv.flatten(1, 2)  # (B, T*P, 2r)
@@ -125,23 +126,44 @@ class QAdapter(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.mean_gates: Tensor | None = None  # (adapted blocks,), of the last forward pass
 
-    def forward(self, vit: nn.Module, pixels: Tensor) -> Tensor:
-        """Pixels (B, T, 3, S, S), normalised -> LN(Q_L), (B, N, D) however large T."""
+    @torch.no_grad()
+    def outputs(self, vit: nn.Module, pixels: Tensor) -> Tensor:
+        """Pixels (B, T, 3, S, S), normalised -> the frozen outputs of the adapted blocks (B, T, L, P, D)."""
+        z, kept = vit.embed(pixels.flatten(0, 1)), []  # (B*T, P, D)
+        for i, block in enumerate(vit.blocks):
+            z = block(z)
+            if i >= self.first:
+                kept.append(z)
+        return torch.stack(kept, dim=1).unflatten(0, pixels.shape[:2])
+
+    def read(self, outputs: Tensor) -> Tensor:
+        """Reading `read` of block outputs (B, T, L, P, D), just made or kept from before -> LN(Q_L), (B, N, D)."""
+        frames = frame_vectors(self.frames, outputs.shape[1])  # (T, D)
+        queries, means = self.queries.expand(len(outputs), -1, -1), []  # (B, N, D)
+        for block, z in zip(self.blocks, outputs.unbind(2), strict=True):  # (B, T, P, D)
+            queries, gates, _ = block(queries, z, frames)
+            means.append(gates.detach().mean())
+        self.mean_gates = torch.stack(means)
+        return self.norm(queries)
+
+    def read_and_write(self, vit: nn.Module, pixels: Tensor) -> Tensor:
+        """Reading `write`: like `read`, but each block works on what the queries wrote before it."""
         batch, count = pixels.shape[:2]
         frames = frame_vectors(self.frames, count)  # (T, D)
-        queries = self.queries.expand(batch, -1, -1)  # (B, N, D)
-        means = []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.reading == "write"):
-            z = vit.embed(pixels.flatten(0, 1))  # (B*T, P, D)
+        queries, means = self.queries.expand(batch, -1, -1), []  # (B, N, D)
+        z = vit.embed(pixels.flatten(0, 1))  # (B*T, P, D)
         for i, block in enumerate(vit.blocks):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.reading == "write"):
-                z = block(z)
+            z = block(z)  # below the first adapted block nothing here needs gradients, so none are kept
             if i >= self.first:
                 queries, gates, z = self.blocks[i - self.first](queries, z.unflatten(0, (batch, count)), frames)
-                z = z.flatten(0, 1)  # (B*T, P, D)
+                z = z.flatten(0, 1)
                 means.append(gates.detach().mean())
         self.mean_gates = torch.stack(means)
         return self.norm(queries)
+
+    def forward(self, vit: nn.Module, pixels: Tensor) -> Tensor:
+        """Pixels (B, T, 3, S, S), normalised -> LN(Q_L), (B, N, D) however large T."""
+        return self.read_and_write(vit, pixels) if self.reading == "write" else self.read(self.outputs(vit, pixels))
 
 
 class LoRALinear(nn.Linear):

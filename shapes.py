@@ -2,8 +2,8 @@
 
 A clip is 2 seconds of one or two coloured shapes on a varied background. Each shape moves left, right,
 up or down, grows, shrinks, blinks, spins or stays still, on its own. The clips are ordinary
-MPEG-4 files, read afterwards like anybody's video. A still tells colour, kind and place, never the motion:
-start, size and angle are drawn so that every stage of every motion looks like a stage of another.
+MPEG-4 files, read afterwards like anybody's video. A still tells colour, kind and place, but not a motion
+from its opposite nor from staying still: place, size and angle at mid-clip are drawn alike for all of them.
 
 Letters: F frames a clip, S side of a frame in pixels, 3 colour channels.
 
@@ -14,6 +14,7 @@ References
 
 import json
 import math
+import os
 import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from weights import replace_atomically
+from weights import InputError, read_json, replace_atomically
 
 SIDE, FRAMES, RATE = 64, 16, 8  # pixels, frames a clip, frames a second
 
@@ -114,7 +115,7 @@ def draw_shape(rng: np.random.Generator) -> Shape:
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[Shape, ...]:
-    """One or two shapes (equally likely); two differ in colour or kind and begin well apart."""
+    """One or two shapes (equally likely); two differ in colour or kind and are well apart at mid-clip."""
     shapes = [draw_shape(rng)]
     if rng.random() < 0.5:
         return tuple(shapes)
@@ -281,18 +282,32 @@ def make_clip(index: int, split: str, root: Path, seed: int) -> list[str]:
     rng = np.random.default_rng([seed, ("train", "val", "test").index(split), index])
     scene = draw_scene(rng)
     frames, _ = render(scene, np.linspace(0, 1, FRAMES), rng)
-    write_clip(root / split / f"{index:05d}.mp4", frames)
+    path = root / split / f"{index:05d}.mp4"
+    beside = path.with_suffix(".part.mp4")
+    write_clip(beside, frames)
+    os.replace(beside, path)
     return references(scene, rng)
 
 
 def make(root: Path, sizes: dict[str, int], seed: int = 0, report=print) -> None:
-    """Writes `root/SPLIT/*.mp4`, then `captions.json` ({split: {file: [captions]}}), last `made.json`.
+    """Writes `root/SPLIT/*.mp4`, then `captions.json` ({split: {file: [captions]}}).
 
-    Nothing is done where `made.json` tells of this seed and these sizes already.
+    `made.json` says which seed and sizes the folder is of, and whether it is whole. A whole one is left
+    as it is; raises InputError where it is of another seed or sizes, or `root` holds something else.
     """
     stamp, made = {"seed": seed, "sizes": sizes}, root / "made.json"
-    if made.exists() and json.loads(made.read_text()) == stamp:
-        return
+    if made.exists():
+        found = read_json(made)
+        if found == stamp | {"whole": True}:
+            return
+        if found.get("whole"):
+            raise InputError(f"{root}: holds {found.get('sizes')} clips of seed {found.get('seed')}, not {sizes} of "
+                             f"{seed}; give another folder or delete this one")  # fmt: skip
+    elif root.exists() and any(root.iterdir()):
+        raise InputError(f"{root}: holds something else than shapes; give an empty or new folder")
+    root.mkdir(parents=True, exist_ok=True)
+    with replace_atomically(made) as file:
+        file.write(json.dumps(stamp | {"whole": False}).encode())
     captions = {}
     with ProcessPoolExecutor() as pool:
         for split, count in sizes.items():
@@ -304,6 +319,6 @@ def make(root: Path, sizes: dict[str, int], seed: int = 0, report=print) -> None
                 if i % 1000 == 0 or i == count:
                     report(f"shapes: {split} clip {i}/{count} written")
             captions[split] = {f"{split}/{i:05d}.mp4": lines for i, lines in enumerate(told)}
-    for path, content in ((root / "captions.json", captions), (made, stamp)):
+    for path, content in ((root / "captions.json", captions), (made, stamp | {"whole": True})):
         with replace_atomically(path) as file:
             file.write(json.dumps(content, indent=1).encode())

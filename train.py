@@ -6,12 +6,15 @@ last/state.pt, out of which `--resume RUN` goes on. The best checkpoint is the o
 CIDEr on the validation split; the test split is read once, after training.
 """
 
+import argparse
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import signal
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,11 +25,20 @@ import torch
 
 import cli
 import data
-from evaluate import backbone_hashes, caption_split, pick_device, score_captions, table
+from evaluate import (
+    adapter_config,
+    backbone_hashes,
+    caption_split,
+    check_checkpoint,
+    checkpoint,
+    pick_device,
+    score_captions,
+    table,
+)
 from lm import CausalLM
 from model import AdapterConfig, Captioner
 from vit import ViT
-from weights import InputError, read_json, replace_atomically
+from weights import InputError, field, read_json, replace_atomically
 
 TINY = {"vit": "backbones/tiny-vit", "lm": "backbones/tiny-lm"}
 CANDIDATES = 16  # frames kept of each training clip; a step draws T of them
@@ -39,8 +51,10 @@ def parse(argv: list[str] | None = None):
     group.add_argument("--data", default="data/shapes", help="the dataset's folder; shapes is made there")
     group.add_argument("--clips", type=cli.at_least(1), nargs=3, default=[6000, 200, 500],
                        metavar=("TRAIN", "VAL", "TEST"), help="clips that shapes is made of")  # fmt: skip
+    group.add_argument("--cache-features", action="store_true",
+                       help="run the frozen ViT once for each frame and keep what it makes of them on disk, in fp16")
     group.add_argument("--frames", type=cli.at_least(1), default=8, help="frames a clip")
-    group.add_argument("--captions-per-clip", type=cli.at_least(1), default=2, help="captions a clip in a step")
+    group.add_argument("--captions-per-clip", type=cli.at_least(1), default=1, help="captions a clip in a step")
     group = parser.add_argument_group("model")
     group.add_argument("--vit", default=TINY["vit"], help="folder of the vision tower")
     group.add_argument("--lm", default=TINY["lm"], help="folder of the language model")
@@ -48,26 +62,49 @@ def parse(argv: list[str] | None = None):
                        help="what is trained")  # fmt: skip
     group.add_argument("--reading", choices=["read", "write"], default="read", help="do patches read queries back?")
     group.add_argument("--queries", type=cli.at_least(1), default=16, help="query tokens, and so visual tokens")
-    group.add_argument("--rank", type=cli.at_least(1), default=16, help="of the Q-Adapter's projections, of LoRA")
-    group.add_argument("--heads", type=cli.at_least(1), default=4, help="attention heads of the Q-Adapter")
-    group.add_argument("--last-blocks", type=cli.at_least(0), default=0, help="adapt only the last so many; 0: all")
+    group.add_argument("--rank", type=cli.at_least(1), default=32, help="of the Q-Adapter's projections, of LoRA")
+    group.add_argument("--heads", type=cli.at_least(1), default=8, help="attention heads of the Q-Adapter")
+    group.add_argument("--last-blocks", type=cli.at_least(0), default=3, help="adapt only the last so many; 0: all")
     group.add_argument("--gate", choices=["sigmoid", "none"], default="sigmoid", help="the gating layer")
     group.add_argument("--talk", action="store_true", help="queries attend to each other too")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips a step")
-    group.add_argument("--epochs", type=cli.at_least(1), default=10, help="passes over the training clips")
-    group.add_argument("--lr", type=cli.positive, default=2e-3, help="peak learning rate of AdamW")
-    group.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
+    group.add_argument("--epochs", type=cli.at_least(1), default=20, help="passes over the training clips")
+    group.add_argument("--lr", type=cli.number(0, above=True), default=5e-3, help="peak learning rate of AdamW")
+    group.add_argument("--weight-decay", type=cli.number(0), default=0.01, help="of AdamW")
     group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
     group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, order, frames and captions")
     group = parser.add_argument_group("run and machine")
     group.add_argument("--out", type=Path, help="the run's folder; unset: runs/DATASET-METHOD")
     group.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with its own flags")
-    group.add_argument("--eval-every", type=cli.at_least(1), default=2, help="epochs between validations")
+    group.add_argument("--eval-every", type=cli.at_least(1), default=4, help="epochs between validations")
     group.add_argument("--log-every", type=cli.at_least(1), default=20, help="steps between reports")
     group.add_argument("--workers", type=cli.at_least(0), default=0, help="processes that decode; 0: one a core")
     group.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first that is there")
     return parser.parse_args(argv)
+
+
+def flags_of_run(argv: list[str]) -> argparse.Namespace:
+    """The flags of the run that `--resume` names. Beside it only where and on what may be given anew."""
+    given = parse(argv)
+    config = given.resume / "config.json"
+    if not checkpoint(given.resume, "last").with_name("state.pt").is_file():
+        raise InputError(f"{given.resume}: expected a run to go on with, with last/state.pt in it")
+    free = {"--resume", "--device", "--workers", "--data"}
+    if odd := [word for word in argv if word.startswith("--") and word.split("=")[0] not in free]:
+        raise InputError(f"{odd[0]}: a run goes on with its own flags; beside --resume only {', '.join(sorted(free))}")
+    words, flags = [], field(read_json(config), "flags", dict, config)
+    for name in vars(given).keys() - {"resume", "out"}:
+        if name not in flags:
+            raise InputError(f"{config}: flags: expected a field {name!r}")
+        value = flags[name]
+        if value is not False:
+            words.append("--" + name.replace("_", "-"))
+            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    try:
+        return parse([*words, *argv, "--out", str(given.resume)])
+    except InputError as error:
+        raise InputError(f"{config}: flags: {error}") from error
 
 
 def parameter_table(captioner: Captioner) -> str:
@@ -99,10 +136,10 @@ def check_trained(captioner: Captioner) -> None:
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+    """Linear warm-up, the peak for half of all steps, then half a cosine down to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * 0.5 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1)))
 
 
 def save_folder(folder: Path, captioner: Captioner, metadata: dict[str, str], state: dict | None = None) -> None:
@@ -134,6 +171,30 @@ def note_interrupts() -> list[int]:
     return noted
 
 
+def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, float]:
+    """Puts the optimizer where `last/state.pt` says it was; returns the step and the best score until then."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"]), float(state["best"])
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: not the state of this run: {str(error).splitlines()[0]}") from error
+
+
+def keep_rows(path: Path, step: int) -> None:
+    """Cuts the log back to what training and validation wrote up to `step`; a half-written last row goes too."""
+    kept = []
+    for row in path.read_text().splitlines() if path.exists() else []:
+        try:
+            content = json.loads(row)
+        except json.JSONDecodeError:
+            break
+        if content["step"] <= step and "test" not in content:
+            kept.append(row + "\n")
+    with replace_atomically(path) as file:
+        file.write("".join(kept).encode())
+
+
 def write_json(path: Path, content: dict) -> None:
     with replace_atomically(path) as file:
         file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
@@ -144,10 +205,7 @@ def main() -> int:
     args = parse()
     resumed = args.resume
     if resumed:
-        if not (resumed / "last" / "state.pt").is_file():
-            raise InputError(f"{resumed}: expected a run to go on with, with last/state.pt in it")
-        flags = read_json(resumed / "config.json")["flags"]
-        args.__dict__.update(flags, out=resumed)
+        args = flags_of_run(sys.argv[1:])
     out = args.out = Path(args.out or f"runs/{args.dataset}-{args.method}")
     if (out / "config.json").exists() and not resumed:
         raise InputError(f"{out}: holds a run already; --resume {out} goes on with it, --out names another folder")
@@ -161,49 +219,47 @@ def main() -> int:
                           args.talk, args.frames)  # fmt: skip
     captioner = Captioner(vit, lm, tokenizer, shape).to(device)
     check_trained(captioner)
+    if args.cache_features and (args.method, args.reading) != ("qadapter", "read"):
+        raise InputError("--cache-features: only --method qadapter with --reading read leaves the ViT's work as it is")
+    hashes = backbone_hashes(args.vit, args.lm)
+    if resumed:
+        config = read_json(out / "config.json")
+        check_checkpoint(checkpoint(out, "last"), hashes, adapter_config(config, out / "config.json"))
     print(f"device: {device}, {torch.get_num_threads()} threads")
     print(parameter_table(captioner))
 
     # 3. The data: clips and captions, frames decoded once, batches.
     root, size = Path(args.data), vit.config.image_size
     splits = data.load(args.dataset, root, args.clips)
-    print("clips: " + ", ".join(f"{split} {len(clips)}" for split, clips in splits.items()))
+    counts = {split: len(clips) for split, clips in splits.items()}
+    print("clips: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
+    if resumed and config.get("splits") != counts:
+        raise InputError(f"{root}: holds {counts}, the run was trained on {config.get('splits')}")
+    steps_an_epoch = counts["train"] // args.batch_size
+    if steps_an_epoch == 0:
+        raise InputError(f"--batch-size {args.batch_size}: the dataset has only {counts['train']} training clips")
+    steps = args.epochs * steps_an_epoch
 
     def frames_of(split: str, count: int) -> np.ndarray:
         return data.cached_frames(splits[split], root / f"{split}-{count}x{size}.frames", count, size, args.workers)
 
-    examples = data.Examples(splits["train"], frames_of("train", max(CANDIDATES, args.frames)), tokenizer,
-                             args.frames, args.captions_per_clip, args.seed, lm.config.eos_id)  # fmt: skip
+    candidates = max(CANDIDATES, 2 * args.frames)
+    train_inputs = frames_of("train", candidates)
+    if args.cache_features:
+        key = json.dumps([hashes, captioner.adapter.first, read_json(root / f"train-{candidates}x{size}.json")])
+        train_inputs = data.cached_features(
+            train_inputs, root / f"train-{candidates}x{size}-last{len(captioner.adapter.blocks)}.features", key,
+            lambda frames: captioner.block_outputs(frames.to(device)).cpu(),
+        )  # fmt: skip
+    examples = data.Examples(splits["train"], train_inputs, tokenizer, args.frames, args.captions_per_clip, args.seed,
+                             lm.config.eos_id)  # fmt: skip
     val_frames = frames_of("val", args.frames)
     val_references = {c.id: list(c.captions) for c in splits["val"]}
-    steps_an_epoch = len(examples) // args.batch_size
-    if steps_an_epoch == 0:
-        raise InputError(f"--batch-size {args.batch_size}: the dataset has only {len(examples)} training clips")
-    steps = args.epochs * steps_an_epoch
 
     # 4. The optimizer, and where to begin.
     trained = captioner.trained()
     optimizer = torch.optim.AdamW(trained.values(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
     first, best = 0, -1.0
-    hashes = backbone_hashes(args.vit, args.lm)
-    if resumed:
-        captioner.load(out / "last" / "adapter.safetensors")
-        state = torch.load(out / "last" / "state.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        first, best = state["step"], state["best"]
-        print(f"going on after step {first}")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", {
-            "flags": {k: v for k, v in vars(args).items() if k != "resume"}, "adapter": asdict(shape), "sha256": hashes,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
-            "splits": {split: len(clips) for split, clips in splits.items()}, "seed": args.seed,
-        })  # fmt: skip
-    # The log keeps the rows up to the step that the run goes on after.
-    rows = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-    rows = [row for row in rows if json.loads(row)["step"] <= first]
-    with replace_atomically(out / "log.jsonl") as file:
-        file.write("".join(row + "\n" for row in rows).encode())
 
     def log(row: dict) -> None:
         with open(out / "log.jsonl", "a") as file:
@@ -211,10 +267,29 @@ def main() -> int:
 
     def save(which: str, step: int, with_state: bool) -> None:
         state = {"optimizer": optimizer.state_dict(), "step": step, "best": best} if with_state else None
-        save_folder(out / which, captioner, hashes | {"step": str(step)}, state)
+        save_folder(out / which, captioner, hashes | {"step": str(step), "adapter": json.dumps(asdict(shape))}, state)
+
+    if resumed:
+        captioner.load(out / "last" / "adapter.safetensors")
+        first, best = load_state(out / "last" / "state.pt", optimizer, device)
+        keep_rows(out / "log.jsonl", first)
+        print(f"going on after step {first}")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            open(out / "config.json", "x").close()  # only one of two runs that begin at once gets the folder
+        except FileExistsError as error:
+            raise InputError(f"{out}: holds a run already; --out names another folder") from error
+        write_json(out / "config.json", {
+            "flags": {k: v for k, v in vars(args).items() if k != "resume"}, "adapter": asdict(shape), "sha256": hashes,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
+            "splits": counts, "seed": args.seed,
+        })  # fmt: skip
+        save("last", 0, with_state=True)
 
     # 5. The loop.
-    batches = data.order(len(examples), args.batch_size, args.epochs, args.seed, first)
+    batches = data.order(counts["train"], args.batch_size, args.epochs, args.seed, first)
+    validate_every = steps_an_epoch * args.eval_every
     step, since, reported = first, time.monotonic(), first
     interrupted = note_interrupts()  # between two steps the run can be gone on with to the bit; inside one it cannot
     for batch in batches:
@@ -230,7 +305,11 @@ def main() -> int:
         optimizer.step()
         step += 1
 
-        if step % args.log_every == 0 or step == steps:
+        report, validate = (step % every == 0 or step == steps for every in (args.log_every, validate_every))
+        if (report or validate) and not math.isfinite(loss.item()):
+            raise InputError(f"step {step}: the loss is {loss.item()}; a lower --lr helps, {out}/last is as it was")
+
+        if report:
             now = time.monotonic()
             speed = (step - reported) * args.batch_size / (now - since)
             left = (steps - step) * args.batch_size / speed
@@ -242,12 +321,12 @@ def main() -> int:
                   f"elapsed {cli.clock(now - begun)}  left {cli.clock(left)}", flush=True)  # fmt: skip
             since, reported = now, step
 
-        if step % (steps_an_epoch * args.eval_every) == 0 or step == steps:
+        if validate:
             pause = time.monotonic()
             captioner.eval()
             captions = dict(zip(val_references, caption_split(captioner, val_frames), strict=True))
             captioner.train()
-            scores, _ = score_captions(args.dataset, val_references, captions)
+            scores, _ = score_captions(args.dataset, val_references, captions, ("BLEU", "ROUGE_L", "CIDEr"))
             log({"step": step, "val": scores})
             print(f"val at step {step}: {table(scores)}", flush=True)
             if scores["CIDEr"] > best:

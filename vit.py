@@ -43,12 +43,17 @@ class ViTConfig:
         activation = field(config, "hidden_act", str, path, "quick_gelu")
         if activation not in ("quick_gelu", "gelu"):
             raise InputError(f"{path}: hidden_act is {activation!r}, expected 'quick_gelu' or 'gelu'")
+        size, patch = field(config, "image_size", int, path), field(config, "patch_size", int, path)
+        width, heads = field(config, "hidden_size", int, path), field(config, "num_attention_heads", int, path)
+        if not (1 <= patch <= size and 1 <= heads <= width) or width % heads:
+            raise InputError(f"{path}: expected image_size {size} to be at least patch_size {patch}, "
+                             f"hidden_size {width} a multiple of num_attention_heads {heads}")  # fmt: skip
         return cls(
-            image_size=field(config, "image_size", int, path),
-            patch_size=field(config, "patch_size", int, path),
-            width=field(config, "hidden_size", int, path),
+            image_size=size,
+            patch_size=patch,
+            width=width,
             depth=field(config, "num_hidden_layers", int, path),
-            heads=field(config, "num_attention_heads", int, path),
+            heads=heads,
             mlp_width=field(config, "intermediate_size", int, path),
             activation=activation,
             norm_eps=field(config, "layer_norm_eps", float, path, 1e-5),
@@ -147,8 +152,10 @@ class ViT(nn.Module):
         config = ViTConfig.from_json(folder / "config.json")
         mean, std = CLIP_MEAN, CLIP_STD
         if (folder / "preprocessor_config.json").exists():
-            mean, std = (_channels(folder / "preprocessor_config.json", *x) for x in
-                         (("image_mean", mean), ("image_std", std)))  # fmt: skip
+            pixels = folder / "preprocessor_config.json"
+            mean, std = _channels(pixels, "image_mean", mean), _channels(pixels, "image_std", std)
+            if min(std) <= 0:
+                raise InputError(f"{pixels}: image_std is {list(std)}, expected numbers above 0")
         with torch.device("meta"):
             vit = cls(config, mean, std)
         path = folder / "model.safetensors"

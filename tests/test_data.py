@@ -211,7 +211,7 @@ class Letters:
 def some_examples(tmp_path, captions=2) -> data.Examples:
     clips = some_clips(tmp_path, 3)
     cache = np.arange(3 * 6, dtype=np.uint8).reshape(3, 6, 1, 1, 1) * np.ones((1, 1, 3, 2, 2), np.uint8)
-    return data.Examples(clips, cache, Letters(), 3, captions, seed=0, eos_id=7, max_tokens=9)
+    return data.Examples(clips, cache, Letters(), 3, captions, seed=0, eos_id=7)
 
 
 def test_captions_are_dealt_like_cards(tmp_path):

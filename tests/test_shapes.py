@@ -14,6 +14,7 @@ import pytest
 
 import data
 import shapes
+from weights import InputError
 
 U = np.linspace(0, 1, shapes.FRAMES)
 
@@ -136,15 +137,27 @@ def test_files_hold_what_was_drawn_once_per_seed(tmp_path):
     assert 10 * math.log10(255**2 / error) > 28
 
 
-def test_made_once_and_again_when_asked_for_otherwise_or_cut_short(tmp_path):
+def test_made_once_gone_on_with_when_cut_short_and_never_over_something_else(tmp_path, monkeypatch):
     told = []
     sizes = {"train": 2, "val": 1, "test": 1}
     shapes.make(tmp_path, sizes, report=told.append)
     first = (tmp_path / "train/00000.mp4").stat().st_mtime_ns
     shapes.make(tmp_path, sizes, report=told.append)
     assert (tmp_path / "train/00000.mp4").stat().st_mtime_ns == first and len(told) == 3
-    (tmp_path / "made.json").unlink()  # as after a run that was stopped while it wrote clips
-    shapes.make(tmp_path, sizes, report=told.append)
-    assert len(told) == 6
-    shapes.make(tmp_path, sizes | {"train": 3}, report=told.append)
-    assert len(data.load("shapes", tmp_path, (3, 1, 1))["train"]) == 3
+    with pytest.raises(InputError, match="not .*'train': 3"):
+        shapes.make(tmp_path, sizes | {"train": 3})
+    assert len(data.load("shapes", tmp_path, (2, 1, 1))["train"]) == 2
+
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "partial", lambda *_, **__: 1 / 0)  # stopped while it writes clips
+        with pytest.raises(ZeroDivisionError):
+            shapes.make(cut, sizes)
+    shapes.make(cut, sizes)
+    assert len(data.load("shapes", cut, (2, 1, 1))["train"]) == 2 and not list(cut.rglob("*.part*"))
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/captions.json").write_text("precious")
+    with pytest.raises(InputError, match="something else"):
+        shapes.make(tmp_path / "mine", sizes)
+    assert (tmp_path / "mine/captions.json").read_text() == "precious"

@@ -7,6 +7,7 @@ with `pretrain.save`, which test_vit.py and test_lm.py hold to the public layout
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from weights import read_safetensors
 ROOT = Path(__file__).parent.parent
 ALONE = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 QUICK = ["--clips", "12", "4", "6", "--batch-size", "4", "--epochs", "4", "--eval-every", "2", "--log-every", "1",
-         "--workers", "1", "--device", "cpu", "--queries", "4", "--rank", "4", "--heads", "2"]  # fmt: skip
+         "--workers", "1", "--device", "cpu", "--queries", "4", "--rank", "4", "--heads", "2", "--last-blocks", "0",
+         "--captions-per-clip", "2"]  # fmt: skip
 
 
 def python(*words, **options) -> subprocess.CompletedProcess:
@@ -93,9 +95,9 @@ def test_the_backbones_are_not_changed(run, flags, backbones):
     """The checkpoint holds no tensor of theirs, and their files are what the run's config says they were."""
     from weights import sha256_of
 
-    config = json.loads((run / "config.json").read_text())
-    for name in ("vit", "lm"):
-        assert sha256_of(backbones / name / "model.safetensors") == config["sha256"][name]
+    told = json.loads((run / "config.json").read_text())["sha256"]
+    files = {f"{path.parent.name}/{path.name}" for name in ("vit", "lm") for path in (backbones / name).iterdir()}
+    assert told.keys() == files and all(sha256_of(backbones / name) == sha for name, sha in told.items())
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, flags, tmp_path):
@@ -138,6 +140,48 @@ def test_evaluate_gives_the_scores_that_training_gave(run, tmp_path):
     assert f"CIDEr {100 * test['scores']['CIDEr']:.1f}" in done.stdout
 
 
+def test_kept_features_are_block_outputs_and_are_refused_where_they_change(run, flags, tmp_path):
+    """The first clip's features against the ViT's, in fp16: equal. `write` and the rivals change the ViT's work."""
+    done = python("train.py", *flags, "--out", tmp_path / "r", "--last-blocks", 1, "--cache-features")
+    assert done.returncode == 0, done.stderr
+    root = Path(flags[-1])
+    frames = np.memmap(root / "train-16x64.frames", np.uint8, "r", shape=(12, 16, 3, 64, 64))
+    kept = np.memmap(root / "train-16x64-last1.features", np.float16, "r", shape=(12, 16, 1, 17, 16))
+    vit = ViT.from_pretrained(json.loads((run / "config.json").read_text())["flags"]["vit"])
+    with torch.no_grad():
+        z = vit(vit.normalise(torch.from_numpy(np.array(frames[3]))))  # (16, P, D)
+    torch.testing.assert_close(torch.from_numpy(kept[3, :, 0].copy()), z.half(), rtol=2e-3, atol=2e-3)
+    for more in (("--reading", "write"), ("--method", "linear")):
+        done = python("train.py", *flags, "--out", tmp_path / "n", "--cache-features", *more)
+        one_line_error(done, "--cache-features")
+
+
+def test_what_a_crash_can_leave_is_gone_on_with_or_named(run, flags, tmp_path):
+    """A half-written log row, a swap cut short; then a lost state, another shape and a folder that is taken."""
+    out = tmp_path / "r"
+    shutil.copytree(run, out)
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 1')
+    (out / "last").rename(out / "last.old")
+    done = python("train.py", "--resume", out)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert sum("test" in row for row in rows) == 1
+    config = json.loads((out / "config.json").read_text())
+    changed = config | {"adapter": config["adapter"] | {"heads": 4}}
+    (out / "config.json").write_text(json.dumps(changed))
+    one_line_error(python("evaluate.py", out), "adapter.safetensors", "config.json")
+    one_line_error(python("train.py", "--resume", out), "adapter.safetensors")
+    del config["flags"]["epochs"]
+    (out / "config.json").write_text(json.dumps(config))
+    one_line_error(python("train.py", "--resume", out), "config.json", "'epochs'")
+    (out / "last/state.pt").write_bytes(b"PK")
+    (out / "config.json").write_text((run / "config.json").read_text())
+    one_line_error(python("train.py", "--resume", out), "state.pt")
+    one_line_error(python("train.py", *flags, "--out", tmp_path / "nan", "--lr", 1e30), "the loss is")
+    assert read_safetensors(tmp_path / "nan/last/adapter.safetensors")
+
+
 @pytest.mark.parametrize("method", ["linear", "lora", "full"])
 def test_the_rivals_run_and_their_checkpoints_hold_what_they_train(method, flags, tmp_path):
     done = python("train.py", *flags, "--out", tmp_path / "r", "--method", method, "--epochs", 1)
@@ -178,6 +222,11 @@ def test_what_the_user_gets_wrong_is_one_line(run, flags, backbones, tmp_path):
     out = ["--out", tmp_path / "none"]
     one_line_error(python("train.py", *flags, *out, "--frames", 0), "--frames", "at least 1")
     one_line_error(python("train.py", *flags, *out, "--lr", "nan"), "--lr")
+    one_line_error(python("train.py", *flags, *out, "--weight-decay", -1), "--weight-decay", "at least 0")
+    one_line_error(python("train.py", *flags, *out, "--queries", 300), "300 visual tokens", "256")
+    one_line_error(python("train.py", *flags, *out, "--data", ROOT), "holds something else than shapes")
+    one_line_error(python("train.py", *flags, *out, "--clips", 3, 4, 6), "holds", "another folder")
+    one_line_error(python("train.py", "--resume", run, "--epochs", 9), "--epochs", "its own flags")
     one_line_error(python("train.py", *flags, *out, "--colour", "red"), "--colour")
     one_line_error(python("train.py", *flags, *out, "--vit", tmp_path / "gone"), "gone", "config.json")
     one_line_error(python("train.py", *flags, *out, "--vit", backbones / "lm"), "config.json", "model_type")
@@ -201,7 +250,7 @@ def test_a_checkpoint_of_other_backbones_is_refused(flags, backbones, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    one_line_error(python("evaluate.py", tmp_path / "r"), "adapter.safetensors", "another lm")
+    one_line_error(python("evaluate.py", tmp_path / "r"), "adapter.safetensors", "another lm/model.safetensors")
 
 
 def copy_of(folder: Path, to: Path) -> Path:
