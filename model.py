@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm import CausalLM, generate
-from qadapter import QAdapter, add_lora, frame_vectors
+from qadapter import QAdapter, add_lora, frame_vectors, time_ramp
 from vit import ViT
 from weights import InputError, read_safetensors, write_safetensors
 
@@ -64,7 +64,7 @@ class Captioner(nn.Module):
                                     config.frames, config.last_blocks, config.gate, config.reading,
                                     config.talk)  # fmt: skip
         else:
-            self.frames = nn.Parameter(torch.randn(config.frames, width) * 0.5)
+            self.frames = nn.Parameter(time_ramp(config.frames, width))
             if config.method == "lora":
                 add_lora(vit, config.rank)
         self.connector = nn.Linear(width, lm.config.width)

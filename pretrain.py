@@ -12,7 +12,6 @@ preprocessor_config.json, for the language model tokenizer.model.
 Letters: n images, P tokens an image, D width of the ViT, S side in pixels.
 """
 
-import argparse
 import io
 import json
 import time
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cli
 import shapes
 from lm import CausalLM, LMConfig, lm_names
 from model import PROMPT
@@ -234,15 +234,14 @@ def save(folder: Path, module: nn.Module, names: dict[str, str], texts: dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = cli.Parser("Makes the two tiny backbones.")
     parser.add_argument("--out", type=Path, default=Path("backbones"), help="where the two folders go")
     parser.add_argument("--only", choices=["vit", "lm"], help="make one of the two")
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and order")
-    parser.add_argument("--stills", type=int, default=60_000, help="stills drawn for the ViT")
-    parser.add_argument("--vit-steps", type=int, default=4000, help="steps of 128 stills")
-    parser.add_argument("--texts", type=int, default=50_000, help="texts written for the language model")
-    parser.add_argument("--lm-steps", type=int, default=2500, help="steps of 64 texts")
+    parser.add_argument("--seed", type=cli.at_least(0), default=0, help="of data, weights and order")
+    parser.add_argument("--stills", type=cli.at_least(1), default=60_000, help="stills drawn for the ViT")
+    parser.add_argument("--vit-steps", type=cli.at_least(1), default=4000, help="steps of 128 stills")
+    parser.add_argument("--texts", type=cli.at_least(1), default=50_000, help="texts written for the language model")
+    parser.add_argument("--lm-steps", type=cli.at_least(1), default=2500, help="steps of 64 texts")
     args = parser.parse_args()
     if args.only != "vit":
         torch.manual_seed(args.seed)
@@ -253,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -33,6 +33,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, n, r)
 
 
+def time_ramp(count: int, width: int) -> Tensor:
+    """What frame vectors begin as: time from -1 to 1 along one random direction -> (count, D).
+
+    As loud as LN(Z), and not a ViT's usual 0.02: times must be told apart at once. Along a ramp, one
+    direction of W_k makes a head early or late, and the difference of two such heads is motion.
+    """
+    return torch.linspace(-1, 1, count)[:, None] * torch.randn(width)
+
+
 def frame_vectors(learned: Tensor, count: int) -> Tensor:
     """Learned frame vectors for another number of frames, by linear interpolation in time -> (count, D)."""
     if count == len(learned):
@@ -116,8 +125,7 @@ class QAdapter(nn.Module):
         self.reading = reading
         self.first = depth - (last_blocks or depth)
         self.queries = nn.Parameter(torch.randn(queries, width))
-        # Spread 0.5, not a ViT's usual 0.02: LN(Z) has spread 1, and times must be told apart at once.
-        self.frames = nn.Parameter(torch.randn(frames, width) * 0.5)
+        self.frames = nn.Parameter(time_ramp(frames, width))
         self.blocks = nn.ModuleList(
             # After the last block nobody would read what was written back.
             GatedRead(width, rank, heads, gate, reading == "write" and i < depth - 1, talk)
