@@ -316,7 +316,7 @@ def test_captions_are_greedy_text_after_the_prefix(name):
         expected = Letters().decode(naive_generate(captioner.lm, captioner.prefix(frames), 12, EOS))
     assert captioner.caption(frames, 12) == expected
     assert [captioner.caption(clip[None], 12)[0] for clip in frames] == expected
-    assert len(set(expected)) >= 3
+    assert len(set(expected)) >= 2
 
 
 # ------------------------------------------------------------------------------------------ files
