@@ -301,11 +301,11 @@ def test_the_prefix_is_bos_then_visual_tokens_then_the_prompt(name):
 
 @every_config
 def test_captions_are_greedy_text_after_the_prefix(name):
-    """Model seed 20, frames seed 21: the naive decoder's, and each clip's is its own whatever else is in the batch.
+    """Model seed 35, frames seed 21: the naive decoder's, and each clip's is its own whatever else is in the batch.
 
     Clips of four colours, and attention made sharp and loud, so that the random model says something else of each.
     """
-    captioner, frames = make(name, 20), clips(4, 4, 21)
+    captioner, frames = make(name, 35), clips(4, 4, 21)
     for i in range(4):
         frames[i, :, :i] //= 4
         frames[i, :, i:] |= 128
@@ -316,7 +316,7 @@ def test_captions_are_greedy_text_after_the_prefix(name):
         expected = Letters().decode(naive_generate(captioner.lm, captioner.prefix(frames), 12, EOS))
     assert captioner.caption(frames, 12) == expected
     assert [captioner.caption(clip[None], 12)[0] for clip in frames] == expected
-    assert len(set(expected)) >= 2
+    assert len(set(expected)) >= 3
 
 
 # ------------------------------------------------------------------------------------------ files
