@@ -43,17 +43,31 @@ def table(scores):
     return "\n".join([*lines, scores.signature])
 
 
-def write_csv(path, per_video):
-    """One row a video, unscaled; written beside and renamed."""
+def check_writable(path):
+    """Raises InputError for a path that no CSV can be written to, before the work is done and not after."""
     path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"--per-video {path}: expected a file in a folder that is there")
+
+
+def write_rows(file, per_video):
     names = list(next(iter(per_video.values())))
+    writer = csv.writer(file)
+    writer.writerow(["id", *names])
+    for key, values in per_video.items():
+        writer.writerow([key, *[values[name] for name in names]])
+
+
+def write_csv(path, per_video):
+    """One row a video, unscaled; written beside and renamed, but straight into what is no file, such as a pipe."""
+    path, how = Path(os.path.realpath(path)), {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    if path.exists() and not path.is_file():
+        with open(path, "w", **how) as file:
+            return write_rows(file, per_video)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", *names])
-            for key, values in per_video.items():
-                writer.writerow([key, *[values[name] for name in names]])
+        with os.fdopen(handle, "w", **how) as file:
+            write_rows(file, per_video)
         os.chmod(beside, 0o666 & ~current_umask())
         os.replace(beside, path)
     finally:
@@ -107,6 +121,8 @@ def main(argv=None):
     """Runs the command; returns its exit code."""
     try:
         given = arguments(argv)
+        if given.per_video:
+            check_writable(given.per_video)
         scores = score(
             inputs.read_references(given.references),
             inputs.read_hypotheses(given.hypotheses),
@@ -120,21 +136,21 @@ def main(argv=None):
         )
         if given.per_video:
             write_csv(given.per_video, scores.per_video)
+        for note in scores.notes:
+            print(note, file=sys.stderr)
+        print(json.dumps({**scores.corpus, "signature": scores.signature}) if given.json else table(scores), flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    for note in scores.notes:
-        print(note, file=sys.stderr)
-    if given.json:
-        print(json.dumps({**scores.corpus, "signature": scores.signature}))
-    else:
-        print(table(scores))
     return 0
 
 

@@ -5,8 +5,8 @@ from the videos being scored, so a score depends on the set, and a set of one vi
 CIDEr-D clips the hypothesis' counts to the reference's and punishes a difference in length.
 
 The reference's behaviour, kept here: the "length" of a caption is its number of *bigrams*, which
-changes nothing but the distance between an empty caption and one of one word, whose similarity is
-0 anyway; and captions of fewer than four words have no 4-grams, so even a perfect one cannot reach 10.
+changes nothing but the distance from an empty caption, whose similarity is 0 anyway; and captions of
+fewer than four words have no 4-grams, so even a perfect one cannot reach 10.
 
 References
 [1] Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, CVPR 2015 (CIDEr-D:

@@ -70,6 +70,8 @@ def entry(path, field, item, number):
     """(id, caption) of one COCO annotation or result."""
     if not isinstance(item, dict) or "image_id" not in item or "caption" not in item:
         raise InputError(f"{path}: {field}[{number}]: expected an object with image_id and caption")
+    if type(item["image_id"]) not in (int, str):
+        raise InputError(f"{path}: {field}[{number}]: image_id is {item['image_id']!r}, expected a number or a string")
     return item["image_id"], item["caption"]
 
 
@@ -80,7 +82,7 @@ def read_references(path):
         expected = "{id: [caption, ...]} or COCO annotations"
         raise InputError(f"{path}: is a {type(data).__name__}, expected {expected}")
     annotations = data.get("annotations")
-    if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
+    if not isinstance(annotations, list) or not any(isinstance(a, dict) for a in annotations):
         return data
     found = {}
     for number, item in enumerate(annotations):

@@ -2,9 +2,10 @@
 
 A hypothesis' words are aligned with a reference's (`meteor_match.py` says which may be paired,
 `meteor_align.py` which are). Precision and recall count matched words, by how they matched and
-whether they are content or function words; their weighted harmonic mean is cut by a penalty for
-matches scattered over many chunks. Of several references the best counts. The corpus score comes
-from the summed counts of all segments and is not the mean of their scores.
+whether they are content or function words; their weighted harmonic mean F is cut by a penalty for
+matches scattered over many chunks: F (1 - gamma (chunks / matched words)^beta). Of several references
+the best counts. The corpus score comes from the summed counts of all segments and is not the mean of
+their scores.
 
 The reference's behaviour, kept here: where all references score 0 the first one's counts enter the
 corpus; the chunk of a segment that matches perfectly does not. One thing is not kept: the reference
@@ -223,6 +224,8 @@ def score(references, hypotheses, tables, tell=None):
     prefixes = tables.words.prefixes if tables.words is not None else Prefixes()
     # The reference's wrapper does this to hypotheses only.
     hypotheses = [text.replace("|||", "").replace("  ", " ") for text in hypotheses]
+    # It puts references between these bars too, so that bars inside one make two of it.
+    references = [[part for text in group for part in text.split("|||")] for group in references]
     words = {
         text: tuple(meteor_text.words(text, prefixes))
         for text in {*hypotheses, *(text for group in references for text in group)}

@@ -6,7 +6,7 @@ the rest a beam search walks the reference from left to right and prefers, in th
 matched words, few chunks, little distance between the positions of matched words.
 
 The reference's behaviour, kept here although it looks unintended:
-- A match adds `int(total + length * weight)` to each of two integer totals, with weight 0.5 for
+- A match sets each of two integer totals to `int(total + length * weight)`, with weight 0.5 for
   everything but exact matches. So a stem, synonym or paraphrase match of one word adds nothing.
 - The distance of a match is added to the path it was copied from, not to the path that has it.
 - Exactly 40 paths are kept, ties in the order they were made.

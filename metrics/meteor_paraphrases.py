@@ -252,7 +252,8 @@ def map_compiled(path, source):
 def cache_folder():
     """Where compiled tables are kept: below XDG_CACHE_HOME, LOCALAPPDATA or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return Path(base or Path.home() / ".cache") / "caption-metrics"
+    home = os.path.expanduser("~")  # stays "~" for a user without one
+    return Path(base or (f"{home}/.cache" if home != "~" else tempfile.gettempdir())) / "caption-metrics"
 
 
 def load(path, tell=None):

@@ -177,6 +177,22 @@ def test_one_word_synonyms_add_nothing():
     assert align(contested, 2) == [Match(1, 1, 0, 1, 0)]
 
 
+@pytest.mark.parametrize(
+    ("hypothesis", "reference", "expected"),
+    [
+        ("man of dog in dog car the man of a is , , man a running on",
+         "of man on of cars car a of cars , in , ,", 0.2391819673725708),
+        ("a running runs car running cars runs , car a , on man",
+         "on on car car dog a man runs man car car runs a dog runs runs running", 0.24740075802152425),
+    ],
+)  # fmt: skip
+def test_forty_paths_are_kept(tables, hypothesis, reference, expected):
+    """Captions whose alignment another beam changes: 41 paths give 0.231111 for the first, 39 give 0.235332 for the
+    second. Reference: the Java program, tolerance 1e-9."""
+    _, rows, _ = meteor.score([[reference]], [hypothesis], tables)
+    assert abs(rows[0] - expected) <= TOLERANCE
+
+
 # --- small tables and the cache -----------------------------------------------------------------------------------
 
 PAIRS = [
@@ -244,6 +260,30 @@ def test_matches_come_in_the_order_of_the_modules(small):
     (((text,),), (hypothesis,), lexicon) = texts_of([["q"]], ["y x"], load_again())
     (found,) = Hypothesis(hypothesis, [text], lexicon).matches(text)
     assert [(match.at, match.size) for match in found] == [(1, 1), (0, 2), (0, 1)]
+
+
+def test_second_pass_finds_shorter_phrases_first(small):
+    """Table phrases of the hypothesis that begin at one word come by length: "y" before "y x"."""
+    write_tables(small, pairs=[("y x", "q"), ("y", "q")])
+    (((text,),), (hypothesis,), lexicon) = texts_of([["q"]], ["y x"], load_again())
+    (found,) = Hypothesis(hypothesis, [text], lexicon).matches(text)
+    assert [(match.at, match.size) for match in found] == [(0, 1), (0, 2)]
+
+
+def test_tables_of_another_folder_are_not_those_in_memory(small, tmp_path):
+    """Two folders in one process, nothing cleared between them."""
+    other = write_tables(tmp_path / "other", pairs=[("boat", "ship")])
+    for folder, word in ((small, "alphabet"), (other, "boat"), (small, "alphabet")):
+        words = meteor_data.load(str(folder)).paraphrases.words
+        assert {"alphabet", "boat"} & set(words) == {word}
+
+
+def test_bars_in_a_reference_make_two_of_it(small):
+    """As in the reference program's protocol. "x" alone is the best of x, y: score of one exact word of two."""
+    whole = score({"a": ["x", "y"], "b": ["q w"]}, {"a": "x y", "b": "q"}, tokenizer="none", metrics=["METEOR"])
+    barred = score({"a": ["x ||| y"], "b": ["q w"]}, {"a": "x y", "b": "q"}, tokenizer="none", metrics=["METEOR"])
+    assert barred.corpus == whole.corpus and barred.per_video == whole.per_video
+    assert round(barred.per_video["a"]["METEOR"], 4) == 0.3478 and round(barred.corpus["METEOR"], 4) == 0.2667
 
 
 def test_equal_captions_are_matched_exactly_only(small):

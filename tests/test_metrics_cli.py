@@ -82,7 +82,31 @@ def test_per_video(files, capsys, tmp_path):
     assert not [other for other in tmp_path.iterdir() if other.name.startswith("rows.csv") and other != path]
     assert path.stat().st_mode & 0o777 == files[1].stat().st_mode & 0o777
     code, out, err = run(capsys, *files[0], "--per-video", tmp_path / "none" / "rows.csv")
-    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and "No such file" in err
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and "rows.csv: expected a file" in err
+    assert run(capsys, *files[0], "--per-video", tmp_path)[0] == 2
+
+
+def test_per_video_into_a_pipe_or_through_a_link(files, capsys, tmp_path):
+    """A pipe stays a pipe and gets the rows; a link stays a link and its target is replaced."""
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True) as reader:
+        assert run(capsys, *files[0], "--per-video", tmp_path / "pipe")[0] == 0
+        assert len(reader.stdout.read().splitlines()) == 1 + len(HYPS)
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "target.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "target.csv")
+    assert run(capsys, *files[0], "--per-video", tmp_path / "link.csv")[0] == 0
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "target.csv").read_text().startswith("id,")
+
+
+def test_a_reader_that_closes_early_is_no_traceback(files):
+    """Standard output is a pipe that nobody reads: exit code 141, nothing on standard error."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "metrics", *files[0]], cwd=ROOT, stdout=write, stderr=subprocess.PIPE,
+                          text=True)  # fmt: skip
+    os.close(write)
+    assert done.returncode == 141 and "Traceback" not in done.stderr
 
 
 def test_any_id_can_be_written(capsys, tmp_path, files):
