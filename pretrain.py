@@ -2,14 +2,15 @@
 
 The ViT learns from stills of `shapes` only: at each patch which colour and kind covers it, where that
 shape's centre is, how big it is and how it is turned; at the class token which shapes are there. The
-language model learns from text only: captions, captions after another telling or after notes ("red
-circle left"), and lists of notes told again in another order, which is where it learns to look up what
-was said of a shape. Neither meets a clip together with its caption; that is left to `train.py`.
+language model learns from text only: captions, captions after another telling or after notes ("circle
+red left"), lists of notes told again in another order, and captions after blurred notes, in which words
+run into each other. Neither meets a clip together with its caption; that is left to `train.py`.
 
 Both are written as a public model's folder: config.json, model.safetensors (fp16), and for the ViT
 preprocessor_config.json, for the language model tokenizer.model.
 
-Letters: n images, P tokens an image, D width of the ViT, S side in pixels.
+Letters: n images or texts, P tokens an image, D width of the ViT, S side in pixels, N positions of
+blurred notes, C width of the language model.
 """
 
 import io
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 import cli
 import shapes
 from lm import CausalLM, LMConfig, lm_names
-from model import PROMPT
+from model import IGNORED, PROMPT
 from vit import ViT, ViTConfig, vit_names
 from weights import replace_atomically, write_safetensors
 
@@ -36,6 +37,7 @@ VIT = ViTConfig(image_size=shapes.SIDE, patch_size=16, width=128, depth=6, heads
                 activation="gelu", norm_eps=1e-5)  # fmt: skip
 VOCABULARY = 480
 COLOURS, KINDS = list(shapes.COLOURS), list(shapes.KINDS)
+KEY_WORDS = [*COLOURS, *KINDS, *shapes.MOTIONS]  # each one piece of the tokenizer
 NOTHING = -1
 
 # ------------------------------------------------------------------------------------------ stills
@@ -147,8 +149,8 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
 
 
 def notes(scene, rng: np.random.Generator) -> str:
-    """Key words of each shape, in any order of the shapes: "red circle left blue square up"."""
-    return " ".join(rng.permutation([f"{s.colour} {s.kind} {s.motion}" for s in scene]))
+    """Key words of each shape, in any order of the shapes: "circle red left square blue up"."""
+    return " ".join(rng.permutation([f"{s.kind} {s.colour} {s.motion}" for s in scene]))
 
 
 def document(rng: np.random.Generator) -> tuple[str, str]:
@@ -164,12 +166,40 @@ def document(rng: np.random.Generator) -> tuple[str, str]:
     return " ".join([*before, PROMPT]), shapes.describe(scene, rng)
 
 
+def blurred(embed: nn.Embedding, words: Tensor, others: Tensor, draw: torch.Generator) -> Tensor:
+    """Notes whose words run into each other: word ids (n, 2, 3) of two shapes a text -> embeddings (n, N, C).
+
+    Each of the N positions is the sum of one shape's three words in random proportions, with less of the
+    other shape's, a little of every word in `others` and noise. Visual tokens are like that; a language
+    model that has met clean words only learns to read them slowly, since it does not change any more.
+    """
+    n, count = len(words), int(torch.randint(4, 25, (1,), generator=draw))
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(size, generator=draw)
+
+    # Which shape a position tells of: they take turns, come at random, or one after the other.
+    place, order = torch.arange(count), torch.randint(3, (n, 1), generator=draw)
+    chance = torch.randint(2, (n, count), generator=draw)
+    first = torch.where(order == 0, place % 2, torch.where(order == 1, chance, 2 * place // count))
+    first = first ^ torch.randint(2, (n, 1), generator=draw)  # (n, N)
+    leak = 0.4 * uniform(n, 1) * (uniform(n, 1) < 0.5)
+    share = torch.stack([torch.where(first == i, 1, leak) for i in (0, 1)], dim=-1)  # (n, N, 2)
+    weight = uniform(n, count, 3) ** (3 * uniform(n, 1, 1))  # all words alike in some texts, one above all in others
+    weight = weight / weight.sum(-1, keepdim=True) * (0.5 + 2 * uniform(n, count, 1))  # (n, N, 3)
+    told = torch.einsum("nps,npw,nswc->npc", share, weight, embed(words))  # (n, N, C)
+    size = embed.weight.detach().square().mean().sqrt()
+    noise = 0.5 * size * uniform(n, 1, 1) * torch.randn(n, count, embed.embedding_dim, generator=draw)
+    stray = 0.1 * uniform(n, 1, 1) * torch.randn(n, count, len(others), generator=draw)
+    return told + noise + stray @ embed(others).detach()
+
+
 def train_tokenizer(texts: list[str]) -> bytes:
     """A BPE model in which "red circle" or "moves left" is one piece, space and all: captions are then short,
     and the demo is quick."""
     nouns = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
     verbs = [phrase for pairs in shapes.MOTIONS.values() for pair in pairs for phrase in pair]
-    pieces = ["\u2581" + words.replace(" ", "\u2581") for words in [*nouns, *verbs, *shapes.MOTIONS]]
+    pieces = ["\u2581" + words.replace(" ", "\u2581") for words in [*nouns, *verbs, *KEY_WORDS]]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=VOCABULARY,
@@ -178,6 +208,47 @@ def train_tokenizer(texts: list[str]) -> bytes:
         pad_id=-1, unk_id=0, bos_id=1, eos_id=2, num_threads=1,
     )  # fmt: skip
     return model.getvalue()
+
+
+def padded(rows: list[list[int]]) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [IGNORED] * (longest - len(row)) for row in rows])
+
+
+def some(rows: Tensor, keys: Tensor) -> Tensor:
+    """Rows of a padded tensor, without the columns in which all of them are padding."""
+    return rows[keys][:, : int((rows[keys] != IGNORED).sum(1).max())]
+
+
+class Lessons:
+    """What the language model learns from: documents as they are, and captions after blurred notes."""
+
+    def __init__(self, pieces, texts: list[tuple[str, str]], rng: np.random.Generator, seed: int):
+        bos, eos = pieces.bos_id(), pieces.eos_id()
+        self.texts = padded([[bos, *pieces.encode(one), *pieces.encode(two), eos] for one, two in texts])
+        scenes = [shapes.draw_scene(rng) for _ in texts]
+        self.captions = padded([[*pieces.encode(shapes.describe(scene, rng)), eos] for scene in scenes])
+        ids = {word: pieces.piece_to_id("\u2581" + word) for word in KEY_WORDS}
+        self.key_words = torch.tensor(list(ids.values()))
+        self.words = torch.tensor([[[ids[s.colour], ids[s.kind], ids[s.motion]] for s in (scene * 2)[:2]]
+                                   for scene in scenes])  # fmt: skip
+        self.bos, self.prompt = torch.tensor([bos]), torch.tensor(pieces.encode(PROMPT))
+        self.draw = torch.Generator().manual_seed(seed)
+
+    def on_texts(self, lm: CausalLM, size: int) -> Tensor:
+        """Cross-entropy of each next token of `size` documents."""
+        ids = some(self.texts, torch.randint(len(self.texts), (size,), generator=self.draw))
+        hidden = lm.hidden(lm.embed(ids[:, :-1].clamp(min=0)))
+        return F.cross_entropy(lm.head(hidden).flatten(0, 1), ids[:, 1:].flatten(), ignore_index=IGNORED)
+
+    def on_notes(self, lm: CausalLM, size: int) -> Tensor:
+        """Cross-entropy of `size` captions, each after blurred notes of its scene, laid out as in training."""
+        keys = torch.randint(len(self.captions), (size,), generator=self.draw)
+        notes, captions = blurred(lm.embed, self.words[keys], self.key_words, self.draw), some(self.captions, keys)
+        bos, prompt = (lm.embed(ids).expand(size, -1, -1) for ids in (self.bos, self.prompt))
+        said = lm.embed(captions[:, :-1].clamp(min=0))
+        hidden = lm.hidden(torch.cat([bos, notes, prompt, said], dim=1))[:, -captions.shape[1] :]
+        return F.cross_entropy(lm.head(hidden).flatten(0, 1), captions.flatten(), ignore_index=IGNORED)
 
 
 def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int) -> None:
@@ -195,16 +266,11 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
     for block in lm.blocks:  # what a block adds grows from nothing, so that words are not drowned at the start
         nn.init.zeros_(block.attn.o.weight)
         nn.init.zeros_(block.down.weight)
-    rows = [[config.bos_id, *before, *after, config.eos_id] for before, after in map(pieces.encode, map(list, texts))]
-    longest = max(map(len, rows))
-    ids = torch.tensor([r + [-100] * (longest - len(r)) for r in rows])
-    draw = torch.Generator().manual_seed(seed)
+    lessons = Lessons(pieces, texts, rng, seed)
 
     def batch(step: int):
-        some = ids[torch.randint(count, (batch_size,), generator=draw)]
-        some = some[:, : int((some != -100).sum(1).max())]
-        logits = lm(lm.embed(some[:, :-1].clamp(min=0)))
-        return F.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), ignore_index=-100), {}
+        plain, blurry = lessons.on_texts(lm, batch_size // 4), lessons.on_notes(lm, batch_size - batch_size // 4)
+        return (plain + 3 * blurry) / 4, {"texts": plain.item(), "notes": blurry.item()}
 
     train("lm", [lm], batch, steps, lr=4e-3)
     told = {
@@ -241,7 +307,7 @@ def main() -> None:
     parser.add_argument("--stills", type=cli.at_least(1), default=60_000, help="stills drawn for the ViT")
     parser.add_argument("--vit-steps", type=cli.at_least(1), default=4000, help="steps of 128 stills")
     parser.add_argument("--texts", type=cli.at_least(1), default=50_000, help="texts written for the language model")
-    parser.add_argument("--lm-steps", type=cli.at_least(1), default=2500, help="steps of 64 texts")
+    parser.add_argument("--lm-steps", type=cli.at_least(1), default=2000, help="steps of 64 texts")
     args = parser.parse_args()
     if args.only != "vit":
         torch.manual_seed(args.seed)

@@ -1,5 +1,7 @@
 """The embedded dataset `shapes`: scenes, their pixels, their captions, and what a caption claims.
 
+`python shapes.py data/shapes` prints what captions without a mistake score on its test split, for comparison.
+
 A clip is 2 seconds of one or two coloured shapes on a varied background. Each shape moves left, right,
 up or down, grows, shrinks, blinks, spins or stays still, on its own. The clips are ordinary
 MPEG-4 files, read afterwards like anybody's video. A still tells colour, kind and place, but not a motion
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +29,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+import metrics
 from weights import InputError, read_json, replace_atomically
 
 SIDE, FRAMES, RATE = 64, 16, 8  # pixels, frames a clip, frames a second
@@ -322,3 +326,28 @@ def make(root: Path, sizes: dict[str, int], seed: int = 0, report=print) -> None
     for path, content in ((root / "captions.json", captions), (made, stamp | {"whole": True})):
         with replace_atomically(path) as file:
             file.write(json.dumps(content, indent=1).encode())
+
+
+# ----------------------------------------------------------------------------------------- ceiling
+
+
+def ceiling(root: Path) -> dict[str, float]:
+    """CIDEr on the test split, by wording, of captions that tell every shape and motion rightly, and of the
+    last reference held against the others: no captioner can be expected to go far beyond these."""
+    references = read_json(root / "captions.json")["test"]
+    found, scenes = {}, {key: claims(texts[0]) for key, texts in references.items()}
+    for one, two in zip(ONE, TWO, strict=True):
+        for choice in range(3):
+            told = {}
+            for key, scene in scenes.items():
+                words = [(noun, *MOTIONS[motion][choice]) for noun, motion in scene]
+                (n, f, p), (m, g, q) = words[0], words[-1]
+                told[key] = (one if len(words) == 1 else two).format(n=n, f=f, p=p, m=m, g=g, q=q)
+            found[told[next(iter(told))]] = metrics.score(references, told, metrics=("CIDEr",)).corpus["CIDEr"]
+    others, last = {k: t[:-1] for k, t in references.items()}, {k: t[-1] for k, t in references.items()}
+    return found | {"(a reference)": metrics.score(others, last, metrics=("CIDEr",)).corpus["CIDEr"]}
+
+
+if __name__ == "__main__":
+    for wording, score in sorted(ceiling(Path(sys.argv[1])).items(), key=lambda item: -item[1]):
+        print(f"CIDEr {100 * score:.1f}  {wording}")
