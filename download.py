@@ -176,9 +176,16 @@ def check_room(folder: Path, needed: int, what: str) -> None:
         raise InputError(f"{what}: needs {amount(needed)}, the disk of {folder} has {amount(free)} free")
 
 
-def part_of(path: Path) -> Path:
-    """Where the bytes of `path` are until all are there."""
+def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
+
+
+def held(path: Path) -> int:
+    """How many bytes of the file are here, whole or in part."""
+    for there in (path, _part(path)):
+        with suppress(FileNotFoundError):
+            return there.stat().st_size
+    return 0
 
 
 def _discard(part: Path) -> None:
@@ -299,7 +306,7 @@ def fetch(
     """
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{url}: expected an address like https://host/path")
-    part = part_of(path)
+    part = _part(path)
     try:
         with _alone(path.parent, report):
             if _is(path, size, sha256):

@@ -22,7 +22,7 @@ from reprlib import repr as short
 from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
-from download import SHA256, FetchError, amount, check_room, fetch, part_of
+from download import SHA256, FetchError, amount, check_room, fetch, held
 from weights import InputError, field, read_json, replace_atomically
 
 CACHE = Path(os.path.expanduser(os.environ.get("QADAPTER_CACHE") or "~/.cache/qadapter/hub"))
@@ -141,8 +141,7 @@ def _fetch_all(listing: Listing, folder: Path, base: str, token: str | None, rep
         names += listing.shards(folder / names[-1])
     sizes = {name: listing.stated(name)[0] for name in names}
     report(f"fetching {len(names)} files, {amount(sum(sizes.values()))}, from {base} into {folder}")
-    held = [p.stat().st_size for name in names for p in (folder / name, part_of(folder / name)) if p.is_file()]
-    check_room(folder, sum(sizes.values()) - sum(held), base)
+    check_room(folder, sum(size - held(folder / name) for name, size in sizes.items()), base)
     for name in names:
         get(name)
     return sizes
@@ -161,14 +160,14 @@ def local(name: str | Path, report=print) -> Path:
     repo, revision = match[1], match[2] or "main"
     home = CACHE / repo.replace("/", "--")
     ref = home / "refs" / quote(revision, safe="")
-    commit = ref.read_text("latin-1") if ref.is_file() else revision
-    if COMMIT.fullmatch(commit) and _is_whole(home / commit):
-        return home / commit
+    wanted = ref.read_text("latin-1") if ref.is_file() else revision  # what was main goes on to be it
+    if COMMIT.fullmatch(wanted) and _is_whole(home / wanted):
+        return home / wanted
 
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     token = os.environ.get("HF_TOKEN", "").strip() or None
     with _explained(str(name), f"{endpoint}/{repo}"):
-        listing = _list(endpoint, repo, commit if COMMIT.fullmatch(commit) else revision, token, report)
+        listing = _list(endpoint, repo, wanted, token, report)
         folder = home / listing.commit
         _make(folder)
         _make(ref.parent)
