@@ -31,7 +31,7 @@ class Pixels:
     """Sides in pixels; mean and spread of the channels red, green, blue in [0, 1]."""
 
     size: int  # S
-    resize: int  # the shortest side before the centre crop to S x S; S when nothing is cropped of a square
+    resize: int  # the shortest side before the crop to S x S at its centre; S when nothing is cropped of a square
     squash: bool = False  # both sides become `resize`, whatever the aspect was
     interpolation: str = "bicubic"  # or "bilinear"
     mean: tuple[float, ...] = CLIP_MEAN

@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from checkpoint import read_tensors
@@ -242,7 +243,8 @@ def _split(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tenso
     for name in [theirs.removesuffix("[q]") for theirs in names.values() if theirs.endswith("[q]")]:
         fused = tensors.pop(name, None)
         if fused is not None:  # else copy_strict will miss it by name
-            tensors |= zip((f"{name}[{letter}]" for letter in "qkv"), fused.atleast_1d().tensor_split(3), strict=True)
+            thirds = torch.atleast_1d(fused).tensor_split(3)  # of what is no three either: copy_strict will say so
+            tensors |= zip((f"{name}[{letter}]" for letter in "qkv"), thirds, strict=True)
     return tensors
 
 
