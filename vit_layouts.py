@@ -91,6 +91,10 @@ TORCHVISION = {
     "blocks.N.mlp.down.*": "encoder.layers.encoder_layer_N.mlp.3.*",
     "post_norm.*": "encoder.ln.*",
 }
+TORCHVISION_2022 = TORCHVISION | {  # as the first published files have it
+    "blocks.N.mlp.up.*": "encoder.layers.encoder_layer_N.mlp.linear_1.*",
+    "blocks.N.mlp.down.*": "encoder.layers.encoder_layer_N.mlp.linear_2.*",
+}
 
 # Tensors that a checkpoint may hold and that are no part of the ViT; what ends in a dot begins their names.
 LEFT = {

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from checkpoint import read_tensors
 from pixels import HALF, IMAGENET_MEAN, IMAGENET_STD, Pixels, read_pixels
-from vit_layouts import CLIP, DINOV2, DINOV2_FILE, LEFT, SIGLIP, TORCHVISION, expand
+from vit_layouts import CLIP, DINOV2, DINOV2_FILE, LEFT, SIGLIP, TORCHVISION, TORCHVISION_2022, expand
 from weights import REQUIRED, InputError, field, read_json
 
 
@@ -138,9 +138,9 @@ def config_of(family: str, names: dict[str, str], tensors: dict[str, Tensor], wh
     up = names["blocks.N.mlp.up.*"].replace("*", "weight")
     mlp_width, _ = _sizes(tensors, up.replace("N", "0"), "hidden D", where)
     published = {"dinov2": {384: 6, 768: 12, 1024: 16}, "torchvision": {768: 12, 1024: 16, 1280: 16}}[family]
-    if width not in published:
+    if width not in published or patch < 1:
         raise InputError(f"{where}: tensor {kernel} is {list(tensors[kernel].shape)}, expected a width of "
-                         f"{', '.join(map(str, published))}: of others the number of heads is not known")  # fmt: skip
+                         f"{', '.join(map(str, published))} (of others the number of heads is not known)")  # fmt: skip
     side = math.isqrt(max(positions - 1, 0))
     if side < 1 or side**2 + 1 != positions:
         raise InputError(f"{where}: tensor {names['position']} is {list(tensors[names['position']].shape)}, "
@@ -220,21 +220,16 @@ def _pixels_of_folder(folder: Path, family: str, config: ViTConfig) -> Pixels:
 
 def _family_of_file(tensors: dict[str, Tensor], where: Path) -> tuple[str, dict[str, str]]:
     if any(name.startswith("encoder.layers.encoder_layer_") for name in tensors):
-        if any(".mlp.linear_1." in name for name in tensors):  # as the first published files have it
-            older = {"mlp.0": "mlp.linear_1", "mlp.3": "mlp.linear_2"}
-            return "torchvision", TORCHVISION | {
-                name: theirs.replace(new, old)
-                for name, theirs in TORCHVISION.items() for new, old in older.items() if new in theirs
-            }  # fmt: skip
-        return "torchvision", TORCHVISION
+        older = any(".mlp.linear_1." in name for name in tensors)
+        return "torchvision", TORCHVISION_2022 if older else TORCHVISION
     if any(name.endswith("ls1.gamma") for name in tensors):
         for name, what in (("register_tokens", "register tokens"), ("blocks.0.mlp.w12.weight", "SwiGLU (giant)")):
             if name in tensors:
                 raise InputError(f"{where}: holds {name}: DINOv2 with {what} is not supported")
         return "dinov2", DINOV2_FILE
-    raise InputError(f"{where}: expected the tensors of torchvision's vit_* or of DINOv2, found "
-                     f"{', '.join(sorted(tensors)[:3]) or 'none'}; other models need their folder with config.json"
-                     )  # fmt: skip
+    found = ", ".join(sorted(tensors)[:3]) or "none"
+    raise InputError(f"{where}: expected the tensors of torchvision's vit_* or of DINOv2, found {found}; other models "
+                     "need their folder with config.json")  # fmt: skip
 
 
 def _split(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ SPELLINGS = [
     (SiglipImageProcessor, SIGLIP, {"size": {"height": 24, "width": 24}, "resample": 3, "do_convert_rgb": None}),
     (SiglipImageProcessor, SIGLIP, {"size": {"height": 24, "width": 24}, "resample": 2}),  # SigLIP 2
     (SiglipImageProcessor, SIGLIP, {"size": {"height": 24, "width": 24}, "do_center_crop": False, "crop_size": 12}),
+    (SiglipImageProcessor, SIGLIP, {"size": {"height": 24, "width": 24}, "crop_size": 12}),
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from torchvision.models import vision_transformer as torchvision_vit
 from transformers import CLIPModel, CLIPVisionModel, Dinov2Model, SiglipModel, SiglipVisionModel
 
 from pixels import HALF, IMAGENET_MEAN, IMAGENET_STD, Pixels
-from vit import ViT
+from vit import ViT, ViTConfig
 from vit_public import expand, read_config, read_public
 from weights import InputError
 
@@ -141,6 +141,8 @@ def near(found: torch.Tensor, expected: torch.Tensor, within: float = 1e-5) -> N
 def same(ours: ViT, theirs: nn.Module, blocks, size: int, seed: int, **how) -> None:
     """Embeddings, every block, last hidden state and pooled feature of two random pictures, within 1e-5."""
     assert (ours.config.image_size, ours.pixels.size) == (size, size)
+    ours_eps, theirs_eps = ({m.eps for m in vit.modules() if isinstance(m, nn.LayerNorm)} for vit in (ours, theirs))
+    assert ours_eps == theirs_eps  # 1e-5 for 1e-6 would hide within the tolerance
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
     states, hooks = [], [blocks[0].register_forward_pre_hook(lambda _m, inputs: states.append(inputs[0]))]
     for block in blocks:
@@ -263,14 +265,17 @@ def test_facebookresearch_s_and_transformers_files_give_the_same_positions(tmp_p
     assert torch.equal(ours.position, others.position) and len(ours.position) == 1 + 16**2
 
 
-def test_positions_of_half_precision_files_are_interpolated_in_float32(tmp_path):
-    """Model seed 19; within half a step of fp16 of the float32 table, and nothing but fp16 comes out."""
+def test_positions_of_half_precision_are_interpolated_in_float32(tmp_path):
+    """Model seed 19; rounded to fp16 once, at the end, when fp16 is asked for, and not at all when it is not."""
     make_hf(tmp_path, "siglip_vision_model", seed=19)
-    write(tmp_path, {name: t.half() for name, t in weights_of(tmp_path).items()})
-    exact = ViT.from_pretrained(tmp_path, image_size=40).position
-    half = ViT.from_pretrained(tmp_path, torch.float16, image_size=40)
-    assert {p.dtype for p in half.parameters()} == {torch.float16}
-    assert torch.equal(half.position, exact.half())
+    tensors = weights_of(tmp_path)
+    for dtype in (torch.float32, torch.float16):
+        write(tmp_path, {name: t.to(dtype) for name, t in tensors.items()})
+        exact = ViT.from_pretrained(tmp_path, image_size=40).position
+        half = ViT.from_pretrained(tmp_path, torch.float16, image_size=40)
+        assert exact.dtype == torch.float32 and not torch.equal(exact, exact.half().float())
+        assert {p.dtype for p in half.parameters()} == {torch.float16}
+        assert torch.equal(half.position, exact.half())
 
 
 def test_a_side_that_is_no_whole_number_of_patches(tmp_path):
@@ -417,6 +422,7 @@ def test_an_unsupported_config_is_refused(tmp_path, kind, fields, words):
     ("dinov2.pth", {"register_tokens": (1, 4, 384)}, ["register_tokens", "not supported"]),
     ("dinov2.pth", {"blocks.0.mlp.w12.weight": (8, 384)}, ["w12", "SwiGLU", "not supported"]),
     ("dinov2.pth", {"patch_embed.proj.weight": (400, 3, 4, 4)}, ["[400, 3, 4, 4]", "384, 768, 1024", "heads"]),
+    ("dinov2.pth", {"patch_embed.proj.weight": (384, 3, 0, 0)}, ["patch_embed.proj.weight", "[384, 3, 0, 0]"]),
     ("dinov2.pth", {"pos_embed": (1, 36, 384)}, ["pos_embed", "[1, 36, 384]", "square"]),
     ("dinov2.pth", {"pos_embed": (37, 384)}, ["pos_embed", "[37, 384]", "[1 P D]"]),
     ("torchvision.pth", {"conv_proj.weight": (384, 3, 8, 8)}, ["conv_proj.weight", "768, 1024, 1280", "heads"]),
@@ -452,6 +458,17 @@ def test_without_a_preprocessor_s_file_pixels_are_the_family_s(tmp_path, kind, e
     (tmp_path / "preprocessor_config.json").unlink(missing_ok=True)
     vit = ViT.from_pretrained(tmp_path)
     assert vit.pixels == expected and vit.config.image_size == expected.size
+
+
+def test_a_vit_in_use_can_be_resized():
+    """Seed 24; what it is fed and how many tokens come out follow."""
+    torch.manual_seed(24)
+    vit = ViT(ViTConfig(16, 4, 16, 1, 2, 24, "gelu", 1e-6), HALF, HALF)
+    vit.position.requires_grad_(False)
+    vit.resize(28)
+    assert vit.config.image_size == 28 and vit.pixels == Pixels(28, 28, False, "bicubic", HALF, HALF)
+    assert vit(torch.randn(2, 3, 28, 28)).shape == (2, 1 + 7**2, 16)
+    assert not vit.position.requires_grad
 
 
 def test_another_size_keeps_the_share_that_is_cropped_away(tmp_path):
