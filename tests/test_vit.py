@@ -202,7 +202,7 @@ def test_a_config_of_another_size_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("field, value, words", [
-    ("model_type", "dinov2", ["model_type", "'dinov2'", "clip_vision_model"]),
+    ("model_type", "vit", ["model_type", "'vit'", "clip_vision_model", "dinov2", "torchvision"]),
     ("model_type", None, ["'model_type'", "missing"]),
     ("hidden_act", "relu", ["hidden_act", "'relu'"]),
     ("patch_size", None, ["'patch_size'", "missing"]),

@@ -1,0 +1,119 @@
+"""The names of the tensors in public vision models: one map a layout, from our names (`vit.py`) to theirs.
+
+N is a block's number, * stands for both `weight` and `bias`. Where query, key and value lie one above the other in one
+tensor, NAME[q], NAME[k] and NAME[v] are its thirds.
+
+References
+[1] CLIP, SIGLIP, DINOV2: what transformers reads, models/{clip,siglip,dinov2}/ and, for DINOv2, conversion_mapping.py.
+[2] DINOV2_FILE: https://github.com/facebookresearch/dinov2, dinov2/models/vision_transformer.py and layers/.
+[3] TORCHVISION: torchvision, models/vision_transformer.py.
+"""
+
+CLIP = {  # "layrn" is how CLIP spells it
+    "patch.weight": "vision_model.embeddings.patch_embedding.weight",
+    "cls": "vision_model.embeddings.class_embedding",
+    "position": "vision_model.embeddings.position_embedding.weight",
+    "pre_norm.*": "vision_model.pre_layrnorm.*",
+    "blocks.N.norm1.*": "vision_model.encoder.layers.N.layer_norm1.*",
+    "blocks.N.attn.q.*": "vision_model.encoder.layers.N.self_attn.q_proj.*",
+    "blocks.N.attn.k.*": "vision_model.encoder.layers.N.self_attn.k_proj.*",
+    "blocks.N.attn.v.*": "vision_model.encoder.layers.N.self_attn.v_proj.*",
+    "blocks.N.attn.out.*": "vision_model.encoder.layers.N.self_attn.out_proj.*",
+    "blocks.N.norm2.*": "vision_model.encoder.layers.N.layer_norm2.*",
+    "blocks.N.mlp.up.*": "vision_model.encoder.layers.N.mlp.fc1.*",
+    "blocks.N.mlp.down.*": "vision_model.encoder.layers.N.mlp.fc2.*",
+    "post_norm.*": "vision_model.post_layernorm.*",
+}
+SIGLIP = {
+    "patch.*": "vision_model.embeddings.patch_embedding.*",
+    "position": "vision_model.embeddings.position_embedding.weight",
+    "blocks.N.norm1.*": "vision_model.encoder.layers.N.layer_norm1.*",
+    "blocks.N.attn.q.*": "vision_model.encoder.layers.N.self_attn.q_proj.*",
+    "blocks.N.attn.k.*": "vision_model.encoder.layers.N.self_attn.k_proj.*",
+    "blocks.N.attn.v.*": "vision_model.encoder.layers.N.self_attn.v_proj.*",
+    "blocks.N.attn.out.*": "vision_model.encoder.layers.N.self_attn.out_proj.*",
+    "blocks.N.norm2.*": "vision_model.encoder.layers.N.layer_norm2.*",
+    "blocks.N.mlp.up.*": "vision_model.encoder.layers.N.mlp.fc1.*",
+    "blocks.N.mlp.down.*": "vision_model.encoder.layers.N.mlp.fc2.*",
+    "post_norm.*": "vision_model.post_layernorm.*",
+    "head.probe": "vision_model.head.probe",
+    "head.attn.q.*": "vision_model.head.attention.in_proj_*[q]",
+    "head.attn.k.*": "vision_model.head.attention.in_proj_*[k]",
+    "head.attn.v.*": "vision_model.head.attention.in_proj_*[v]",
+    "head.attn.out.*": "vision_model.head.attention.out_proj.*",
+    "head.norm.*": "vision_model.head.layernorm.*",
+    "head.mlp.up.*": "vision_model.head.mlp.fc1.*",
+    "head.mlp.down.*": "vision_model.head.mlp.fc2.*",
+}
+DINOV2 = {
+    "patch.*": "embeddings.patch_embeddings.projection.*",
+    "cls": "embeddings.cls_token",
+    "position": "embeddings.position_embeddings",
+    "blocks.N.norm1.*": "encoder.layer.N.norm1.*",
+    "blocks.N.attn.q.*": "encoder.layer.N.attention.attention.query.*",
+    "blocks.N.attn.k.*": "encoder.layer.N.attention.attention.key.*",
+    "blocks.N.attn.v.*": "encoder.layer.N.attention.attention.value.*",
+    "blocks.N.attn.out.*": "encoder.layer.N.attention.output.dense.*",
+    "blocks.N.scale1.gain": "encoder.layer.N.layer_scale1.lambda1",
+    "blocks.N.norm2.*": "encoder.layer.N.norm2.*",
+    "blocks.N.mlp.up.*": "encoder.layer.N.mlp.fc1.*",
+    "blocks.N.mlp.down.*": "encoder.layer.N.mlp.fc2.*",
+    "blocks.N.scale2.gain": "encoder.layer.N.layer_scale2.lambda1",
+    "post_norm.*": "layernorm.*",
+}
+DINOV2_FILE = {
+    "patch.*": "patch_embed.proj.*",
+    "cls": "cls_token",
+    "position": "pos_embed",
+    "blocks.N.norm1.*": "blocks.N.norm1.*",
+    "blocks.N.attn.q.*": "blocks.N.attn.qkv.*[q]",
+    "blocks.N.attn.k.*": "blocks.N.attn.qkv.*[k]",
+    "blocks.N.attn.v.*": "blocks.N.attn.qkv.*[v]",
+    "blocks.N.attn.out.*": "blocks.N.attn.proj.*",
+    "blocks.N.scale1.gain": "blocks.N.ls1.gamma",
+    "blocks.N.norm2.*": "blocks.N.norm2.*",
+    "blocks.N.mlp.up.*": "blocks.N.mlp.fc1.*",
+    "blocks.N.mlp.down.*": "blocks.N.mlp.fc2.*",
+    "blocks.N.scale2.gain": "blocks.N.ls2.gamma",
+    "post_norm.*": "norm.*",
+}
+TORCHVISION = {
+    "patch.*": "conv_proj.*",
+    "cls": "class_token",
+    "position": "encoder.pos_embedding",
+    "blocks.N.norm1.*": "encoder.layers.encoder_layer_N.ln_1.*",
+    "blocks.N.attn.q.*": "encoder.layers.encoder_layer_N.self_attention.in_proj_*[q]",
+    "blocks.N.attn.k.*": "encoder.layers.encoder_layer_N.self_attention.in_proj_*[k]",
+    "blocks.N.attn.v.*": "encoder.layers.encoder_layer_N.self_attention.in_proj_*[v]",
+    "blocks.N.attn.out.*": "encoder.layers.encoder_layer_N.self_attention.out_proj.*",
+    "blocks.N.norm2.*": "encoder.layers.encoder_layer_N.ln_2.*",
+    "blocks.N.mlp.up.*": "encoder.layers.encoder_layer_N.mlp.0.*",
+    "blocks.N.mlp.down.*": "encoder.layers.encoder_layer_N.mlp.3.*",
+    "post_norm.*": "encoder.ln.*",
+}
+TORCHVISION_2022 = TORCHVISION | {  # as the first published files have it
+    "blocks.N.mlp.up.*": "encoder.layers.encoder_layer_N.mlp.linear_1.*",
+    "blocks.N.mlp.down.*": "encoder.layers.encoder_layer_N.mlp.linear_2.*",
+}
+
+# Tensors that a checkpoint may hold and that are no part of the ViT; what ends in a dot begins their names.
+LEFT = {
+    "clip_vision_model": ("vision_model.embeddings.position_ids",),
+    "siglip_vision_model": ("vision_model.embeddings.position_ids",),
+    "clip": ("vision_model.embeddings.position_ids", "text_model.", "text_projection.", "visual_projection.",
+             "logit_scale"),
+    "siglip": ("vision_model.embeddings.position_ids", "text_model.", "logit_scale", "logit_bias"),
+    "dinov2": ("embeddings.mask_token",),
+    "dinov2 file": ("mask_token",),
+    "torchvision file": ("heads.",),
+}  # fmt: skip
+
+
+def expand(names: dict[str, str], depth: int) -> dict[str, str]:
+    """A map with N and * -> {our parameter: their tensor}."""
+    full = {}
+    for name, theirs in names.items():
+        for n in map(str, range(depth if "N" in name else 1)):
+            for kind in ("weight", "bias") if "*" in name else ("",):
+                full[name.replace("N", n).replace("*", kind)] = theirs.replace("N", n).replace("*", kind)
+    return full
