@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm import CausalLM, KVCache, LMConfig
 from rope import frequencies
-from weights import InputError
 
 CONFIGS = Path(__file__).parent / "configs"
 LENGTH = 60
