@@ -33,7 +33,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from torch import Tensor
 
 import shapes
-from lm_config import LMConfig
+from lm_public import LMConfig
 from model import IGNORED, LONGEST
 from weights import InputError, field, read_json, replace_atomically
 

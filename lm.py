@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import read_tensors
-from lm_config import LMConfig
+from lm_public import LMConfig, lm_names
 from rope import rotary_angles, rotate
 from weights import InputError, copy_strict
 
@@ -165,8 +165,7 @@ class CausalLM(nn.Module):
         with torch.device("meta"):
             lm = cls(config)
         tensors, path = read_tensors(folder)
-        head, embed = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-        if config.tied and head is not None and embed is not None and head.dtype == embed.dtype and head.equal(embed):
+        if config.tied and same(tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")):
             del tensors["lm_head.weight"]  # some public files hold the tied tensor twice
         # Old files also hold the frequencies of the rotary embeddings.
         ignored = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.depth)]
@@ -175,26 +174,8 @@ class CausalLM(nn.Module):
         return lm.to(dtype)
 
 
-def lm_names(config: LMConfig) -> dict[str, str]:
-    """Our parameter name -> the name in a public checkpoint; a tied head has no tensor of its own."""
-    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    names["head.weight"] = names["embed.weight"] if config.tied else "lm_head.weight"
-    pairs = {
-        "norm1": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
-        "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj", "norm2": "post_attention_layernorm",
-        "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-    }  # fmt: skip
-    if config.gemma:
-        pairs |= {
-            "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
-            "norm1_out": "post_attention_layernorm", "norm2": "pre_feedforward_layernorm",
-            "norm2_out": "post_feedforward_layernorm",
-        }  # fmt: skip
-    biased = ["attn.q", "attn.k", "attn.v", "attn.o"] * config.attention_bias + ["gate", "up", "down"] * config.mlp_bias
-    for i in range(config.depth):
-        names |= {f"blocks.{i}.{a}.weight": f"model.layers.{i}.{b}.weight" for a, b in pairs.items()}
-        names |= {f"blocks.{i}.{a}.bias": f"model.layers.{i}.{pairs[a]}.bias" for a in biased}
-    return names
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and a.equal(b)
 
 
 @torch.no_grad()

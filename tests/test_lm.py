@@ -341,4 +341,4 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
     refusal(tmp_path / "nowhere", str(tmp_path / "nowhere" / "config.json"))
     make(tmp_path, *SHAPES[0])
     (tmp_path / "model.safetensors").unlink()
-    refusal(tmp_path, str(tmp_path / "model.safetensors"))
+    refusal(tmp_path, str(tmp_path), "model.safetensors")

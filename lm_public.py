@@ -1,4 +1,4 @@
-"""The shape of a language model, read from the `config.json` of a public folder.
+"""Public language models -> the shape and the tensors of our CausalLM (`lm.py`).
 
 Three families, each as transformers writes it: `llama`, `mistral`, and the text models of Gemma 3,
 `gemma3_text`. Both spellings of rotary embeddings are read: transformers 4 keeps `rope_theta`,
@@ -171,3 +171,25 @@ def _windows(published: dict[str, Any], config: dict[str, Any], kind: str, depth
         raise InputError(f"{path}: layer_types: expected {depth} times sliding_attention or full_attention, found "
                          f"{short(types)}")  # fmt: skip
     return _at_least_one(config, "sliding_window", path), tuple(t == "sliding_attention" for t in types)
+
+
+def lm_names(config: LMConfig) -> dict[str, str]:
+    """Our parameter name -> the name in a public checkpoint; a tied head has no tensor of its own."""
+    names = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    names["head.weight"] = names["embed.weight"] if config.tied else "lm_head.weight"
+    pairs = {
+        "norm1": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+        "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj", "norm2": "post_attention_layernorm",
+        "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+    }  # fmt: skip
+    if config.gemma:
+        pairs |= {
+            "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+            "norm1_out": "post_attention_layernorm", "norm2": "pre_feedforward_layernorm",
+            "norm2_out": "post_feedforward_layernorm",
+        }  # fmt: skip
+    biased = ["attn.q", "attn.k", "attn.v", "attn.o"] * config.attention_bias + ["gate", "up", "down"] * config.mlp_bias
+    for i in range(config.depth):
+        names |= {f"blocks.{i}.{a}.weight": f"model.layers.{i}.{b}.weight" for a, b in pairs.items()}
+        names |= {f"blocks.{i}.{a}.bias": f"model.layers.{i}.{pairs[a]}.bias" for a in biased}
+    return names
