@@ -35,7 +35,7 @@ GEMMA = dict(
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)  # fmt: skip
 YARN = dict(factor=4.0, original_max_position_embeddings=16)
-SLOW = dict(beta_fast=3.0, beta_slow=0.5, attention_factor=1.3)
+SLOW = dict(beta_fast=0.9, beta_slow=0.05, attention_factor=1.3)
 
 
 def new(config: dict, **rope) -> dict:

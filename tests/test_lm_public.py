@@ -90,7 +90,8 @@ def test_a_public_config_is_read_as_transformers_reads_it(name):
 def test_what_a_config_leaves_out_is_transformers_default(tmp_path, family):
     """Only what has no common value is said: the sizes."""
     sizes = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
-    config = {name: FAMILIES[family][name] for name in sizes} | {"num_attention_heads": 8, "hidden_size": 64}
+    config = {name: FAMILIES[family][name] for name in sizes}
+    config |= {"num_attention_heads": 8, "hidden_size": 64, "num_hidden_layers": 12}
     ours, theirs = read(tmp_path, config), AutoConfig.from_pretrained(tmp_path)
     assert (ours.heads, ours.kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
     assert (ours.head_width, ours.norm_eps) == (theirs.head_dim, theirs.rms_norm_eps)
@@ -173,6 +174,12 @@ def test_one_end_of_text_stays_a_number_and_several_are_kept_in_order(tmp_path):
     one, more = read(tmp_path, LLAMA), read(tmp_path, LLAMA | {"eos_token_id": [7, 3, 9]})
     assert (one.eos_id, one.eos_ids) == (2, (2,))
     assert (more.eos_id, more.eos_ids) == (7, (7, 3, 9))
+
+
+def test_a_mistral_s_null_means_no_window(tmp_path):
+    """Unlike a missing field, which stands for 4096."""
+    config = read(tmp_path, MISTRAL | {"sliding_window": None})
+    assert (config.window, config.local) == (AutoConfig.from_pretrained(tmp_path).sliding_window, ()) == (None, ())
 
 
 def test_both_spellings_of_gemma_s_two_thetas_are_one_config(tmp_path):
