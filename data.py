@@ -33,6 +33,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from torch import Tensor
 
 import shapes
+from lm_public import LMConfig
 from model import IGNORED, LONGEST
 from weights import InputError, field, read_json, replace_atomically
 
@@ -171,14 +172,24 @@ def load(dataset: str, root: Path, sizes: tuple[int, int, int] = (6000, 200, 500
 
 
 def load_tokenizer(folder: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """The sentencepiece model `tokenizer.model` of a language model's folder."""
+    """The sentencepiece model `tokenizer.model` of a language model's folder.
+
+    Raises InputError where there is none, or one with more pieces than the language model has tokens.
+    """
     path = Path(folder) / "tokenizer.model"
     if not path.is_file():
-        raise InputError(f"{path}: expected a sentencepiece model, found none")
+        found = "none"
+        if (path.parent / "tokenizer.json").is_file():
+            found = ("only tokenizer.json: use a language model that comes with the former, such as TinyLlama, "
+                     "JackFram/llama-160m, Llama 2, Mistral v0.1 or Gemma 3")  # fmt: skip
+        raise InputError(f"{path}: expected a sentencepiece model, found {found}")
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError as error:
         raise InputError(f"{path}: not a sentencepiece model: {error}") from error
+    if (count := pieces.vocab_size()) > (vocab := LMConfig.from_json(path.parent / "config.json").vocab):
+        raise InputError(f"{path}: has {count} pieces, expected at most the {vocab} tokens of its config.json")
+    return pieces
 
 
 # ----------------------------------------------------------------------------------- frame storage

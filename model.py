@@ -71,7 +71,7 @@ class Captioner(nn.Module):
         nn.init.normal_(self.connector.weight, std=width**-0.5)
         nn.init.zeros_(self.connector.bias)
         # The language model knows inputs as large as its embeddings; the connector need not learn that.
-        self.prefix_scale = float(lm.embed.weight.detach().float().square().mean().sqrt())
+        self.register_buffer("prefix_scale", lm.embedding_rms(), persistent=False)
         self.prompt_ids = tokenizer.encode(PROMPT)
         visual = config.queries if self.adapter is not None else config.frames
         if (need := 1 + visual + len(self.prompt_ids) + LONGEST + 1) > lm.config.max_positions:

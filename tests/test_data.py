@@ -4,6 +4,8 @@ References: files made here whose frame i has grey level 12 i, so that a picked 
 a brute-force search for the frame on screen. Levels survive the codec within 3.
 """
 
+import json
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -253,4 +255,24 @@ def test_a_tokenizer_that_is_none_is_named(tmp_path):
         data.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(InputError, match=r"tokenizer\.model: not a sentencepiece model"):
+        data.load_tokenizer(tmp_path)
+
+
+def test_a_folder_with_another_kind_of_tokenizer_says_what_to_use_instead(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.model: .* only tokenizer\.json: use .* TinyLlama.* Gemma 3$"):
+        data.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_may_have_no_more_pieces_than_the_model_has_tokens(tmp_path):
+    """The demo's tokenizer of 435 pieces beside a config.json of 435, 500 and 434 tokens."""
+    source = Path(__file__).parent.parent / "backbones" / "tiny-lm"
+    config = json.loads((source / "config.json").read_text())
+    shutil.copy(source / "tokenizer.model", tmp_path)
+    assert config["vocab_size"] == 435
+    for vocab in (435, 500):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": vocab}))
+        assert data.load_tokenizer(tmp_path).vocab_size() == 435
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 434}))
+    with pytest.raises(InputError, match=r"tokenizer\.model: has 435 pieces, expected at most the 434 tokens"):
         data.load_tokenizer(tmp_path)
