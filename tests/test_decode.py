@@ -18,10 +18,10 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from decode import generate, naive_beam_search, naive_generate
+from decode import Beam, Clip, Rules, generate, naive_beam_search, naive_generate
 from lm import CausalLM, KVCache
 from weights import InputError
 
@@ -107,6 +107,22 @@ def test_200_models_say_what_the_reference_says(tmp_path):
         met["greedy"] += beams == 1
         met["two EOS met"] += len(eos) > 1 and min(lengths) < new
     assert min(met.values()) >= 3, met
+
+
+def test_a_clip_is_over_when_the_reference_s_is():
+    """2000 draws from seed 0 of two running scores and two ended ones: [1]'s `_check_early_stop_heuristic` agrees."""
+    draw, met = random.Random(0), {}
+    for _ in range(2000):
+        length, penalty, early = draw.randint(1, 11), draw.choice(PENALTIES), draw.choice([False, "never"])
+        best, sums = -draw.uniform(1, 9), sorted((-draw.uniform(1, 9) for _ in range(2)), reverse=True)
+        ended = [one / length**penalty for one in sums]
+        goes_on = GenerationMixin._check_early_stop_heuristic(
+            torch.ones(1, 1, dtype=torch.bool), torch.tensor([[best, best - 1]]), torch.tensor([ended]),
+            torch.ones(1, 2, dtype=torch.bool), length, 12, 0, early, penalty)  # fmt: skip
+        clip = Clip([Beam(best, 0, []), Beam(best - 1, 1, [])], [(score, []) for score in ended])
+        assert clip.over(length, Rules(12, 0, 2, penalty, early, frozenset())) != bool(goes_on)
+        met[early, penalty > 0, bool(goes_on)] = True
+    assert len(met) == 8
 
 
 def test_the_cached_search_is_the_plain_one(tmp_path):
