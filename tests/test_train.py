@@ -197,7 +197,7 @@ def test_the_rivals_run_and_their_checkpoints_hold_what_they_train(method, flags
 def test_the_decoding_flags_reach_the_decoder(run, tmp_path):
     """A split's captions with each flag are those of `Captioner.caption` told the same; some differ from greedy's."""
     captioner, config = evaluate.load_run(run)
-    cache = np.memmap(next(Path(config["flags"]["data"]).glob("test-*.frames")), np.uint8, "r")
+    cache = np.memmap(next(Path(config["flags"]["data"]).glob("test-*.frames")), np.uint8, "c")
     frames = torch.from_numpy(cache.reshape(6, config["flags"]["frames"], 3, *[captioner.vit.config.image_size] * 2))
     greedy, told = captioner.caption(frames), set()
     for asked in ({"beams": 3, "length_penalty": -2.0}, {"min_new_tokens": 7, "max_new_tokens": 9}):
