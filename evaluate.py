@@ -20,6 +20,7 @@ import cli
 import data
 import metrics
 import shapes
+from decode import rules_for
 from lm import CausalLM
 from model import AdapterConfig, Captioner
 from vit import ViT
@@ -96,16 +97,16 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     return captioner, config
 
 
-def caption_frames(captioner: Captioner, batches: Iterator[torch.Tensor]) -> list[str]:
-    """uint8 batches (B, T, 3, S, S) -> a caption for each clip."""
+def caption_frames(captioner: Captioner, batches: Iterator[torch.Tensor], **decoding) -> list[str]:
+    """uint8 batches (B, T, 3, S, S) -> a caption for each clip, decoded as `Captioner.caption` is told."""
     device = next(captioner.parameters()).device
-    return [caption for frames in batches for caption in captioner.caption(frames.to(device))]
+    return [caption for frames in batches for caption in captioner.caption(frames.to(device), **decoding)]
 
 
-def caption_split(captioner: Captioner, cache, batch: int = 64) -> list[str]:
+def caption_split(captioner: Captioner, cache, batch: int = 64, **decoding) -> list[str]:
     """Captions all clips of a frame cache (clips, T, 3, S, S), which holds segment centres."""
     starts = range(0, len(cache), batch)
-    return caption_frames(captioner, (torch.from_numpy(np.array(cache[i : i + batch])) for i in starts))
+    return caption_frames(captioner, (torch.from_numpy(np.array(cache[i : i + batch])) for i in starts), **decoding)
 
 
 def score_captions(dataset: str, references: dict[str, list[str]], captions: dict[str, str],
@@ -140,7 +141,7 @@ def find_videos(names: list[str]) -> list[Path]:
     return found
 
 
-def caption_videos(captioner: Captioner, paths: list[Path], frames: int) -> tuple[dict[str, str], int]:
+def caption_videos(captioner: Captioner, paths: list[Path], frames: int, **decoding) -> tuple[dict[str, str], int]:
     """Prints a caption or, on stderr, an error for each video; returns the captions and how many failed."""
     captions, failed = {}, 0
     for path in paths:
@@ -150,7 +151,7 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int) -> tupl
             print(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
-        captions[str(path)] = caption_frames(captioner, iter([pixels[None]]))[0]
+        captions[str(path)] = caption_frames(captioner, iter([pixels[None]]), **decoding)[0]
         print(f"{path}: {captions[str(path)]}", flush=True)
     return captions, failed
 
@@ -164,6 +165,12 @@ def main() -> int:
     what.add_argument("--video", nargs="+", metavar="FILE", help="your own videos, or folders of them, instead")
     what.add_argument("--frames", type=cli.at_least(1), help="frames a clip; unset: as in training")
     what.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
+    how = parser.add_argument_group("decoding")
+    how.add_argument("--beams", type=cli.at_least(1), default=1, help="beams of the search; 1 is greedy")
+    how.add_argument("--length-penalty", type=cli.number(-10), default=1.0,
+                     help="beams' scores are divided by length to this power: the larger, the longer")  # fmt: skip
+    how.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="tokens of a caption, at least")
+    how.add_argument("--max-new-tokens", type=cli.at_least(1), default=30, help="tokens of a caption, at most")
     out = parser.add_argument_group("output and machine")
     out.add_argument("--save", type=Path, metavar="FILE", help="writes {id: caption} as JSON")
     out.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first that is there")
@@ -173,18 +180,21 @@ def main() -> int:
     captioner.to(pick_device(args.device))
     flags = config["flags"]
     frames = args.frames or field(flags, "frames", int, args.run / "config.json")
+    decoding = {name: getattr(args, name) for name in ("beams", "length_penalty", "min_new_tokens", "max_new_tokens")}
+    rules_for(captioner.lm.config, captioner.prefix_length(frames), **decoding)  # an error, if any, before the work
     if args.save and not args.save.parent.is_dir():
         raise InputError(f"--save {args.save}: {args.save.parent} is no folder")
     failed = 0
     if args.video:
-        captions, failed = caption_videos(captioner, find_videos(args.video), frames)
+        captions, failed = caption_videos(captioner, find_videos(args.video), frames, **decoding)
     else:
         where = args.run / "config.json"
         root = Path(args.data or field(flags, "data", str, where))
         clips = data.load(field(flags, "dataset", str, where), root, field(flags, "clips", list, where))[args.split]
         size = captioner.vit.config.image_size
         cache = data.cached_frames(clips, root / f"{args.split}-{frames}x{size}.frames", frames, size, 0)
-        captions = dict(zip((c.id for c in clips), caption_split(captioner, cache), strict=True))
+        said = caption_split(captioner, cache, **decoding)
+        captions = dict(zip((c.id for c in clips), said, strict=True))
         references = {c.id: list(c.captions) for c in clips}
         scores, signature = score_captions(flags["dataset"], references, captions)
         print(f"{args.split}: {table(scores)}")

@@ -1,4 +1,4 @@
-"""The frozen voice: a causal language model, its key-value cache, greedy decoding.
+"""The frozen voice: a causal language model and its key-value cache.
 
 One class for three families. Mistral [4] is a Llama [1] whose blocks see only a window of positions.
 Gemma 3 [5] mixes local blocks, which see a window, with global ones; it also normalises queries, keys
@@ -25,23 +25,29 @@ from lm_public import LMConfig, lm_names
 from rope import rotary_angles, rotate
 from weights import InputError, copy_strict
 
-__all__ = ["CausalLM", "KVCache", "LMConfig", "generate", "lm_names", "naive_generate"]
+__all__ = ["CausalLM", "KVCache", "LMConfig", "lm_names"]
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, for every block; room for `size` positions."""
+    """Keys and values of the positions seen so far, for every block; room for `rows` rows of `size` positions."""
 
-    def __init__(self, config: LMConfig, batch: int, size: int, like: Tensor):
-        shape = (config.depth, 2, batch, config.kv_heads, size, config.head_width)
+    def __init__(self, config: LMConfig, rows: int, size: int, like: Tensor):
+        shape = (config.depth, 2, rows, config.kv_heads, size, config.head_width)
         self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.length = 0
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, g, S, d) after the first `length` positions; returns all so far (B, g, length+S, d)."""
-        end = self.length + k.shape[2]
-        self.store[block, 0, :, :, self.length : end] = k
-        self.store[block, 1, :, :, self.length : end] = v
-        return self.store[block, 0, :, :, :end], self.store[block, 1, :, :, :end]
+        rows, end = len(k), self.length + k.shape[2]
+        self.store[block, 0, :rows, :, self.length : end] = k
+        self.store[block, 1, :rows, :, self.length : end] = v
+        return self.store[block, 0, :rows, :, :end], self.store[block, 1, :rows, :, :end]
+
+    def reorder(self, rows: Tensor, start: int = 0) -> None:
+        """Makes row i what row rows[i] was, from position `start` on; they may become more, or fewer."""
+        for half in self.store.flatten(0, 1):  # a block's keys, or its values: (rows, g, size, d)
+            seen = half[:, :, start : self.length]
+            seen[: len(rows)] = seen[rows]
 
 
 def window_mask(start: int, end: int, window: int, device: torch.device) -> Tensor:
@@ -176,41 +182,3 @@ class CausalLM(nn.Module):
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.dtype == b.dtype and a.equal(b)
-
-
-@torch.no_grad()
-def generate(lm: CausalLM, prefix: Tensor, max_new_tokens: int = 30, min_new_tokens: int = 0,
-             eos_id: int | None = None) -> list[list[int]]:  # fmt: skip
-    """Greedy decoding after prefix embeddings (B, S, C): the new ids of each row, without EOS.
-
-    The prefix runs once, then one position a step out of the cache; all rows stop when each has met EOS.
-    """
-    eos_id = lm.config.eos_id if eos_id is None else eos_id
-    cache = KVCache(lm.config, len(prefix), prefix.shape[1] + max_new_tokens, prefix)
-    done = torch.zeros(len(prefix), dtype=torch.bool, device=prefix.device)
-    x, steps = prefix, []
-    for step in range(max_new_tokens):
-        logits = lm.head(lm.hidden(x, cache)[:, -1]).float()  # (B, V)
-        if step < min_new_tokens:
-            logits[:, eos_id] = -torch.inf
-        ids = logits.argmax(-1).masked_fill(done, eos_id)  # (B,)
-        done |= ids == eos_id
-        steps.append(ids)
-        if done.all():
-            break
-        x = lm.embed(ids)[:, None]  # (B, 1, C)
-    rows = torch.stack(steps, 1).tolist() if steps else [[] for _ in prefix]
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
-
-
-@torch.no_grad()
-def naive_generate(lm: CausalLM, prefix: Tensor, max_new_tokens: int, eos_id: int) -> list[list[int]]:
-    """The same without a cache, one row at a time and everything anew at each step; slow, for reading."""
-    rows = []
-    for x in prefix[:, None]:  # (1, S, C)
-        row: list[int] = []
-        while len(row) < max_new_tokens and (best := int(lm(x)[0, -1].argmax())) != eos_id:
-            row.append(best)
-            x = torch.cat([x, lm.embed(torch.tensor([[best]], device=x.device))], dim=1)
-        rows.append(row)
-    return rows

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm import CausalLM, generate
+from decode import generate, rules_for
+from lm import CausalLM
 from qadapter import QAdapter, add_lora, frame_vectors, time_ramp
 from vit import ViT
 from weights import InputError, read_safetensors, write_safetensors
@@ -73,8 +74,9 @@ class Captioner(nn.Module):
         # The language model knows inputs as large as its embeddings; the connector need not learn that.
         self.register_buffer("prefix_scale", lm.embedding_rms(), persistent=False)
         self.prompt_ids = tokenizer.encode(PROMPT)
-        visual = config.queries if self.adapter is not None else config.frames
-        if (need := 1 + visual + len(self.prompt_ids) + LONGEST + 1) > lm.config.max_positions:
+        prefix = self.prefix_length(config.frames)
+        if (need := prefix + LONGEST + 1) > lm.config.max_positions:
+            visual = prefix - 1 - len(self.prompt_ids)
             raise InputError(f"{visual} visual tokens need {need} positions, the language model has "
                              f"{lm.config.max_positions}")  # fmt: skip
         self.train()
@@ -89,6 +91,10 @@ class Captioner(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def prefix_length(self, frames: int) -> int:
+        """Positions before a caption: BOS, a visual token a query or a frame, the prompt."""
+        return 1 + (self.config.queries if self.adapter is not None else frames) + len(self.prompt_ids)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames uint8 (B, T, 3, S, S), or what `block_outputs` made of them -> visual tokens (B, N, C)."""
@@ -130,9 +136,12 @@ class Captioner(nn.Module):
         return F.cross_entropy(logits, targets[counted], reduction="sum"), int(counted.sum())
 
     @torch.no_grad()
-    def caption(self, frames: Tensor, max_new_tokens: int = 30) -> list[str]:
-        """Frames uint8 (B, T, 3, S, S) -> one greedy caption a clip."""
-        return self.tokenizer.decode(generate(self.lm, self.prefix(frames), max_new_tokens))
+    def caption(self, frames: Tensor, max_new_tokens: int = 30, min_new_tokens: int = 0, beams: int = 1,
+                length_penalty: float = 1.0) -> list[str]:  # fmt: skip
+        """Frames uint8 (B, T, 3, S, S) -> one caption a clip; greedy with one beam, see `decode.generate`."""
+        decoding = max_new_tokens, min_new_tokens, beams, length_penalty
+        rules_for(self.lm.config, self.prefix_length(frames.shape[1]), *decoding)  # an error, if any, before the ViT
+        return self.tokenizer.decode(generate(self.lm, self.prefix(frames), *decoding))
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Writes the trained tensors, and nothing else."""

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lm import CausalLM, LMConfig, lm_names, naive_generate
+from decode import generate, naive_beam_search, naive_generate
+from lm import CausalLM, LMConfig, lm_names
 from model import IGNORED, PROMPT, AdapterConfig, Captioner
 from vit import ViT, ViTConfig, vit_names
 from weights import InputError, read_metadata, read_safetensors, sha256_of, write_safetensors
@@ -317,6 +318,11 @@ def test_captions_are_greedy_text_after_the_prefix(name):
     assert captioner.caption(frames, 12) == expected
     assert [captioner.caption(clip[None], 12)[0] for clip in frames] == expected
     assert len(set(expected)) >= 3
+    prefixes = captioner.prefix(frames)
+    expected = [naive_beam_search(captioner.lm, prefix, 6, 3, 2.0, EOS) for prefix in prefixes]
+    assert captioner.caption(frames, 6, beams=3, length_penalty=2.0) == Letters().decode(expected)
+    expected = generate(captioner.lm, prefixes, 12, 12)
+    assert captioner.caption(frames, 12, min_new_tokens=12) == Letters().decode(expected)
 
 
 # ------------------------------------------------------------------------------------------ files

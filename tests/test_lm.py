@@ -1,25 +1,19 @@
 """The language model, against transformers' LlamaForCausalLM [1] on tiny random models, through real files.
 
-Every parameter is drawn anew, the norms' too, so that no two tensors could be mixed up unseen. Greedy
-decoding is held to [1]'s `generate` and to `naive_generate` token for token, and, where the environment
-variable QADAPTER_REAL names a folder of public files, to what the author's own program [2] writes.
+Every parameter is drawn anew, the norms' too, so that no two tensors could be mixed up unseen.
 
-[1] transformers, models/llama/modeling_llama.py and generation/utils.py
-[2] run.c of https://github.com/karpathy/llama2.c, on its model stories260K
+[1] transformers, models/llama/modeling_llama.py
 """
 
 import json
-import os
-import random
 from pathlib import Path
 
 import pytest
 import safetensors.torch
-import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lm import CausalLM, KVCache, generate, naive_generate
+from lm import CausalLM, KVCache
 from weights import InputError
 
 # width, heads, key-value heads, width of a head, tied, rope_theta
@@ -167,94 +161,6 @@ def test_half_precision_files_load_and_compute_in_float32(tmp_path, shape):
         assert_near(ours(ours.embed(ids)), theirs(ids).logits)
 
 
-# -------------------------------------------------------------------------------------- decoding
-
-
-def their_greedy(theirs: LlamaForCausalLM, prefix: torch.Tensor, new: int, least: int, eos: int) -> list[list[int]]:
-    """The reference's new ids of each row, up to its first EOS."""
-    rows = theirs.generate(
-        inputs_embeds=prefix, attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long), do_sample=False,
-        max_new_tokens=new, min_new_tokens=least, eos_token_id=eos, pad_token_id=(eos + 1) % 50,
-    ).tolist()  # fmt: skip
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
-
-
-def test_greedy_decoding_of_50_models_is_the_reference_s_token_for_token(tmp_path):
-    """Model, prefix and choices from seeds 0 to 49; the ids are equal.
-
-    EOS is a token that some row of the batch would emit, so rows end at different steps: at once, in
-    the middle, never. Where a least number of tokens is asked for, it keeps some of them going.
-    """
-    met = dict.fromkeys(("a row empty", "a row cut short", "a row to the end", "both in a batch", "whole batch cut",
-                         "kept going"), 0)  # fmt: skip
-    for seed in range(50):
-        draw, shape = random.Random(seed), SHAPES[seed % len(SHAPES)]
-        theirs = make(tmp_path, *shape, seed=seed)
-        lm = CausalLM.from_pretrained(tmp_path)
-        prefix = inputs(draw.choice([1, 3, 5]), draw.choice([1, 4, 9]), shape[0], seed)
-        new = draw.choice([1, 6, 14])
-        free = naive_generate(lm, prefix, new, eos_id=-1)  # no token is -1: nobody ends
-        assert [len(row) for row in free] == [new] * len(prefix)
-        eos = draw.choice(draw.choice(free))
-        plain = their_greedy(theirs, prefix, new, 0, eos)
-        assert generate(lm, prefix, new, eos_id=eos) == plain, f"seed {seed}"
-        assert naive_generate(lm, prefix, new, eos) == plain, f"seed {seed}"
-        least = draw.randint(1, new)
-        longer = their_greedy(theirs, prefix, new, least, eos)
-        assert generate(lm, prefix, new, least, eos) == longer, f"seed {seed}, at least {least}"
-
-        lengths = [len(row) for row in plain]
-        met["a row empty"] += 0 in lengths
-        met["a row cut short"] += any(0 < n < new for n in lengths)
-        met["a row to the end"] += new in lengths
-        met["both in a batch"] += min(lengths) < new and new in lengths
-        met["whole batch cut"] += max(lengths) < new - 1
-        met["kept going"] += longer != plain
-    assert min(met.values()) >= 5, met
-
-
-def test_eos_is_the_config_s_unless_told_otherwise(tmp_path):
-    """Model seed 0, prefix seed 13: with the token that a row emits third as EOS, that row has two tokens."""
-    make(tmp_path, *SHAPES[0])
-    prefix = inputs(4, 5, 32, seed=13)
-    free = naive_generate(CausalLM.from_pretrained(tmp_path), prefix, 8, eos_id=-1)
-    row = next(i for i, ids in enumerate(free) if ids[2] not in ids[:2])
-    change(tmp_path, eos_token_id=free[row][2])
-    found = generate(CausalLM.from_pretrained(tmp_path), prefix, 8)
-    assert found[row] == free[row][:2]
-    assert not any(free[row][2] in ids for ids in found)
-
-
-def test_decoding_stops_when_every_row_has_met_eos(tmp_path):
-    """Model seed 0, prefix seed 14: two equal rows that emit EOS third need three steps, however many are allowed."""
-    make(tmp_path, *SHAPES[0])
-    lm, prefix = CausalLM.from_pretrained(tmp_path), inputs(1, 5, 32, seed=14).expand(2, -1, -1)
-    free = naive_generate(lm, prefix, 3, eos_id=-1)[0]
-    assert free[2] not in free[:2]
-    steps = []
-    lm.norm.register_forward_hook(lambda *_: steps.append(1))
-    assert generate(lm, prefix, 50, eos_id=free[2]) == [free[:2]] * 2
-    assert len(steps) == 3
-
-
-def test_no_new_tokens_asked_for_gives_none(tmp_path):
-    make(tmp_path, *SHAPES[0])
-    assert generate(CausalLM.from_pretrained(tmp_path), inputs(3, 5, 32, seed=0), 0) == [[], [], []]
-
-
-def test_stories260k_tells_its_author_s_story(tmp_path):
-    """200 greedy tokens after BOS, printed as [2] prints them; characters are equal, nothing is random."""
-    if "QADAPTER_REAL" not in os.environ:
-        pytest.skip("QADAPTER_REAL names no folder of public files")
-    folder = Path(os.environ["QADAPTER_REAL"]) / "stories260K"
-    lm = CausalLM.from_pretrained(folder)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    # [2] stops at BOS and not at EOS.
-    (ids,) = generate(lm, lm.embed(torch.tensor([[lm.config.bos_id]])), 200, eos_id=lm.config.bos_id)
-    assert len(ids) == 200
-    assert pieces.decode(ids) == (folder / "expected_greedy_200.txt").read_text()
-
-
 # ---------------------------------------------------------------------------------------- errors
 
 
@@ -269,7 +175,7 @@ def refusal(folder: Path, *words: str) -> None:
 
 
 def test_positions_beyond_the_model_s_are_refused(tmp_path):
-    """12 positions are all there are: with a cache and without, and decoding may use them all."""
+    """12 positions are all there are: with a cache and without."""
     make(tmp_path, *SHAPES[0], max_position_embeddings=12)
     lm, x = CausalLM.from_pretrained(tmp_path), inputs(1, 13, 32, seed=0)
     lm(x[:, :12])
@@ -279,9 +185,6 @@ def test_positions_beyond_the_model_s_are_refused(tmp_path):
     lm(x[:, :12], cache)
     with pytest.raises(InputError, match="13 positions, it has 12"):
         lm(x[:, 12:], cache)
-    assert len(generate(lm, x[:, :10], 3, eos_id=-1)[0]) == 3  # the third token is said and never read
-    with pytest.raises(InputError, match="13 positions, it has 12"):
-        generate(lm, x[:, :10], 4, eos_id=-1)
 
 
 @pytest.mark.parametrize("name, value", [

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import pretrain
 import shapes
 from lm import CausalLM
@@ -193,6 +194,22 @@ def test_the_rivals_run_and_their_checkpoints_hold_what_they_train(method, flags
     assert python("evaluate.py", tmp_path / "r").returncode == 0
 
 
+def test_the_decoding_flags_reach_the_decoder(run, tmp_path):
+    """A split's captions with each flag are those of `Captioner.caption` told the same; some differ from greedy's."""
+    captioner, config = evaluate.load_run(run)
+    cache = np.memmap(next(Path(config["flags"]["data"]).glob("test-*.frames")), np.uint8, "c")
+    frames = torch.from_numpy(cache.reshape(6, config["flags"]["frames"], 3, *[captioner.vit.config.image_size] * 2))
+    greedy, told = captioner.caption(frames), set()
+    for asked in ({"beams": 3, "length_penalty": -2.0}, {"min_new_tokens": 7, "max_new_tokens": 9}):
+        flags = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
+        done = python("evaluate.py", run, "--save", tmp_path / "p.json", "--device", "cpu", *flags)
+        assert done.returncode == 0, done.stderr
+        found = list(json.loads((tmp_path / "p.json").read_text()).values())
+        assert found == captioner.caption(frames, **asked)
+        told.add(found != greedy)
+    assert True in told
+
+
 def test_your_own_videos_good_and_bad(run, flags, tmp_path):
     """Ten files, two of them bad: eight captions, two named, exit code 2."""
     clips = sorted((Path(flags[-1]) / "test").glob("*.mp4"))
@@ -239,6 +256,12 @@ def test_what_the_user_gets_wrong_is_one_line(run, flags, backbones, tmp_path):
     one_line_error(python("evaluate.py", run, "--video", tmp_path / "gone.mp4"), "gone.mp4")
     one_line_error(python("evaluate.py", run, "--device", "abacus"), "abacus")
     one_line_error(python("evaluate.py", run, "--save", tmp_path / "gone/p.json"), "gone/p.json")
+    one_line_error(python("evaluate.py", run, "--beams", 0), "--beams", "at least 1")
+    one_line_error(python("evaluate.py", run, "--length-penalty", "nan"), "--length-penalty", "nan")
+    one_line_error(python("evaluate.py", run, "--length-penalty", 11), "length_penalty", "11")
+    one_line_error(python("evaluate.py", run, "--beams", 400), "beams: 400", "399 tokens")
+    one_line_error(python("evaluate.py", run, "--min-new-tokens", 31), "min_new_tokens: 31", "30")
+    one_line_error(python("evaluate.py", run, "--max-new-tokens", 2000), "2000 new tokens", "256")
     assert not (tmp_path / "none").exists()
 
 
