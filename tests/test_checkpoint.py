@@ -254,8 +254,8 @@ INDEXES = {  # what replaces the index's weight_map, and a word of the message
     "the other kind": (lambda m: {n: Path(s).stem + ".pt" for n, s in m.items()}, "file beside it, found 'part-0.pt'"),
     "missing shard": (lambda m: m | {"x": "part-1a" + Path(m["norm.bias"]).suffix}, "shard 3 of 4 is missing"),
     "missing tensor": (lambda m: m | {"x": m["norm.bias"]}, "lacks: x; has too: none"),
-    "surplus tensor": (lambda m: {n: s for n, s in m.items() if n != "out.bias"}, "lacks: none; has too: out.bias"),
-    "swapped": (lambda m: m | {"out.bias": m["norm.bias"]}, "lacks: none; has too: out.bias"),
+    "surplus tensor": (lambda m: {n: s for n, s in m.items() if n != "out.weight"}, "lacks: none; has too: out.weight"),
+    "another shard": (lambda m: m | {"out.weight": m["embed.weight"]}, "lacks: out.weight; has too: none"),
 }
 
 
