@@ -35,6 +35,7 @@ from torch import Tensor
 import shapes
 from lm_public import LMConfig
 from model import IGNORED, LONGEST
+from pixels import Pixels
 from weights import InputError, field, read_json, replace_atomically
 
 HELD_BYTES = 512 * 2**20  # of decoded frames; a longer video is decoded a second time instead
@@ -111,20 +112,29 @@ def shown_at(times: list[float], places: np.ndarray) -> list[int]:
     return [max(0, bisect_right(times, times[0] + p * span + 1e-9) - 1) for p in places]
 
 
-def to_pixels(frame: av.VideoFrame, size: int, reformat: VideoReformatter) -> np.ndarray:
-    """A decoded frame upright, its short side scaled to `size`, its centre cut out: uint8 (S, S, 3)."""
-    scale = size / min(frame.width, frame.height)
-    width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
-    picture = reformat.reformat(frame, width, height, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
-    top, left = (height - size) // 2, (width - size) // 2
-    pixels = picture.to_ndarray()[top : top + size, left : left + size]
+def to_pixels(frame: av.VideoFrame, view: Pixels, reformat: VideoReformatter) -> np.ndarray:
+    """A decoded frame upright, resized as `view` says, its centre cut out: uint8 (S, S, 3)."""
+    width = height = side = view.resize
+    if not view.squash:
+        scale = side / min(frame.width, frame.height)
+        width, height = max(side, round(frame.width * scale)), max(side, round(frame.height * scale))
+    how = {"bicubic": Interpolation.BICUBIC, "bilinear": Interpolation.BILINEAR}[view.interpolation]
+    picture = reformat.reformat(frame, width, height, "rgb24", interpolation=how, threads=1)
+    top, left = (height - view.size) // 2, (width - view.size) // 2
+    pixels = picture.to_ndarray()[top : top + view.size, left : left + view.size]
     return np.rot90(pixels, round(frame.rotation / 90))
 
 
-def read_frames(path: str | Path, frames: int, size: int, rng: np.random.Generator | None = None) -> Tensor:
+def plain_view(view: int | Pixels) -> Pixels:
+    """Of an S alone: the short side becomes S, and the centre is cut out."""
+    return view if isinstance(view, Pixels) else Pixels(view, view)
+
+
+def read_frames(path: str | Path, frames: int, view: int | Pixels, rng: np.random.Generator | None = None) -> Tensor:
     """`frames` frames of a video, uint8 (T, 3, S, S): segment centres, or jittered by `rng`.
 
-    A clip with fewer frames than asked for shows some of them more than once. Raises InputError.
+    `view` is how a frame becomes S x S, `vit.pixels`, or S alone. A clip with fewer frames than asked for shows
+    some of them more than once. Raises InputError.
     """
     times, held, weight = [], [], 0
     for moment, frame in decode(path):
@@ -142,7 +152,7 @@ def read_frames(path: str | Path, frames: int, size: int, rng: np.random.Generat
     else:
         again = held
     reformat = VideoReformatter()
-    pictures = np.stack([to_pixels(again[i], size, reformat) for i in chosen])  # (T, S, S, 3)
+    pictures = np.stack([to_pixels(again[i], view, reformat) for i in chosen])  # (T, S, S, 3)
     # numpy makes the copy: torch would wake all cores for it, in every worker
     return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))  # (T, 3, S, S)
 
@@ -195,25 +205,28 @@ def load_tokenizer(folder: str | Path) -> sentencepiece.SentencePieceProcessor:
 # ----------------------------------------------------------------------------------- frame storage
 
 
-def _candidates(path: Path, count: int, size: int) -> np.ndarray:
-    return read_frames(path, count, size).numpy()
+def _candidates(path: Path, count: int, view: Pixels) -> np.ndarray:
+    return read_frames(path, count, view).numpy()
 
 
-def cached_frames(clips: list[Clip], path: Path, count: int, size: int, workers: int, report=print) -> np.ndarray:
+def cached_frames(clips: list[Clip], path: Path, count: int, view: int | Pixels, workers: int,
+                  report=print) -> np.ndarray:  # fmt: skip
     """Decodes each clip once: M = `count` segment centres of each, uint8 (clips, M, 3, S, S), memory-mapped.
 
-    `path` is used again as long as it was made of these files, unchanged, with this count and size.
+    `path` is used again as long as it was made of these files, unchanged, with this count and view.
     """
+    view = plain_view(view)
     stamps = [(c.id, (s := c.path.stat()).st_size, s.st_mtime_ns) for c in clips]
-    key = hashlib.sha256(json.dumps([stamps, count, size]).encode()).hexdigest()
+    look = view.size, view.resize, view.squash, view.interpolation
+    key = hashlib.sha256(json.dumps([stamps, count, *look]).encode()).hexdigest()
     note = path.with_suffix(".json")
-    shape = (len(clips), count, 3, size, size)
+    shape = (len(clips), count, 3, view.size, view.size)
     whole = path.exists() and path.stat().st_size == math.prod(shape)
     if not (whole and note.exists() and read_json(note).get("sha256 of sources") == key):
         path.parent.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
         with replace_atomically(path) as file, ProcessPoolExecutor(workers or None) as pool:
-            job = partial(_candidates, count=count, size=size)
+            job = partial(_candidates, count=count, view=view)
             for i, frames in enumerate(pool.map(job, [c.path for c in clips], chunksize=16), start=1):
                 file.write(frames.tobytes())
                 if i % 1000 == 0 or i == len(clips):

@@ -12,7 +12,6 @@ References
     SHA-256, too, and is none; so an ETag alone is never taken for one.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -270,6 +269,8 @@ def _is(path: Path, size: int | None, sha256: str | None) -> bool:
 @contextmanager
 def _alone(folder: Path, report) -> Iterator[None]:
     """Keeps other processes from fetching into the folder; the system lets go of the lock whatever ends us."""
+    import fcntl  # which Windows lacks; what is there already can be used without it
+
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as lock:
         try:

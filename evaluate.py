@@ -18,8 +18,10 @@ import torch
 
 import cli
 import data
+import hub
 import metrics
 import shapes
+from checkpoint import weight_files
 from decode import rules_for
 from lm import CausalLM
 from model import AdapterConfig, Captioner
@@ -41,17 +43,14 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
-BACKBONE_FILES = {
-    "vit": ("config.json", "model.safetensors", "preprocessor_config.json"),
-    "lm": ("config.json", "model.safetensors", "tokenizer.model"),
-}
-
-
-def backbone_hashes(vit: str, lm: str) -> dict[str, str]:
+def backbone_hashes(vit: Path, lm: Path) -> dict[str, str]:
     """sha256 of every file that both backbones are read from, which a checkpoint names and cannot do without."""
-    paths = {f"{name}/{file}": Path(folder) / file for name, folder in (("vit", vit), ("lm", lm))
-             for file in BACKBONE_FILES[name]}  # fmt: skip
-    return {name: sha256_of(path) for name, path in paths.items() if path.exists()}
+    hashes = {}
+    for part, path, beside in (("vit", vit, "preprocessor_config.json"), ("lm", lm, "tokenizer.model")):
+        for file in (path / "config.json", path / beside, *weight_files(path)):
+            if file.exists():
+                hashes[f"{part}/{file.name}"] = sha256_of(file)
+    return hashes
 
 
 def checkpoint(run: Path, which: str) -> Path:
@@ -89,10 +88,12 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
         raise InputError(f"{run}: expected a run's folder with config.json in it, as train.py makes it")
     config = read_json(run / "config.json")
     flags = field(config, "flags", dict, run / "config.json")
-    vit, lm = field(flags, "vit", str, run / "config.json"), field(flags, "lm", str, run / "config.json")
+    vit, lm = (hub.local(field(flags, name, str, run / "config.json")) for name in ("vit", "lm"))
+    size = field(flags, "image_size", int, run / "config.json", None)
     shape, path = adapter_config(config, run / "config.json"), checkpoint(run, which)
     check_checkpoint(path, backbone_hashes(vit, lm), shape)
-    captioner = Captioner(ViT.from_pretrained(vit), CausalLM.from_pretrained(lm), data.load_tokenizer(lm), shape)
+    vit, tokenizer = ViT.from_pretrained(vit, image_size=size), data.load_tokenizer(lm)
+    captioner = Captioner(vit, CausalLM.from_pretrained(lm), tokenizer, shape)
     captioner.load(path)
     return captioner, config
 
@@ -146,7 +147,7 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int, **decod
     captions, failed = {}, 0
     for path in paths:
         try:
-            pixels = data.read_frames(path, frames, captioner.vit.config.image_size)
+            pixels = data.read_frames(path, frames, captioner.vit.pixels)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
@@ -191,8 +192,8 @@ def main() -> int:
         where = args.run / "config.json"
         root = Path(args.data or field(flags, "data", str, where))
         clips = data.load(field(flags, "dataset", str, where), root, field(flags, "clips", list, where))[args.split]
-        size = captioner.vit.config.image_size
-        cache = data.cached_frames(clips, root / f"{args.split}-{frames}x{size}.frames", frames, size, 0)
+        view = captioner.vit.pixels
+        cache = data.cached_frames(clips, root / f"{args.split}-{frames}x{view.size}.frames", frames, view, 0)
         said = caption_split(captioner, cache, **decoding)
         captions = dict(zip((c.id for c in clips), said, strict=True))
         references = {c.id: list(c.captions) for c in clips}

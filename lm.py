@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import hub
 from checkpoint import read_tensors
 from lm_public import LMConfig, lm_names
 from rope import rotary_angles, rotate
@@ -165,8 +166,8 @@ class CausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "CausalLM":
-        """Loads `config.json` and the weights of a public folder; all tensors or an InputError that names one."""
-        folder = Path(folder)
+        """Loads `config.json` and the weights of a folder or hub id; all tensors or an InputError that names one."""
+        folder = hub.local(folder)
         config = LMConfig.from_json(folder / "config.json")
         with torch.device("meta"):
             lm = cls(config)

@@ -74,6 +74,8 @@ class Captioner(nn.Module):
         # The language model knows inputs as large as its embeddings; the connector need not learn that.
         self.register_buffer("prefix_scale", lm.embedding_rms(), persistent=False)
         self.prompt_ids = tokenizer.encode(PROMPT)
+        # What texts began with in the model's training; some public configs name another token.
+        self.bos_id = tokenizer.bos_id() if tokenizer.bos_id() >= 0 else lm.config.bos_id
         prefix = self.prefix_length(config.frames)
         if (need := prefix + LONGEST + 1) > lm.config.max_positions:
             visual = prefix - 1 - len(self.prompt_ids)
@@ -116,7 +118,7 @@ class Captioner(nn.Module):
     def prefix(self, frames: Tensor) -> Tensor:
         """BOS, visual tokens and prompt, embedded: what a caption follows (B, 1+N+p, C)."""
         visual = self.encode(frames)
-        ids = torch.tensor([self.lm.config.bos_id, *self.prompt_ids], device=frames.device)
+        ids = torch.tensor([self.bos_id, *self.prompt_ids], device=frames.device)
         text = self.lm.embed(ids).to(visual.dtype).expand(len(frames), -1, -1)
         return torch.cat([text[:, :1], visual, text[:, 1:]], dim=1)
 

@@ -25,6 +25,7 @@ import torch
 
 import cli
 import data
+import hub
 from evaluate import (
     adapter_config,
     backbone_hashes,
@@ -56,8 +57,9 @@ def parse(argv: list[str] | None = None):
     group.add_argument("--frames", type=cli.at_least(1), default=8, help="frames a clip")
     group.add_argument("--captions-per-clip", type=cli.at_least(1), default=1, help="captions a clip in a step")
     group = parser.add_argument_group("model")
-    group.add_argument("--vit", default=TINY["vit"], help="folder of the vision tower")
-    group.add_argument("--lm", default=TINY["lm"], help="folder of the language model")
+    group.add_argument("--vit", default=TINY["vit"], help="the ViT: a folder, a .pth file or a hub id")
+    group.add_argument("--lm", default=TINY["lm"], help="the language model: a folder or a hub id")
+    group.add_argument("--image-size", type=cli.at_least(1), help="side of the ViT's input in pixels; unset: its own")
     group.add_argument("--method", choices=["qadapter", "linear", "lora", "full"], default="qadapter",
                        help="what is trained")  # fmt: skip
     group.add_argument("--reading", choices=["read", "write"], default="read", help="do patches read queries back?")
@@ -98,7 +100,7 @@ def flags_of_run(argv: list[str]) -> argparse.Namespace:
         if name not in flags:
             raise InputError(f"{config}: flags: expected a field {name!r}")
         value = flags[name]
-        if value is not False:
+        if value is not None and value is not False:
             words.append("--" + name.replace("_", "-"))
             words += [] if value is True else map(str, value if isinstance(value, list) else [value])
     try:
@@ -214,14 +216,16 @@ def main() -> int:
     begun = time.monotonic()
 
     # 2. The frozen backbones and what is trained beside them.
-    vit, lm, tokenizer = ViT.from_pretrained(args.vit), CausalLM.from_pretrained(args.lm), data.load_tokenizer(args.lm)
+    vit_path, lm_path = hub.local(args.vit), hub.local(args.lm)
+    vit = ViT.from_pretrained(vit_path, image_size=args.image_size)
+    lm, tokenizer = CausalLM.from_pretrained(lm_path), data.load_tokenizer(lm_path)
     shape = AdapterConfig(args.method, args.reading, args.queries, args.rank, args.heads, args.last_blocks, args.gate,
                           args.talk, args.frames)  # fmt: skip
     captioner = Captioner(vit, lm, tokenizer, shape).to(device)
     check_trained(captioner)
     if args.cache_features and (args.method, args.reading) != ("qadapter", "read"):
         raise InputError("--cache-features: only --method qadapter with --reading read leaves the ViT's work as it is")
-    hashes = backbone_hashes(args.vit, args.lm)
+    hashes = backbone_hashes(vit_path, lm_path)
     if resumed:
         config = read_json(out / "config.json")
         check_checkpoint(checkpoint(out, "last"), hashes, adapter_config(config, out / "config.json"))
@@ -229,7 +233,7 @@ def main() -> int:
     print(parameter_table(captioner))
 
     # 3. The data: clips and captions, frames decoded once, batches.
-    root, size = Path(args.data), vit.config.image_size
+    root, size = Path(args.data), vit.pixels.size
     splits = data.load(args.dataset, root, args.clips)
     counts = {split: len(clips) for split, clips in splits.items()}
     print("clips: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
@@ -241,7 +245,7 @@ def main() -> int:
     steps = args.epochs * steps_an_epoch
 
     def frames_of(split: str, count: int) -> np.ndarray:
-        return data.cached_frames(splits[split], root / f"{split}-{count}x{size}.frames", count, size, args.workers)
+        return data.cached_frames(splits[split], root / f"{split}-{count}x{size}.frames", count, vit.pixels, args.workers)
 
     candidates = max(CANDIDATES, 2 * args.frames)
     train_inputs = frames_of("train", candidates)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import hub
 from pixels import CLIP_MEAN, CLIP_STD, Pixels
 from vit_public import ViTConfig, read_public, vit_names
 from weights import InputError, copy_strict
@@ -175,11 +176,11 @@ class ViT(nn.Module):
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype = torch.float32, image_size: int | None = None
     ) -> "ViT":
-        """Loads a public model's folder or .pth file (`vit_public.py`), whole, or raises InputError.
+        """Loads a public model whole, or raises InputError: a folder, a .pth file (`vit_public.py`) or a hub id.
 
         `image_size` is S in pixels; without it S is what the model's own `preprocessor_config.json` makes.
         """
-        public = read_public(path)
+        public = read_public(hub.local(path))
         with torch.device("meta"):
             vit = cls(public.config)
         copy_strict(vit, public.tensors, public.names, public.where, public.left)
