@@ -233,7 +233,7 @@ def main() -> int:
     print(parameter_table(captioner))
 
     # 3. The data: clips and captions, frames decoded once, batches.
-    root, size = Path(args.data), vit.pixels.size
+    root, view = Path(args.data), vit.pixels
     splits = data.load(args.dataset, root, args.clips)
     counts = {split: len(clips) for split, clips in splits.items()}
     print("clips: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
@@ -245,14 +245,15 @@ def main() -> int:
     steps = args.epochs * steps_an_epoch
 
     def frames_of(split: str, count: int) -> np.ndarray:
-        return data.cached_frames(splits[split], root / f"{split}-{count}x{size}.frames", count, vit.pixels, args.workers)
+        path = root / f"{split}-{count}x{view.size}.frames"
+        return data.cached_frames(splits[split], path, count, view, args.workers)
 
     candidates = max(CANDIDATES, 2 * args.frames)
     train_inputs = frames_of("train", candidates)
     if args.cache_features:
-        key = json.dumps([hashes, captioner.adapter.first, read_json(root / f"train-{candidates}x{size}.json")])
+        key = json.dumps([hashes, captioner.adapter.first, read_json(root / f"train-{candidates}x{view.size}.json")])
         train_inputs = data.cached_features(
-            train_inputs, root / f"train-{candidates}x{size}-last{len(captioner.adapter.blocks)}.features", key,
+            train_inputs, root / f"train-{candidates}x{view.size}-last{len(captioner.adapter.blocks)}.features", key,
             lambda frames: captioner.block_outputs(frames.to(device)).cpu(),
         )  # fmt: skip
     examples = data.Examples(splits["train"], train_inputs, tokenizer, args.frames, args.captions_per_clip, args.seed,
