@@ -114,10 +114,9 @@ def shown_at(times: list[float], places: np.ndarray) -> list[int]:
 
 def to_pixels(frame: av.VideoFrame, view: Pixels, reformat: VideoReformatter) -> np.ndarray:
     """A decoded frame upright, resized as `view` says, its centre cut out: uint8 (S, S, 3)."""
-    width = height = side = view.resize
-    if not view.squash:
-        scale = side / min(frame.width, frame.height)
-        width, height = max(side, round(frame.width * scale)), max(side, round(frame.height * scale))
+    width = height = view.resize
+    if not view.squash:  # the longer side is rounded down, as torchvision and transformers do
+        width, height = (view.resize * n // min(frame.width, frame.height) for n in (frame.width, frame.height))
     how = {"bicubic": Interpolation.BICUBIC, "bilinear": Interpolation.BILINEAR}[view.interpolation]
     picture = reformat.reformat(frame, width, height, "rgb24", interpolation=how, threads=1)
     top, left = (height - view.size) // 2, (width - view.size) // 2

@@ -13,8 +13,11 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 import data
+from pixels import Pixels
 from weights import InputError
 
 STEP = 12
@@ -137,6 +140,24 @@ def decode_or_skip(packet) -> list[av.VideoFrame]:
         return []
 
 
+@pytest.mark.parametrize("view", [
+    Pixels(48, 48), Pixels(48, 64), Pixels(48, 48, squash=True), Pixels(48, 64, interpolation="bilinear"),
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [(120, 200), (200, 120), (96, 96)])
+def test_frames_are_resized_and_cropped_as_the_view_says(view, shape):
+    """torchvision's resize with antialias, then a crop, of a smooth random picture (seed 0), within 4 of 255 levels."""
+    picture = F.interpolate(torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(0)), shape, mode="bicubic")
+    picture = (picture * 200 + 20).clamp(0, 255).to(torch.uint8)[0]
+    side = [view.resize] * 2 if view.squash else view.resize
+    expected = resize(picture, side, InterpolationMode(view.interpolation), antialias=True)
+    top, left = (expected.shape[-2] - view.size) // 2, (expected.shape[-1] - view.size) // 2
+    expected = expected[:, top : top + view.size, left : left + view.size]
+    frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+    found = data.to_pixels(frame, view, data.VideoReformatter())
+    assert found.shape == (view.size, view.size, 3)
+    assert np.abs(found.transpose(2, 0, 1).astype(int) - expected.numpy().astype(int)).max() <= 4
+
+
 GOOD = ["12727.mp4", "av1_video.mkv", "h265_10bits.mp4", "no_duration.webm", "realshort.mp4", "test.avi",
         "unordered.mov", "video_0.mov", "video_90.mov", "video_180.mov", "walk.mkv", "corrupted.mp4",
         "truncated.avi"]  # fmt: skip
@@ -148,7 +169,7 @@ def test_real_clips_give_the_frames_of_a_plain_decode(real, name):
     path = real / "clips" / name
     frames = plain_decode(path)
     times = [f.time for f in frames]
-    pictures = [data.to_pixels(f, 32, data.VideoReformatter()) for f in frames]
+    pictures = [data.to_pixels(f, Pixels(32, 32), data.VideoReformatter()) for f in frames]
     order = sorted(range(len(times)), key=lambda i: times[i])
     span = times[order[-1]] - times[order[0]]
     span += span / max(1, len(times) - 1)
@@ -163,7 +184,7 @@ def test_real_clips_give_the_frames_of_a_plain_decode(real, name):
 def test_rotated_clips_come_upright(real, name, quarters):
     """Against numpy's rot90 of the stored picture; the letters on the keyboard were seen to stand upright."""
     path = real / "clips" / name
-    stored = plain_decode(path)[0].reformat(114, 64, "rgb24", interpolation="BICUBIC").to_ndarray()
+    stored = plain_decode(path)[0].reformat(113, 64, "rgb24", interpolation="BICUBIC").to_ndarray()
     middle = stored[:, (stored.shape[1] - 64) // 2 :][:, :64]
     assert np.array_equal(data.read_frames(path, 3, 64)[0].permute(1, 2, 0).numpy(), np.rot90(middle, quarters))
 

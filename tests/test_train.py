@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from test_hub import Server
 
 import evaluate
 import pretrain
@@ -294,6 +296,47 @@ def test_the_committed_backbones_load_and_stay_small():
     caption = shapes.describe(shapes.draw_scene(np.random.default_rng(0)), np.random.default_rng(0))
     ids = tokenizer.encode(caption)
     assert tokenizer.decode(ids) == caption and tokenizer.unk_id() not in ids
+
+
+def test_backbones_come_from_the_hub_and_in_shards(run, flags, backbones, tmp_path, monkeypatch):
+    """The same files behind hub ids, the language model's cut into shards: the run's own weights, bit for bit.
+
+    The server is one of this machine; after training it is gone, and evaluation asks nothing of it.
+    """
+    server = Server()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path / "cache"))
+    server.publish({p.name: p.read_bytes() for p in (backbones / "vit").iterdir()}, repo="owner/vit")
+    files = {p.name: p.read_bytes() for p in (backbones / "lm").iterdir()}
+    tensors = read_safetensors(backbones / "lm/model.safetensors")
+    del files["model.safetensors"]
+    shards = {"a.safetensors": sorted(tensors)[::2], "b.safetensors": sorted(tensors)[1::2]}
+    for name, held in shards.items():
+        files[name] = safetensors.torch.save({n: tensors[n].contiguous() for n in held})
+    names = {n: shard for shard, held in shards.items() for n in held}
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": names}).encode()
+    server.publish(files, repo="owner/lm", revision="v1.0")
+    done = python("train.py", *flags, "--vit", "owner/vit", "--lm", "owner/lm@v1.0", "--out", tmp_path / "run")
+    server.close()
+    assert done.returncode == 0, done.stderr
+    assert same_tensors(run / "last/adapter.safetensors", tmp_path / "run/last/adapter.safetensors")
+    told = json.loads((tmp_path / "run/config.json").read_text())["sha256"]
+    assert {"lm/a.safetensors", "lm/b.safetensors", "lm/model.safetensors.index.json"} < told.keys()
+    assert python("evaluate.py", tmp_path / "run").returncode == 0
+
+
+def test_another_image_size_is_kept_by_the_run(flags, tmp_path):
+    """128 pixels for the made ViT's 64: 64 patches a frame in place of 16, in training and in evaluation."""
+    done = python("train.py", *flags, "--epochs", 1, "--image-size", 128, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    captioner, _ = evaluate.load_run(tmp_path / "run")
+    assert captioner.vit.position.shape == (65, 16)
+    one_line_error(python("train.py", *flags, "--image-size", 100, "--out", tmp_path / "r"), "100", "patch size 16")
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    one, other = read_safetensors(one), read_safetensors(other)
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
 def test_stopping_takes_no_longer_than_a_step(flags, tmp_path):
