@@ -135,6 +135,7 @@ def read_frames(path: str | Path, frames: int, view: int | Pixels, rng: np.rando
     `view` is how a frame becomes S x S, `vit.pixels`, or S alone. A clip with fewer frames than asked for shows
     some of them more than once. Raises InputError.
     """
+    view = plain_view(view)
     times, held, weight = [], [], 0
     for moment, frame in decode(path):
         times.append(moment)

@@ -286,14 +286,14 @@ def test_a_folder_with_another_kind_of_tokenizer_says_what_to_use_instead(tmp_pa
 
 
 def test_a_tokenizer_may_have_no_more_pieces_than_the_model_has_tokens(tmp_path):
-    """The demo's tokenizer of 435 pieces beside a config.json of 435, 500 and 434 tokens."""
+    """The demo's tokenizer of 448 pieces beside a config.json of 448, 500 and 447 tokens."""
     source = Path(__file__).parent.parent / "backbones" / "tiny-lm"
     config = json.loads((source / "config.json").read_text())
     shutil.copy(source / "tokenizer.model", tmp_path)
-    assert config["vocab_size"] == 435
-    for vocab in (435, 500):
+    assert config["vocab_size"] == 448
+    for vocab in (448, 500):
         (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": vocab}))
-        assert data.load_tokenizer(tmp_path).vocab_size() == 435
-    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 434}))
-    with pytest.raises(InputError, match=r"tokenizer\.model: has 435 pieces, expected at most the 434 tokens"):
+        assert data.load_tokenizer(tmp_path).vocab_size() == 448
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 447}))
+    with pytest.raises(InputError, match=r"tokenizer\.model: has 448 pieces, expected at most the 447 tokens"):
         data.load_tokenizer(tmp_path)
