@@ -266,11 +266,11 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
     for block in lm.blocks:  # what a block adds grows from nothing, so that words are not drowned at the start
         nn.init.zeros_(block.attn.o.weight)
         nn.init.zeros_(block.down.weight)
-    lessons = Lessons(pieces, texts, rng, seed)
+    lessons, few = Lessons(pieces, texts, rng, seed), max(1, batch_size // 4)
 
     def batch(step: int):
-        plain, blurry = lessons.on_texts(lm, batch_size // 4), lessons.on_notes(lm, batch_size - batch_size // 4)
-        return (plain + 3 * blurry) / 4, {"texts": plain.item(), "notes": blurry.item()}
+        plain, blurred = lessons.on_texts(lm, few), lessons.on_notes(lm, batch_size - few)
+        return (plain + 3 * blurred) / 4, {"texts": plain.item(), "notes": blurred.item()}
 
     train("lm", [lm], batch, steps, lr=4e-3)
     told = {
