@@ -1,7 +1,8 @@
 """Benchmarks: what this project computes beside the tools that compute the same, on the same input, in one run.
 
-Every measurement runs in a process of its own, its output is compared with the other's before any figure is
-printed, and CPU seconds are those of the whole process with all of its children (Java among them).
+The output is compared with the other's before any figure is printed. Scorers run in a process of their own each, and
+their CPU seconds are those of the whole process with all of its children (Java among them). Models run by turns in
+this one (bench_models.py).
 """
 
 import argparse
@@ -18,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import bench_models
 
 HERE = Path(__file__).resolve().parent
 SIZES = (("MSVD size", 670, 41), ("MSR-VTT size", 2990, 20))  # videos, references a video
@@ -199,12 +202,41 @@ def compare_metrics(repeats: int) -> list[dict]:
     return rows
 
 
+# --- loading ------------------------------------------------------------------------------------------------
+
+
+def load(folder: str) -> float:
+    """Loads a model and reads every weight once; of "nothing" it only imports what that needs."""
+    from lm import CausalLM
+
+    return 0.0 if folder == "nothing" else float(sum(p.sum() for p in CausalLM.from_pretrained(folder).parameters()))
+
+
+def compare_loading(repeats: int) -> list[dict]:
+    """Peak memory of a fresh process that loads a checkpoint of about 1 GB, less that of one that loads nothing."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(hidden_size=1024, num_hidden_layers=14, num_attention_heads=16, num_key_value_heads=16)
+    model, rows = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=3072)), []
+    for label, shard in (("one file", "9GB"), ("shards of 300 MB", "300MB")):
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, max_shard_size=shard)
+            size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 2**20
+            before, peak = (measured("load", given)[1]["MB"] for given in ("nothing", folder))
+        share = (peak - before) / size
+        rows.append({"what": f"loading {size:.0f} MB, {label}", "MB": peak - before, "of its size": share})
+    return rows
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
-BENCHMARKS = [("metrics", compare_metrics)]  # name, function: repeats -> rows of figures
+BENCHMARKS = {  # name: function of the number of repeats -> rows of figures
+    "metrics": compare_metrics, "vit": bench_models.compare_vit, "lm": bench_models.compare_lm,
+    "decode-text": bench_models.compare_decoding, "loading": compare_loading,
+}  # fmt: skip
 
 
-def machine(packages=("numpy", "pycocoevalcap")) -> dict:
+def machine(packages=("numpy", "torch", "transformers", "pycocoevalcap")) -> dict:
     """What the figures were taken on and with."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     java = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr.splitlines()
@@ -219,7 +251,7 @@ def machine(packages=("numpy", "pycocoevalcap")) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as a table in Markdown; a ratio is how many times less CPU than the other tool's."""
+    """Rows as a table in Markdown; a ratio is how many times less CPU, or time, than the other tool's."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
     for row in rows:
@@ -228,18 +260,28 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def names_of(text: str) -> list[str]:
+    names = text.split(",")
+    if odd := set(names) - BENCHMARKS.keys():
+        raise argparse.ArgumentTypeError(f"{min(odd)!r}, expected some of {', '.join(BENCHMARKS)}")
+    return names
+
+
 def main() -> None:
-    names = [name for name, _ in BENCHMARKS]
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help=", ".join(names))
+    parser.add_argument("--only", nargs="+", metavar="NAME", type=names_of, default=[list(BENCHMARKS)],
+                        help=", ".join(BENCHMARKS))  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="how often cheap runs are repeated; the median counts")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     given = parser.parse_args()
     if given.repeats < 1:
         parser.error(f"--repeats: is {given.repeats}, expected at least 1")
-    rows = [row for name, function in BENCHMARKS if name in given.only for row in function(given.repeats)]
-    print(table(rows), *(f"{key}: {value}" for key, value in machine().items()), sep="\n")
+    chosen = sum(given.only, [])
+    groups = [function(given.repeats) for name, function in BENCHMARKS.items() if name in chosen]
+    print(*map(table, groups), sep="\n\n")
+    print("", *(f"{key}: {value}" for key, value in machine().items()), sep="\n")
     if given.json:
+        rows = [row for group in groups for row in group]
         Path(given.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1), encoding="utf-8")
 
 

@@ -1,0 +1,146 @@
+"""Benchmarks of models for `bench.py`: the same random weights in transformers' classes and in ours, by turns.
+
+Both run on the threads that torch takes, after one turn each that does not count. A ratio is theirs / ours in wall
+time, the median of as many as there are turns; above 1 it speaks for ours.
+"""
+
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+CONFIGS = Path(__file__).resolve().parent / "tests/configs"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def by_turns(what: str, ours, theirs, repeats: int, **figures) -> dict:
+    times = []
+    for _ in range(repeats + 1):
+        pair = []
+        for function in (theirs, ours):
+            begun = time.perf_counter()
+            function()
+            pair.append(time.perf_counter() - begun)
+        times.append(pair)
+    ratios = sorted(a / b for a, b in times[1:])
+    return {
+        "what": what, "wall s": statistics.median(b for _, b in times[1:]), "runs": repeats,
+        "theirs, wall s": statistics.median(a for a, _ in times[1:]), "ratio": statistics.median(ratios),
+        "ratios from": ratios[0], "to": ratios[-1],
+    } | figures  # fmt: skip
+
+
+def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """In fp32 within 1e-4 of the outputs' spread at most; in bf16, where the order of sums decides, within 2 % on
+    average."""
+    far, spread = (found.float() - expected.float()).abs(), expected.float().std()
+    if found.dtype == torch.float32:
+        assert far.max() < 1e-4 * spread, f"outputs differ by {far.max() / spread:.2g} of their spread"
+    assert far.mean() < 0.02 * spread, f"outputs differ by {far.mean() / spread:.2g} of their spread on average"
+
+
+# ------------------------------------------------------------------------------------- one pass
+
+
+def vit_row(dtype: str, repeats: int) -> dict:
+    """CLIP ViT-B/16, 16 frames."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from vit import ViT
+
+    torch.manual_seed(0)
+    published = json.loads((CONFIGS / "clip-vit-base-patch16.json").read_text())["vision_config"]
+    theirs = CLIPVisionModel(CLIPVisionConfig(**published)).eval().requires_grad_(False).to(DTYPES[dtype])
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = ViT.from_pretrained(folder, DTYPES[dtype]).eval().requires_grad_(False)
+    pixels = torch.randn(16, 3, 224, 224).to(DTYPES[dtype])
+    assert_alike(ours(pixels), theirs(pixels).last_hidden_state)
+    return by_turns(f"ViT-B/16, 16 frames, {dtype}", lambda: ours(pixels), lambda: theirs(pixels), repeats)
+
+
+def llama_160m(dtype: str, eos_likes: float = 0.12):
+    """-> theirs, ours: random models of Llama-160m's shape whose logits spread like a trained model's.
+
+    `eos_likes`: spread of EOS's row of the head; the larger, the more texts end early.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lm import CausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**json.loads((CONFIGS / "llama-160m.json").read_text()))
+    theirs = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for name, weight in theirs.named_parameters():
+        weight.normal_(1.0 if "norm" in name else 0.0, 0.04)
+    theirs.model.embed_tokens.weight.normal_(0, 1.0)
+    theirs.lm_head.weight.normal_(0, 0.12)
+    theirs.lm_head.weight[config.eos_token_id].normal_(0, eos_likes)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = CausalLM.from_pretrained(folder, DTYPES[dtype]).requires_grad_(False)
+    return theirs.to(DTYPES[dtype]), ours
+
+
+def lm_row(dtype: str, repeats: int) -> dict:
+    """Logits of 8 texts of 64 tokens."""
+    theirs, ours = llama_160m(dtype)
+    ids = torch.randint(0, 32000, (8, 64), generator=torch.Generator().manual_seed(1))
+
+    def mine():
+        return ours(ours.embed(ids))
+
+    def other():
+        return theirs(ids, use_cache=False).logits
+
+    assert_alike(mine(), other())
+    return by_turns(f"Llama-160m, logits of 8 x 64 tokens, {dtype}", mine, other, repeats)
+
+
+def compare_vit(repeats: int) -> list[dict]:
+    return [vit_row(dtype, repeats) for dtype in DTYPES]
+
+
+def compare_lm(repeats: int) -> list[dict]:
+    return [lm_row(dtype, repeats) for dtype in DTYPES]
+
+
+# ------------------------------------------------------------------------------------- decoding
+
+
+def decoding_row(dtype: str, beams: int, eos_likes: float, repeats: int) -> dict:
+    """At most 30 new tokens after a prefix of 24 embeddings, 8 clips.
+
+    In fp32 all token ids must be equal. In bf16 the two round differently, so sooner or later another token is ahead:
+    how many of the texts are equal is told.
+    """
+    from decode import generate
+
+    theirs, ours = llama_160m(dtype, eos_likes)
+    eos = ours.config.eos_id
+    prefix = torch.randn(8, 24, 768, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
+    asked = {"attention_mask": torch.ones(8, 24, dtype=torch.long), "do_sample": False, "num_beams": beams,
+             "max_new_tokens": 30, "eos_token_id": eos, "pad_token_id": eos}  # fmt: skip
+
+    def mine():
+        return generate(ours, prefix, 30, beams=beams)
+
+    def other():
+        rows = theirs.generate(inputs_embeds=prefix, **asked).tolist()
+        return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+    found, expected = mine(), other()
+    equal = sum(a == b for a, b in zip(found, expected, strict=True))
+    assert equal == 8 or dtype != "fp32", f"{beams} beams: {equal} of 8 texts are equal"
+    lengths = sorted(map(len, found))
+    what = f"Llama-160m, {beams} beams, 8 texts of {lengths[0]} to {lengths[-1]} tokens, {dtype}"
+    return by_turns(what, mine, other, repeats, equal=f"{equal} of 8")
+
+
+def compare_decoding(repeats: int) -> list[dict]:
+    """Greedy and five beams, without early ends and with."""
+    return [decoding_row(*what, repeats) for what in itertools.product(DTYPES, (1, 5), (0.12, 0.4))]
