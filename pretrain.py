@@ -269,8 +269,8 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
     lessons, few = Lessons(pieces, texts, rng, seed), max(1, batch_size // 4)
 
     def batch(step: int):
-        plain, blurred = lessons.on_texts(lm, few), lessons.on_notes(lm, batch_size - few)
-        return (plain + 3 * blurred) / 4, {"texts": plain.item(), "notes": blurred.item()}
+        plain, noted = lessons.on_texts(lm, few), lessons.on_notes(lm, batch_size - few)
+        return (plain + 3 * noted) / 4, {"texts": plain.item(), "notes": noted.item()}
 
     train("lm", [lm], batch, steps, lr=4e-3)
     told = {
