@@ -48,6 +48,9 @@ BACKBONE_FILES = {
 
 def backbone_hashes(vit: str, lm: str) -> dict[str, str]:
     """sha256 of every file that both backbones are read from, which a checkpoint names and cannot do without."""
+    for folder in (vit, lm):
+        if not os.path.isdir(folder):
+            raise InputError(f"{folder}: expected the folder of a model, found none")
     paths = {f"{name}/{file}": Path(folder) / file for name, folder in (("vit", vit), ("lm", lm))
              for file in BACKBONE_FILES[name]}  # fmt: skip
     return {name: sha256_of(path) for name, path in paths.items() if path.exists()}
@@ -162,7 +165,7 @@ def main() -> int:
     what.add_argument("--split", choices=["val", "test"], default="test", help="which split of the run's dataset")
     what.add_argument("--data", help="the dataset's folder; unset: as in training")
     what.add_argument("--video", nargs="+", metavar="FILE", help="your own videos, or folders of them, instead")
-    what.add_argument("--frames", type=cli.at_least(1), help="frames a clip; unset: as in training")
+    what.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
     what.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
     out = parser.add_argument_group("output and machine")
     out.add_argument("--save", type=Path, metavar="FILE", help="writes {id: caption} as JSON")
