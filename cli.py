@@ -19,12 +19,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `least` to 2^31."""
+def at_least(least: int, most: int = 2**31) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`."""
 
     def whole(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or not least <= int(text[:12]) <= 2**31:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, found {text!r}")
+        if not text.lstrip("-").isdecimal() or not least <= int(text[:12]) <= most:
+            limit = f" and at most {most}" if most < 2**31 else ""
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}{limit}, found {text!r}")
         return int(text)
 
     return whole

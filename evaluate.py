@@ -164,7 +164,7 @@ def main() -> int:
     what.add_argument("--split", choices=["val", "test"], default="test", help="which split of the run's dataset")
     what.add_argument("--data", help="the dataset's folder; unset: as in training")
     what.add_argument("--video", nargs="+", metavar="FILE", help="your own videos, or folders of them, instead")
-    what.add_argument("--frames", type=cli.at_least(1), help="frames a clip; unset: as in training")
+    what.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
     what.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
     how = parser.add_argument_group("decoding")
     how.add_argument("--beams", type=cli.at_least(1), default=1, help="beams of the search; 1 is greedy")

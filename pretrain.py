@@ -154,8 +154,13 @@ def notes(scene, rng: np.random.Generator) -> str:
 
 
 def document(rng: np.random.Generator) -> tuple[str, str]:
-    """What comes first and what follows it, which are tokenised apart, as prompt and caption are in training."""
-    scene, style, before = shapes.draw_scene(rng), rng.integers(6), []
+    """What comes first and what follows it, which are tokenised apart, as prompt and caption are in training.
+
+    Of six documents one is a caption alone, one follows another telling, two follow notes, repeated, and two are lists
+    of notes told again.
+    """
+    scene, style = shapes.draw_scene(rng), rng.integers(6)
+    before = []
     if style == 1:
         before = [shapes.describe(scene, rng)]
     elif style in (2, 3):
@@ -169,9 +174,10 @@ def document(rng: np.random.Generator) -> tuple[str, str]:
 def blurred(embed: nn.Embedding, words: Tensor, others: Tensor, draw: torch.Generator) -> Tensor:
     """Notes whose words run into each other: word ids (n, 2, 3) of two shapes a text -> embeddings (n, N, C).
 
-    Each of the N positions is the sum of one shape's three words in random proportions, with less of the
-    other shape's, a little of every word in `others` and noise. Visual tokens are like that; a language
-    model that has met clean words only learns to read them slowly, since it does not change any more.
+    Each of N positions, as many in the whole batch, is the sum of one shape's three words in random proportions;
+    in half of the texts some of the other shape's leaks in. Every word of `others` and noise are added. Visual
+    tokens are like that while an adapter learns, and a frozen model that knows clean words only is hard to reach:
+    the adapter would have to find them first. The proportions were found by trial.
     """
     n, count = len(words), int(torch.randint(4, 25, (1,), generator=draw))
 
@@ -188,6 +194,7 @@ def blurred(embed: nn.Embedding, words: Tensor, others: Tensor, draw: torch.Gene
     weight = uniform(n, count, 3) ** (3 * uniform(n, 1, 1))  # all words alike in some texts, one above all in others
     weight = weight / weight.sum(-1, keepdim=True) * (0.5 + 2 * uniform(n, count, 1))  # (n, N, 3)
     told = torch.einsum("nps,npw,nswc->npc", share, weight, embed(words))  # (n, N, C)
+    # What is added tells nothing, so embeddings must not learn from it: detached.
     size = embed.weight.detach().square().mean().sqrt()
     noise = 0.5 * size * uniform(n, 1, 1) * torch.randn(n, count, embed.embedding_dim, generator=draw)
     stray = 0.1 * uniform(n, 1, 1) * torch.randn(n, count, len(others), generator=draw)
@@ -229,7 +236,9 @@ class Lessons:
         scenes = [shapes.draw_scene(rng) for _ in texts]
         self.captions = padded([[*pieces.encode(shapes.describe(scene, rng)), eos] for scene in scenes])
         ids = {word: pieces.piece_to_id("\u2581" + word) for word in KEY_WORDS}
+        assert pieces.unk_id() not in ids.values(), "every key word is a piece"
         self.key_words = torch.tensor(list(ids.values()))
+        # A shape that is alone stands twice, and so leaks into itself.
         self.words = torch.tensor([[[ids[s.colour], ids[s.kind], ids[s.motion]] for s in (scene * 2)[:2]]
                                    for scene in scenes])  # fmt: skip
         self.bos, self.prompt = torch.tensor([bos]), torch.tensor(pieces.encode(PROMPT))
@@ -244,10 +253,10 @@ class Lessons:
     def on_notes(self, lm: CausalLM, size: int) -> Tensor:
         """Cross-entropy of `size` captions, each after blurred notes of its scene, laid out as in training."""
         keys = torch.randint(len(self.captions), (size,), generator=self.draw)
-        notes, captions = blurred(lm.embed, self.words[keys], self.key_words, self.draw), some(self.captions, keys)
+        blur, captions = blurred(lm.embed, self.words[keys], self.key_words, self.draw), some(self.captions, keys)
         bos, prompt = (lm.embed(ids).expand(size, -1, -1) for ids in (self.bos, self.prompt))
         said = lm.embed(captions[:, :-1].clamp(min=0))
-        hidden = lm.hidden(torch.cat([bos, notes, prompt, said], dim=1))[:, -captions.shape[1] :]
+        hidden = lm.hidden(torch.cat([bos, blur, prompt, said], dim=1))[:, -captions.shape[1] :]
         return F.cross_entropy(lm.head(hidden).flatten(0, 1), captions.flatten(), ignore_index=IGNORED)
 
 
@@ -309,6 +318,7 @@ def main() -> None:
     parser.add_argument("--texts", type=cli.at_least(1), default=50_000, help="texts written for the language model")
     parser.add_argument("--lm-steps", type=cli.at_least(1), default=2000, help="steps of 64 texts")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)  # now, and not after a quarter of an hour
     if args.only != "vit":
         torch.manual_seed(args.seed)
         pretrain_lm(args.out / "tiny-lm", args.texts, args.lm_steps, 64, args.seed)

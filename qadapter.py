@@ -4,7 +4,8 @@ Our reading of the abstract of [1], which is all of that paper we could read. N 
 alongside the ViT's blocks. After each adapted block they attend to all patches of all frames at once,
 and a gating layer decides, query by query, how much of what they read is kept:
 
-    X  = LN(Z) + E_t                                  Z: the block's output, E: a vector a frame
+    X  = LN(Z) + E_t                                  Z: the block's output, E: a vector a frame,
+                                                      this LN without scale and shift
     A  = softmax((LN(Q) W_q)(X W_k)^T / sqrt(d)) (X W_v) W_o
     g  = sigmoid([Q ; A] W_g + b_g)                   the gating layer
     Q <- Q + g * A
@@ -118,7 +119,7 @@ class QAdapter(nn.Module):
     reading: read | write. talk: the queries stand among their own keys [2].
     """
 
-    def __init__(self, width: int, depth: int, queries: int = 16, rank: int = 16, heads: int = 4,
+    def __init__(self, width: int, depth: int, queries: int = 16, rank: int = 32, heads: int = 8,
                  frames: int = 8, last_blocks: int = 0, gate: str = "sigmoid", reading: str = "read",
                  talk: bool = False):  # fmt: skip
         super().__init__()

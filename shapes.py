@@ -1,6 +1,6 @@
 """The embedded dataset `shapes`: scenes, their pixels, their captions, and what a caption claims.
 
-`python shapes.py data/shapes` prints what captions without a mistake score on its test split, for comparison.
+`python shapes.py` prints what captions without a mistake score on its test split, for comparison.
 
 A clip is 2 seconds of one or two coloured shapes on a varied background. Each shape moves left, right,
 up or down, grows, shrinks, blinks, spins or stays still, on its own. The clips are ordinary
@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,8 +28,9 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+import cli
 import metrics
-from weights import InputError, read_json, replace_atomically
+from weights import InputError, field, read_json, replace_atomically
 
 SIDE, FRAMES, RATE = 64, 16, 8  # pixels, frames a clip, frames a second
 
@@ -202,16 +202,20 @@ def render(scene: tuple[Shape, ...], u: np.ndarray, rng: np.random.Generator) ->
 # ---------------------------------------------------------------------------------------- captions
 
 
+def tell(one: str, two: str, words: list[tuple[str, str, str]]) -> str:
+    """A template, `one` or `two`, filled with (noun, finite verb, participle) of each of one or two shapes."""
+    (n, f, p), (m, g, q) = words[0], words[-1]
+    return (one if len(words) == 1 else two).format(n=n, f=f, p=p, m=m, g=g, q=q).replace("a orange", "an orange")
+
+
 def describe(scene: tuple[Shape, ...], rng: np.random.Generator) -> str:
     """One caption; which words and which shape comes first are left to chance."""
-    order = rng.permutation(len(scene))
-    words = {}
-    for shape, n, f, p in zip((scene[i] for i in order), "nm", "fg", "pq", strict=False):
+    words = []
+    for shape in (scene[i] for i in rng.permutation(len(scene))):
         phrases = MOTIONS[shape.motion]
-        finite, participle = phrases[rng.integers(len(phrases))]
-        words |= {n: f"{shape.colour} {shape.kind}", f: finite, p: participle}
-    templates = ONE if len(scene) == 1 else TWO
-    return templates[rng.integers(len(templates))].format(**words).replace("a orange", "an orange")
+        words.append((f"{shape.colour} {shape.kind}", *phrases[rng.integers(len(phrases))]))
+    choice = rng.integers(len(ONE))
+    return tell(ONE[choice], TWO[choice], words)
 
 
 def references(scene: tuple[Shape, ...], rng: np.random.Generator, count: int = 6) -> list[str]:
@@ -328,26 +332,33 @@ def make(root: Path, sizes: dict[str, int], seed: int = 0, report=print) -> None
             file.write(json.dumps(content, indent=1).encode())
 
 
-# ----------------------------------------------------------------------------------------- ceiling
+# ------------------------------------------------------------------------------- perfect captions
 
 
-def ceiling(root: Path) -> dict[str, float]:
-    """CIDEr on the test split, by wording, of captions that tell every shape and motion rightly, and of the
-    last reference held against the others: no captioner can be expected to go far beyond these."""
-    references = read_json(root / "captions.json")["test"]
-    found, scenes = {}, {key: claims(texts[0]) for key, texts in references.items()}
-    for one, two in zip(ONE, TWO, strict=True):
-        for choice in range(3):
-            told = {}
-            for key, scene in scenes.items():
-                words = [(noun, *MOTIONS[motion][choice]) for noun, motion in scene]
-                (n, f, p), (m, g, q) = words[0], words[-1]
-                told[key] = (one if len(words) == 1 else two).format(n=n, f=f, p=p, m=m, g=g, q=q)
-            found[told[next(iter(told))]] = metrics.score(references, told, metrics=("CIDEr",)).corpus["CIDEr"]
-    others, last = {k: t[:-1] for k, t in references.items()}, {k: t[-1] for k, t in references.items()}
-    return found | {"(a reference)": metrics.score(others, last, metrics=("CIDEr",)).corpus["CIDEr"]}
+def true_captions(references: dict[str, list[str]], wording: int, phrase: int) -> dict[str, str]:
+    """Captions that tell every shape and motion rightly, all in one of the wordings and of the phrases."""
+    return {
+        key: tell(ONE[wording], TWO[wording], [(noun, *MOTIONS[motion][phrase]) for noun, motion in claims(texts[0])])
+        for key, texts in references.items()
+    }
+
+
+def main() -> None:
+    parser = cli.Parser("Scores captions without a mistake on the test split, each time all of them worded alike.")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("data/shapes"), help="where shapes was made")
+    path = parser.parse_args().folder / "captions.json"
+    references = field(read_json(path), "test", dict, path)
+    if not references:
+        raise InputError(f"{path}: split 'test' is empty, expected {{file: [caption, ...]}}")
+    rows = []
+    for wording in range(len(ONE)):
+        for phrase in range(3):
+            captions = true_captions(references, wording, phrase)
+            cider = metrics.score(references, captions, metrics=("CIDEr",)).corpus["CIDEr"]
+            rows.append((cider, f"{ONE[wording]} | {TWO[wording]}", MOTIONS["up"][phrase]))
+    for cider, wording, verb in sorted(rows, reverse=True):
+        print(f"CIDEr {100 * cider:.1f}  {wording}, {' or '.join(verb)}")
 
 
 if __name__ == "__main__":
-    for wording, score in sorted(ceiling(Path(sys.argv[1])).items(), key=lambda item: -item[1]):
-        print(f"CIDEr {100 * score:.1f}  {wording}")
+    cli.run(main)

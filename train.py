@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None):
                        metavar=("TRAIN", "VAL", "TEST"), help="clips that shapes is made of")  # fmt: skip
     group.add_argument("--cache-features", action="store_true",
                        help="run the frozen ViT once for each frame and keep what it makes of them on disk, in fp16")
-    group.add_argument("--frames", type=cli.at_least(1), default=8, help="frames a clip")
+    group.add_argument("--frames", type=cli.at_least(1, 4096), default=8, help="frames a clip")
     group.add_argument("--captions-per-clip", type=cli.at_least(1), default=1, help="captions a clip in a step")
     group = parser.add_argument_group("model")
     group.add_argument("--vit", default=TINY["vit"], help="the ViT: a folder, a .pth file or a hub id")

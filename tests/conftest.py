@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # for models this small a second thread costs more than it gives
 
 
 @pytest.fixture(scope="session")

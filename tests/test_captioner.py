@@ -33,6 +33,9 @@ every_config = pytest.mark.parametrize("name", CONFIGS)
 class Letters:
     """The part of sentencepiece's interface that a captioner uses; ids 0 to 2 are unknown, BOS, EOS."""
 
+    def bos_id(self) -> int:
+        return 1
+
     def encode(self, text: str) -> list[int]:
         return [3 + LETTERS.index(letter) for letter in text]
 

@@ -241,7 +241,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
 
 
 def test_a_missing_folder_or_file_is_named(tmp_path):
-    refusal(tmp_path / "nowhere", str(tmp_path / "nowhere" / "config.json"))
+    refusal(tmp_path / "nowhere", str(tmp_path / "nowhere"), "expected a folder")
     make(tmp_path, *SHAPES[0])
     (tmp_path / "model.safetensors").unlink()
     refusal(tmp_path, str(tmp_path), "model.safetensors")

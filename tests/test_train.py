@@ -247,7 +247,7 @@ def test_what_the_user_gets_wrong_is_one_line(run, flags, backbones, tmp_path):
     one_line_error(python("train.py", *flags, *out, "--clips", 3, 4, 6), "holds", "another folder")
     one_line_error(python("train.py", "--resume", run, "--epochs", 9), "--epochs", "its own flags")
     one_line_error(python("train.py", *flags, *out, "--colour", "red"), "--colour")
-    one_line_error(python("train.py", *flags, *out, "--vit", tmp_path / "gone"), "gone", "config.json")
+    one_line_error(python("train.py", *flags, *out, "--vit", tmp_path / "gone"), "gone", "expected a folder")
     one_line_error(python("train.py", *flags, *out, "--vit", backbones / "lm"), "config.json", "model_type")
     one_line_error(python("train.py", *flags, *out, "--rank", 5), "--rank 5", "--heads 2")
     one_line_error(python("train.py", *flags, *out, "--last-blocks", 3), "--last-blocks 3", "2")

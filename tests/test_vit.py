@@ -222,7 +222,7 @@ def test_pixel_statistics_that_are_not_three_numbers_are_refused(tmp_path, value
 
 
 def test_a_missing_folder_or_file_is_named(tmp_path):
-    refusal(tmp_path / "nowhere", str(tmp_path / "nowhere" / "config.json"))
+    refusal(tmp_path / "nowhere", str(tmp_path / "nowhere"), "expected a folder")
     make(tmp_path, *SIZES[0])
     (tmp_path / "model.safetensors").unlink()
     refusal(tmp_path, str(tmp_path / "model.safetensors"))

@@ -22,6 +22,7 @@ from torchvision.models import get_model_weights
 from torchvision.models import vision_transformer as torchvision_vit
 from transformers import CLIPModel, CLIPVisionModel, Dinov2Model, SiglipModel, SiglipVisionModel
 
+import vit_public
 from pixels import HALF, IMAGENET_MEAN, IMAGENET_STD, Pixels
 from vit import ViT, ViTConfig
 from vit_public import expand, read_config, read_public
@@ -436,7 +437,7 @@ def test_an_unsupported_file_is_refused(tmp_path, layout, changes, words):
 def test_a_file_of_another_model_is_refused(tmp_path):
     write(tmp_path / "resnet.pth", {"conv1.weight": torch.zeros(2), "fc.bias": torch.zeros(2)})
     refusal(tmp_path / "resnet.pth", str(tmp_path / "resnet.pth"), "torchvision", "DINOv2", "conv1.weight")
-    refusal(tmp_path / "gone.pth", str(tmp_path / "gone.pth"), "expected a file")
+    refusal(tmp_path / "gone.pth", str(tmp_path / "gone.pth"), "expected a folder, a file or a hub id")
 
 
 def test_pixels_that_contradict_the_model_are_refused(tmp_path):
@@ -482,15 +483,15 @@ def test_another_size_keeps_the_share_that_is_cropped_away(tmp_path):
     ("vit_l_32", "IMAGENET1K_V1"), ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1"), ("vit_l_16", "IMAGENET1K_SWAG_E2E_V1"),
     ("vit_h_14", "IMAGENET1K_SWAG_E2E_V1"), ("vit_h_14", "IMAGENET1K_SWAG_LINEAR_V1"),
 ])  # fmt: skip
-def test_torchvision_s_pixels_are_those_of_its_own_presets(tmp_path, build, weights):
-    """Every published file but the two that no tensor tells from older ones; one number stands for each tensor's."""
+def test_torchvision_s_pixels_are_those_of_its_own_presets(monkeypatch, build, weights):
+    """Every published file but the two that no tensor tells from older ones; its tensors on the meta device."""
     weights = get_model_weights(build)[weights]
     preset, size = weights.transforms(), weights.meta["min_size"][0]
     assert preset.crop_size == [size]
     with torch.device("meta"):
         theirs = getattr(torchvision_vit, build)(image_size=size)
-    torch.save({name: torch.zeros(1).expand(t.shape) for name, t in theirs.state_dict().items()}, tmp_path / "vit.pth")
-    found = read_public(tmp_path / "vit.pth").pixels
+    monkeypatch.setattr(vit_public, "read_tensors", lambda path: (theirs.state_dict(), path))
+    found = read_public("vit.pth").pixels
     expected = (preset.resize_size[0], preset.interpolation.value, tuple(preset.mean), tuple(preset.std))
     assert (found.size, found.squash) == (size, False)
     assert (found.resize, found.interpolation, found.mean, found.std) == expected
