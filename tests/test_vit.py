@@ -225,4 +225,4 @@ def test_a_missing_folder_or_file_is_named(tmp_path):
     refusal(tmp_path / "nowhere", str(tmp_path / "nowhere"), "expected a folder")
     make(tmp_path, *SIZES[0])
     (tmp_path / "model.safetensors").unlink()
-    refusal(tmp_path, str(tmp_path / "model.safetensors"))
+    refusal(tmp_path, str(tmp_path), "expected one of model.safetensors")
