@@ -71,7 +71,7 @@ def parse(argv: list[str] | None = None):
     group.add_argument("--talk", action="store_true", help="queries attend to each other too")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips a step")
-    group.add_argument("--epochs", type=cli.at_least(1), default=20, help="passes over the training clips")
+    group.add_argument("--epochs", type=cli.at_least(1), default=16, help="passes over the training clips")
     group.add_argument("--lr", type=cli.number(0, above=True), default=5e-3, help="peak learning rate of AdamW")
     group.add_argument("--weight-decay", type=cli.number(0), default=0.01, help="of AdamW")
     group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
