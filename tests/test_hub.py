@@ -491,6 +491,7 @@ def test_416(server, get):
 def test_ctrl_c_leaves_the_part_for_the_next_time(server):
     """A true SIGINT in the main thread, while it waits for the second half."""
     server.publish(MODEL)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
     main, over = threading.main_thread().ident, threading.Event()
 
     def interrupt(handler):
@@ -504,9 +505,12 @@ def test_ctrl_c_leaves_the_part_for_the_next_time(server):
         over.wait(10)
 
     server.plans[FILE] = [interrupt]
-    with pytest.raises(KeyboardInterrupt):
-        hub.local(REPO)
-    over.set()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            hub.local(REPO)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        over.set()
     folder = hub.CACHE / "owner--name" / COMMIT
     assert (folder / "model.safetensors.part").read_bytes() == CONTENT[:120_000]
     assert not (folder / ".whole").exists()
