@@ -22,6 +22,7 @@ from reprlib import repr as short
 from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
+from checkpoint import IN_FOLDER
 from download import SHA256, FetchError, amount, check_room, fetch, held
 from weights import InputError, field, read_json, replace_atomically
 
@@ -31,7 +32,6 @@ PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 NAME = re.compile(rf"({PART}/{PART})(?:@({PART}(?:/{PART})*))?")
 COMMIT = re.compile("[0-9a-f]{40}")
 SHARD = re.compile(rf"{PART}\.(safetensors|bin)")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 # ------------------------------------------------------------------------------------------ a listing
@@ -57,9 +57,9 @@ class Listing:
 
     def wanted(self) -> list[str]:
         """Names of the config, the tokenizer and the weights (or their index), of those that there are."""
-        weights = [name for name in WEIGHTS if name in self.files]
+        weights = [name for name in IN_FOLDER if name in self.files]
         if "config.json" not in self.files or not weights:
-            raise InputError(f"{self.url}: expected config.json and one of {', '.join(WEIGHTS)} among its files")
+            raise InputError(f"{self.url}: expected config.json and one of {', '.join(IN_FOLDER)} among its files")
         names = ["config.json", "preprocessor_config.json", "tokenizer.model"]
         if "tokenizer.model" not in self.files:  # not read, but then the reader can say what it is
             names += ["tokenizer.json", "tokenizer_config.json"]
@@ -154,6 +154,10 @@ def local(name: str | Path, report=print) -> Path:
     """
     if os.path.exists(name):
         return Path(name)
+    if str(name).startswith("backbones/"):  # the project's own, from whichever folder it is called
+        if not (own := Path(__file__).resolve().parent / name).is_dir():
+            raise InputError(f"{own}: expected the folder of a model, found none")
+        return own
     match = NAME.fullmatch(str(name))
     if not match or len(str(name)) > 200 or ".." in str(name) or "--" in match[1]:
         raise InputError(f"{name}: expected a folder, a file or a hub id like owner/name[@revision]")

@@ -97,9 +97,9 @@ def flags_of_run(argv: list[str]) -> argparse.Namespace:
         raise InputError(f"{odd[0]}: a run goes on with its own flags; beside --resume only {', '.join(sorted(free))}")
     words, flags = [], field(read_json(config), "flags", dict, config)
     for name in vars(given).keys() - {"resume", "out"}:
-        if name not in flags:
+        if name not in flags and name != "image_size":  # runs older than this flag have none
             raise InputError(f"{config}: flags: expected a field {name!r}")
-        value = flags[name]
+        value = flags.get(name)
         if value is not None and value is not False:
             words.append("--" + name.replace("_", "-"))
             words += [] if value is True else map(str, value if isinstance(value, list) else [value])

@@ -160,7 +160,9 @@ def default_pixels(family: str, config: ViTConfig) -> Pixels:
     imagenet = Pixels(224, 256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     if family == "dinov2":
         return imagenet
-    if size > 224 or config.width == 1280:  # torchvision's only weights of these sizes are SWAG's
+    # torchvision's only weights of these sizes are SWAG's. (Its SWAG_LINEAR files of 224 pixels and narrower models
+    # cannot be told from older ones, and get those' view.)
+    if size > 224 or config.width == 1280:
         return replace(imagenet, size=size, resize=size)
     resize = 242 if (config.width, config.patch_size) == (1024, 16) else 256  # vit_l_16
     return replace(imagenet, resize=resize, interpolation="bilinear").scaled(size)

@@ -24,9 +24,10 @@ from test_hub import Server
 import evaluate
 import pretrain
 import shapes
+import train
 from lm import CausalLM
 from vit import ViT
-from weights import read_safetensors
+from weights import InputError, read_safetensors
 
 ROOT = Path(__file__).parent.parent
 ALONE = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
@@ -237,33 +238,41 @@ def test_real_videos_are_captioned_or_named(run, real):
     assert all(name in done.stderr for name in ("WrongFile.mp4", "audio_only.mp4", "empty.mp4"))
 
 
-def test_what_the_user_gets_wrong_is_one_line(run, flags, backbones, tmp_path):
+def test_what_the_user_gets_wrong_is_one_line(run, flags, backbones, tmp_path, monkeypatch):
+    """In this process, whose `cli.run` turns an InputError into exit code 2; three of them also as a user sees it."""
+
+    def refused(main, given, *words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, given)])
+        with pytest.raises(InputError) as error:
+            main()
+        assert str(error.value).isprintable() and all(word in str(error.value) for word in words), error.value
+
     out = ["--out", tmp_path / "none"]
     one_line_error(python("train.py", *flags, *out, "--frames", 0), "--frames", "at least 1")
-    one_line_error(python("train.py", *flags, *out, "--lr", "nan"), "--lr")
-    one_line_error(python("train.py", *flags, *out, "--weight-decay", -1), "--weight-decay", "at least 0")
-    one_line_error(python("train.py", *flags, *out, "--queries", 300), "300 visual tokens", "256")
-    one_line_error(python("train.py", *flags, *out, "--data", ROOT), "holds something else than shapes")
-    one_line_error(python("train.py", *flags, *out, "--clips", 3, 4, 6), "holds", "another folder")
-    one_line_error(python("train.py", "--resume", run, "--epochs", 9), "--epochs", "its own flags")
-    one_line_error(python("train.py", *flags, *out, "--colour", "red"), "--colour")
-    one_line_error(python("train.py", *flags, *out, "--vit", tmp_path / "gone"), "gone", "expected a folder")
-    one_line_error(python("train.py", *flags, *out, "--vit", backbones / "lm"), "config.json", "model_type")
-    one_line_error(python("train.py", *flags, *out, "--rank", 5), "--rank 5", "--heads 2")
-    one_line_error(python("train.py", *flags, *out, "--last-blocks", 3), "--last-blocks 3", "2")
-    one_line_error(python("train.py", *flags, *out, "--batch-size", 64), "--batch-size 64", "12")
-    one_line_error(python("train.py", *flags, "--out", run), str(run), "--resume")
-    one_line_error(python("train.py", "--resume", tmp_path / "gone"), "gone", "state.pt")
+    refused(train.main, [*flags, *out, "--lr", "nan"], "--lr")
+    refused(train.main, [*flags, *out, "--weight-decay", -1], "--weight-decay", "at least 0")
+    refused(train.main, [*flags, *out, "--queries", 300], "300 visual tokens", "256")
+    refused(train.main, [*flags, *out, "--data", ROOT], "holds something else than shapes")
+    refused(train.main, [*flags, *out, "--clips", 3, 4, 6], "holds", "another folder")
+    refused(train.main, ["--resume", run, "--epochs", 9], "--epochs", "its own flags")
+    refused(train.main, [*flags, *out, "--colour", "red"], "--colour")
+    refused(train.main, [*flags, *out, "--vit", tmp_path / "gone"], "gone", "expected a folder")
+    refused(train.main, [*flags, *out, "--vit", backbones / "lm"], "config.json", "model_type")
+    refused(train.main, [*flags, *out, "--rank", 5], "--rank 5", "--heads 2")
+    refused(train.main, [*flags, *out, "--last-blocks", 3], "--last-blocks 3", "2")
+    refused(train.main, [*flags, *out, "--batch-size", 64], "--batch-size 64", "12")
+    refused(train.main, [*flags, "--out", run], str(run), "--resume")
+    refused(train.main, ["--resume", tmp_path / "gone"], "gone", "state.pt")
     one_line_error(python("evaluate.py", tmp_path / "gone"), "gone", "config.json")
     one_line_error(python("evaluate.py", run, "--video", tmp_path / "gone.mp4"), "gone.mp4")
-    one_line_error(python("evaluate.py", run, "--device", "abacus"), "abacus")
-    one_line_error(python("evaluate.py", run, "--save", tmp_path / "gone/p.json"), "gone/p.json")
-    one_line_error(python("evaluate.py", run, "--beams", 0), "--beams", "at least 1")
-    one_line_error(python("evaluate.py", run, "--length-penalty", "nan"), "--length-penalty", "nan")
-    one_line_error(python("evaluate.py", run, "--length-penalty", 11), "length_penalty", "11")
-    one_line_error(python("evaluate.py", run, "--beams", 400), "beams: 400", "399 tokens")
-    one_line_error(python("evaluate.py", run, "--min-new-tokens", 31), "min_new_tokens: 31", "30")
-    one_line_error(python("evaluate.py", run, "--max-new-tokens", 2000), "2000 new tokens", "256")
+    refused(evaluate.main, [run, "--device", "abacus"], "abacus")
+    refused(evaluate.main, [run, "--save", tmp_path / "gone/p.json"], "gone/p.json")
+    refused(evaluate.main, [run, "--beams", 0], "--beams", "at least 1")
+    refused(evaluate.main, [run, "--length-penalty", "nan"], "--length-penalty", "nan")
+    refused(evaluate.main, [run, "--length-penalty", 11], "length_penalty", "11")
+    refused(evaluate.main, [run, "--beams", 400], "beams: 400", "399 tokens")
+    refused(evaluate.main, [run, "--min-new-tokens", 31], "min_new_tokens: 31", "30")
+    refused(evaluate.main, [run, "--max-new-tokens", 2000], "2000 new tokens", "256")
     assert not (tmp_path / "none").exists()
 
 
