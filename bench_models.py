@@ -35,12 +35,12 @@ def by_turns(what: str, ours, theirs, repeats: int, **figures) -> dict:
 
 
 def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """In fp32 within 1e-4 of the outputs' spread at most; in bf16, where the order of sums decides, within 2 % on
+    """In fp32 within 1e-4 of the outputs' spread at most; in bf16, where the order of sums decides, within 5 % on
     average."""
     far, spread = (found.float() - expected.float()).abs(), expected.float().std()
     if found.dtype == torch.float32:
         assert far.max() < 1e-4 * spread, f"outputs differ by {far.max() / spread:.2g} of their spread"
-    assert far.mean() < 0.02 * spread, f"outputs differ by {far.mean() / spread:.2g} of their spread on average"
+    assert far.mean() < 0.05 * spread, f"outputs differ by {far.mean() / spread:.2g} of their spread on average"
 
 
 # ------------------------------------------------------------------------------------- one pass
