@@ -106,7 +106,7 @@ def test_200_models_say_what_the_reference_says(tmp_path):
             met[f"{early} matters"] += said(early_stopping=False) != want
         met["greedy"] += beams == 1
         met["two EOS met"] += len(eos) > 1 and min(lengths) < new
-    assert all(met.values()), met
+    assert min(met.values()) >= 3, met
 
 
 def test_a_clip_is_over_when_the_reference_s_is():
