@@ -4,15 +4,17 @@ Beam search [1] keeps the `beams` likeliest beginnings of each clip's caption, p
 the likeliest again. A beginning that meets EOS has ended and leaves its place to the next; of all that ended, the one
 with the best score wins: the sum of its tokens' log-probabilities, EOS among them, over (their number)^length_penalty.
 
-The prefix runs once a clip. Its keys and values are copied to every beam, so from then on, whichever beams go on, only
-generated positions of the cache change places. A clip that is done leaves the batch. The whole of it in plain steps is
-`naive_beam_search`, at the end.
+The prefix runs once a clip. All beams of a clip share one row of the cache, a tree [3]: the prefix, and then a slot for
+each token that each beam has said. A beam is told by the slots it sees, its own and those of the beams it came from, so
+that nothing is copied or moved when beams are chosen. A clip that is done leaves the batch. The whole of it in plain
+steps is `naive_beam_search`, at the end.
 
-Letters: B clips, S positions of the prefix, C width, V vocabulary, R rows that run: one a clip and beam.
+Letters: B clips, S positions of the prefix, C width, V vocabulary, n beams, R clips that still run.
 
 References
 [1] transformers, generation/utils.py: `_beam_search`, whose rules (which of the ended count, when to stop) are kept to.
 [2] The length penalty, https://arxiv.org/abs/1609.08144, section 7, here in the plain form of [1].
+[3] Attention over a tree of tokens, with a mask of ancestors: https://arxiv.org/abs/2305.09781, section 4.
 """
 
 from dataclasses import dataclass
@@ -77,11 +79,13 @@ def generate(lm: CausalLM, prefix: Tensor, max_new_tokens: int = 30, min_new_tok
     return (greedy if beams == 1 else beam_search)(lm, prefix.to(lm.embed.weight.dtype), rules)
 
 
-def next_logits(lm: CausalLM, x: Tensor, cache: KVCache) -> Tensor:
-    """Embeddings (R, S, C) after what the cache holds -> fp32 logits (R, V) of the token after the last of them."""
-    logits = lm.head(lm.hidden(x, cache)[:, -1]).float()
+def next_logits(lm: CausalLM, x: Tensor, cache: KVCache, **tree: Tensor) -> Tensor:
+    """Embeddings (R, S, C) after what the cache holds -> fp32 logits (R, 1, V) of the token after the last of them, or
+    (R, n, V) after each if `tree` has the `positions` and the `seen` of `CausalLM.hidden`."""
+    x = lm.hidden(x, cache, **tree)
+    logits = lm.head(x if tree else x[:, -1:].contiguous()).float()
     if not logits.sum().isfinite():  # argmax and topk would take a NaN for the largest
-        raise InputError(f"language model: its logits after {cache.length} positions are not finite, in {x.dtype}")
+        raise InputError(f"language model: its logits after {len(cache)} positions are not finite, in {x.dtype}")
     return logits
 
 
@@ -90,7 +94,7 @@ def greedy(lm: CausalLM, prefix: Tensor, rules: Rules) -> list[list[int]]:
     said: list[list[int]] = [[] for _ in prefix]
     running, x = said, prefix  # a list for each row of x, in its order
     for length in range(1, rules.max_new_tokens + 1):
-        logits = next_logits(lm, x, cache)  # (R, V)
+        logits = next_logits(lm, x, cache)[:, 0]  # (R, V)
         if length <= rules.min_new_tokens:
             logits[:, list(rules.eos)] = -torch.inf
         ids = logits.argmax(-1).tolist()
@@ -101,7 +105,7 @@ def greedy(lm: CausalLM, prefix: Tensor, rules: Rules) -> list[list[int]]:
             break
         if len(rows) < len(running):
             running = [running[row] for row in rows]
-            cache.reorder(torch.tensor(rows, device=x.device))
+            cache.keep(torch.tensor(rows, device=x.device))
         x = lm.embed(torch.tensor([ids[row] for row in rows], device=x.device))[:, None]  # (R, 1, C)
     return said
 
@@ -149,37 +153,43 @@ class Clip:
 
 
 def best_options(log_probs: Tensor, scores: Tensor, count: int) -> list[list[tuple[float, int, int]]]:
-    """Log-probabilities (R, V) after beams of these scores (clips, beams) -> each clip's best (sum, beam, token)."""
-    sums = (log_probs.unflatten(0, scores.shape) + scores[:, :, None]).flatten(1)  # (clips, beams*V)
-    best, where = sums.topk(min(count, sums.shape[1]))  # (clips, count)
-    beam, token = where // log_probs.shape[1], where % log_probs.shape[1]
+    """Log-probabilities (R, n, V) after beams of these scores (R, n) -> each clip's best (sum, beam, token)."""
+    # Those of a clip are among those of its beams, which are fewer numbers to add up and to sort.
+    best, token = log_probs.topk(min(count, log_probs.shape[2]))  # (R, n, k)
+    each = best.shape[2]
+    best, where = (best + scores[:, :, None]).flatten(1).topk(min(count, scores.shape[1] * each))  # (R, count)
+    beam, token = where // each, token.flatten(1).take_along_dim(where, 1)
     return [list(zip(*row, strict=True)) for row in zip(best.tolist(), beam.tolist(), token.tolist(), strict=True)]
 
 
 def beam_search(lm: CausalLM, prefix: Tensor, rules: Rules) -> list[list[int]]:
     start, device = prefix.shape[1], prefix.device
-    cache = KVCache(lm.config, len(prefix) * rules.beams, start + rules.max_new_tokens, prefix)
+    cache = KVCache(lm.config, len(prefix), start + rules.beams * (rules.max_new_tokens - 1), prefix)
     clips = [Clip([Beam(0.0, 0, [])], []) for _ in prefix]
-    open_clips, x = clips, prefix  # x: one row a clip here, one a beam of each clip from then on
+    running, x, tree = clips, prefix, {}
+    own = torch.eye(rules.beams, dtype=torch.bool, device=device)  # the slot that each beam adds in a step
+    seen = torch.ones(len(prefix), 1, start, dtype=torch.bool, device=device)  # (R, n, slots)
     for length in range(1, rules.max_new_tokens + 1):
-        log_probs = next_logits(lm, x, cache).log_softmax(-1)  # (R, V)
+        log_probs = next_logits(lm, x, cache, **tree).log_softmax(-1)  # (R, 1, V) here, (R, n, V) from then on
         if length <= rules.min_new_tokens:
-            log_probs[:, list(rules.eos)] = -torch.inf
-        scores = torch.tensor([[beam.score for beam in clip.running] for clip in open_clips], device=device)
+            log_probs[..., list(rules.eos)] = -torch.inf
+        scores = torch.tensor([[beam.score for beam in clip.running] for clip in running], device=device)
         # Each beam may put all EOS there are before the others, of which `beams` are wanted.
         options = best_options(log_probs, scores, (1 + len(rules.eos)) * rules.beams)
-        for clip, best in zip(open_clips, options, strict=True):
+        for clip, best in zip(running, options, strict=True):
             clip.advance(best, length, rules)
-        still = [i for i, clip in enumerate(open_clips) if not clip.over(length, rules)]
+        still = [row for row, clip in enumerate(running) if not clip.over(length, rules)]
         if not still:
             break
-        beams = scores.shape[1]
-        rows = [i * beams + beam.parent for i in still for beam in open_clips[i].running]
-        in_place = length > 1 and len(still) == len(open_clips)  # a clip's rows stay its own: they share the prefix
-        cache.reorder(torch.tensor(rows, device=device), start if in_place else 0)
-        open_clips = [open_clips[i] for i in still]
-        said = [beam.ids[-1] for clip in open_clips for beam in clip.running]
-        x = lm.embed(torch.tensor(said, device=device))[:, None]  # (R, 1, C)
+        if len(still) < len(running):
+            running = [running[row] for row in still]
+            rows = torch.tensor(still, device=device)
+            cache.keep(rows)
+            seen = seen[rows]
+        parents = torch.tensor([[beam.parent for beam in clip.running] for clip in running], device=device)  # (R, n)
+        seen = torch.cat([seen.take_along_dim(parents[:, :, None], 1), own.expand(len(still), -1, -1)], dim=2)
+        tree = {"seen": seen, "positions": torch.full((rules.beams,), start + length - 1, device=device)}
+        x = lm.embed(torch.tensor([[beam.ids[-1] for beam in clip.running] for clip in running], device=device))
     winners = [clip.ended[0][1] for clip in clips]
     return [ids[:-1] if ids[-1] in rules.eos else ids for ids in winners]
 

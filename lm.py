@@ -30,31 +30,45 @@ __all__ = ["CausalLM", "KVCache", "LMConfig", "lm_names"]
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, for every block; room for `rows` rows of `size` positions."""
+    """Keys and values of what a model has read, for every block; slots for `size` positions of each of `rows` rows."""
 
     def __init__(self, config: LMConfig, rows: int, size: int, like: Tensor):
         shape = (config.depth, 2, rows, config.kv_heads, size, config.head_width)
         self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.length = 0
+        self.positions = torch.empty(0, dtype=torch.long, device=like.device)  # of the slots in use
+
+    def __len__(self) -> int:
+        return len(self.positions)
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, g, S, d) after the first `length` positions; returns all so far (B, g, length+S, d)."""
-        rows, end = len(k), self.length + k.shape[2]
-        self.store[block, 0, :rows, :, self.length : end] = k
-        self.store[block, 1, :rows, :, self.length : end] = v
+        """Writes (B, g, S, d) to the last S slots in use; returns all that are in use (B, g, slots, d)."""
+        rows, end = len(k), len(self)
+        self.store[block, 0, :rows, :, end - k.shape[2] : end] = k
+        self.store[block, 1, :rows, :, end - k.shape[2] : end] = v
         return self.store[block, 0, :rows, :, :end], self.store[block, 1, :rows, :, :end]
 
-    def reorder(self, rows: Tensor, start: int = 0) -> None:
-        """Makes row i what row rows[i] was, from position `start` on; they may become more, or fewer."""
+    def keep(self, rows: Tensor) -> None:
+        """Makes row i what row rows[i] was."""
         for half in self.store.flatten(0, 1):  # a block's keys, or its values: (rows, g, size, d)
-            seen = half[:, :, start : self.length]
+            seen = half[:, :, : len(self)]
             seen[: len(rows)] = seen[rows]
 
 
-def window_mask(start: int, end: int, window: int, device: torch.device) -> Tensor:
-    """True where the query at a position from `start` on may look: at itself and the window - 1 before it (S, end)."""
-    back = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
-    return (back >= 0) & (back < window)
+def attention_mask(queries: Tensor, keys: Tensor, seen: Tensor | None, window: int | None, dtype: torch.dtype) -> Tensor:
+    """From positions (S,) and (slots,): 0 where a query may look, else -inf; (S, slots), or (B, 1, S, slots) if `seen`
+    (B, S, slots) says so. With a window that is at itself and the window - 1 positions before it."""
+    back = queries[:, None] - keys
+    may = back >= 0 if seen is None else seen[:, None]
+    if window is not None:
+        may = may & (back < window)
+    return torch.zeros(may.shape, dtype=dtype, device=may.device).masked_fill(~may, -torch.inf)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Rounds to the input's dtype before it multiplies, as [1] does and torch does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype) * self.weight
 
 
 class GemmaRMSNorm(nn.RMSNorm):
@@ -90,8 +104,8 @@ class LMAttention(nn.Module):
         q, k, v = (f(x).unflatten(-1, (-1, self.d)).transpose(1, 2) for f in (self.q, self.k, self.v))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)  # (B, h, S, d), (B, g, S, d)
         if cache is not None:
-            k, v = cache.extend(self.index, k, v)  # (B, g, length+S, d)
-        # With a cache S is either the whole prefix or one position, which may see all before it.
+            k, v = cache.extend(self.index, k, v)  # (B, g, slots, d)
+        # Without a mask S is either all there is or one position after it, which may see it all.
         x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, scale=self.scale,
                                            enable_gqa=True)  # fmt: skip
         return self.o(x.transpose(1, 2).flatten(2))  # (B, S, C)
@@ -102,7 +116,7 @@ class LMBlock(nn.Module):
 
     def __init__(self, config: LMConfig, index: int):
         super().__init__()
-        norm = GemmaRMSNorm if config.gemma else nn.RMSNorm
+        norm = GemmaRMSNorm if config.gemma else RMSNorm
         self.norm1 = norm(config.width, config.norm_eps)
         self.attn = LMAttention(config, index)
         self.norm1_out = norm(config.width, config.norm_eps) if config.gemma else nn.Identity()
@@ -127,30 +141,36 @@ class CausalLM(nn.Module):
         self.config = config
         self.embed = (GemmaEmbedding if config.gemma else nn.Embedding)(config.vocab, config.width)
         self.blocks = nn.ModuleList(LMBlock(config, i) for i in range(config.depth))
-        self.norm = (GemmaRMSNorm if config.gemma else nn.RMSNorm)(config.width, config.norm_eps)
+        self.norm = (GemmaRMSNorm if config.gemma else RMSNorm)(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Embeddings (B, S, C) -> last hidden states (B, S, C), so that a caller can choose what to decode."""
-        config = self.config
-        start = cache.length if cache is not None else 0
-        end = start + x.shape[1]
-        assert start == 0 or x.shape[1] == 1, "after the prefix, one position a step"
-        if end > config.max_positions:
-            raise InputError(f"language model: {end} positions, it has {config.max_positions}")
-        positions = torch.arange(start, end, device=x.device)
-        cos, sin = rotary_angles(positions, config.head_width, config.rope_theta, config.rope_scaling)
-        far = near = (cos, sin, None)
+    def hidden(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+               seen: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Embeddings (B, S, C) -> last hidden states (B, S, C), so that a caller can choose what to decode.
+
+        With a cache they follow what it holds. Each sees all before it, unless the caller says what: `seen`
+        (B, S, slots), True for the slots, of the cache or else of x, that one looks at, and `positions` (S,) of x.
+        """
+        config, before = self.config, 0 if cache is None else len(cache)
+        if positions is None:
+            assert not before or x.shape[1] == 1, "after the prefix, one position a step"
+            if (end := before + x.shape[1]) > config.max_positions:
+                raise InputError(f"language model: {end} positions, it has {config.max_positions}")
+            positions = torch.arange(before, end, device=x.device)
+        keys = positions if cache is None else torch.cat([cache.positions, positions])
+        if cache is not None:
+            cache.positions = keys
+        mask = None if seen is None else attention_mask(positions, keys, seen, None, x.dtype)
+        d = config.head_width
+        far = near = (*rotary_angles(positions, d, config.rope_theta, config.rope_scaling, x.dtype), mask)
         if config.local_theta is not None:
-            near = (*rotary_angles(positions, config.head_width, config.local_theta), None)
-        if config.window is not None and end > config.window:
-            near = (*near[:2], window_mask(start, end, config.window, x.device))
+            near = (*rotary_angles(positions, d, config.local_theta, None, x.dtype), mask)
+        if config.window is not None and len(keys) > config.window:
+            near = (*near[:2], attention_mask(positions, keys, seen, config.window, x.dtype))
         for block, local in zip(self.blocks, config.local or [False] * config.depth, strict=True):
             x = block(x, *(near if local else far), cache)
-        if cache is not None:
-            cache.length += x.shape[1]
         return self.norm(x)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -112,15 +112,16 @@ def frequencies(theta: float, d: int, scaling: Scaling | None, device: torch.dev
     return plain * (keep + (1 - keep) / scaling.factor)
 
 
-def rotary_angles(positions: Tensor, d: int, theta: float, scaling: Scaling | None = None) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, (S, d) float32, of each position's turn of each pair of channels."""
-    turns = torch.outer(positions.float(), frequencies(theta, d, scaling, positions.device))
-    turns = torch.cat([turns, turns], dim=-1)  # channel i is paired with i + d/2, not with i + 1
+def rotary_angles(positions: Tensor, d: int, theta: float, scaling: Scaling | None,
+                  dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cosine and sine, (S, d), of each position's turn of each pair of channels; the sine as `rotate` wants it: less
+    than 0 for the first of a pair."""
+    turns = torch.outer(positions.float(), frequencies(theta, d, scaling, positions.device))  # (S, d/2)
     gain = 1.0 if scaling is None else scaling.gain
-    return turns.cos() * gain, turns.sin() * gain
+    cos, sin = turns.cos() * gain, turns.sin() * gain
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads (B, h, S, d) turned by the angles of their positions."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    """Heads (B, h, S, d) turned by the angles of their positions; channel i is paired with i + d/2, not with i + 1."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

@@ -97,7 +97,7 @@ def test_a_cache_changes_nothing(tmp_path, shape):
     with torch.no_grad():
         cache = KVCache(lm.config, 3, 16, x)
         steps = [lm(x[:, :5], cache)] + [lm(x[:, i : i + 1], cache) for i in range(5, 16)]
-        assert cache.length == 16
+        assert len(cache) == 16
         assert_near(torch.cat(steps, dim=1), lm(x))
 
 
