@@ -27,13 +27,12 @@ from pathlib import Path
 
 import av
 import numpy as np
-import sentencepiece
 import torch
 from av.video.reformatter import Interpolation, VideoReformatter
 from torch import Tensor
 
 import shapes
-from lm_public import LMConfig
+from download import check_room
 from model import IGNORED, LONGEST
 from pixels import Pixels
 from weights import InputError, field, read_json, replace_atomically
@@ -181,27 +180,6 @@ def load(dataset: str, root: Path, sizes: tuple[int, int, int] = (6000, 200, 500
     return found
 
 
-def load_tokenizer(folder: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """The sentencepiece model `tokenizer.model` of a language model's folder.
-
-    Raises InputError where there is none, or one with more pieces than the language model has tokens.
-    """
-    path = Path(folder) / "tokenizer.model"
-    if not path.is_file():
-        found = "none"
-        if (path.parent / "tokenizer.json").is_file():
-            found = ("only tokenizer.json: use a language model that comes with the former, such as TinyLlama, "
-                     "JackFram/llama-160m, Llama 2, Mistral v0.1 or Gemma 3")  # fmt: skip
-        raise InputError(f"{path}: expected a sentencepiece model, found {found}")
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except RuntimeError as error:
-        raise InputError(f"{path}: not a sentencepiece model: {error}") from error
-    if (count := pieces.vocab_size()) > (vocab := LMConfig.from_json(path.parent / "config.json").vocab):
-        raise InputError(f"{path}: has {count} pieces, expected at most the {vocab} tokens of its config.json")
-    return pieces
-
-
 # ----------------------------------------------------------------------------------- frame storage
 
 
@@ -224,6 +202,7 @@ def cached_frames(clips: list[Clip], path: Path, count: int, view: int | Pixels,
     whole = path.exists() and path.stat().st_size == math.prod(shape)
     if not (whole and note.exists() and read_json(note).get("sha256 of sources") == key):
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_room(path.parent, math.prod(shape), f"{path}, decoded frames")
         note.unlink(missing_ok=True)
         with replace_atomically(path) as file, ProcessPoolExecutor(workers or None) as pool:
             job = partial(_candidates, count=count, view=view)
@@ -236,23 +215,24 @@ def cached_frames(clips: list[Clip], path: Path, count: int, view: int | Pixels,
     return np.memmap(path, np.uint8, "r", shape=shape)
 
 
-def cached_features(frames: np.ndarray, path: Path, key: str, encode, report=print) -> np.ndarray:
+def cached_features(frames: np.ndarray, path: Path, key: str, encode, images: int, report=print) -> np.ndarray:
     """What the frozen ViT makes of cached frames (clips, M, 3, S, S), kept once: fp16 (clips, M, ...), memory-mapped.
 
-    encode: uint8 tensor (B, M, 3, S, S) -> fp16 tensor (B, M, ...). `path` is used again as long as it
-    was made with the same `key`, which has to name all that the result depends on.
+    encode: uint8 tensor (B, M, 3, S, S) -> fp16 tensor (B, M, ...); it is given about so many images at a time. `path`
+    is used again as long as it was made with the same `key`, which has to name all that the result depends on.
     """
     note, shape = path.with_suffix(".json"), (len(frames), *encode(torch.from_numpy(np.array(frames[:1]))).shape[1:])
     whole = path.exists() and path.stat().st_size == 2 * math.prod(shape)
     if not (whole and note.exists() and read_json(note).get("key") == key):
         report(f"features: {2 * math.prod(shape) / 1e9:.2f} GB go into {path}")
+        check_room(path.parent, 2 * math.prod(shape), f"{path}, what the ViT makes of frames")
         note.unlink(missing_ok=True)
-        begun = time.monotonic()
+        begun, batch = time.monotonic(), max(1, images // frames.shape[1])
         with replace_atomically(path) as file:
-            for i in range(0, len(frames), 32):
-                file.write(encode(torch.from_numpy(np.array(frames[i : i + 32]))).numpy().tobytes())
-                if i == 320:
-                    left = (time.monotonic() - begun) / 352 * (len(frames) - 352)
+            for i in range(0, len(frames), batch):
+                file.write(encode(torch.from_numpy(np.array(frames[i : i + batch]))).numpy().tobytes())
+                if i == 10 * batch:
+                    left = (time.monotonic() - begun) / (i + batch) * (len(frames) - i - batch)
                     report(f"features: {left:.0f} s to go")
         with replace_atomically(note) as file:
             file.write(json.dumps({"key": key, "shape": shape}).encode())

@@ -25,6 +25,7 @@ from checkpoint import weight_files
 from decode import rules_for
 from lm import CausalLM
 from model import AdapterConfig, Captioner
+from tokens import load_tokenizer
 from vit import ViT
 from weights import InputError, field, read_json, read_metadata, replace_atomically, sha256_of
 
@@ -92,7 +93,7 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     size = field(flags, "image_size", int, run / "config.json", None)
     shape, path = adapter_config(config, run / "config.json"), checkpoint(run, which)
     check_checkpoint(path, backbone_hashes(vit, lm), shape)
-    vit, tokenizer = ViT.from_pretrained(vit, image_size=size), data.load_tokenizer(lm)
+    vit, tokenizer = ViT.from_pretrained(vit, image_size=size), load_tokenizer(lm)
     captioner = Captioner(vit, CausalLM.from_pretrained(lm), tokenizer, shape)
     captioner.load(path)
     return captioner, config
@@ -104,8 +105,8 @@ def caption_frames(captioner: Captioner, batches: Iterator[torch.Tensor], **deco
     return [caption for frames in batches for caption in captioner.caption(frames.to(device), **decoding)]
 
 
-def caption_split(captioner: Captioner, cache, batch: int = 64, **decoding) -> list[str]:
-    """Captions all clips of a frame cache (clips, T, 3, S, S), which holds segment centres."""
+def caption_split(captioner: Captioner, cache, batch: int, **decoding) -> list[str]:
+    """Captions all clips of a frame cache (clips, T, 3, S, S), which holds segment centres, `batch` clips at a time."""
     starts = range(0, len(cache), batch)
     return caption_frames(captioner, (torch.from_numpy(np.array(cache[i : i + batch])) for i in starts), **decoding)
 
@@ -174,6 +175,7 @@ def main() -> int:
     how.add_argument("--max-new-tokens", type=cli.at_least(1), default=30, help="tokens of a caption, at most")
     out = parser.add_argument_group("output and machine")
     out.add_argument("--save", type=Path, metavar="FILE", help="writes {id: caption} as JSON")
+    out.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips of a split captioned at a time")
     out.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first that is there")
     args = parser.parse_args()
 
@@ -194,7 +196,7 @@ def main() -> int:
         clips = data.load(field(flags, "dataset", str, where), root, field(flags, "clips", list, where))[args.split]
         view = captioner.vit.pixels
         cache = data.cached_frames(clips, root / f"{args.split}-{frames}x{view.size}.frames", frames, view, 0)
-        said = caption_split(captioner, cache, **decoding)
+        said = caption_split(captioner, cache, args.batch_size, **decoding)
         captions = dict(zip((c.id for c in clips), said, strict=True))
         references = {c.id: list(c.captions) for c in clips}
         scores, signature = score_captions(flags["dataset"], references, captions)

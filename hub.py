@@ -128,29 +128,34 @@ def _make(folder: Path) -> None:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
-def _fetch_all(listing: Listing, folder: Path, base: str, token: str | None, report) -> dict[str, int]:
-    """Fetches the wanted files that are not there yet; -> their names and bytes."""
+def _fetch_all(listing: Listing, folder: Path, base: str, token: str | None, check, report) -> dict[str, int]:
+    """Fetches the wanted files that are not there yet, the weights after the rest; -> their names and bytes."""
 
     def get(name: str) -> None:
         size, sha256 = listing.stated(name)
         fetch(f"{base}/{name}", folder / name, size=size, sha256=sha256, token=token, report=report)
 
-    names = listing.wanted()
-    if names[-1].endswith(".index.json"):
-        get(names[-1])
-        names += listing.shards(folder / names[-1])
-    sizes = {name: listing.stated(name)[0] for name in names}
-    report(f"fetching {len(names)} files, {amount(sum(sizes.values()))}, from {base} into {folder}")
+    *first, weights = listing.wanted()
+    last = [weights]
+    if weights.endswith(".index.json"):
+        get(weights)
+        last += listing.shards(folder / weights)
+    sizes = {name: listing.stated(name)[0] for name in first + last}
+    report(f"fetching {len(sizes)} files, {amount(sum(sizes.values()))}, from {base} into {folder}")
     check_room(folder, sum(size - held(folder / name) for name, size in sizes.items()), base)
-    for name in names:
+    for name in first:
+        get(name)
+    check(folder)
+    for name in last:
         get(name)
     return sizes
 
 
-def local(name: str | Path, report=print) -> Path:
+def local(name: str | Path, check=lambda folder: None, report=print) -> Path:
     """The folder or file itself if it is there; of `owner/name[@revision]` the folder of its files, fetched once.
 
-    Raises InputError in one line for anything else, and for all that may go wrong on the way.
+    `check` is given the folder before its weights are fetched, and raises InputError if they would be of no use. So
+    does this function, in one line, for any other name and for all that may go wrong on the way.
     """
     if os.path.exists(name):
         return Path(name)
@@ -175,9 +180,16 @@ def local(name: str | Path, report=print) -> Path:
         folder = home / listing.commit
         _make(folder)
         _make(ref.parent)
-        sizes = _fetch_all(listing, folder, f"{endpoint}/{repo}/resolve/{listing.commit}", token, report)
+        sizes = _fetch_all(listing, folder, f"{endpoint}/{repo}/resolve/{listing.commit}", token, check, report)
     with replace_atomically(folder / ".whole") as file:
         file.write(json.dumps({"files": sizes}).encode())
     with replace_atomically(ref) as file:
         file.write(listing.commit.encode())
     return folder
+
+
+def pinned(name: str | Path, folder: Path) -> str:
+    """The name under which `local` will always find what it now found in `folder`: a hub id's has the commit in it."""
+    if os.path.exists(name) or folder.parent.parent != CACHE:
+        return str(name)
+    return f"{str(name).split('@')[0]}@{folder.name}"

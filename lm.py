@@ -54,9 +54,11 @@ class KVCache:
             seen[: len(rows)] = seen[rows]
 
 
-def attention_mask(queries: Tensor, keys: Tensor, seen: Tensor | None, window: int | None, dtype: torch.dtype) -> Tensor:
-    """From positions (S,) and (slots,): 0 where a query may look, else -inf; (S, slots), or (B, 1, S, slots) if `seen`
-    (B, S, slots) says so. With a window that is at itself and the window - 1 positions before it."""
+def attention_mask(queries: Tensor, keys: Tensor, seen: Tensor | None, window: int | None,
+                   dtype: torch.dtype) -> Tensor:  # fmt: skip
+    """0 where a query may look, else -inf. Positions of queries (S,) and of keys (slots,) -> (S, slots), and with what
+    is `seen` (B, S, slots) -> (B, 1, S, slots). A window lets a query see itself and the window - 1 positions before.
+    """
     back = queries[:, None] - keys
     may = back >= 0 if seen is None else seen[:, None]
     if window is not None:

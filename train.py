@@ -38,7 +38,9 @@ from evaluate import (
 )
 from lm import CausalLM
 from model import AdapterConfig, Captioner
+from tokens import load_tokenizer
 from vit import ViT
+from vit_public import check_vit
 from weights import InputError, field, read_json, replace_atomically
 
 TINY = {"vit": "backbones/tiny-vit", "lm": "backbones/tiny-lm"}
@@ -216,9 +218,10 @@ def main() -> int:
     begun = time.monotonic()
 
     # 2. The frozen backbones and what is trained beside them.
-    vit_path, lm_path = hub.local(args.vit), hub.local(args.lm)
+    vit_path, lm_path = hub.local(args.vit, check=check_vit), hub.local(args.lm, check=load_tokenizer)
+    args.vit, args.lm = hub.pinned(args.vit, vit_path), hub.pinned(args.lm, lm_path)
     vit = ViT.from_pretrained(vit_path, image_size=args.image_size)
-    lm, tokenizer = CausalLM.from_pretrained(lm_path), data.load_tokenizer(lm_path)
+    tokenizer, lm = load_tokenizer(lm_path), CausalLM.from_pretrained(lm_path)
     shape = AdapterConfig(args.method, args.reading, args.queries, args.rank, args.heads, args.last_blocks, args.gate,
                           args.talk, args.frames)  # fmt: skip
     captioner = Captioner(vit, lm, tokenizer, shape).to(device)
@@ -254,7 +257,7 @@ def main() -> int:
         key = json.dumps([hashes, captioner.adapter.first, read_json(root / f"train-{candidates}x{view.size}.json")])
         train_inputs = data.cached_features(
             train_inputs, root / f"train-{candidates}x{view.size}-last{len(captioner.adapter.blocks)}.features", key,
-            lambda frames: captioner.block_outputs(frames.to(device)).cpu(),
+            lambda frames: captioner.block_outputs(frames.to(device)).cpu(), args.batch_size * args.frames,
         )  # fmt: skip
     examples = data.Examples(splits["train"], train_inputs, tokenizer, args.frames, args.captions_per_clip, args.seed,
                              lm.config.eos_id)  # fmt: skip
@@ -329,7 +332,7 @@ def main() -> int:
         if validate:
             pause = time.monotonic()
             captioner.eval()
-            captions = dict(zip(val_references, caption_split(captioner, val_frames), strict=True))
+            captions = dict(zip(val_references, caption_split(captioner, val_frames, args.batch_size), strict=True))
             captioner.train()
             scores, _ = score_captions(args.dataset, val_references, captions, ("BLEU", "ROUGE_L", "CIDEr"))
             log({"step": step, "val": scores})
@@ -350,8 +353,8 @@ def main() -> int:
     # 6. The test split, once, with the weights that validated best.
     captioner.load(out / "best" / "adapter.safetensors")
     captioner.eval()
-    captions = dict(zip((c.id for c in splits["test"]), caption_split(captioner, frames_of("test", args.frames)),
-                        strict=True))  # fmt: skip
+    said = caption_split(captioner, frames_of("test", args.frames), args.batch_size)
+    captions = dict(zip((c.id for c in splits["test"]), said, strict=True))
     references = {c.id: list(c.captions) for c in splits["test"]}
     scores, signature = score_captions(args.dataset, references, captions)
     log({"step": step, "test": scores})

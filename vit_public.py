@@ -210,6 +210,12 @@ def read_public(path: str | Path) -> PublicViT:
     return PublicViT(config, pixels, tensors, full, where, left, align_corners=family == "torchvision")
 
 
+def check_vit(folder: Path) -> None:
+    """Raises InputError where the folder's configs are of no ViT that can be read, before there are any weights."""
+    kind, config = read_config(folder / "config.json")
+    _pixels_of_folder(folder, kind.removesuffix("_vision_model"), config)
+
+
 def _pixels_of_folder(folder: Path, family: str, config: ViTConfig) -> Pixels:
     pixels, path = default_pixels(family, config), folder / "preprocessor_config.json"
     if path.exists():

@@ -4,7 +4,6 @@ References: files made here whose frame i has grey level 12 i, so that a picked 
 a brute-force search for the frame on screen. Levels survive the codec within 3.
 """
 
-import json
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -216,6 +215,30 @@ def test_the_cache_holds_read_frames_and_is_made_again_when_a_file_changes(tmp_p
     assert len(told) == 2 and np.array_equal(cache[2], data.read_frames(clips[2].path, 4, 32))
 
 
+def test_a_disk_too_small_for_a_cache_is_said_before_any_work(tmp_path, monkeypatch):
+    """Five clips of four frames of 32 x 32 are 61,440 bytes; features of 100 fp16 numbers a frame are 4,000."""
+    clips, usage = some_clips(tmp_path), type(shutil.disk_usage(tmp_path))
+    frames = data.cached_frames(clips, tmp_path / "there.frames", 4, 32, 1)
+
+    def features(path: Path):
+        encode = lambda x: torch.zeros(*x.shape[:2], 100, dtype=torch.float16)  # noqa: E731
+        return data.cached_features(frames, path, "key", encode, images=8)
+
+    for free, made in ((61_439, False), (61_440, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
+        if made:
+            data.cached_frames(clips, tmp_path / "x.frames", 4, 32, 1)
+        else:
+            with pytest.raises(InputError, match=r"x\.frames, .*needs 61\.4 kB, .* 61\.4 kB free"):
+                data.cached_frames(clips, tmp_path / "x.frames", 4, 32, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 3_999))
+    with pytest.raises(InputError, match=r"y\.features, .*needs 4\.0 kB"):
+        features(tmp_path / "y.features")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 4_000))
+    assert features(tmp_path / "y.features").shape == (5, 4, 100)
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
 def test_a_bad_clip_is_named_and_no_cache_is_left(tmp_path):
     clips = some_clips(tmp_path)
     clips[3].path.write_bytes(b"")
@@ -269,31 +292,3 @@ def test_order_covers_every_clip_once_an_epoch_and_goes_on_in_the_middle():
         assert {e for _, e in keys} == {epoch} and len({c for c, _ in keys}) == 9
     assert [c for c, _ in batches[0]] != [c for c, _ in batches[3]]
     assert list(data.order(10, 3, 2, seed=5, first_step=4)) == batches[4:]
-
-
-def test_a_tokenizer_that_is_none_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"tokenizer\.model: expected a sentencepiece model"):
-        data.load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(InputError, match=r"tokenizer\.model: not a sentencepiece model"):
-        data.load_tokenizer(tmp_path)
-
-
-def test_a_folder_with_another_kind_of_tokenizer_says_what_to_use_instead(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match=r"tokenizer\.model: .* only tokenizer\.json: use .* TinyLlama.* Gemma 3$"):
-        data.load_tokenizer(tmp_path)
-
-
-def test_a_tokenizer_may_have_no_more_pieces_than_the_model_has_tokens(tmp_path):
-    """The demo's tokenizer of 448 pieces beside a config.json of 448, 500 and 447 tokens."""
-    source = Path(__file__).parent.parent / "backbones" / "tiny-lm"
-    config = json.loads((source / "config.json").read_text())
-    shutil.copy(source / "tokenizer.model", tmp_path)
-    assert config["vocab_size"] == 448
-    for vocab in (448, 500):
-        (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": vocab}))
-        assert data.load_tokenizer(tmp_path).vocab_size() == 448
-    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 447}))
-    with pytest.raises(InputError, match=r"tokenizer\.model: has 448 pieces, expected at most the 447 tokens"):
-        data.load_tokenizer(tmp_path)

@@ -253,6 +253,34 @@ def test_what_is_there_is_returned_as_it_is(server, tmp_path, monkeypatch):
     assert server.requests == []
 
 
+def test_a_model_of_no_use_is_refused_before_its_weights_are_fetched(server):
+    """The check sees config and tokenizer; a warm cache is not checked, what is loaded from it will be."""
+    server.publish(MODEL | {"tokenizer.model": b"t"})
+
+    def check(folder: Path) -> None:
+        assert left(folder) == ["config.json", "tokenizer.model"]
+        raise InputError("of no use")
+
+    with pytest.raises(InputError, match="of no use"):
+        hub.local(REPO, check=check)
+    assert FILE not in server.paths()
+    hub.local(REPO)
+    hub.local(REPO, check=check)
+
+
+def test_a_pinned_name_means_the_same_when_the_branch_has_moved(server, tmp_path):
+    server.publish(MODEL)
+    folder = hub.local(REPO)
+    name = hub.pinned(REPO, folder)
+    assert name == hub.pinned(f"{REPO}@main", folder) == hub.pinned(name, folder) == f"{REPO}@{COMMIT}"
+    server.publish(MODEL | {"model.safetensors": OTHER}, commit="f" * 40)
+    (folder.parent / "refs" / "main").unlink()
+    assert hub.local(REPO) != folder == hub.local(name)
+    for path in (tmp_path, folder, folder / "config.json"):
+        assert hub.pinned(path, path) == hub.pinned(str(path), path) == str(path)
+    assert hub.pinned("backbones/tiny-lm", hub.local("backbones/tiny-lm")) == "backbones/tiny-lm"
+
+
 BAD = [
     "", "name", "./owner/name", "/owner/name", "a/b/c", "owner/", "/name", "../name", "owner/..", "owner/.name", "-o/n",
     "o/-n", "o/n.", "o/n-", "o..o/n", "o--o/n", "o/n@", "o/n@..", "o/n@a..b", "o/n@-x", "o/n@.x", "o/n@/a", "o/n@a//b",

@@ -174,10 +174,10 @@ def test_a_cache_changes_nothing(tmp_path, case):
 @every_family
 @pytest.mark.parametrize("cached", [True, False])
 def test_rivals_for_a_position_are_read_as_if_each_were_alone(tmp_path, case, cached):
-    """Model seed 4, token ids seed 5, tolerance 1e-5: 3 of 4 steps' 3 rivals go on, of 2 texts and then of 1; the tree
-    holds for each of them what plain rows hold. The window is 7 positions, the prefix 5."""
+    """Model seed 4, token ids seeds 5 and 6, tolerance 1e-5: 9 steps of 3 rivals, of 2 texts and, with a cache, then of
+    one; each rival is read as in a row of its own. The prefix is 5 positions, a window 7."""
     make(tmp_path, CASES[case], seed=4)
-    lm, start, depth = CausalLM.from_pretrained(tmp_path), 5, 4
+    lm, start, depth = CausalLM.from_pretrained(tmp_path), 5, 9
     prefix, said = some_ids(2, start, 5), some_ids(2, 3 * depth, 6)
     seen, texts = torch.ones(2, 1, start, dtype=torch.bool), [[row] for row in prefix.tolist()]
     positions = torch.tensor([*range(start), *(start + i // 3 for i in range(3 * depth))])
@@ -185,7 +185,7 @@ def test_rivals_for_a_position_are_read_as_if_each_were_alone(tmp_path, case, ca
     found, wanted, cache = [], [], KVCache(lm.config, 2, start + 3 * depth, lm.embed.weight)
     with torch.no_grad():
         lm(lm.embed(prefix), cache)
-        for step, parents in enumerate(([0, 0, 0], [2, 0, 0], [1, 1, 2], [0, 2, 1])):
+        for step, parents in enumerate([[0, 0, 0], *[[2, 0, 0], [1, 1, 2], [0, 2, 1], [0, 1, 2]] * 2]):
             ids = said[:, 3 * step : 3 * step + 3]
             if cached and step == 2:
                 cache.keep(torch.tensor([1]))

@@ -15,9 +15,9 @@ import torch
 from test_lm_families import CONFIGS, GEMMA, LLAMA, LLAMA3, MISTRAL, YARN, make, new, published, write
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import data
 from lm import CausalLM, LMConfig, lm_names
 from model import AdapterConfig, Captioner
+from tokens import load_tokenizer
 from vit import ViT, ViTConfig
 from weights import InputError
 
@@ -115,11 +115,11 @@ def test_the_default_q_adapter_on_public_backbones_trains_under_one_and_a_half_p
     with torch.device("meta"):
         vit = ViT(shape)
         lm = CausalLM(LMConfig.from_json(CONFIGS / "tinyllama-1.1b.json"))
-        tokenizer = data.load_tokenizer(Path(__file__).parent.parent / "backbones" / "tiny-lm")
+        tokenizer = load_tokenizer(Path(__file__).parent.parent / "backbones" / "tiny-lm")
         captioner = Captioner(vit, lm, tokenizer, AdapterConfig())
     trained = sum(p.numel() for p in captioner.trained().values())
     assert count(captioner) == count(vit) + count(lm) + trained
-    assert 0 < trained <= 0.014 * count(captioner)
+    assert trained == 1_899_011 and trained <= 0.014 * count(captioner)  # the README has the figure
 
 
 # ---------------------------------------------------------------------------------------- configs

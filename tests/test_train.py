@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from test_hub import Server
+from test_hub import COMMIT, Server
 
 import evaluate
 import pretrain
 import shapes
 import train
 from lm import CausalLM
+from tokens import load_tokenizer
 from vit import ViT
 from weights import InputError, read_safetensors
 
@@ -296,15 +297,14 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 def test_the_committed_backbones_load_and_stay_small():
     """The two folders in backbones/: loaded strictly, at most 8 MB together, the tokenizer knows every word."""
-    import data
 
     vit, lm = ViT.from_pretrained(ROOT / "backbones/tiny-vit"), CausalLM.from_pretrained(ROOT / "backbones/tiny-lm")
-    tokenizer = data.load_tokenizer(ROOT / "backbones/tiny-lm")
-    assert vit.config.image_size == shapes.SIDE and lm.config.vocab == tokenizer.vocab_size()
+    tokenizer = load_tokenizer(ROOT / "backbones/tiny-lm")
+    assert vit.config.image_size == shapes.SIDE and lm.config.vocab == len(tokenizer)
     assert sum(f.stat().st_size for f in (ROOT / "backbones").rglob("*")) < 8e6
     caption = shapes.describe(shapes.draw_scene(np.random.default_rng(0)), np.random.default_rng(0))
     ids = tokenizer.encode(caption)
-    assert tokenizer.decode(ids) == caption and tokenizer.unk_id() not in ids
+    assert tokenizer.decode([ids]) == [caption] and tokenizer.pieces.unk_id() not in ids
 
 
 def test_backbones_come_from_the_hub_and_in_shards(run, flags, backbones, tmp_path, monkeypatch):
@@ -329,7 +329,9 @@ def test_backbones_come_from_the_hub_and_in_shards(run, flags, backbones, tmp_pa
     server.close()
     assert done.returncode == 0, done.stderr
     assert same_tensors(run / "last/adapter.safetensors", tmp_path / "run/last/adapter.safetensors")
-    told = json.loads((tmp_path / "run/config.json").read_text())["sha256"]
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert [config["flags"][name] for name in ("vit", "lm")] == [f"owner/vit@{COMMIT}", f"owner/lm@{COMMIT}"]
+    told = config["sha256"]
     assert {"lm/a.safetensors", "lm/b.safetensors", "lm/model.safetensors.index.json"} < told.keys()
     assert python("evaluate.py", tmp_path / "run").returncode == 0
 
