@@ -21,6 +21,7 @@ import data
 import hub
 import metrics
 import shapes
+from cache import cached_frames
 from checkpoint import weight_files
 from decode import rules_for
 from lm import CausalLM
@@ -195,7 +196,7 @@ def main() -> int:
         root = Path(args.data or field(flags, "data", str, where))
         clips = data.load(field(flags, "dataset", str, where), root, field(flags, "clips", list, where))[args.split]
         view = captioner.vit.pixels
-        cache = data.cached_frames(clips, root / f"{args.split}-{frames}x{view.size}.frames", frames, view, 0)
+        cache = cached_frames(clips, root / f"{args.split}-{frames}x{view.size}.frames", frames, view, 0)
         said = caption_split(captioner, cache, args.batch_size, **decoding)
         captions = dict(zip((c.id for c in clips), said, strict=True))
         references = {c.id: list(c.captions) for c in clips}

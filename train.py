@@ -26,6 +26,7 @@ import torch
 import cli
 import data
 import hub
+from cache import cached_features, cached_frames
 from evaluate import (
     adapter_config,
     backbone_hashes,
@@ -249,13 +250,13 @@ def main() -> int:
 
     def frames_of(split: str, count: int) -> np.ndarray:
         path = root / f"{split}-{count}x{view.size}.frames"
-        return data.cached_frames(splits[split], path, count, view, args.workers)
+        return cached_frames(splits[split], path, count, view, args.workers)
 
     candidates = max(CANDIDATES, 2 * args.frames)
     train_inputs = frames_of("train", candidates)
     if args.cache_features:
         key = json.dumps([hashes, captioner.adapter.first, read_json(root / f"train-{candidates}x{view.size}.json")])
-        train_inputs = data.cached_features(
+        train_inputs = cached_features(
             train_inputs, root / f"train-{candidates}x{view.size}-last{len(captioner.adapter.blocks)}.features", key,
             lambda frames: captioner.block_outputs(frames.to(device)).cpu(), args.batch_size * args.frames,
         )  # fmt: skip
