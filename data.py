@@ -19,6 +19,11 @@ from video import moments, read_frames
 __all__ = ["Clip", "Examples", "collate", "load", "order", "read_frames"]
 
 
+def clean(caption: str) -> str:
+    """A caption as it is learnt: in lower case, in single spaces, without quotes around it and a sign at its end."""
+    return " ".join(caption.lower().split()).strip(" \"'`.,;:!?")
+
+
 class Examples:
     """Training examples by (clip, epoch): T jittered frames, or their features, and K captions as target ids.
 
@@ -29,9 +34,9 @@ class Examples:
     def __init__(self, clips: list[Clip], cache: np.ndarray, tokenizer, frames: int, captions: int, seed: int,
                  eos_id: int):  # fmt: skip
         self.cache, self.frames, self.k, self.seed = cache, frames, captions, seed
-        self.ids = [
-            [[*ids[:LONGEST], eos_id] for ids in tokenizer.encode(list(clip.captions))] for clip in clips
-        ]
+        encoded = [tokenizer.encode([clean(caption) for caption in clip.captions]) for clip in clips]
+        self.ids = [[[*ids[:LONGEST], eos_id] for ids in group] for group in encoded]
+        self.cut = sum(len(ids) > LONGEST for group in encoded for ids in group)  # captions that were too long
 
     def deal(self, clip: int, epoch: int) -> list[list[int]]:
         """The K captions of this clip's turn in this epoch."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import cli
+import corpora
 import data
 import hub
 import metrics
@@ -165,6 +166,7 @@ def main() -> int:
     what = parser.add_argument_group("what is captioned")
     what.add_argument("--split", choices=["val", "test"], default="test", help="which split of the run's dataset")
     what.add_argument("--data", help="the dataset's folder; unset: as in training")
+    what.add_argument("--cache", type=Path, help="where decoded frames are kept; unset: as in training")
     what.add_argument("--video", nargs="+", metavar="FILE", help="your own videos, or folders of them, instead")
     what.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
     what.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
@@ -194,15 +196,18 @@ def main() -> int:
     else:
         where = args.run / "config.json"
         root = Path(args.data or field(flags, "data", str, where))
-        clips = data.load(field(flags, "dataset", str, where), root, field(flags, "clips", list, where))[args.split]
+        corpus = corpora.read(field(flags, "dataset", str, where), root, field(flags, "clips", list, where),
+                              field(flags, "allow_missing", bool, where, False), [args.split])  # fmt: skip
+        print(corpus)
+        clips, kept = corpus.splits[args.split], Path(args.cache or field(flags, "cache", str, where, None) or root)
         view = captioner.vit.pixels
-        cache = cached_frames(clips, root / f"{args.split}-{frames}x{view.size}.frames", frames, view, 0)
+        cache = cached_frames(clips, kept / f"{args.split}-{frames}x{view.size}.frames", frames, view, 0)
         said = caption_split(captioner, cache, args.batch_size, **decoding)
         captions = dict(zip((c.id for c in clips), said, strict=True))
         references = {c.id: list(c.captions) for c in clips}
         scores, signature = score_captions(flags["dataset"], references, captions)
         print(f"{args.split}: {table(scores)}")
-        print(signature)
+        print(f"{signature}|{corpus.label(args.split)}")
     if args.save:
         with replace_atomically(args.save) as file:
             file.write((json.dumps(captions, indent=1) + "\n").encode())

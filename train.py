@@ -24,8 +24,10 @@ import numpy as np
 import torch
 
 import cli
+import corpora
 import data
 import hub
+import published
 from cache import cached_features, cached_frames
 from evaluate import (
     adapter_config,
@@ -38,21 +40,27 @@ from evaluate import (
     table,
 )
 from lm import CausalLM
-from model import AdapterConfig, Captioner
+from model import LONGEST, AdapterConfig, Captioner
 from tokens import load_tokenizer
 from vit import ViT
 from vit_public import check_vit
 from weights import InputError, field, read_json, replace_atomically
 
-TINY = {"vit": "backbones/tiny-vit", "lm": "backbones/tiny-lm"}
+TINY = "backbones/tiny-vit", "backbones/tiny-lm"
+CLIP = "openai/clip-vit-base-patch16"
+TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
+NEWER = {"image_size", "allow_missing", "cache", "download"}  # flags that older runs do not have
 CANDIDATES = 16  # frames kept of each training clip; a step draws T of them
 
 
 def parse(argv: list[str] | None = None):
     parser = cli.Parser("Trains a captioner on a dataset.")
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=["shapes"], default="shapes", help="what to train on")
-    group.add_argument("--data", default="data/shapes", help="the dataset's folder; shapes is made there")
+    group.add_argument("--dataset", choices=corpora.DATASETS, default="shapes", help="what to train on")
+    group.add_argument("--data", type=Path, help="the dataset's folder; unset: data/DATASET")
+    group.add_argument("--allow-missing", action="store_true", help="leave out clips without a video or a caption")
+    group.add_argument("--download", action="store_true", help="first fetch what is published of msvd or msrvtt")
+    group.add_argument("--cache", type=Path, help="where decoded frames are kept; unset: the dataset's folder")
     group.add_argument("--clips", type=cli.at_least(1), nargs=3, default=[6000, 200, 500],
                        metavar=("TRAIN", "VAL", "TEST"), help="clips that shapes is made of")  # fmt: skip
     group.add_argument("--cache-features", action="store_true",
@@ -60,8 +68,10 @@ def parse(argv: list[str] | None = None):
     group.add_argument("--frames", type=cli.at_least(1, 4096), default=8, help="frames a clip")
     group.add_argument("--captions-per-clip", type=cli.at_least(1), default=1, help="captions a clip in a step")
     group = parser.add_argument_group("model")
-    group.add_argument("--vit", default=TINY["vit"], help="the ViT: a folder, a .pth file or a hub id")
-    group.add_argument("--lm", default=TINY["lm"], help="the language model: a folder or a hub id")
+    group.add_argument("--vit", help="the ViT: a folder, a .pth file or a hub id; unset: the tiny one for shapes, else "
+                       f"{CLIP}")  # fmt: skip
+    group.add_argument("--lm", help="the language model: a folder or a hub id; unset: the tiny one for shapes, else "
+                       f"{TINYLLAMA} with a GPU, {LLAMA_160M} without")  # fmt: skip
     group.add_argument("--image-size", type=cli.at_least(1), help="side of the ViT's input in pixels; unset: its own")
     group.add_argument("--method", choices=["qadapter", "linear", "lora", "full"], default="qadapter",
                        help="what is trained")  # fmt: skip
@@ -95,12 +105,12 @@ def flags_of_run(argv: list[str]) -> argparse.Namespace:
     config = given.resume / "config.json"
     if not checkpoint(given.resume, "last").with_name("state.pt").is_file():
         raise InputError(f"{given.resume}: expected a run to go on with, with last/state.pt in it")
-    free = {"--resume", "--device", "--workers", "--data"}
+    free = {"--resume", "--device", "--workers", "--data", "--cache"}
     if odd := [word for word in argv if word.startswith("--") and word.split("=")[0] not in free]:
         raise InputError(f"{odd[0]}: a run goes on with its own flags; beside --resume only {', '.join(sorted(free))}")
     words, flags = [], field(read_json(config), "flags", dict, config)
     for name in vars(given).keys() - {"resume", "out"}:
-        if name not in flags and name != "image_size":  # runs older than this flag have none
+        if name not in flags and name not in NEWER:
             raise InputError(f"{config}: flags: expected a field {name!r}")
         value = flags.get(name)
         if value is not None and value is not False:
@@ -110,6 +120,11 @@ def flags_of_run(argv: list[str]) -> argparse.Namespace:
         return parse([*words, *argv, "--out", str(given.resume)])
     except InputError as error:
         raise InputError(f"{config}: flags: {error}") from error
+
+
+def backbones(dataset: str, device: torch.device) -> tuple[str, str]:
+    """ViT and language model for a dataset, unless one says which."""
+    return TINY if dataset == "shapes" else (CLIP, LLAMA_160M if device.type == "cpu" else TINYLLAMA)
 
 
 def parameter_table(captioner: Captioner) -> str:
@@ -215,10 +230,24 @@ def main() -> int:
     if (out / "config.json").exists() and not resumed:
         raise InputError(f"{out}: holds a run already; --resume {out} goes on with it, --out names another folder")
     device = pick_device(args.device)
+    args.data = root = args.data or Path("data") / args.dataset
     torch.manual_seed(args.seed)
     begun = time.monotonic()
 
-    # 2. The frozen backbones and what is trained beside them.
+    # 2. The data: which clips there are and what is said of them.
+    if args.download:
+        published.download(args.dataset, root)
+    corpus = corpora.read(args.dataset, root, args.clips, args.allow_missing)
+    splits, counts = corpus.splits, corpus.counts()
+    print(corpus)
+    steps_an_epoch = counts["train"] // args.batch_size
+    if steps_an_epoch == 0:
+        raise InputError(f"--batch-size {args.batch_size}: the dataset has only {counts['train']} training clips")
+    steps = args.epochs * steps_an_epoch
+
+    # 3. The frozen backbones and what is trained beside them.
+    usual = backbones(args.dataset, device)
+    args.vit, args.lm = args.vit or usual[0], args.lm or usual[1]
     vit_path, lm_path = hub.local(args.vit, check=check_vit), hub.local(args.lm, check=load_tokenizer)
     args.vit, args.lm = hub.pinned(args.vit, vit_path), hub.pinned(args.lm, lm_path)
     vit = ViT.from_pretrained(vit_path, image_size=args.image_size)
@@ -233,39 +262,35 @@ def main() -> int:
     if resumed:
         config = read_json(out / "config.json")
         check_checkpoint(checkpoint(out, "last"), hashes, adapter_config(config, out / "config.json"))
+        if config.get("splits") != counts:
+            raise InputError(f"{root}: holds {counts}, the run was trained on {config.get('splits')}")
+
     print(f"device: {device}, {torch.get_num_threads()} threads")
     print(parameter_table(captioner))
 
-    # 3. The data: clips and captions, frames decoded once, batches.
-    root, view = Path(args.data), vit.pixels
-    splits = data.load(args.dataset, root, args.clips)
-    counts = {split: len(clips) for split, clips in splits.items()}
-    print("clips: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
-    if resumed and config.get("splits") != counts:
-        raise InputError(f"{root}: holds {counts}, the run was trained on {config.get('splits')}")
-    steps_an_epoch = counts["train"] // args.batch_size
-    if steps_an_epoch == 0:
-        raise InputError(f"--batch-size {args.batch_size}: the dataset has only {counts['train']} training clips")
-    steps = args.epochs * steps_an_epoch
+    # 4. Frames, decoded once, and batches.
+    kept, view = args.cache or root, vit.pixels
 
     def frames_of(split: str, count: int) -> np.ndarray:
-        path = root / f"{split}-{count}x{view.size}.frames"
+        path = kept / f"{split}-{count}x{view.size}.frames"
         return cached_frames(splits[split], path, count, view, args.workers)
 
     candidates = max(CANDIDATES, 2 * args.frames)
     train_inputs = frames_of("train", candidates)
     if args.cache_features:
-        key = json.dumps([hashes, captioner.adapter.first, read_json(root / f"train-{candidates}x{view.size}.json")])
+        key = json.dumps([hashes, captioner.adapter.first, read_json(kept / f"train-{candidates}x{view.size}.json")])
         train_inputs = cached_features(
-            train_inputs, root / f"train-{candidates}x{view.size}-last{len(captioner.adapter.blocks)}.features", key,
+            train_inputs, kept / f"train-{candidates}x{view.size}-last{len(captioner.adapter.blocks)}.features", key,
             lambda frames: captioner.block_outputs(frames.to(device)).cpu(), args.batch_size * args.frames,
         )  # fmt: skip
     examples = data.Examples(splits["train"], train_inputs, tokenizer, args.frames, args.captions_per_clip, args.seed,
                              lm.config.eos_id)  # fmt: skip
+    if examples.cut:
+        print(f"captions: {examples.cut} of the training clips' are longer than {LONGEST} tokens and are cut")
     val_frames = frames_of("val", args.frames)
     val_references = {c.id: list(c.captions) for c in splits["val"]}
 
-    # 4. The optimizer, and where to begin.
+    # 5. The optimizer, and where to begin.
     trained = captioner.trained()
     optimizer = torch.optim.AdamW(trained.values(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
     first, best = 0, -1.0
@@ -292,11 +317,11 @@ def main() -> int:
         write_json(out / "config.json", {
             "flags": {k: v for k, v in vars(args).items() if k != "resume"}, "adapter": asdict(shape), "sha256": hashes,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
-            "splits": counts, "seed": args.seed,
+            "splits": counts, "differences": corpus.differences(), "seed": args.seed,
         })  # fmt: skip
         save("last", 0, with_state=True)
 
-    # 5. The loop.
+    # 6. The loop.
     batches = data.order(counts["train"], args.batch_size, args.epochs, args.seed, first)
     validate_every = steps_an_epoch * args.eval_every
     step, since, reported = first, time.monotonic(), first
@@ -351,13 +376,14 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
 
-    # 6. The test split, once, with the weights that validated best.
+    # 7. The test split, once, with the weights that validated best.
     captioner.load(out / "best" / "adapter.safetensors")
     captioner.eval()
     said = caption_split(captioner, frames_of("test", args.frames), args.batch_size)
     captions = dict(zip((c.id for c in splits["test"]), said, strict=True))
     references = {c.id: list(c.captions) for c in splits["test"]}
     scores, signature = score_captions(args.dataset, references, captions)
+    signature += f"|{corpus.label('test')}"
     log({"step": step, "test": scores})
     write_json(out / "test.json", {"scores": scores, "signature": signature, "captions": captions})
     for clip in splits["test"][:5]:

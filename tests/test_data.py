@@ -45,6 +45,17 @@ def test_examples_and_batches():
         assert row == ids + [-100] * (len(row) - len(ids))
 
 
+def test_captions_are_cleaned_and_long_ones_cut_and_counted():
+    """40 tokens and EOS are the longest; signs inside a caption stay."""
+    texts = ('  "A man  said: hi, there!" ', "ab" * 30, "c" * 40, "d" * 41)
+    clips = [data.Clip("a", Path("a.mp4"), texts)]
+    examples = data.Examples(clips, np.zeros((1, 6, 1, 1, 1), np.uint8), Letters(), 3, 1, seed=0, eos_id=7)
+    assert ["".join(map(chr, ids[:-1])) for ids in examples.ids[0]] == [
+        "a man said: hi, there", "ab" * 20, "c" * 40, "d" * 40,
+    ]  # fmt: skip
+    assert examples.cut == 2 and {ids[-1] for ids in examples.ids[0]} == {7}
+
+
 def test_order_covers_every_clip_once_an_epoch_and_goes_on_in_the_middle():
     batches = list(data.order(10, 3, 2, seed=5))
     assert len(batches) == 6

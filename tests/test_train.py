@@ -18,12 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import test_corpora
 import torch
 from test_hub import COMMIT, Server
 
 import evaluate
 import pretrain
 import shapes
+import sources
 import train
 from lm import CausalLM
 from tokens import load_tokenizer
@@ -334,6 +336,45 @@ def test_backbones_come_from_the_hub_and_in_shards(run, flags, backbones, tmp_pa
     told = config["sha256"]
     assert {"lm/a.safetensors", "lm/b.safetensors", "lm/model.safetensors.index.json"} < told.keys()
     assert python("evaluate.py", tmp_path / "run").returncode == 0
+
+
+LAYOUTS = {"msvd": lambda folder: test_corpora.msvd(folder, 12), "msrvtt": test_corpora.msrvtt,
+           "folder": test_corpora.own}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_dataset_trains_and_is_scored(run, flags, tmp_path, monkeypatch, capsys, name):
+    """Made folders in each layout, their videos those of the demo: scores at the end, the same from evaluate.py."""
+    folder, made = tmp_path / "data", flags[flags.index("--data") + 1] / "train"
+    folder.mkdir()
+    LAYOUTS[name](folder)
+    for empty, clip in zip((p for p in sources.walk(folder) if not p.stat().st_size), made.glob("*.mp4"), strict=False):
+        empty.write_bytes(clip.read_bytes())
+
+    def say(script, *words) -> str:
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
+        assert script.main() == 0
+        return capsys.readouterr().out
+
+    out = tmp_path / "run"
+    said = say(train, *flags, "--dataset", name, "--data", folder, "--cache", tmp_path / "kept", "--out", out,
+               "--batch-size", 2, "--epochs", 1)  # fmt: skip
+    test, config = json.loads((out / "test.json").read_text()), json.loads((out / "config.json").read_text())
+    assert test["scores"]["CIDEr"] >= 0 and test["signature"] in said and f"|data:{name} test" in test["signature"]
+    assert ("670 are standard" in test["signature"]) == (name == "msvd")
+    assert ("test: 3 clips, 670 are standard" in config["differences"]) == (name == "msvd")
+    assert not list(folder.rglob("*.frames")) and len(list((tmp_path / "kept").glob("*.frames"))) == 3
+    assert test["signature"] in say(evaluate, out)
+    assert f"|data:{name} val" in say(evaluate, out, "--split", "val")
+
+
+def test_public_models_are_the_default_of_real_datasets():
+    """A folder's name is the id's; TinyLlama where there is a GPU."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert train.backbones("shapes", gpu) == ("backbones/tiny-vit", "backbones/tiny-lm")
+    for name in ("msvd", "msrvtt", "folder"):
+        assert train.backbones(name, cpu) == ("openai/clip-vit-base-patch16", "JackFram/llama-160m")
+        assert train.backbones(name, gpu)[1] == "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 
 
 def test_another_image_size_is_kept_by_the_run(flags, tmp_path):
