@@ -77,7 +77,8 @@ Folders below are looked through too. The clips and AllVideoDescriptions.txt are
     https://www.cs.utexas.edu/users/ml/clamp/videoDescription/
 raw-captions.pkl and the lists are in msvd_data.zip of
     https://github.com/ArrowLuo/CLIP4Clip/releases/tag/v0.0
-With --download they are fetched from there (addresses unverified). The clips are of YouTube and come without a licence: for research.""",
+With --download they are fetched from there, from addresses that could not be tried. The clips are of YouTube and come
+without a licence: for research.""",
     "msrvtt": """\
 MSR-VTT: 10,000 clips, 20 captions each. Put into the folder that --data names:
 
@@ -87,7 +88,8 @@ MSR-VTT: 10,000 clips, 20 captions each. Put into the folder that --data names:
 Folders below are looked through too. The page of Microsoft that published it is gone; copies that people use:
     clips       https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip
     captions    msrvtt_data.zip of https://github.com/ArrowLuo/CLIP4Clip/releases/tag/v0.0
-With --download they are fetched from there (addresses unverified). The clips are of YouTube and come without a licence: for research.""",
+With --download they are fetched from there, from addresses that could not be tried. The clips are of YouTube and come
+without a licence: for research.""",
     "folder": """\
 Your own clips: put into the folder that --data names a file captions.json,
 
