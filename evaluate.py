@@ -1,7 +1,8 @@
 """Captions a split of a run's dataset and scores it, or captions your own videos.
 
     python evaluate.py RUN [--split {val,test}] [--save predictions.json]
-    python evaluate.py RUN --video a.mp4 b.mp4 folder/
+    python evaluate.py RUN --video a.mp4 folder/ [--save captions.jsonl]
+    ls clips/*.mov | python evaluate.py RUN --video -
 
 Letters: B clips, T frames, S side in pixels.
 """
@@ -27,11 +28,10 @@ from checkpoint import weight_files
 from decode import rules_for
 from lm import CausalLM
 from model import AdapterConfig, Captioner
+from sources import VIDEO_ENDINGS
 from tokens import load_tokenizer
 from vit import ViT
 from weights import InputError, field, read_json, read_metadata, replace_atomically, sha256_of
-
-VIDEO_ENDINGS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"}
 
 
 def pick_device(name: str) -> torch.device:
@@ -132,32 +132,39 @@ def table(scores: dict[str, float]) -> str:
 
 
 def find_videos(names: list[str]) -> list[Path]:
-    """Files as they are, folders as the videos in them by name."""
+    """Files as they are, folders as the videos in them by name; `-` stands for the lines of the standard input."""
     found = []
-    for path in map(Path, names):
-        if path.is_dir():
+    for name in names:
+        path = Path(name)
+        if name == "-":
+            found += [Path(line) for line in sys.stdin.read().splitlines() if line.strip()]
+        elif path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_ENDINGS)
             if not inside:
-                raise InputError(f"{path}: a folder without a video ({', '.join(sorted(VIDEO_ENDINGS))})")
+                raise InputError(f"{path}: a folder without a video ({', '.join(VIDEO_ENDINGS)})")
             found += inside
         else:
             found.append(path)
     return found
 
 
-def caption_videos(captioner: Captioner, paths: list[Path], frames: int, **decoding) -> tuple[dict[str, str], int]:
-    """Prints a caption or, on stderr, an error for each video; returns the captions and how many failed."""
-    captions, failed = {}, 0
+def caption_videos(captioner: Captioner, paths: list[Path], frames: int, **decoding) -> Iterator[dict[str, str]]:
+    """Prints a caption or, on stderr, an error for each video, and yields it: {"video", "caption" or "error"}."""
     for path in paths:
         try:
             pixels = data.read_frames(path, frames, captioner.vit.pixels)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            failed += 1
+            yield {"video": str(path), "error": str(error)}
             continue
-        captions[str(path)] = caption_frames(captioner, iter([pixels[None]]), **decoding)[0]
-        print(f"{path}: {captions[str(path)]}", flush=True)
-    return captions, failed
+        caption = caption_frames(captioner, iter([pixels[None]]), **decoding)[0]
+        print(f"{path}: {caption}", flush=True)
+        yield {"video": str(path), "caption": caption}
+
+
+def save_text(path: Path, text: str) -> None:
+    with replace_atomically(path) as file:
+        file.write(text.encode())
 
 
 def main() -> int:
@@ -167,7 +174,8 @@ def main() -> int:
     what.add_argument("--split", choices=["val", "test"], default="test", help="which split of the run's dataset")
     what.add_argument("--data", help="the dataset's folder; unset: as in training")
     what.add_argument("--cache", type=Path, help="where decoded frames are kept; unset: as in training")
-    what.add_argument("--video", nargs="+", metavar="FILE", help="your own videos, or folders of them, instead")
+    what.add_argument("--video", nargs="+", metavar="FILE",
+                      help="your own videos instead, or folders of them; - reads their names, a line each")  # fmt: skip
     what.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
     what.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
     how = parser.add_argument_group("decoding")
@@ -177,7 +185,8 @@ def main() -> int:
     how.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="tokens of a caption, at least")
     how.add_argument("--max-new-tokens", type=cli.at_least(1), default=30, help="tokens of a caption, at most")
     out = parser.add_argument_group("output and machine")
-    out.add_argument("--save", type=Path, metavar="FILE", help="writes {id: caption} as JSON")
+    out.add_argument("--save", type=Path, metavar="FILE",
+                     help="writes {id: caption} as JSON; of --video a JSON object a line")  # fmt: skip
     out.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips of a split captioned at a time")
     out.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first that is there")
     args = parser.parse_args()
@@ -190,9 +199,14 @@ def main() -> int:
     rules_for(captioner.lm.config, captioner.prefix_length(frames), **decoding)  # an error, if any, before the work
     if args.save and not args.save.parent.is_dir():
         raise InputError(f"--save {args.save}: {args.save.parent} is no folder")
-    failed = 0
+    rows: list[dict[str, str]] = []
     if args.video:
-        captions, failed = caption_videos(captioner, find_videos(args.video), frames, **decoding)
+        try:
+            for row in caption_videos(captioner, find_videos(args.video), frames, **decoding):
+                rows.append(row)
+        finally:  # Ctrl-C among them: what has been said is kept
+            if args.save:
+                save_text(args.save, "".join(json.dumps(row) + "\n" for row in rows))
     else:
         where = args.run / "config.json"
         root = Path(args.data or field(flags, "data", str, where))
@@ -208,11 +222,11 @@ def main() -> int:
         scores, signature = score_captions(flags["dataset"], references, captions)
         print(f"{args.split}: {table(scores)}")
         print(f"{signature}|{corpus.label(args.split)}")
-    if args.save:
-        with replace_atomically(args.save) as file:
-            file.write((json.dumps(captions, indent=1) + "\n").encode())
-    if failed and failed + len(captions) > 1:
-        print(f"error: {failed} of {failed + len(captions)} videos could not be captioned", file=sys.stderr)
+        if args.save:
+            save_text(args.save, json.dumps(captions, indent=1) + "\n")
+    failed = sum("error" in row for row in rows)
+    if failed and len(rows) > 1:
+        print(f"error: {failed} of {len(rows)} videos could not be captioned", file=sys.stderr)
     return 2 if failed else 0
 
 

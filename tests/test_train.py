@@ -228,8 +228,13 @@ def test_your_own_videos_good_and_bad(run, flags, tmp_path):
     done = python("evaluate.py", run, "--video", folder, "--save", tmp_path / "c.json")
     one_line_error(done, "2 of 10 videos")
     assert len(done.stdout.splitlines()) == 8 and "3bad.mp4" in done.stderr and "5bad.mp4" in done.stderr
-    assert len(json.loads((tmp_path / "c.json").read_text())) == 8
-    done = python("evaluate.py", run, "--video", folder / "0.mp4", folder / "1.mp4", "--frames", 3)
+    rows = [json.loads(line) for line in (tmp_path / "c.json").read_text().splitlines()]
+    assert [Path(row["video"]) for row in rows] == sorted(folder.iterdir())
+    said = [f"{row['video']}: {row['caption']}" for row in rows if "caption" in row]
+    assert said == done.stdout.splitlines()
+    assert [Path(row["video"]).name for row in rows if "error" in row] == ["3bad.mp4", "5bad.mp4"]
+    names = f"{folder}/0.mp4\n\n{folder}/1.mp4\n"
+    done = python("evaluate.py", run, "--video", "-", "--frames", 3, input=names)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
 
 
