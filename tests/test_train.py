@@ -12,8 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ import test_corpora
 import torch
 from test_hub import COMMIT, Server
 
+import cli
 import evaluate
 import pretrain
 import shapes
@@ -40,8 +44,38 @@ QUICK = ["--clips", "12", "4", "6", "--batch-size", "4", "--epochs", "4", "--eva
 
 
 def python(*words, **options) -> subprocess.CompletedProcess:
+    """A script in an interpreter of its own."""
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True, **options)
+
+
+def quick(script, *words) -> subprocess.CompletedProcess:
+    """The same in a process split off this one, which has imported everything already."""
+    with TemporaryFile() as out, TemporaryFile() as err:
+        if not (child := os.fork()):
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+            sys.argv = [script.__name__, *map(str, words)]
+            os.chdir(ROOT)
+            warnings.simplefilter("error")
+            code = 1
+            try:
+                cli.run(script.main)
+            except SystemExit as end:
+                code = end.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return subprocess.CompletedProcess([script.__name__, *words], code, *texts)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +144,7 @@ def test_the_backbones_are_not_changed(run, flags, backbones):
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, flags, tmp_path):
     """One thread: weights and logged losses equal bit for bit."""
     for out, seed in ((tmp_path / "same", 0), (tmp_path / "other", 1)):
-        assert python("train.py", *flags, "--out", out, "--seed", seed).returncode == 0
+        assert quick(train, *flags, "--out", out, "--seed", seed).returncode == 0
     weights = [(r / "last/adapter.safetensors").read_bytes() for r in (run, tmp_path / "same", tmp_path / "other")]
     assert weights[0] == weights[1] != weights[2]
 
@@ -131,7 +165,7 @@ def test_ctrl_c_leaves_last_whole_and_resume_ends_where_the_whole_run_ended(run,
     assert 3 <= state["step"] < 12 and read_safetensors(out / "last/adapter.safetensors")
     assert sorted(p.name for p in out.iterdir() if p.is_dir())[-1] == "last"
 
-    assert python("train.py", "--resume", out).returncode == 0
+    assert quick(train, "--resume", out).returncode == 0
     assert (out / "last/adapter.safetensors").read_bytes() == (run / "last/adapter.safetensors").read_bytes()
     logs = [[json.loads(line) for line in (r / "log.jsonl").read_text().splitlines()] for r in (out, run)]
     for row in logs[0] + logs[1]:
@@ -140,7 +174,7 @@ def test_ctrl_c_leaves_last_whole_and_resume_ends_where_the_whole_run_ended(run,
 
 
 def test_evaluate_gives_the_scores_that_training_gave(run, tmp_path):
-    done = python("evaluate.py", run, "--save", tmp_path / "p.json", "--device", "cpu")
+    done = quick(evaluate, run, "--save", tmp_path / "p.json", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     test = json.loads((run / "test.json").read_text())
     assert json.loads((tmp_path / "p.json").read_text()) == test["captions"]
@@ -149,7 +183,7 @@ def test_evaluate_gives_the_scores_that_training_gave(run, tmp_path):
 
 def test_kept_features_are_block_outputs_and_are_refused_where_they_change(run, flags, tmp_path):
     """The first clip's features against the ViT's, in fp16: equal. `write` and the rivals change the ViT's work."""
-    done = python("train.py", *flags, "--out", tmp_path / "r", "--last-blocks", 1, "--cache-features")
+    done = quick(train, *flags, "--out", tmp_path / "r", "--last-blocks", 1, "--cache-features")
     assert done.returncode == 0, done.stderr
     root = Path(flags[-1])
     frames = np.memmap(root / "train-16x64.frames", np.uint8, "r", shape=(12, 16, 3, 64, 64))
@@ -159,7 +193,7 @@ def test_kept_features_are_block_outputs_and_are_refused_where_they_change(run, 
         z = vit(vit.normalise(torch.from_numpy(np.array(frames[3]))))  # (16, P, D)
     torch.testing.assert_close(torch.from_numpy(kept[3, :, 0].copy()), z.half(), rtol=2e-3, atol=2e-3)
     for more in (("--reading", "write"), ("--method", "linear")):
-        done = python("train.py", *flags, "--out", tmp_path / "n", "--cache-features", *more)
+        done = quick(train, *flags, "--out", tmp_path / "n", "--cache-features", *more)
         one_line_error(done, "--cache-features")
 
 
@@ -170,34 +204,34 @@ def test_what_a_crash_can_leave_is_gone_on_with_or_named(run, flags, tmp_path):
     with open(out / "log.jsonl", "a") as file:
         file.write('{"step": 1')
     (out / "last").rename(out / "last.old")
-    done = python("train.py", "--resume", out)
+    done = quick(train, "--resume", out)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert sum("test" in row for row in rows) == 1
     config = json.loads((out / "config.json").read_text())
     changed = config | {"adapter": config["adapter"] | {"heads": 4}}
     (out / "config.json").write_text(json.dumps(changed))
-    one_line_error(python("evaluate.py", out), "adapter.safetensors", "config.json")
-    one_line_error(python("train.py", "--resume", out), "adapter.safetensors")
+    one_line_error(quick(evaluate, out), "adapter.safetensors", "config.json")
+    one_line_error(quick(train, "--resume", out), "adapter.safetensors")
     del config["flags"]["epochs"]
     (out / "config.json").write_text(json.dumps(config))
-    one_line_error(python("train.py", "--resume", out), "config.json", "'epochs'")
+    one_line_error(quick(train, "--resume", out), "config.json", "'epochs'")
     (out / "last/state.pt").write_bytes(b"PK")
     (out / "config.json").write_text((run / "config.json").read_text())
-    one_line_error(python("train.py", "--resume", out), "state.pt")
-    one_line_error(python("train.py", *flags, "--out", tmp_path / "nan", "--lr", 1e30), "the loss is")
+    one_line_error(quick(train, "--resume", out), "state.pt")
+    one_line_error(quick(train, *flags, "--out", tmp_path / "nan", "--lr", 1e30), "the loss is")
     assert read_safetensors(tmp_path / "nan/last/adapter.safetensors")
 
 
 @pytest.mark.parametrize("method", ["linear", "lora", "full"])
 def test_the_rivals_run_and_their_checkpoints_hold_what_they_train(method, flags, tmp_path):
-    done = python("train.py", *flags, "--out", tmp_path / "r", "--method", method, "--epochs", 1)
+    done = quick(train, *flags, "--out", tmp_path / "r", "--method", method, "--epochs", 1)
     assert done.returncode == 0, done.stderr
     names = set(read_safetensors(tmp_path / "r/best/adapter.safetensors"))
     assert {"frames", "connector.weight", "connector.bias"} <= names
     assert any(".lora_" in n for n in names) == (method == "lora")
     assert ("lm.embed.weight" in names) == (method == "full")
-    assert python("evaluate.py", tmp_path / "r").returncode == 0
+    assert quick(evaluate, tmp_path / "r").returncode == 0
 
 
 def test_the_decoding_flags_reach_the_decoder(run, tmp_path):
@@ -208,7 +242,7 @@ def test_the_decoding_flags_reach_the_decoder(run, tmp_path):
     greedy, told = captioner.caption(frames), set()
     for asked in ({"beams": 3, "length_penalty": -2.0}, {"min_new_tokens": 7, "max_new_tokens": 9}):
         flags = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", value)]
-        done = python("evaluate.py", run, "--save", tmp_path / "p.json", "--device", "cpu", *flags)
+        done = quick(evaluate, run, "--save", tmp_path / "p.json", "--device", "cpu", *flags)
         assert done.returncode == 0, done.stderr
         found = list(json.loads((tmp_path / "p.json").read_text()).values())
         assert found == captioner.caption(frames, **asked)
@@ -225,7 +259,7 @@ def test_your_own_videos_good_and_bad(run, flags, tmp_path):
         (folder / f"{i}.mp4").write_bytes(clips[i % len(clips)].read_bytes())
     (folder / "3bad.mp4").write_bytes(b"")
     (folder / "5bad.mp4").write_bytes(b"not a video")
-    done = python("evaluate.py", run, "--video", folder, "--save", tmp_path / "c.json")
+    done = quick(evaluate, run, "--video", folder, "--save", tmp_path / "c.json")
     one_line_error(done, "2 of 10 videos")
     assert len(done.stdout.splitlines()) == 8 and "3bad.mp4" in done.stderr and "5bad.mp4" in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "c.json").read_text().splitlines()]
@@ -240,7 +274,7 @@ def test_your_own_videos_good_and_bad(run, flags, tmp_path):
 
 def test_real_videos_are_captioned_or_named(run, real):
     """Every file of clips/ and of MSVD: 16 and 3; the empty one, the text and the sound are the bad ones."""
-    done = python("evaluate.py", run, "--video", real / "clips", real / "msvd/YouTubeClips")
+    done = quick(evaluate, run, "--video", real / "clips", real / "msvd/YouTubeClips")
     one_line_error(done, "3 of 19 videos")
     assert len(done.stdout.splitlines()) == 16
     assert all(name in done.stderr for name in ("WrongFile.mp4", "audio_only.mp4", "empty.mp4"))
@@ -286,13 +320,13 @@ def test_what_the_user_gets_wrong_is_one_line(run, flags, backbones, tmp_path, m
 
 def test_a_checkpoint_of_other_backbones_is_refused(flags, backbones, tmp_path):
     lm = copy_of(backbones / "lm", tmp_path)
-    done = python("train.py", *flags, "--epochs", 1, "--out", tmp_path / "r", "--lm", lm)
+    done = quick(train, *flags, "--epochs", 1, "--out", tmp_path / "r", "--lm", lm)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "lm/model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    one_line_error(python("evaluate.py", tmp_path / "r"), "adapter.safetensors", "another lm/model.safetensors")
+    one_line_error(quick(evaluate, tmp_path / "r"), "adapter.safetensors", "another lm/model.safetensors")
 
 
 def copy_of(folder: Path, to: Path) -> Path:
@@ -384,11 +418,11 @@ def test_public_models_are_the_default_of_real_datasets():
 
 def test_another_image_size_is_kept_by_the_run(flags, tmp_path):
     """128 pixels for the made ViT's 64: 64 patches a frame in place of 16, in training and in evaluation."""
-    done = python("train.py", *flags, "--epochs", 1, "--image-size", 128, "--out", tmp_path / "run")
+    done = quick(train, *flags, "--epochs", 1, "--image-size", 128, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     captioner, _ = evaluate.load_run(tmp_path / "run")
     assert captioner.vit.position.shape == (65, 16)
-    one_line_error(python("train.py", *flags, "--image-size", 100, "--out", tmp_path / "r"), "100", "patch size 16")
+    one_line_error(quick(train, *flags, "--image-size", 100, "--out", tmp_path / "r"), "100", "patch size 16")
 
 
 def same_tensors(one: Path, other: Path) -> bool:
