@@ -46,6 +46,21 @@ class AdapterConfig:
     frames: int = 8
 
 
+def side_by_side(start: int, k: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    """What `CausalLM.hidden` needs to read k texts of `length` tokens that follow the same `start` positions, in a row.
+
+    Each token stands where it would in a text of its own and sees the beginning and its own text only: `positions`
+    (start + k*length,) and `seen` (1, start + k*length, the same). One text needs neither.
+    """
+    if k == 1:
+        return {}
+    text = torch.cat([torch.full((start,), -1), torch.arange(k).repeat_interleave(length)]).to(device)
+    place = torch.arange(start + length, device=device)
+    positions = torch.cat([place[:start], place[start:].repeat(k)])
+    mine = (text == text[:, None]) | (text == -1)
+    return {"positions": positions, "seen": (mine & (positions <= positions[:, None]))[None]}
+
+
 class Captioner(nn.Module):
     """Frames to captions. Only `trained()` parameters change; the rest is frozen and stays in eval mode."""
 
@@ -125,16 +140,20 @@ class Captioner(nn.Module):
     def forward(self, frames: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         """Frames (B, T, 3, S, S), or their block outputs, and K captions each, ids (B, K, L), padded with -100.
 
-        Returns the cross-entropy summed over all caption tokens and EOS, and their number. A clip is
-        encoded once for its K captions; the head runs on caption positions only.
+        Returns the cross-entropy summed over all caption tokens and EOS, and their number. A clip is encoded once for
+        its K captions and read once by the language model, they follow it side by side; the head runs on caption
+        positions only.
         """
         k, length = targets.shape[1:]
-        prefix = self.prefix(frames).repeat_interleave(k, dim=0)  # (B*K, 1+N+p, C)
-        targets = targets.flatten(0, 1)  # (B*K, L)
-        said = self.lm.embed(targets[:, :-1].clamp(min=0)).to(prefix.dtype)
-        hidden = self.lm.hidden(torch.cat([prefix, said], dim=1))[:, -length:]  # (B*K, L, C)
+        prefix = self.prefix(frames)  # (B, P, C)
+        start = prefix.shape[1]
+        said = self.lm.embed(targets[:, :, :-1].clamp(min=0)).to(prefix.dtype)  # (B, K, L-1, C)
+        x = torch.cat([prefix, said.flatten(1, 2)], dim=1)  # (B, P + K(L-1), C)
+        x = self.lm.hidden(x, **side_by_side(start, k, length - 1, x.device))
+        first = x[:, None, start - 1 : start].expand(-1, k, -1, -1)  # foretells each caption's first token
+        x = torch.cat([first, x[:, start:].unflatten(1, (k, length - 1))], dim=2)  # (B, K, L, C)
         counted = targets != IGNORED
-        logits = self.lm.head(hidden[counted]).float()  # (tokens, V)
+        logits = self.lm.head(x[counted]).float()  # (tokens, V)
         return F.cross_entropy(logits, targets[counted], reduction="sum"), int(counted.sum())
 
     @torch.no_grad()
