@@ -210,6 +210,7 @@ class _Rows:
 
 def _decode(pipe: Connection, parents_end: Connection, count: int, view: Pixels) -> None:
     """A worker: paths come in, their frames (M, 3, S, S) or the InputError go out, until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parents_end.close()  # a forked copy, with which the pipe would never break
     with suppress(EOFError, ConnectionError):
         while True:
@@ -225,7 +226,7 @@ def _decode(pipe: Connection, parents_end: Connection, count: int, view: Pixels)
 def _workers(number: int, *args) -> Iterator[list[Connection]]:
     """So many processes that decode, each at the other end of a pipe; they are killed when the block ends."""
     pipes, processes = [], []
-    # Processes inherit what is blocked: Ctrl-C is for us alone, who then kill them.
+    # Ctrl-C is for us alone, who then kill them. What is blocked stays so in forked ones, until they ignore it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         try:

@@ -5,6 +5,7 @@ counted in a file, because workers do it; they are forked, so that what is patch
 """
 
 import errno
+import io
 import multiprocessing
 import os
 import shutil
@@ -175,6 +176,18 @@ def test_caches_of_the_former_layout_are_made_again(tmp_path, decoded):
     assert decoded() == ["0.mp4", "1.mp4"] and np.array_equal(frames[1], read_frames(clips[1].path, 4, 32))
 
 
+def test_a_write_that_is_taken_in_pieces_is_gone_on_with(tmp_path):
+    """As of a disk that is nearly full: a file that takes 7 bytes at a time."""
+
+    class Narrow(io.FileIO):
+        def write(self, data) -> int:
+            return super().write(memoryview(data)[:7])
+
+    with Narrow(tmp_path / "x", "wb") as file:
+        cache._write(file, 3, bytes(range(100)))
+    assert (tmp_path / "x").read_bytes() == bytes(3) + bytes(range(100))
+
+
 @pytest.mark.parametrize("workers", [1, 3, 0])
 def test_the_number_of_workers_changes_nothing(tmp_path, workers):
     """Eleven clips, more than two for each worker, against read_frames, to the bit."""
@@ -269,10 +282,10 @@ def test_random_kills_lose_nothing_and_spoil_nothing(tmp_path, decoded, monkeypa
     """20 SIGKILLs after delays of seed 0 against a cache made without a break, to the bit.
 
     After each, every key on disk vouches for the right bytes, no worker is left, and what is vouched for is not
-    decoded again. Writes are slowed down by 2 ms, so that they are hit too.
+    decoded again. Rows are written in two halves 2 ms apart, so that writes are hit too.
     """
     clips = some_clips(tmp_path, 4)
-    for i in range(4, 30):
+    for i in range(4, 20):
         os.link(clips[i % 4].path, tmp_path / f"{i}.mp4")
         clips.append(Clip(f"{i}.mp4", tmp_path / f"{i}.mp4", ("",)))
     path, rows, rng = tmp_path / "x.frames", known(clips, 2, 32), np.random.default_rng(0)
@@ -282,7 +295,7 @@ def test_random_kills_lose_nothing_and_spoil_nothing(tmp_path, decoded, monkeypa
     def slowly(file, offset, data):
         half = len(data) // 2
         real(file, offset, memoryview(data)[:half])
-        time.sleep(0.002)
+        time.sleep(0.002 if file.name.endswith(".part") else 0)
         real(file, offset + half, memoryview(data)[half:])
 
     def work():
@@ -293,7 +306,7 @@ def test_random_kills_lose_nothing_and_spoil_nothing(tmp_path, decoded, monkeypa
     while kills < 20:
         before = {names[key] for key in vouched(path, rows)}
         pid = child(work)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.2))
         os.kill(pid, signal.SIGKILL)
         killed = exit_code(pid) == -signal.SIGKILL
         kills += killed
@@ -301,7 +314,7 @@ def test_random_kills_lose_nothing_and_spoil_nothing(tmp_path, decoded, monkeypa
         assert all(gone(pid, 5) for pid in decoded.pids)
         after = vouched(path, rows)
         assert before <= {names[key] for key in after}
-        midway += killed and 0 < len(after) < 30
+        midway += killed and 0 < len(after) < 20
         if path.exists():
             for file in tmp_path.glob("x.frames*"):
                 file.unlink()
@@ -309,7 +322,7 @@ def test_random_kills_lose_nothing_and_spoil_nothing(tmp_path, decoded, monkeypa
     assert cached_frames(clips, path, 2, 32, 2, quiet).tobytes() == b"".join(rows.values())
 
 
-@pytest.mark.parametrize("begun", ["from nothing", "a file changed", "other settings", "part changed"])
+@pytest.mark.parametrize("begun", ["a file changed", "other settings", "part changed"])
 def test_every_kill_point_is_safe(tmp_path, decoded, monkeypatch, begun):
     """A process is killed before its first, second, third, ... step on the disk, or half-way through a write or copy.
 
@@ -324,7 +337,7 @@ def test_every_kill_point_is_safe(tmp_path, decoded, monkeypatch, begun):
         cached_frames(clips, start / "x.frames", 2, 16, 1, quiet)
     elif begun == "other settings":
         cached_frames(clips, start / "x.frames", 2, Pixels(16, 17), 1, quiet)
-    elif begun == "part changed":
+    else:
         clips[2].path.rename(tmp_path / "aside")
         clips[2].path.write_bytes(b"")
         with pytest.raises(InputError):
@@ -413,28 +426,73 @@ def test_two_processes_at_once_make_one_cache(tmp_path, decoded):
     assert told.read_text().count("waiting for another process") == 1
 
 
-@pytest.mark.parametrize("whom", ["the group", "the parent"])
-def test_ctrl_c_ends_at_once_without_a_word_of_the_workers(tmp_path, capfd, monkeypatch, whom):
-    """Two workers in the middle of clips of a minute; all is over within 2 s, and nothing is printed."""
-    clips, pids = some_clips(tmp_path, 4), tmp_path / "pids"
-    monkeypatch.setattr(cache, "read_frames", lambda *_: (open(pids, "a").write(f"{os.getpid()}\n"), time.sleep(60)))
+@pytest.fixture
+def sleepy(tmp_path, monkeypatch) -> Callable[[float], Path]:
+    """Workers that sleep so long for each clip; they note their ids in the file, and whether they were interrupted."""
+    notes = tmp_path / "notes"
+
+    def note(word: object) -> None:
+        with open(notes, "a") as file:
+            file.write(f"{word}\n")
+
+    def sleep(*_):
+        note(os.getpid())
+        try:
+            time.sleep(sleepy.seconds)
+        except KeyboardInterrupt:
+            note("interrupted")
+        return torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+
+    def sleepy(seconds: float) -> Path:
+        sleepy.seconds = seconds
+        monkeypatch.setattr(cache, "read_frames", sleep)
+        return notes
+
+    return sleepy
+
+
+def two_notes(path: Path) -> list[int]:
+    while not path.exists() or len(path.read_text().split()) < 2:
+        time.sleep(0.01)
+    return [int(word) for word in path.read_text().split()]
+
+
+@pytest.mark.parametrize("whom", ["all", "the parent"])
+def test_ctrl_c_ends_at_once_without_a_word_of_the_workers(tmp_path, capfd, sleepy, whom):
+    """Two workers in the middle of clips of 20 s; all is over within 3 s, and nothing is printed."""
+    clips, notes = some_clips(tmp_path, 4), sleepy(20)
 
     def work():
-        os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             cached_frames(clips, tmp_path / "x.frames", 4, 32, 2, quiet)
         except KeyboardInterrupt:
             os._exit(130)
 
-    pid = child(work)
-    while not pids.exists() or len(pids.read_text().split()) < 2:
-        time.sleep(0.01)
+    parent = child(work)
+    workers = two_notes(notes)
     begun = time.monotonic()
-    (os.killpg if whom == "the group" else os.kill)(pid, signal.SIGINT)
-    assert exit_code(pid) == 130 and time.monotonic() - begun < 2
-    assert all(gone(int(worker), 1) for worker in pids.read_text().split())
-    assert "".join(capfd.readouterr()) == ""
+    if whom == "all":  # as a terminal does, in an order in which the workers would have time to complain
+        for pid in workers:
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.1)
+    os.kill(parent, signal.SIGINT)
+    assert exit_code(parent) == 130 and time.monotonic() - begun < 3
+    assert all(gone(pid, 1) for pid in workers)
+    assert "".join(capfd.readouterr()) == "" and two_notes(notes) == workers
+
+
+def test_orphans_end_by_themselves_and_hold_nothing_up(tmp_path, sleepy, monkeypatch):
+    """The parent is killed while two workers decode for a second more: the next call need not wait for them."""
+    notes, clips, path, told = sleepy(1), some_clips(tmp_path, 4), tmp_path / "x.frames", []
+    parent = child(lambda: cached_frames(clips, path, 4, 32, 2, quiet))
+    workers = two_notes(notes)
+    os.kill(parent, signal.SIGKILL)
+    assert exit_code(parent) == -signal.SIGKILL
+    monkeypatch.setattr(cache, "read_frames", read_frames)
+    frames = cached_frames(clips, path, 4, 32, 2, told.append)
+    assert frames.tobytes() == b"".join(known(clips, 4, 32).values()) and len(told) == 1
+    assert all(gone(pid, 5) for pid in workers)
 
 
 def test_features_go_on_where_they_were_stopped(tmp_path):
@@ -457,8 +515,8 @@ def test_features_go_on_where_they_were_stopped(tmp_path):
         features = cached_features(frames, path, key, encode, images, quiet)
         assert features.dtype == np.float16 and np.array_equal(features, expected) and seen[1:] == fresh
     seen.clear()
-    frames[3] += 1
-    expected[3] = encode(torch.from_numpy(frames[3:4])).numpy()[0]
-    keys = ["other" if i != 3 else "changed" for i in range(10)]
+    frames[[3, 7]] += 1
+    expected[[3, 7]] = encode(torch.from_numpy(frames[[3, 7]])).numpy()
+    keys = ["changed" if i in (3, 7) else "other" for i in range(10)]
     features = cached_features(frames, path, keys, encode, 8, quiet)
-    assert seen[2:] == [1] and np.array_equal(features, expected)
+    assert seen[2:] == [2] and np.array_equal(features, expected)
