@@ -106,6 +106,7 @@ class _Rows:
     """Rows of one shape and dtype in the file `path`; row i is good if it was made with keys[i]."""
 
     def __init__(self, path: Path, keys: list[str], shape: tuple[int, ...], dtype: type):
+        path = Path(os.path.realpath(path))  # a link stays a link
         self.path, self.part, self.index = path, *(path.with_name(path.name + end) for end in (".part", ".keys"))
         self.shape, self.dtype = (len(keys), *shape), np.dtype(dtype)
         self.row_bytes = math.prod(shape) * self.dtype.itemsize
