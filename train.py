@@ -28,7 +28,7 @@ import corpora
 import data
 import hub
 import published
-from cache import cached_features, cached_frames
+from cache import cached_features, cached_frames, frame_keys
 from evaluate import (
     adapter_config,
     backbone_hashes,
@@ -276,11 +276,12 @@ def main() -> int:
         return cached_frames(splits[split], path, count, view, args.workers)
 
     candidates = max(CANDIDATES, 2 * args.frames)
+    keys = frame_keys(splits["train"], candidates, view)  # first: a file that changes from here on is found out
     train_inputs = frames_of("train", candidates)
     if args.cache_features:
-        key = json.dumps([hashes, captioner.adapter.first, read_json(kept / f"train-{candidates}x{view.size}.json")])
+        keys = [json.dumps([hashes, captioner.adapter.first, key]) for key in keys]
         train_inputs = cached_features(
-            train_inputs, kept / f"train-{candidates}x{view.size}-last{len(captioner.adapter.blocks)}.features", key,
+            train_inputs, kept / f"train-{candidates}x{view.size}-last{len(captioner.adapter.blocks)}.features", keys,
             lambda frames: captioner.block_outputs(frames.to(device)).cpu(), args.batch_size * args.frames,
         )  # fmt: skip
     examples = data.Examples(splits["train"], train_inputs, tokenizer, args.frames, args.captions_per_clip, args.seed,
