@@ -121,7 +121,7 @@ def _sparing(container: InputContainer, stream: VideoStream, places: np.ndarray)
     # A clip cut out of the middle of a video begins with what cannot be decoded.
     first = next((i for i, packet in enumerate(packets) if packet and packet.is_keyframe), 0)
     stamps = [packet.pts for packet in packets[first:-1] if not packet.is_discard]
-    if not stamps or None in stamps or len(set(stamps)) < len(stamps):
+    if not stamps or None in stamps:
         return None
     stamps.sort()
     chosen = [stamps[i] for i in shown_at([float(s * stream.time_base) for s in stamps], places)]

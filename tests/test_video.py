@@ -95,17 +95,21 @@ X264 = "bframes=3:b-adapt=0"
 
 @pytest.mark.parametrize(
     ("name", "x264", "times"),
-    [("b.mp4", X264, EVEN), ("b.mkv", X264, EVEN), ("open.mp4", f"{X264}:open-gop=1:keyint=6", EVEN),
+    [("b.mp4", X264, EVEN), ("b.mkv", X264, EVEN), ("open.mp4", f"{X264}:open-gop=1:keyint=8:min-keyint=8", EVEN),
      ("pyramid.mkv", f"{X264}:b-pyramid=normal:keyint=9", EVEN), ("refresh.mp4", "bframes=2:intra-refresh=1", EVEN),
      ("fields.mkv", f"{X264}:interlaced=1", EVEN), ("late.mkv", X264, [t + 500 for t in EVEN]),
+     ("early.mp4", X264, [t - 30 for t in EVEN]),
      ("gap.mp4", X264, [0, 1, 2, 3, 40, 41, 90, 95, 96, 97]), ("one.mp4", X264, [3]), ("p.mp4", "bframes=0", EVEN)],
 )  # fmt: skip
 def test_frames_left_undecoded_change_nothing(tmp_path, monkeypatch, name, x264, times):
-    """H.264 whose unwanted frames are skipped: bit for bit what all frames decoded give, and the search's indices."""
+    """H.264 whose unwanted frames are skipped: bit for bit what all frames decoded give, and the search's indices.
+
+    MP4 shows nothing of what is earlier than 0.
+    """
     path = write_video(tmp_path / name, times, codec="libx264", options={"x264-params": x264})
     for count in (1, 4, 8, 32):
-        frames = video.read_frames(path, count, 32)
-        assert levels(frames) == on_screen(times, count)
+        frames, hidden = video.read_frames(path, count, 32), sum(t < 0 for t in times)
+        assert levels(frames) == [hidden + i for i in on_screen(times[hidden:], count)]
         with video._opened(path) as opened:
             assert video._tells_times(*opened) and video._sparing(*opened, video.moments(count, None)) is not None
         with monkeypatch.context() as patch:
@@ -129,6 +133,29 @@ def test_frames_that_are_not_needed_are_not_decoded(tmp_path):
             spoilt += 1
     path.write_bytes(data)
     assert spoilt >= 9 and torch.equal(video.read_frames(path, 5, 32), whole)
+    with video._opened(path) as opened:
+        assert video._sparing(*opened, video.moments(5, None)) is not None
+
+
+def test_a_clip_cut_before_an_open_group(tmp_path):
+    """The packets from the second keyframe on: those shown before it refer to what is lost, and do not count."""
+    whole = write_video(tmp_path / "a.mkv", EVEN, codec="libx264",
+                        options={"x264-params": f"{X264}:open-gop=1:keyint=8:min-keyint=8"})  # fmt: skip
+    path = tmp_path / "b.mkv"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        packets = [p for p in source.demux(video=0) if p.size]
+        start = [i for i, p in enumerate(packets) if p.is_keyframe][1]
+        assert packets[start + 1].pts < packets[start].pts
+        for packet in packets[start:]:
+            packet.stream = stream
+            container.mux(packet)
+    frames = plain_decode(path)
+    pictures = [torch.from_numpy(frame.to_ndarray(format="rgb24"))[:, :32] for frame in frames]
+    grey = levels(torch.stack(pictures).permute(0, 3, 1, 2))
+    for count in range(1, 12):
+        shown = on_screen([f.time for f in frames], count)
+        assert levels(video.read_frames(path, count, 32)) == [grey[i] for i in shown]
 
 
 @pytest.mark.parametrize("name", ["h264.avi", "mpeg4.avi", "h264.mkv"])
@@ -209,8 +236,9 @@ def test_a_cover_picture_is_no_video(tmp_path):
 
 
 def png(width: int, height: int) -> bytes:
-    """A picture whose header says so; of its pixels only the first are there."""
-    parts = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(100_000)))
+    """A black picture, a bit a pixel; of one that would take more than 10 MB the header and the beginning."""
+    black = bytes(min(10**7, height * (1 + width // 8)))
+    parts = (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(black))
     framed = (struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in parts)
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
