@@ -194,11 +194,14 @@ def test_every_kind_of_picture_becomes_its_grey(tmp_path, monkeypatch, name, mad
     assert levels(video.read_frames(Path(name), 4, 32)) == on_screen(times, 4)
 
 
-def test_a_size_that_changes_on_the_way(tmp_path):
+def test_a_size_that_changes_on_the_way(tmp_path, monkeypatch):
+    """48 x 32, then 64 x 96: all frames come; but for the second half, where frames of its size are too large."""
     parts = [write_video(tmp_path / f"{w}.h264", EVEN[:10], w, h, "libx264") for w, h in ((48, 32), (64, 96))]
     path = tmp_path / "both.h264"
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     assert levels(video.read_frames(path, 20, 32)) == [*range(10), *range(10)]
+    monkeypatch.setattr(video, "MOST_PIXELS", 3000)
+    assert levels(video.read_frames(path, 10, 32)) == list(range(10))
 
 
 def boxes(data: bytes) -> list[bytes]:
