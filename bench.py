@@ -2,7 +2,7 @@
 
 The output is compared with the other's before any figure is printed. Scorers run in a process of their own each, and
 their CPU seconds are those of the whole process with all of its children (Java among them). Models run by turns in
-this one (bench_models.py).
+this one (bench_models.py), as do the ways to read a video (bench_data.py).
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import bench_data
 import bench_models
 
 HERE = Path(__file__).resolve().parent
@@ -232,11 +233,11 @@ def compare_loading(repeats: int) -> list[dict]:
 
 BENCHMARKS = {  # name: function of the number of repeats -> rows of figures
     "metrics": compare_metrics, "vit": bench_models.compare_vit, "lm": bench_models.compare_lm,
-    "decode-text": bench_models.compare_decoding, "loading": compare_loading,
+    "decode-text": bench_models.compare_decoding, "loading": compare_loading, "decode": bench_data.compare_reading,
 }  # fmt: skip
 
 
-def machine(packages=("numpy", "torch", "transformers", "pycocoevalcap")) -> dict:
+def machine(packages=("numpy", "torch", "transformers", "pycocoevalcap", "av")) -> dict:
     """What the figures were taken on and with."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     java = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr.splitlines()
