@@ -48,6 +48,7 @@ from pixels import Pixels
 from video import plain_view, read_frames
 from weights import InputError
 
+READING = 2  # raised when `read_frames` picks or makes frames in another way than before
 FLUSH = 1.0  # seconds between flushes; so much work at most is done again after a kill
 Made = Iterator[tuple[int, np.ndarray]]  # rows with their numbers, in any order
 
@@ -285,7 +286,7 @@ def frame_keys(clips: list[Clip], count: int, view: int | Pixels) -> list[str]:
     view, keys = plain_view(view), []
     for clip in clips:
         state = clip.path.stat()
-        keys.append(json.dumps([clip.id, state.st_size, state.st_mtime_ns, count, view.size, view.resize, view.squash,
+        keys.append(json.dumps([READING, clip.id, state.st_size, state.st_mtime_ns, count, view.size, view.resize, view.squash,
                                 view.interpolation]))  # fmt: skip
     return keys
 
