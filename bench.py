@@ -234,6 +234,7 @@ def compare_loading(repeats: int) -> list[dict]:
 BENCHMARKS = {  # name: function of the number of repeats -> rows of figures
     "metrics": compare_metrics, "vit": bench_models.compare_vit, "lm": bench_models.compare_lm,
     "decode-text": bench_models.compare_decoding, "loading": compare_loading, "decode": bench_data.compare_reading,
+    "cache": bench_data.compare_cache,
 }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Benchmark of reading video for `bench.py`: a clip's T frames through `video.read_frames` beside two other ways.
+"""Benchmarks of reading video for `bench.py`: a clip's T frames through `video.read_frames` beside two other ways; and
+an epoch's frames from the cache beside decoding them, with what a training step waits for its batch.
 
 PyAV: every frame decoded and made pixels, then the wanted ones picked: the same pixels are asserted. decord: the same
 indices asked of `VideoReader.get_batch`, resized by it. decord's resize is another, so frames are compared at native
@@ -10,16 +11,23 @@ Letters: T frames, S side in pixels.
 
 import importlib.util
 import os
+import statistics
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from av.video.reformatter import VideoReformatter
 
+import data
 import video
 from bench_models import by_turns
+from cache import cached_frames
+from corpora import Clip
 
 T, S = 16, 224
 CLIPS = ("clips/12727.mp4", "clips/walk.mkv", "clips/realshort.mp4", "msvd/YouTubeClips/*.avi")  # of QADAPTER_REAL
@@ -109,3 +117,82 @@ def compare_reading(repeats: int) -> list[dict]:
             paths = make_clips(Path(folder))
         rows = [row for path in paths for row in decode_rows(path, repeats)]
     return [row | ({"frames/s": T / row["wall s"]} if "wall s" in row else {}) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------- the cache
+
+
+class Words:
+    """A tokenizer that takes no time."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[3] * 12 for _ in texts]
+
+
+def epoch_row(folder: Path, sources: list[Path], repeats: int) -> dict:
+    """The batches of an epoch of 48 clips, 8 of 16 kept frames each: from the cache, and decoded by 2 processes."""
+    clips = []
+    for i in range(48):
+        link = folder / f"{i}{sources[i % len(sources)].suffix}"
+        link.symlink_to(sources[i % len(sources)].resolve())
+        clips.append(Clip(link.name, link, ("a caption",)))
+    begun = time.perf_counter()
+    frames = cached_frames(clips, folder / "clips.frames", 16, S, 2, report=lambda line: None)
+    first = time.perf_counter() - begun
+    for clip, kept in zip(clips[: len(sources)], frames, strict=False):
+        assert np.array_equal(kept, video.read_frames(clip.path, 16, S)), f"{clip.path}: another cache"
+    examples = data.Examples(clips, frames, Words(), 8, 1, 0, 2)
+
+    def ours():
+        for batch in data.order(48, 8, 1, 0):
+            data.collate([examples[key] for key in batch])
+
+    def theirs():
+        with ProcessPoolExecutor(2) as pool:
+            list(pool.map(partial(video.read_frames, frames=8, view=S), [clip.path for clip in clips]))
+
+    what = f"an epoch's frames of 48 clips at {S}: decoded anew by 2 processes"
+    return by_turns(what, ours, theirs, repeats, **{"first time, s": first})
+
+
+def waiting_row(folder: Path, steps: int) -> dict:
+    """Training steps of the demo on its ViT's outputs, the quickest there are: how long each waits for its batch."""
+    from lm import CausalLM
+    from model import AdapterConfig, Captioner
+    from tokens import load_tokenizer
+    from vit import ViT
+
+    torch.manual_seed(0)
+    vit, lm = ViT.from_pretrained("backbones/tiny-vit"), CausalLM.from_pretrained("backbones/tiny-lm")
+    captioner = Captioner(vit, lm, load_tokenizer(Path(__file__).parent / "backbones/tiny-lm"), AdapterConfig())
+    pixels = torch.randint(256, (1, 16, 3, vit.pixels.size, vit.pixels.size), dtype=torch.uint8)
+    with torch.no_grad():
+        features = captioner.block_outputs(pixels).numpy()
+    kept = np.memmap(folder / "features", np.float16, "w+", shape=(64 * steps, *features.shape[1:]))
+    kept[:] = features
+    clips = [Clip(str(i), folder, ("a caption",)) for i in range(len(kept))]
+    examples = data.Examples(clips, kept, Words(), 8, 1, 0, 2)
+    optimizer = torch.optim.AdamW(captioner.trained().values(), 1e-3)
+    waits, ends = [], [time.perf_counter()]
+    load = lambda keys: data.collate([examples[key] for key in keys])  # noqa: E731
+    for frames, targets in data.ahead(load, data.order(len(kept), 64, 1, 0)):
+        waits.append(time.perf_counter() - ends[-1])
+        total, count = captioner(frames, targets)
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+        ends.append(time.perf_counter())
+    load([(i, 0) for i in range(64)])
+    loading = time.perf_counter() - ends[-1]
+    step, wait = statistics.median(np.diff(ends)[2:]), statistics.median(waits[2:])
+    return {"what": "a training step of the demo, 64 clips' features", "step, ms": 1e3 * step, "waits, ms": 1e3 * wait,
+            "waits, %": 100 * wait / step, "loading alone, ms": 1e3 * loading}  # fmt: skip
+
+
+def compare_cache(repeats: int) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        if real := os.environ.get("QADAPTER_REAL"):
+            paths = sorted(Path(real).glob(CLIPS[-1]))
+        else:
+            paths = make_clips(Path(folder))
+        return [epoch_row(Path(folder), paths, repeats), waiting_row(Path(folder), 16)]

@@ -286,8 +286,8 @@ def frame_keys(clips: list[Clip], count: int, view: int | Pixels) -> list[str]:
     view, keys = plain_view(view), []
     for clip in clips:
         state = clip.path.stat()
-        keys.append(json.dumps([READING, clip.id, state.st_size, state.st_mtime_ns, count, view.size, view.resize, view.squash,
-                                view.interpolation]))  # fmt: skip
+        file = clip.id, state.st_size, state.st_mtime_ns
+        keys.append(json.dumps([READING, *file, count, view.size, view.resize, view.squash, view.interpolation]))
     return keys
 
 

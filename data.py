@@ -6,7 +6,8 @@ Letters: B clips, T frames, M candidate frames kept of a clip, S side in pixels,
 longest caption with its EOS.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from corpora import Clip, load
 from model import IGNORED, LONGEST
 from video import moments, read_frames
 
-__all__ = ["Clip", "Examples", "collate", "load", "order", "read_frames"]
+__all__ = ["Clip", "Examples", "ahead", "collate", "load", "order", "read_frames"]
 
 
 def clean(caption: str) -> str:
@@ -58,6 +59,19 @@ def collate(examples: list[tuple[Tensor, list[list[int]]]]) -> tuple[Tensor, Ten
     length = max(len(ids) for _, hand in examples for ids in hand)
     targets = [[ids + [IGNORED] * (length - len(ids)) for ids in hand] for _, hand in examples]
     return torch.stack([frames for frames, _ in examples]), torch.tensor(targets)
+
+
+def ahead(load: Callable, keys: Iterable) -> Iterator:
+    """load(key) of each key, in order; while one is used, another thread loads the next."""
+    with ThreadPoolExecutor(1) as reader:
+        last = None
+        for key in keys:
+            this = reader.submit(load, key)
+            if last is not None:
+                yield last.result()
+            last = this
+        if last is not None:
+            yield last.result()
 
 
 def order(clips: int, batch: int, epochs: int, seed: int, first_step: int = 0) -> Iterator[list[tuple[int, int]]]:

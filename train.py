@@ -327,8 +327,7 @@ def main() -> int:
     validate_every = steps_an_epoch * args.eval_every
     step, since, reported = first, time.monotonic(), first
     interrupted = note_interrupts()  # between two steps the run can be gone on with to the bit; inside one it cannot
-    for batch in batches:
-        frames, targets = data.collate([examples[key] for key in batch])
+    for frames, targets in data.ahead(lambda batch: data.collate([examples[key] for key in batch]), batches):
         lr = learning_rate(step, steps, args.warmup, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import data
@@ -54,6 +55,23 @@ def test_captions_are_cleaned_and_long_ones_cut_and_counted():
         "a man said: hi, there", "ab" * 20, "c" * 40, "d" * 40,
     ]  # fmt: skip
     assert examples.cut == 2 and {ids[-1] for ids in examples.ids[0]} == {7}
+
+
+def test_what_is_loaded_ahead_is_what_is_loaded_one_by_one_and_at_most_one_more():
+    """The next is asked for before this one is used, none after it; an error comes where it would have come."""
+    asked = []
+
+    def load(key: int) -> int:
+        asked.append(key)
+        return 6 // (3 - key)
+
+    found = []
+    with pytest.raises(ZeroDivisionError):
+        for value in data.ahead(load, range(9)):
+            found.append(value)
+            assert len(asked) <= len(found) + 1
+    assert found == [2, 3, 6] and asked[:4] == [0, 1, 2, 3]
+    assert list(data.ahead(load, [])) == [] and list(data.ahead(load, [1, 2])) == [3, 6]
 
 
 def test_order_covers_every_clip_once_an_epoch_and_goes_on_in_the_middle():
