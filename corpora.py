@@ -79,7 +79,7 @@ class Corpus:
 
     def __str__(self) -> str:
         """A table of what was found, beside the standard where there is one."""
-        sources = ", ".join(path.name for path in self.files)
+        files = ", ".join(path.name for path in self.files)
         rows = [f"{'split':8}{'clips':>8}{'standard':>10}{'captions':>10}{'standard':>10}{'a clip':>12}{'missing':>9}"]
         for split, clips in self.splits.items():
             each = sorted(len(clip.captions) for clip in clips)
@@ -89,7 +89,7 @@ class Corpus:
                         f"{self.missing[split]:>9,}")  # fmt: skip
         rows += [f"{self.dirty:,} rows without a caption were left out"] if self.dirty else []
         rows += [f"differs: {line}" for line in self.differences()]
-        return "\n".join([f"{self.name} from {sources} (captions a clip: fewest, median, most)", *rows])
+        return "\n".join([f"{self.name} from {files} (captions a clip: fewest, median, most)", *rows])
 
 
 def read(dataset: str, root: Path, sizes: Sequence[int] = (6000, 200, 500), allow_missing: bool = False,
@@ -103,9 +103,12 @@ def read(dataset: str, root: Path, sizes: Sequence[int] = (6000, 200, 500), allo
         raise InputError(f"dataset {dataset!r}: expected one of {', '.join(DATASETS)}")
     if dataset == "shapes":
         shapes.make(root, dict(zip(SPLITS, sizes, strict=True)))
-    if not root.is_dir():
+    if len(sizes) != 3 or not all(type(n) is int and n > 0 for n in sizes):
+        raise InputError(f"clips: {list(sizes)}, expected three whole numbers above 0")
+    if not root.is_dir() or not any(root.iterdir()):
         print(published.HELP[dataset], file=sys.stderr)
-        raise InputError(f"{root}: expected the folder of {dataset}, found none")
+        what = "nothing in it" if root.is_dir() else "none"
+        raise InputError(f"{root}: expected the folder of {dataset}, found {what}")
     if dataset in ("shapes", "folder"):
         known = captions_json(root / "captions.json")
         paths = {key: path for key in known.captions if (path := root / key).is_file()}
@@ -122,6 +125,10 @@ def load(dataset: str, root: Path, sizes: Sequence[int] = (6000, 200, 500)) -> d
     return read(dataset, root, sizes).splits
 
 
+def has_word(caption: str) -> bool:
+    return any(letter.isalnum() for letter in caption)
+
+
 def captions_json(path: Path) -> Annotations:
     """{split: {file: [caption, ...]}}, files as they are called from the folder of captions.json."""
     content, captions, splits = read_json(path), {}, {}
@@ -129,8 +136,8 @@ def captions_json(path: Path) -> Annotations:
         clips = field(content, split, dict, path)
         splits[split] = list(clips)
         for name, said in clips.items():
-            if not isinstance(said, list) or not said or not all(isinstance(c, str) and c.strip() for c in said):
-                raise InputError(f"{path}: {split}: {name!r}: expected a list of captions, none of them empty")
+            if not isinstance(said, list) or not said or not all(isinstance(c, str) and has_word(c) for c in said):
+                raise InputError(f"{path}: {split}: {name!r}: expected a list of captions, each with a word in it")
             if name in captions:
                 raise InputError(f"{path}: a clip stands in two splits, for one {name!r}")
             captions[name] = said
@@ -152,8 +159,11 @@ def corpus(dataset: str, root: Path, known: Annotations, paths: dict[str, Path],
     for what, there in (("caption", known.captions), ("video", paths)):
         gone = [key for key in asked if not there.get(key)]
         if gone and not allow_missing:
+            hint = "--allow-missing goes on without them"
+            if len(gone) == len(asked) and there:
+                hint = f"there are of others, such as {next(iter(there))}"
             raise InputError(f"{root}: {len(gone)} of {len(asked)} clips have no {what}: {', '.join(gone[:5])}"
-                             f"{', ...' if len(gone) > 5 else ''}; --allow-missing goes on without them")  # fmt: skip
+                             f"{', ...' if len(gone) > 5 else ''}; {hint}")  # fmt: skip
     splits, missing = {}, {}
     for split in wanted:
         ids = known.splits.get(split, [])
@@ -162,6 +172,9 @@ def corpus(dataset: str, root: Path, known: Annotations, paths: dict[str, Path],
         missing[split] = len(ids) - len(there)
         if not there:
             raise InputError(f"{root}: split {split!r} is empty: of its {len(ids)} clips none is here")
+    for clip in (clip for clips in splits.values() for clip in clips):
+        if any("\ud800" <= letter <= "\udfff" for caption in clip.captions for letter in caption):
+            raise InputError(f"{root}: a caption of {clip.id!r} holds half a character, expected Unicode text")
     one_file = Counter(clip.path.resolve() for clips in splits.values() for clip in clips)
     if twice := [path for path, n in one_file.items() if n > 1]:
         raise InputError(f"{twice[0]}: is the video of {one_file[twice[0]]} clips, expected one")

@@ -6,8 +6,9 @@ with the best score wins: the sum of its tokens' log-probabilities, EOS among th
 
 The prefix runs once a clip. All beams of a clip share one row of the cache, a tree [3]: the prefix, and then a slot for
 each token that each beam has said. A beam is told by the slots it sees, its own and those of the beams it came from, so
-that nothing is copied or moved when beams are chosen. A clip that is done leaves the batch. The whole of it in plain
-steps is `naive_beam_search`, at the end.
+that nothing is copied or moved when beams are chosen. (Slots of beams that were dropped stay, unseen: a step attends to
+at most `beams` slots a token.) A clip that is done leaves the batch. `naive_beam_search`, at the end, is the core of it
+in plain steps.
 
 Letters: B clips, S positions of the prefix, C width, V vocabulary, n beams, R clips that still run.
 

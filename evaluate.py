@@ -197,8 +197,8 @@ def main() -> int:
     frames = args.frames or field(flags, "frames", int, args.run / "config.json")
     decoding = {name: getattr(args, name) for name in ("beams", "length_penalty", "min_new_tokens", "max_new_tokens")}
     rules_for(captioner.lm.config, captioner.prefix_length(frames), **decoding)  # an error, if any, before the work
-    if args.save and not args.save.parent.is_dir():
-        raise InputError(f"--save {args.save}: {args.save.parent} is no folder")
+    if args.save and (not args.save.parent.is_dir() or args.save.is_dir()):
+        raise InputError(f"--save {args.save}: expected the name of a file in a folder that is there")
     rows: list[dict[str, str]] = []
     if args.video:
         try:

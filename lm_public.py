@@ -14,9 +14,9 @@ from reprlib import repr as short
 from typing import Any
 
 from rope import Scaling, read_scaling
-from weights import InputError, field, read_json
+from weights import InputError, bounded, field, read_json
 
-# What a family's config means where it says nothing, or null.
+# What a family's config means where it says nothing; null is taken for that.
 DEFAULTS = {
     "llama": dict(
         max_position_embeddings=2048, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
@@ -104,7 +104,7 @@ class LMConfig:
         window, local = _windows(published, config, kind, depth, path)
         return cls(
             vocab, width, depth, heads, kv_heads, head_width, mlp_width, theta,
-            norm_eps=field(config, "rms_norm_eps", float, path),
+            norm_eps=bounded(config, "rms_norm_eps", float, path, 0, 1),
             max_positions=max_positions,
             tied=field(config, "tie_word_embeddings", bool, path),
             bos_id=bos_id,
@@ -117,14 +117,16 @@ class LMConfig:
             local=local,
             local_theta=local_theta,
             gemma=kind == "gemma3_text",
-            query_scalar=field(config, "query_pre_attn_scalar", float, path) if kind == "gemma3_text" else None,
+            query_scalar=bounded(config, "query_pre_attn_scalar", float, path, 1e-3, 1e9) if "gemma" in kind else None,
         )  # fmt: skip
 
 
 def _at_least_one(config: dict[str, Any], name: str, path: Path) -> int:
-    if (value := field(config, name, int, path)) < 1:
-        raise InputError(f"{path}: {name} is {value}, expected at least 1")
-    return value
+    return bounded(config, name, int, path, 1, 1000 if name == "num_hidden_layers" else 2**24)
+
+
+def _theta(config: dict[str, Any], path: Path) -> float:
+    return bounded(config, "rope_theta", float, path, 1.01, 1e12)
 
 
 def _token_ids(config: dict[str, Any], vocab: int, path: Path) -> list[int]:
@@ -144,14 +146,14 @@ def _rope(config: dict[str, Any], kind: str, path: Path) -> tuple[float, Scaling
         raise InputError(f"{path}: has rope_scaling and rope_parameters, expected one of them")
     if kind != "gemma3_text":
         rope = rope | field(config, "rope_scaling", dict, path, {})
-        return field(config | rope, "rope_theta", float, path), read_scaling(rope, config, path), None
+        return _theta(config | rope, path), read_scaling(rope, config, path), None
     if odd := sorted(rope.keys() - {"full_attention", "sliding_attention"}):
         raise InputError(f"{path}: rope_parameters has {odd[0]!r}, expected full_attention and sliding_attention")
     local = {"rope_theta": config["rope_local_base_freq"]} | field(rope, "sliding_attention", dict, path, {})
     if read_scaling(local, config, path) is not None:
         raise InputError(f"{path}: sliding_attention has rope_type {local['rope_type']!r}, only 'default' is supported")
     rope = field(rope, "full_attention", dict, path, {}) | field(config, "rope_scaling", dict, path, {})
-    theta, local_theta = (field(r, "rope_theta", float, path) for r in (config | rope, local))
+    theta, local_theta = _theta(config | rope, path), _theta(local, path)
     return theta, read_scaling(rope, config, path), local_theta
 
 

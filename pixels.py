@@ -15,6 +15,7 @@ References
 [2] torchvision, transforms/_presets.py, ImageClassification, and models/vision_transformer.py.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels, in
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+MOST = 2**14  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def read_pixels(path: Path, default: Pixels) -> Pixels:
             size, _ = _side(config, "crop_size", path)
     elif not squash:
         raise InputError(f"{path}: do_center_crop is false, so expected a size of height and width: ViTs take squares")
-    if not 1 <= size <= resize:
-        raise InputError(f"{path}: crop_size is {size}, expected 1 to size, {resize}")
+    if not 1 <= size <= resize <= MOST:
+        raise InputError(f"{path}: crop_size is {size}, expected 1 to size, {resize}, and that at most {MOST}")
 
     mean, std = _channels(config, "image_mean", path, default.mean), _channels(config, "image_std", path, default.std)
     if min(std) <= 0:
@@ -92,6 +94,6 @@ def _side(config: dict, name: str, path: Path) -> tuple[int, bool]:
 
 def _channels(config: dict, name: str, path: Path, default: tuple) -> tuple[float, ...]:
     value = field(config, name, list, path, list(default))
-    if len(value) != 3 or not all(type(x) in (int, float) for x in value):
+    if len(value) != 3 or not all(type(x) in (int, float) and math.isfinite(x) for x in value):
         raise InputError(f"{path}: field {name!r}: expected three numbers, found {value!r:.200}")
     return tuple(value)

@@ -4,10 +4,11 @@ Nothing of it is ours, and no address here could be tried where this was written
 other programs and pages state.
 """
 
+import lzma
 import os
-import shutil
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
@@ -22,6 +23,10 @@ ADDRESSES = {
     "msrvtt": ["https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0/msrvtt_data.zip",
                "https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip"],
 }  # fmt: skip
+
+
+# What Python's modules raise for archives that are damaged, encrypted or of a kind they do not know.
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError)
 
 
 def download(dataset: str, root: Path, report=print) -> None:
@@ -39,13 +44,14 @@ def download(dataset: str, root: Path, report=print) -> None:
         report(f"fetching {url} into {root}")
         fetch(url, path, size=None, sha256=None, report=report)
         if path.suffix in (".tar", ".zip"):
-            unpack(path, root)
+            unpack(path, root, report)
             done.touch()
             path.unlink()
 
 
-def unpack(archive: Path, root: Path) -> None:
-    """Moves what is in an archive into `root`, when all of it is out. No file of it comes to lie elsewhere."""
+def unpack(archive: Path, root: Path, report=print) -> None:
+    """Moves what is in an archive into `root`, when all of it is out; what is there already stays. No file of it comes
+    to lie elsewhere."""
     try:
         with TemporaryDirectory(dir=root, prefix=".unpacking") as folder:
             if archive.suffix == ".tar":
@@ -57,10 +63,11 @@ def unpack(archive: Path, root: Path) -> None:
                     check_room(root, sum(member.file_size for member in file.infolist()), str(archive))
                     file.extractall(folder)  # which takes .. and / out of names itself
             for path in sorted(Path(folder).iterdir()):
-                if (root / path.name).exists():
-                    raise InputError(f"{archive}: holds {path.name}, which is in {root} already")
+                if (root / path.name).exists():  # the user's, or from a try that was cut short here
+                    report(f"{path.name} is in {root} already and stays as it is")
+                    continue
                 os.rename(path, root / path.name)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, shutil.Error) as error:
+    except DAMAGED as error:
         raise InputError(f"{archive}: cannot be unpacked: {error}; delete it to fetch it again") from error
 
 
@@ -77,8 +84,8 @@ Folders below are looked through too. The clips and AllVideoDescriptions.txt are
     https://www.cs.utexas.edu/users/ml/clamp/videoDescription/
 raw-captions.pkl and the lists are in msvd_data.zip of
     https://github.com/ArrowLuo/CLIP4Clip/releases/tag/v0.0
-With --download they are fetched from there, from addresses that could not be tried. The clips are of YouTube and come
-without a licence: for research.""",
+--download fetches the former two, from an address that could not be tried. The clips are of YouTube and come without a
+licence: for research.""",
     "msrvtt": """\
 MSR-VTT: 10,000 clips, 20 captions each. Put into the folder that --data names:
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weights import InputError, field
+from weights import InputError, bounded, field
 
 ORIGINAL = "original_max_position_embeddings"
 # What a config may say beside rope_type, rope_theta and factor; `finetuned` is history, not arithmetic.
@@ -71,19 +71,18 @@ def read_scaling(rope: dict[str, Any], config: dict[str, Any], where: str | Path
         raise InputError(f"{where}: {odd[0]} is {rope[odd[0]]!r}, not supported with rope_type {kind!r}")
     if kind in ("default", "dynamic"):
         return None
-    factor = field(rope, "factor", float, where)
-    length = field(rope, ORIGINAL, int, where, field(config, "max_position_embeddings", int, where))
-    original = field(config, ORIGINAL, int, where, length)  # which goes before what the rope says
-    if factor < 1 or original < 1:
-        raise InputError(f"{where}: rope factor {factor} over {original} positions, expected both to be at least 1")
+    factor = bounded(rope, "factor", float, where, 1, 1e6)
+    length = bounded(rope, ORIGINAL, int, where, 1, 2**24, field(config, "max_position_embeddings", int, where))
+    original = bounded(config, ORIGINAL, int, where, 1, 2**24, length)  # which goes before what the rope says
     if kind == "linear":
         return Scaling(kind, factor)
     if kind == "llama3":
-        low, high = (field(rope, f"{name}_freq_factor", float, where) for name in ("low", "high"))
+        low, high = (bounded(rope, f"{name}_freq_factor", float, where, 1e-3, 1e6) for name in ("low", "high"))
         scaling = Scaling(kind, factor, original, low, high)
     else:
-        low, high = field(rope, "beta_slow", float, where, 1.0), field(rope, "beta_fast", float, where, 32.0)
-        gain = field(rope, "attention_factor", float, where, 0.1 * math.log(factor) + 1)
+        low, high = (bounded(rope, f"beta_{name}", float, where, 1e-3, 1e6, usual)
+                     for name, usual in (("slow", 1.0), ("fast", 32.0)))  # fmt: skip
+        gain = bounded(rope, "attention_factor", float, where, 1e-3, 1e3, 0.1 * math.log(factor) + 1)
         scaling = Scaling(kind, factor, original, low, high, gain, field(rope, "truncate", bool, where, True))
     if not 0 < low < high:
         raise InputError(f"{where}: rope_type {kind!r} changes between {low} and {high} turns, expected 0 < low < high")

@@ -17,6 +17,7 @@ References
 import csv
 import io
 import pickle
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -160,7 +161,7 @@ def _numbers(path: Path) -> dict[str, str]:
     found = {}
     for line in lines(path):
         words = line.split()
-        if len(words) != 2 or not words[1].startswith("vid") or not words[1][3:].isdecimal() or words[0] in found:
+        if len(words) != 2 or not re.fullmatch(r"vid[0-9]{1,9}", words[1]) or words[0] in found:
             raise InputError(f"{path}: expected 'ID vidN' in each line, each ID once, found {short(line)}")
         found[words[0]] = words[1]
     return found
@@ -190,12 +191,12 @@ MSRVTT_FILES = ("MSRVTT_data.json", "train_val_videodatainfo.json", "train_video
 def msrvtt(root: Path) -> Annotations:
     """Reads what there is of MSR-VTT under `root`: one file with all, or several. Raises InputError."""
     files = list(walk(root))
-    sources = [path for name in MSRVTT_FILES if (path := named(files, name))]
-    if not sources:
+    found = [path for name in MSRVTT_FILES if (path := named(files, name))]
+    if not found:
         raise InputError(f"{root}: expected one of {', '.join(MSRVTT_FILES)} in it")
     split_of: dict[str, str] = {}
     pairs: dict[tuple, tuple[str, str]] = {}  # the same sentence may stand in two files
-    for path in sources:
+    for path in found:
         content = read_json(path)
         for video in typed(content, "videos", list, path):
             key, split = (typed(_object(video, f"{path}: videos"), name, str, f"{path}: videos")
@@ -207,10 +208,11 @@ def msrvtt(root: Path) -> Annotations:
         for i, row in enumerate(typed(content, "sentences", list, path)):
             key, caption = (typed(_object(row, f"{path}: sentences"), name, str, f"{path}: sentences")
                             for name in ("video_id", "caption"))  # fmt: skip
-            pairs.setdefault((key, str(row.get("sen_id", f"{path} {i}"))), (key, caption))
+            number = f"{path} {i}" if row.get("sen_id") is None else str(row["sen_id"])
+            pairs.setdefault((key, number, caption), (key, caption))
     captions, dirty = said(pairs.values())
     order = sorted(split_of, key=lambda key: (len(key), key))  # video9 before video10
-    return Annotations({split: [key for key in order if split_of[key] == split] for split in SPLITS}, captions, sources,
+    return Annotations({split: [key for key in order if split_of[key] == split] for split in SPLITS}, captions, found,
                        dirty)  # fmt: skip
 
 

@@ -17,11 +17,15 @@ from weights import InputError
 
 
 class Tokenizer:
-    """Words in the middle of a text -> ids, and back."""
+    """Words in the middle of a text -> ids, and back. Raises InputError for a model with which that cannot be done."""
 
     def __init__(self, pieces: sentencepiece.SentencePieceProcessor):
         self.pieces = pieces
-        self.space = "" if pieces.encode("a", out_type=str)[0].startswith("▁") else " "
+        whole, first = pieces.encode("b a"), pieces.encode("b")
+        spaces = [space for space in ("", " ") if first + pieces.encode(space + "a") == whole]
+        if not spaces:
+            raise InputError("a sentencepiece model in which no text continues another as words of their own")
+        self.space = spaces[0]
 
     def __len__(self) -> int:
         return self.pieces.vocab_size()
@@ -39,7 +43,7 @@ class Tokenizer:
     def decode(self, rows: list[list[int]]) -> list[str]:
         """Ids of several texts -> the texts. Ids beyond the tokenizer's, which some models have, are no text."""
         texts = self.pieces.decode([[i for i in row if i < len(self)] for row in rows])
-        return [text.removeprefix(self.space) for text in texts]
+        return [text.strip() for text in texts]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -60,4 +64,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise InputError(f"{path}: not a sentencepiece model: {error}") from error
     if (count := pieces.vocab_size()) > (vocab := LMConfig.from_json(path.parent / "config.json").vocab):
         raise InputError(f"{path}: has {count} pieces, expected at most the {vocab} tokens of its config.json")
-    return Tokenizer(pieces)
+    try:
+        return Tokenizer(pieces)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

@@ -72,7 +72,8 @@ def parse(argv: list[str] | None = None):
                        f"{CLIP}")  # fmt: skip
     group.add_argument("--lm", help="the language model: a folder or a hub id; unset: the tiny one for shapes, else "
                        f"{TINYLLAMA} with a GPU, {LLAMA_160M} without")  # fmt: skip
-    group.add_argument("--image-size", type=cli.at_least(1), help="side of the ViT's input in pixels; unset: its own")
+    group.add_argument("--image-size", type=cli.at_least(1, 4096),
+                       help="side of the ViT's input in pixels; unset: its own")  # fmt: skip
     group.add_argument("--method", choices=["qadapter", "linear", "lora", "full"], default="qadapter",
                        help="what is trained")  # fmt: skip
     group.add_argument("--reading", choices=["read", "write"], default="read", help="do patches read queries back?")
@@ -229,6 +230,8 @@ def main() -> int:
     out = args.out = Path(args.out or f"runs/{args.dataset}-{args.method}")
     if (out / "config.json").exists() and not resumed:
         raise InputError(f"{out}: holds a run already; --resume {out} goes on with it, --out names another folder")
+    if not os.access(next(folder for folder in out.absolute().parents if folder.exists()), os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: no folder can be made there")
     device = pick_device(args.device)
     args.data = root = args.data or Path("data") / args.dataset
     torch.manual_seed(args.seed)
@@ -247,7 +250,7 @@ def main() -> int:
 
     # 3. The frozen backbones and what is trained beside them.
     usual = backbones(args.dataset, device)
-    args.vit, args.lm = args.vit or usual[0], args.lm or usual[1]
+    args.vit, args.lm = (usual[0] if args.vit is None else args.vit), (usual[1] if args.lm is None else args.lm)
     vit_path, lm_path = hub.local(args.vit, check=check_vit), hub.local(args.lm, check=load_tokenizer)
     args.vit, args.lm = hub.pinned(args.vit, vit_path), hub.pinned(args.lm, lm_path)
     vit = ViT.from_pretrained(vit_path, image_size=args.image_size)

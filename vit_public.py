@@ -28,7 +28,7 @@ from torch import Tensor
 from checkpoint import read_tensors
 from pixels import HALF, IMAGENET_MEAN, IMAGENET_STD, Pixels, read_pixels
 from vit_layouts import CLIP, DINOV2, DINOV2_FILE, LEFT, SIGLIP, TORCHVISION, TORCHVISION_2022, expand
-from weights import REQUIRED, InputError, field, read_json
+from weights import REQUIRED, InputError, bounded, field, read_json
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def read_config(path: Path) -> tuple[str, ViTConfig]:
         config, where = field(config, "vision_config", dict, path), f"{path}: vision_config"
 
     def number(name: str) -> int:
-        return field(config, name, int, where, default.get(name, REQUIRED))
+        most = {"num_hidden_layers": 1000, "image_size": 2**14}.get(name, 2**24)
+        return bounded(config, name, int, where, 1, most, default.get(name, REQUIRED))
 
     activation = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh", "dinov2": "gelu"}[family]
     activation = field(config, "hidden_act", str, where, activation)
@@ -103,7 +104,7 @@ def read_config(path: Path) -> tuple[str, ViTConfig]:
                          f"hidden_size {width} a multiple of num_attention_heads {heads}")  # fmt: skip
     depth = number("num_hidden_layers")
     if family == "dinov2":
-        mlp_width = int(width * field(config, "mlp_ratio", float, where, 4.0))
+        mlp_width = int(width * bounded(config, "mlp_ratio", float, where, 1e-3, 1000, 4.0))
     else:
         mlp_width = number("intermediate_size")
     if min(depth, mlp_width) < 1:
@@ -116,7 +117,7 @@ def read_config(path: Path) -> tuple[str, ViTConfig]:
         heads=heads,
         mlp_width=mlp_width,
         activation=activation,
-        norm_eps=field(config, "layer_norm_eps", float, where, 1e-5 if family == "clip" else 1e-6),
+        norm_eps=bounded(config, "layer_norm_eps", float, where, 0, 1, 1e-5 if family == "clip" else 1e-6),
         **SWITCHES[family],
     )
 

@@ -189,6 +189,16 @@ def field(
     return value
 
 
+def bounded(config: dict[str, Any], name: str, kind: type, where: str | Path, least: float, most: float,
+            default: Any = REQUIRED) -> Any:  # fmt: skip
+    """A number from `least` to `most`, read as `field` reads it; no model in use is beyond the bounds given here."""
+    value = field(config, name, kind, where, default)
+    if not least <= value <= most:
+        limit = f"at least {least:g}" if value < least else f"at most {most:g}"
+        raise InputError(f"{where}: {name} is {short(value)}, expected {limit}")
+    return value
+
+
 # ---------------------------------------------------------------------------------- safetensors
 
 

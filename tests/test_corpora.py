@@ -189,6 +189,12 @@ def test_msrvtt_in_its_layouts(tmp_path):
     assert found.splits["test"][0].path == tmp_path / "TestVideo/video13.mp4"
     (tmp_path / "MSRVTT_data.json").write_text(json.dumps(content))
     assert corpora.read("msrvtt", tmp_path).splits == found.splits
+    content["sentences"] = [row | {"sen_id": None} for row in content["sentences"]]
+    for name in ("train_val", "test"):
+        (tmp_path / f"{name}_videodatainfo.json").unlink()
+    for sentences in (content["sentences"], [row | {"sen_id": 7} for row in content["sentences"]]):
+        (tmp_path / "MSRVTT_data.json").write_text(json.dumps(content | {"sentences": sentences}))
+        assert corpora.read("msrvtt", tmp_path).splits == found.splits
 
 
 def test_one_s_own_folder(tmp_path):
@@ -254,10 +260,12 @@ def two_minds(tmp_path):
 
 
 def no_captions(tmp_path):
+    (tmp_path / "something").touch()
     return "msvd", "expected one of AllVideoDescriptions.txt, raw-captions.pkl"
 
 
 def no_json(tmp_path):
+    (tmp_path / "something").touch()
     return "msrvtt", "expected one of MSRVTT_data.json"
 
 
@@ -266,12 +274,31 @@ def empty_caption(tmp_path):
     return "folder", "captions.json: val: 'b.mp4': expected a list of captions"
 
 
+def half_a_character(tmp_path):
+    own(tmp_path, {"train": {"a.mp4": ["a \ud800 man"]}, "val": {"b.mp4": ["x"]}, "test": {"c.mp4": ["x"]}})
+    return "folder", "'a.mp4'", "half a character"
+
+
+def signs(tmp_path):
+    own(tmp_path, {"train": {"a.mp4": ["x"]}, "val": {"b.mp4": ["x"]}, "test": {"c.mp4": ["?!"]}})
+    return "folder", "captions.json: test: 'c.mp4': expected a list of captions, each with a word in it"
+
+
+def others(tmp_path):
+    msvd(tmp_path)
+    (tmp_path / "AllVideoDescriptions.txt").write_text("someone_1_2 A man.\n")
+    return "msvd", "6 of 6 clips have no caption", "there are of others, such as someone_1_2"
+
+
 def no_val(tmp_path):
     own(tmp_path, {"train": {"a.mp4": ["x"]}, "val": {}, "test": {"c.mp4": ["x"]}})
     return "folder", "split 'val' is empty"
 
 
-@pytest.mark.parametrize("make", [twice, two_videos, one_video, two_minds, no_captions, no_json, empty_caption, no_val])
+@pytest.mark.parametrize("make", [
+    twice, two_videos, one_video, two_minds, no_captions, no_json, empty_caption, no_val, signs, half_a_character,
+    others,
+])  # fmt: skip
 def test_what_contradicts_itself_is_one_line(tmp_path, make):
     name, *words = make(tmp_path)
     with pytest.raises(InputError) as error:
@@ -282,10 +309,11 @@ def test_what_contradicts_itself_is_one_line(tmp_path, make):
 
 @pytest.mark.parametrize("name", ["msvd", "msrvtt", "folder"])
 def test_a_missing_folder_is_answered_with_what_belongs_in_it(tmp_path, capsys, name):
-    with pytest.raises(InputError, match="expected the folder of"):
-        corpora.read(name, tmp_path / "none")
-    told = capsys.readouterr().err
-    assert "--data" in told and len(told.splitlines()) >= 6 and max(map(len, told.splitlines())) <= 120
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(InputError, match="expected the folder of"):
+            corpora.read(name, folder)
+        told = capsys.readouterr().err
+        assert "--data" in told and len(told.splitlines()) >= 6 and max(map(len, told.splitlines())) <= 120
 
 
 # -------------------------------------------------------------------------------------------- damage

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import test_lm_families
 import torch
 import torch.nn.functional as F
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM
@@ -107,6 +108,23 @@ def test_200_models_say_what_the_reference_says(tmp_path):
         met["greedy"] += beams == 1
         met["two EOS met"] += len(eos) > 1 and min(lengths) < new
     assert min(met.values()) >= 3, met
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma"])
+def test_windows_are_searched_through_as_the_reference_does(tmp_path, family):
+    """Models and choices from seeds 400 to 409, a window of 7 positions, 14 to 26 in all, 1 to 5 beams: equal ids."""
+    met = 0
+    for seed in range(400, 410):
+        draw = random.Random(seed)
+        theirs = test_lm_families.make(tmp_path, test_lm_families.CASES[family], seed)
+        lm, new, beams, penalty = CausalLM.from_pretrained(tmp_path), 14, draw.randint(1, 5), draw.choice(PENALTIES)
+        prefix = lm.embed(test_lm_families.some_ids(3, draw.choice([1, 5, 12]), seed))
+        free = [token for row in generate(lm, prefix, new, beams=beams, eos_id=-1) for token in row]
+        eos = (draw.choice(free),)
+        want, _ = expected(theirs, prefix.detach(), new, 0, beams, penalty, False, eos)
+        assert generate(lm, prefix, new, beams=beams, length_penalty=penalty, eos_id=eos) == want, f"seed {seed}"
+        met += min(map(len, want)) < new
+    assert met >= 3
 
 
 def test_a_clip_is_over_when_the_reference_s_is():

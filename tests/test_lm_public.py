@@ -245,3 +245,17 @@ def test_rotary_frequencies_in_old_files_are_passed_over(folder, family):
     for name in ("model.layers.9.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.other"):
         write(path, tensors | old | {name: torch.ones(8)})
         refusal(lambda: CausalLM.from_pretrained(path), "unexpected", name)
+
+
+@pytest.mark.parametrize("config, name", [
+    (LLAMA | {"rope_theta": 1.0}, "rope_theta"), (LLAMA | {"rope_theta": -1}, "rope_theta"),
+    (LLAMA | {"rms_norm_eps": -1}, "rms_norm_eps"), (LLAMA | {"vocab_size": 2**62}, "vocab_size"),
+    (LLAMA | {"hidden_size": 2**70}, "hidden_size"), (LLAMA | {"num_hidden_layers": 2**40}, "num_hidden_layers"),
+    (LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**400}}, "original_max_position"),
+    (LLAMA | {"rope_scaling": dict(type="yarn", beta_slow=1e-320, beta_fast=1e-310, **YARN)}, "beta_slow"),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 1e300}}, "factor"),
+    (GEMMA | {"query_pre_attn_scalar": -3}, "query_pre_attn_scalar"),
+    (GEMMA | {"rope_local_base_freq": 0}, "rope_theta"),
+])  # fmt: skip
+def test_a_number_that_no_model_has_is_named(tmp_path, config, name):
+    refusal(lambda: read(tmp_path, config), str(tmp_path / "config.json"), name, "expected at")

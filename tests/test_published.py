@@ -33,6 +33,19 @@ def zipped(**files: bytes) -> bytes:
     return packed.getvalue()
 
 
+def deflated() -> bytes:
+    """An archive whose compressed bytes are none."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x", b"some words, " * 99)
+    content = bytearray(packed.getvalue())
+    content[31:40] = b"\xff" * 9
+    return bytes(content)
+
+
+DEFLATED = deflated()
+
+
 @pytest.fixture
 def server(monkeypatch):
     server = Server()
@@ -62,8 +75,10 @@ def test_a_dataset_is_fetched_and_unpacked_once(server, tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("v.tar", tar(**{"../out": b"x"})), ("v.tar", tar(**{"Clips": "/etc"})), ("v.tar", b"no archive"),
-    ("v.tar", tar(**{"Clips/x.avi": b"1" * 3000})[:1500]), ("v.tar", tar(**{"there/x": b""})),
-    ("c.zip", b"PK no archive"), ("c.zip", zipped(**{"x": b"1" * 99})[:-30]),
+    ("v.tar", tar(**{"Clips/x.avi": b"1" * 3000})[:1500]), ("v.tar", tar(**{"a\0b": b"1"})[:900]),
+    ("c.zip", DEFLATED), ("c.zip", b"PK no archive"), ("c.zip", zipped(x=b"1" * 99)[:-30]),
+    ("c.zip", zipped(x=b"1").replace(b"\x14\x00\x00\x00", b"\x63\x00\x00\x00")),  # of a later version
+    ("c.zip", zipped(x=b"1").replace(b"\x14\x00\x00\x00\x00", b"\x14\x00\x01\x00\x00")),  # encrypted
 ])  # fmt: skip
 def test_a_bad_archive_is_one_line_and_leaves_nothing(server, tmp_path, name, content):
     root = tmp_path / "d"
@@ -74,6 +89,18 @@ def test_a_bad_archive_is_one_line_and_leaves_nothing(server, tmp_path, name, co
     assert str(error.value).isprintable()
     assert set(files(root)) <= {"a.txt", name} and not (tmp_path / "out").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["d"] and not list(root.glob(".unpacking*"))
+
+
+def test_what_is_there_stays_and_what_was_cut_short_is_finished(server, tmp_path):
+    """A folder of the user's, and of an archive's two entries one that a first try had moved already."""
+    server.files |= {"/a.txt": b"words", "/v.tar": tar(**{"A/x": b"1", "Clips/y": b"2", "z": b"3"})}
+    for name in ("A", "Clips"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "Clips/mine").write_bytes(b"4")
+    told = []
+    published.download("msvd", tmp_path, told.append)
+    assert files(tmp_path) == {"a.txt": b"words", "Clips/mine": b"4", "z": b"3"}
+    assert sum("stays as it is" in line for line in told) == 2
 
 
 def test_nothing_is_published_of_one_s_own(tmp_path):

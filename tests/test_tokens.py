@@ -43,6 +43,17 @@ def test_a_text_s_first_word_is_the_word_that_it_is_elsewhere(marks_first_word):
     assert (len(tokenizer), tokenizer.bos_id()) == (26, 1)
 
 
+def test_a_model_that_cannot_continue_a_text_is_refused(tmp_path):
+    """Sentencepiece's own default takes the space away with which a model without a dummy prefix would begin a word."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS * 20), model_writer=model, vocab_size=26,
+                                             minloglevel=2, add_dummy_prefix=False)  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    with pytest.raises(InputError, match=r"tokenizer\.model: a sentencepiece model in which no text continues"):
+        load_tokenizer(tmp_path)
+
+
 def test_an_id_beyond_the_tokenizer_s_has_no_text():
     tokenizer = Tokenizer(trained(True))
     ids = tokenizer.encode("a dog runs")
