@@ -63,7 +63,7 @@ def rules_for(config: LMConfig, length: int, max_new_tokens: int = 30, min_new_t
     return Rules(max_new_tokens, min_new_tokens, beams, length_penalty, early_stopping, eos)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(lm: CausalLM, prefix: Tensor, max_new_tokens: int = 30, min_new_tokens: int = 0, beams: int = 1,
              length_penalty: float = 1.0, early_stopping: bool | str = False,
              eos_id: int | tuple[int, ...] | None = None) -> list[list[int]]:  # fmt: skip
