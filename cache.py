@@ -296,7 +296,8 @@ def cached_frames(clips: list[Clip], path: Path, count: int, view: int | Pixels,
     """Decodes each clip once: M = `count` segment centres of each, uint8 (clips, M, 3, S, S), memory-mapped.
 
     Clips whose frames `path` or what was begun of it holds already, of the same file, count and view, are not decoded
-    again. Raises InputError for a clip that cannot be decoded and for want of room; what is done by then is kept.
+    again, as long as they are as many clips in the same order. Raises InputError for a clip that cannot be decoded and
+    for want of room; what is done by then is kept.
     """
     view, paths = plain_view(view), [clip.path for clip in clips]
     rows = _Rows(path, frame_keys(clips, count, view), (count, 3, view.size, view.size), np.uint8)

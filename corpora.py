@@ -13,6 +13,8 @@ References
 [2] J. Xu et al., "MSR-VTT: A Large Video Description Dataset for Bridging Video and Language", CVPR 2016
 """
 
+import hashlib
+import os
 import statistics
 import sys
 from collections import Counter
@@ -120,6 +122,13 @@ def read(dataset: str, root: Path, sizes: Sequence[int] = (6000, 200, 500), allo
     return corpus(dataset, root, known, paths, allow_missing, wanted)
 
 
+def kept_in(cache: str | Path | None, dataset: str, root: Path) -> Path:
+    """The folder for what is kept of a dataset: its own, or one in `cache` that no other dataset shares."""
+    if cache is None:
+        return root
+    return Path(cache) / f"{dataset}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}"
+
+
 def load(dataset: str, root: Path, sizes: Sequence[int] = (6000, 200, 500)) -> dict[str, list[Clip]]:
     """{split: clips} of a dataset, see `read`."""
     return read(dataset, root, sizes).splits
@@ -132,6 +141,8 @@ def has_word(caption: str) -> bool:
 def captions_json(path: Path) -> Annotations:
     """{split: {file: [caption, ...]}}, files as they are called from the folder of captions.json."""
     content, captions, splits = read_json(path), {}, {}
+    if odd := sorted(content.keys() - set(SPLITS)):
+        raise InputError(f"{path}: {odd[0]!r} is no split, expected {', '.join(SPLITS)}")
     for split in SPLITS:
         clips = field(content, split, dict, path)
         splits[split] = list(clips)

@@ -139,12 +139,14 @@ def find_videos(names: list[str]) -> list[Path]:
         if name == "-":
             found += [Path(line) for line in sys.stdin.read().splitlines() if line.strip()]
         elif path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_ENDINGS)
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
             if not inside:
                 raise InputError(f"{path}: a folder without a video ({', '.join(VIDEO_ENDINGS)})")
             found += inside
         else:
             found.append(path)
+    if not found:
+        raise InputError("--video -: expected names of videos on the standard input, a line each, found none")
     return found
 
 
@@ -197,8 +199,9 @@ def main() -> int:
     frames = args.frames or field(flags, "frames", int, args.run / "config.json")
     decoding = {name: getattr(args, name) for name in ("beams", "length_penalty", "min_new_tokens", "max_new_tokens")}
     rules_for(captioner.lm.config, captioner.prefix_length(frames), **decoding)  # an error, if any, before the work
-    if args.save and (not args.save.parent.is_dir() or args.save.is_dir()):
-        raise InputError(f"--save {args.save}: expected the name of a file in a folder that is there")
+    to = args.save
+    if to and not (to.parent.is_dir() and os.access(to.parent, os.W_OK) and (to.is_file() or not to.exists())):
+        raise InputError(f"--save {to}: expected the name of a file in a folder that can be written to")
     rows: list[dict[str, str]] = []
     if args.video:
         try:
@@ -210,10 +213,12 @@ def main() -> int:
     else:
         where = args.run / "config.json"
         root = Path(args.data or field(flags, "data", str, where))
-        corpus = corpora.read(field(flags, "dataset", str, where), root, field(flags, "clips", list, where),
+        name = field(flags, "dataset", str, where)
+        corpus = corpora.read(name, root, field(flags, "clips", list, where),
                               field(flags, "allow_missing", bool, where, False), [args.split])  # fmt: skip
         print(corpus)
-        clips, kept = corpus.splits[args.split], Path(args.cache or field(flags, "cache", str, where, None) or root)
+        cache = args.cache or field(flags, "cache", str, where, None)
+        clips, kept = corpus.splits[args.split], corpora.kept_in(cache, name, root)
         view = captioner.vit.pixels
         cache = cached_frames(clips, kept / f"{args.split}-{frames}x{view.size}.frames", frames, view, 0)
         said = caption_split(captioner, cache, args.batch_size, **decoding)

@@ -272,7 +272,7 @@ def main() -> int:
     print(parameter_table(captioner))
 
     # 4. Frames, decoded once, and batches.
-    kept, view = args.cache or root, vit.pixels
+    kept, view = corpora.kept_in(args.cache, args.dataset, root), vit.pixels
 
     def frames_of(split: str, count: int) -> np.ndarray:
         path = kept / f"{split}-{count}x{view.size}.frames"
@@ -292,6 +292,7 @@ def main() -> int:
     if examples.cut:
         print(f"captions: {examples.cut} of the training clips' are longer than {LONGEST} tokens and are cut")
     val_frames = frames_of("val", args.frames)
+    test_frames = frames_of("test", args.frames)  # now, lest a clip that cannot be decoded is found when all is trained
     val_references = {c.id: list(c.captions) for c in splits["val"]}
 
     # 5. The optimizer, and where to begin.
@@ -382,7 +383,7 @@ def main() -> int:
     # 7. The test split, once, with the weights that validated best.
     captioner.load(out / "best" / "adapter.safetensors")
     captioner.eval()
-    said = caption_split(captioner, frames_of("test", args.frames), args.batch_size)
+    said = caption_split(captioner, test_frames, args.batch_size)
     captions = dict(zip((c.id for c in splits["test"]), said, strict=True))
     references = {c.id: list(c.captions) for c in splits["test"]}
     scores, signature = score_captions(args.dataset, references, captions)

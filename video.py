@@ -205,7 +205,7 @@ def read_frames(path: str | Path, frames: int, view: int | Pixels, rng: np.rando
     """
     view, places = plain_view(view), moments(frames, rng)
     with _opened(path) as (container, stream):
-        if _tells_times(container, stream):
+        if _tells_times(container, stream) and os.path.getsize(path) <= HELD_BYTES:  # all packets are held
             chosen = _sparing(container, stream, places)
         else:
             chosen = _all(path, _decoded(path, container, stream), places)

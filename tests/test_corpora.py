@@ -204,6 +204,13 @@ def test_one_s_own_folder(tmp_path):
     assert found.differences() == [] and found.label("test") == "data:folder test" and "standard: " not in str(found)
 
 
+def test_two_datasets_keep_their_frames_apart(tmp_path):
+    asked = ("msvd", "a"), ("msvd", "b"), ("folder", "a")
+    places = [corpora.kept_in(tmp_path, name, Path(root)) for name, root in asked]
+    assert len({*places}) == 3 and {place.parent for place in places} == {tmp_path}
+    assert corpora.kept_in(None, "msvd", Path("a")) == Path("a")
+
+
 def test_only_what_is_wanted_need_be_there(tmp_path):
     msvd(tmp_path)
     for path in (tmp_path / "YouTubeClips").iterdir():
@@ -290,6 +297,11 @@ def others(tmp_path):
     return "msvd", "6 of 6 clips have no caption", "there are of others, such as someone_1_2"
 
 
+def no_split(tmp_path):
+    own(tmp_path, {split: {f"{split}.mp4": ["x"]} for split in (*SPLITS, "dev")})
+    return "folder", "captions.json: 'dev' is no split, expected train, val, test"
+
+
 def no_val(tmp_path):
     own(tmp_path, {"train": {"a.mp4": ["x"]}, "val": {}, "test": {"c.mp4": ["x"]}})
     return "folder", "split 'val' is empty"
@@ -297,7 +309,7 @@ def no_val(tmp_path):
 
 @pytest.mark.parametrize("make", [
     twice, two_videos, one_video, two_minds, no_captions, no_json, empty_caption, no_val, signs, half_a_character,
-    others,
+    others, no_split,
 ])  # fmt: skip
 def test_what_contradicts_itself_is_one_line(tmp_path, make):
     name, *words = make(tmp_path)

@@ -406,7 +406,7 @@ def test_each_dataset_trains_and_is_scored(run, flags, tmp_path, monkeypatch, ca
     assert test["scores"]["CIDEr"] >= 0 and test["signature"] in said and f"|data:{name} test" in test["signature"]
     assert ("670 are standard" in test["signature"]) == (name == "msvd")
     assert ("test: 3 clips, 670 are standard" in config["differences"]) == (name == "msvd")
-    assert not list(folder.rglob("*.frames")) and len(list((tmp_path / "kept").glob("*.frames"))) == 3
+    assert not list(folder.rglob("*.frames")) and len(list((tmp_path / "kept").rglob("*.frames"))) == 3
     assert test["signature"] in say(evaluate, out)
     assert f"|data:{name} val" in say(evaluate, out, "--split", "val")
 
