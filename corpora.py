@@ -53,7 +53,7 @@ class Corpus:
     name: str
     splits: dict[str, list[Clip]]
     files: tuple[Path, ...]  # that the captions and splits are from
-    missing: dict[str, int]  # videos a split
+    missing: dict[str, int]  # clips a split without a video or a caption
     dirty: int  # rows without a caption
 
     def counts(self) -> dict[str, int]:
@@ -64,7 +64,7 @@ class Corpus:
         found = []
         for split, clips in self.splits.items():
             if self.missing[split]:
-                found.append(f"{split}: {self.missing[split]} videos are missing")
+                found.append(f"{split}: {self.missing[split]} clips are missing")
             sizes = len(clips), sum(len(clip.captions) for clip in clips)
             for what, size, usual in zip(("clips", "captions"), sizes, self._standard(split), strict=True):
                 if usual is not None and size != usual:
@@ -103,10 +103,10 @@ def read(dataset: str, root: Path, sizes: Sequence[int] = (6000, 200, 500), allo
     """
     if dataset not in DATASETS:
         raise InputError(f"dataset {dataset!r}: expected one of {', '.join(DATASETS)}")
-    if dataset == "shapes":
-        shapes.make(root, dict(zip(SPLITS, sizes, strict=True)))
     if len(sizes) != 3 or not all(type(n) is int and n > 0 for n in sizes):
         raise InputError(f"clips: {list(sizes)}, expected three whole numbers above 0")
+    if dataset == "shapes":
+        shapes.make(root, dict(zip(SPLITS, sizes, strict=True)))
     if not root.is_dir() or not any(root.iterdir()):
         print(published.HELP[dataset], file=sys.stderr)
         what = "nothing in it" if root.is_dir() else "none"

@@ -7,8 +7,8 @@ a frame for its rivals: the ViT's pooled feature plus a frame vector, through th
 ViT frozen (`linear`), with LoRA in its attention (`lora`), or with everything trained (`full`).
 
 Letters: B clips, T frames, S side in pixels, D ViT width, Q the Q-Adapter's queries, C width of the
-language model, V vocabulary, N visual tokens, p tokens of the prompt, K captions a clip, L tokens of
-the longest caption with its EOS.
+language model, V vocabulary, N visual tokens, p tokens of the prompt, P = 1+N+p positions before a
+caption, K captions a clip, L tokens of the longest caption with its EOS.
 """
 
 from dataclasses import dataclass

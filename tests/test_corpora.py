@@ -204,6 +204,14 @@ def test_one_s_own_folder(tmp_path):
     assert found.differences() == [] and found.label("test") == "data:folder test" and "standard: " not in str(found)
 
 
+@pytest.mark.parametrize("sizes", [["x", 1, 1], [1, 1], [1, 1, 0], [1, 1, True]])
+def test_sizes_that_are_none_are_refused_before_anything_is_made(tmp_path, sizes):
+    """As a run's config.json may have them that was changed by hand."""
+    with pytest.raises(InputError, match="clips: .* expected three whole numbers"):
+        corpora.read("shapes", tmp_path / "shapes", sizes)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_datasets_keep_their_frames_apart(tmp_path):
     asked = ("msvd", "a"), ("msvd", "b"), ("folder", "a")
     places = [corpora.kept_in(tmp_path, name, Path(root)) for name, root in asked]
@@ -230,7 +238,7 @@ def test_missing_videos_and_captions_are_counted_and_five_named(tmp_path):
     assert [key for key in ids if key in str(error.value)] == ids[1:6]
     found = corpora.read("msvd", tmp_path, allow_missing=True)
     assert found.counts() == {"train": 3, "val": 5, "test": 5} and found.missing == {"train": 7, "val": 0, "test": 0}
-    assert "train: 7 videos are missing" in found.differences() and "7 videos are missing" in found.label("train")
+    assert "train: 7 clips are missing" in found.differences() and "7 clips are missing" in found.label("train")
     with open(tmp_path / "test_list.txt", "a") as file:
         file.write("nobody_1_2\n")
     with pytest.raises(InputError, match="1 of 21 clips have no caption: nobody_1_2; --allow"):
