@@ -171,8 +171,8 @@ def waiting_row(folder: Path, steps: int) -> dict:
     captioner = Captioner(vit, lm, load_tokenizer(Path(__file__).parent / "backbones/tiny-lm"), AdapterConfig())
     pixels = torch.randint(256, (1, 16, 3, vit.pixels.size, vit.pixels.size), dtype=torch.uint8)
     with torch.no_grad():
-        features = captioner.block_outputs(pixels).numpy()
-    kept = np.memmap(folder / "features", np.float16, "w+", shape=(64 * steps, *features.shape[1:]))
+        features = captioner.block_outputs(pixels).view(torch.uint16).numpy()
+    kept = np.memmap(folder / "features", np.uint16, "w+", shape=(64 * steps, *features.shape[1:]))
     kept[:] = features
     clips = [Clip(str(i), folder, ("a caption",)) for i in range(len(kept))]
     examples = data.Examples(clips, kept, Words(), 8, 1, 0, 2)

@@ -46,7 +46,7 @@ from corpora import Clip
 from download import amount, check_room
 from pixels import Pixels
 from video import plain_view, read_frames
-from weights import InputError
+from weights import InputError, sync_folder
 
 READING = 2  # raised when `read_frames` picks or makes frames in another way than before
 FLUSH = 1.0  # seconds between flushes; so much work at most is done again after a kill
@@ -62,15 +62,6 @@ def _write(file: BinaryIO, offset: int, data: bytes | memoryview) -> None:
     data = memoryview(data)
     while data:
         data = data[file.write(data) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some systems cannot
-        file = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
 
 
 @contextmanager
@@ -140,7 +131,7 @@ class _Rows:
         check_room(self.path.parent, needed * self.row_bytes, f"{self.path}, {what}")
         if again:
             self.index.unlink(missing_ok=True)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
             self.path.unlink(missing_ok=True)
             self.part.unlink(missing_ok=True)
             with open(self.part, "xb") as file:
@@ -150,7 +141,7 @@ class _Rows:
             with open(self.part, "rb+") as file:
                 os.fsync(file.fileno())
             self.path.unlink()
-        _sync_folder(self.path.parent)  # before the keys change: they must not meet the old file again
+        sync_folder(self.path.parent)  # before the keys change: they must not meet the old file again
         with open(self.index, "wb" if again else "rb+", 0) as file:
             _write(file, 0, np.where(good[:, None], self.keys, np.uint8(0)).tobytes())
             os.fsync(file.fileno())
@@ -186,7 +177,7 @@ class _Rows:
                 self._confirm(part, index, written)
             os.fsync(index.fileno())
         os.replace(self.part, self.path)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
         report(f"{what}: {len(good)}/{len(good)} clips in {self.path}, {clock(monotonic() - begun)}")
 
     def get(self, make: Callable[[list[int]], Made], what: str, report) -> np.memmap:
@@ -309,14 +300,16 @@ def cached_frames(clips: list[Clip], path: Path, count: int, view: int | Pixels,
 
 def cached_features(frames: np.ndarray, path: Path, key: str | list[str], encode, images: int,
                     report=print) -> np.ndarray:  # fmt: skip
-    """What the frozen ViT makes of cached frames (clips, M, 3, S, S), kept once: fp16 (clips, M, ...), memory-mapped.
+    """What the frozen ViT makes of cached frames (clips, M, 3, S, S), kept once: memory-mapped bf16 (clips, M, ...).
 
-    encode: uint8 tensor (B, M, 3, S, S) -> fp16 tensor (B, M, ...); it is given about so many images at a time. `key`,
+    numpy knows no bf16, so the array's type is that of its bits, uint16; `data.Examples` makes tensors of it.
+
+    encode: uint8 tensor (B, M, 3, S, S) -> bf16 tensor (B, M, ...); it is given about so many images at a time. `key`,
     one for all clips or one for each, has to name all that a clip's features depend on: with the same key they are
     not computed again. Raises InputError for want of room; what is done by then is kept.
     """
     shape = tuple(encode(torch.from_numpy(np.array(frames[:1]))).shape[1:])
-    rows = _Rows(path, [key] * len(frames) if isinstance(key, str) else key, shape, np.float16)
+    rows = _Rows(path, [key] * len(frames) if isinstance(key, str) else key, shape, np.uint16)
     batch = max(1, images // frames.shape[1])
 
     def encoded(missing: list[int]) -> Made:
@@ -324,7 +317,7 @@ def cached_features(frames: np.ndarray, path: Path, key: str | list[str], encode
         begun = monotonic()
         for i in range(0, len(missing), batch):
             numbers = missing[i : i + batch]
-            features = encode(torch.from_numpy(np.asarray(frames[numbers]))).numpy()
+            features = encode(torch.from_numpy(np.asarray(frames[numbers]))).view(torch.uint16).numpy()
             if i == 0:
                 left = (monotonic() - begun) / len(numbers) * (len(missing) - len(numbers))
                 report(f"features: about {clock(left)} to go")

@@ -48,17 +48,21 @@ def number(least: float, above: bool = False) -> Callable[[str], float]:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a script: its exit code is main's, 2 after bad input, 130 after Ctrl-C."""
+    """Runs a script: its exit code is main's, 2 after bad input, 130 after Ctrl-C.
+
+    Of the processes that torchrun starts on a machine the first speaks for all.
+    """
+    silent = os.environ.get("LOCAL_RANK", "0") != "0"
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     sys.stderr.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
         sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        silent or print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        silent or print("stopped", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

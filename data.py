@@ -26,7 +26,7 @@ def clean(caption: str) -> str:
 
 
 class Examples:
-    """Training examples by (clip, epoch): T jittered frames, or their features, and K captions as target ids.
+    """Training examples by (clip, epoch): T jittered frames, or their features in bf16, and K captions as target ids.
 
     Everything random is drawn from (seed, epoch, clip) alone, so it is the same whenever a run goes on.
     The captions of a clip are dealt like cards: none comes again before all have come.
@@ -51,7 +51,8 @@ class Examples:
         clip, epoch = key
         rng = np.random.default_rng([self.seed, 2, clip, epoch])
         places = moments(self.frames, rng) * self.cache.shape[1]  # of M candidates
-        return torch.from_numpy(self.cache[clip, places.astype(int)]), self.deal(clip, epoch)
+        kept = torch.from_numpy(self.cache[clip, places.astype(int)])
+        return kept.view(torch.bfloat16) if kept.dtype == torch.uint16 else kept, self.deal(clip, epoch)
 
 
 def collate(examples: list[tuple[Tensor, list[list[int]]]]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,85 +19,15 @@ import torch
 import cli
 import corpora
 import data
-import hub
+import devices
 import metrics
+import runs
 import shapes
 from cache import cached_frames
-from checkpoint import weight_files
 from decode import rules_for
-from lm import CausalLM
-from model import AdapterConfig, Captioner
+from model import Captioner
 from sources import VIDEO_ENDINGS
-from tokens import load_tokenizer
-from vit import ViT
-from weights import InputError, field, read_json, read_metadata, replace_atomically, sha256_of
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one (cuda, then mps), else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        if name == "meta":
-            raise RuntimeError("holds no numbers")
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
-def backbone_hashes(vit: Path, lm: Path) -> dict[str, str]:
-    """sha256 of every file that both backbones are read from, which a checkpoint names and cannot do without."""
-    hashes = {}
-    for part, path, beside in (("vit", vit, "preprocessor_config.json"), ("lm", lm, "tokenizer.model")):
-        for file in (path / "config.json", path / beside, *weight_files(path)):
-            if file.exists():
-                hashes[f"{part}/{file.name}"] = sha256_of(file)
-    return hashes
-
-
-def checkpoint(run: Path, which: str) -> Path:
-    """`run/which/adapter.safetensors`; a swap of old for new that was cut short in the middle is undone first."""
-    folder, old = run / which, run / f"{which}.old"
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)
-    return folder / "adapter.safetensors"
-
-
-def check_checkpoint(path: Path, hashes: dict[str, str], adapter: AdapterConfig) -> None:
-    """Raises InputError, naming what differs, unless the checkpoint is of these backbones and this shape."""
-    metadata = read_metadata(path)
-    for name in sorted(hashes.keys() | {n for n in metadata if n.startswith(("vit/", "lm/"))}):
-        if metadata.get(name) != hashes.get(name):
-            raise InputError(f"{path}: was trained with another {name} (sha256 {str(metadata.get(name))[:12]}, "
-                             f"found {str(hashes.get(name))[:12]})")  # fmt: skip
-    if metadata.get("adapter") != json.dumps(asdict(adapter)):
-        raise InputError(f"{path}: is an adapter of {metadata.get('adapter')}, its run's config.json says "
-                         f"{json.dumps(asdict(adapter))}")  # fmt: skip
-
-
-def adapter_config(config: dict, path: Path) -> AdapterConfig:
-    """The field "adapter" of a run's config.json; each of its fields must be there and of its type."""
-    given = field(config, "adapter", dict, path)
-    types = {f.name: f.type for f in fields(AdapterConfig)}
-    if odd := sorted(types.keys() ^ given.keys()):
-        raise InputError(f"{path}: adapter: expected the fields {', '.join(types)}; {odd[0]!r} is missing or too much")
-    return AdapterConfig(**{name: field(given, name, kind, path) for name, kind in types.items()})
-
-
-def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
-    """The captioner of a run's folder, from its config, its two backbones and `which`/adapter.safetensors."""
-    if not (run / "config.json").is_file():
-        raise InputError(f"{run}: expected a run's folder with config.json in it, as train.py makes it")
-    config = read_json(run / "config.json")
-    flags = field(config, "flags", dict, run / "config.json")
-    vit, lm = (hub.local(field(flags, name, str, run / "config.json")) for name in ("vit", "lm"))
-    size = field(flags, "image_size", int, run / "config.json", None)
-    shape, path = adapter_config(config, run / "config.json"), checkpoint(run, which)
-    check_checkpoint(path, backbone_hashes(vit, lm), shape)
-    vit, tokenizer = ViT.from_pretrained(vit, image_size=size), load_tokenizer(lm)
-    captioner = Captioner(vit, CausalLM.from_pretrained(lm), tokenizer, shape)
-    captioner.load(path)
-    return captioner, config
+from weights import InputError, field, replace_atomically
 
 
 def caption_frames(captioner: Captioner, batches: Iterator[torch.Tensor], **decoding) -> list[str]:
@@ -193,8 +122,10 @@ def main() -> int:
     out.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first that is there")
     args = parser.parse_args()
 
-    captioner, config = load_run(args.run, args.weights)
-    captioner.to(pick_device(args.device))
+    device, _ = devices.pick_device(args.device)
+    devices.keep_freed_memory()
+    captioner, config = runs.load_run(args.run, args.weights)
+    captioner.to(device)
     flags = config["flags"]
     frames = args.frames or field(flags, "frames", int, args.run / "config.json")
     decoding = {name: getattr(args, name) for name in ("beams", "length_penalty", "min_new_tokens", "max_new_tokens")}

@@ -62,12 +62,18 @@ def side_by_side(start: int, k: int, length: int, device: torch.device) -> dict[
 
 
 class Captioner(nn.Module):
-    """Frames to captions. Only `trained()` parameters change; the rest is frozen and stays in eval mode."""
+    """Frames to captions. Only `trained()` parameters change; the rest is frozen and stays in eval mode.
+
+    Frozen weights may be of another dtype than float32, in which the ViT and the language model then compute. Trained
+    ones are float32.
+    """
 
     def __init__(self, vit: ViT, lm: CausalLM, tokenizer, config: AdapterConfig):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.vit, self.lm = vit, lm
+        self.dtype = vit.position.dtype
+        assert config.method != "full" or {self.dtype, lm.embed.weight.dtype} == {torch.float32}, "trained in float32"
         self.requires_grad_(config.method == "full")
         width, depth = vit.config.width, vit.config.depth
         self.adapter = self.frames = None
@@ -96,6 +102,7 @@ class Captioner(nn.Module):
             visual = prefix - 1 - len(self.prompt_ids)
             raise InputError(f"{visual} visual tokens need {need} positions, the language model has "
                              f"{lm.config.max_positions}")  # fmt: skip
+        self.read_text = lm.hidden  # or a compiled one
         self.train()
 
     def train(self, mode: bool = True) -> "Captioner":
@@ -104,6 +111,13 @@ class Captioner(nn.Module):
             self.vit.eval()
             self.lm.eval()
         return self
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles what a training step repeats. The modules stay in place, and so do the names of their tensors."""
+        for block in [*self.vit.blocks, *(self.adapter.blocks if self.adapter is not None else [])]:
+            block.compile(backend=backend)
+        # Not its blocks: decoding calls those with another shape at each step, and each would be compiled anew.
+        self.read_text = torch.compile(self.lm.hidden, dynamic=True, backend=backend)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""
@@ -116,8 +130,8 @@ class Captioner(nn.Module):
     def encode(self, frames: Tensor) -> Tensor:
         """Frames uint8 (B, T, 3, S, S), or what `block_outputs` made of them -> visual tokens (B, N, C)."""
         if frames.dtype != torch.uint8:
-            return self.connector(self.adapter.read(frames.float())) * self.prefix_scale
-        pixels = self.vit.normalise(frames)
+            return self.connector(self.adapter.read(frames.to(self.dtype))) * self.prefix_scale
+        pixels = self.vit.normalise(frames).to(self.dtype)
         if self.adapter is not None:
             x = self.adapter(self.vit, pixels)  # (B, N, D)
         else:
@@ -127,15 +141,15 @@ class Captioner(nn.Module):
         return self.connector(x) * self.prefix_scale
 
     def block_outputs(self, frames: Tensor) -> Tensor:
-        """Frames uint8 (B, T, 3, S, S) -> all that reading `read` needs of them, fp16 (B, T, blocks, P, D)."""
-        return self.adapter.outputs(self.vit, self.vit.normalise(frames)).half()
+        """Frames uint8 (B, T, 3, S, S) -> all that reading `read` needs of them, bf16 (B, T, blocks, P, D)."""
+        return self.adapter.outputs(self.vit, self.vit.normalise(frames).to(self.dtype)).bfloat16()
 
     def prefix(self, frames: Tensor) -> Tensor:
         """BOS, visual tokens and prompt, embedded: what a caption follows (B, 1+N+p, C)."""
         visual = self.encode(frames)
         ids = torch.tensor([self.bos_id, *self.prompt_ids], device=frames.device)
-        text = self.lm.embed(ids).to(visual.dtype).expand(len(frames), -1, -1)
-        return torch.cat([text[:, :1], visual, text[:, 1:]], dim=1)
+        text = self.lm.embed(ids).expand(len(frames), -1, -1)
+        return torch.cat([text[:, :1], visual.to(text.dtype), text[:, 1:]], dim=1)
 
     def forward(self, frames: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         """Frames (B, T, 3, S, S), or their block outputs, and K captions each, ids (B, K, L), padded with -100.
@@ -147,9 +161,9 @@ class Captioner(nn.Module):
         k, length = targets.shape[1:]
         prefix = self.prefix(frames)  # (B, P, C)
         start = prefix.shape[1]
-        said = self.lm.embed(targets[:, :, :-1].clamp(min=0)).to(prefix.dtype)  # (B, K, L-1, C)
+        said = self.lm.embed(targets[:, :, :-1].clamp(min=0))  # (B, K, L-1, C)
         x = torch.cat([prefix, said.flatten(1, 2)], dim=1)  # (B, P + K(L-1), C)
-        x = self.lm.hidden(x, **side_by_side(start, k, length - 1, x.device))
+        x = self.read_text(x, **side_by_side(start, k, length - 1, x.device))
         first = x[:, None, start - 1 : start].expand(-1, k, -1, -1)  # foretells each caption's first token
         x = torch.cat([first, x[:, start:].unflatten(1, (k, length - 1))], dim=2)  # (B, K, L, C)
         counted = targets != IGNORED

@@ -28,6 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Linear(nn.Linear):
+    """A trained layer beside a frozen model: its weights stay in float32 and work in the dtype of their input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Softmax attention on (B, n, r) queries and (B, m, r) keys and values, split into heads -> (B, n, r)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, h, n|m, d)
@@ -57,27 +64,31 @@ class GatedRead(nn.Module):
         super().__init__()
         self.heads, self.talk = heads, talk
         self.norm = nn.LayerNorm(width)
-        self.q = nn.Linear(width, rank, bias=False)
-        self.kv = nn.Linear(width, 2 * rank, bias=False)
-        self.o = nn.Linear(rank, width, bias=False)
+        self.q = Linear(width, rank, bias=False)
+        self.kv = Linear(width, 2 * rank, bias=False)
+        self.o = Linear(rank, width, bias=False)
         self.gate = nn.Linear(2 * width, 1) if gate == "sigmoid" else None
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)  # every gate opens at one half
             nn.init.zeros_(self.gate.bias)
         self.back_q = self.back_kv = self.back_o = None
         if write:
-            self.back_q = nn.Linear(width, rank, bias=False)
-            self.back_kv = nn.Linear(width, 2 * rank, bias=False)
-            self.back_o = nn.Linear(rank, width, bias=False)
+            self.back_q = Linear(width, rank, bias=False)
+            self.back_kv = Linear(width, 2 * rank, bias=False)
+            self.back_o = Linear(rank, width, bias=False)
             nn.init.zeros_(self.back_o.weight)  # step 0 is the frozen ViT, bit for bit
 
     def forward(self, queries: Tensor, patches: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, N, D), patches (B, T, P, D), frame vectors (T, D) -> new queries, gates (B, N), patches."""
+        """Queries (B, N, D), patches (B, T, P, D), frame vectors (T, D) -> new queries, gates (B, N), patches.
+
+        Whatever there is P of has the dtype of the patches; queries and gates are float32.
+        """
         x = F.layer_norm(patches, patches.shape[-1:])  # unscaled: W_k and W_v would learn its scale again
+        frames = frames.to(x.dtype)
         # (LN(Z) + E) W = LN(Z) W + E W: the sum is then r wide and not D wide
         kv = self.kv(x) + self.kv(frames)[:, None]  # (B, T, P, 2r)
         kv = kv.flatten(1, 2)  # (B, T*P, 2r)
-        own = self.norm(queries)
+        own = self.norm(queries).to(x.dtype)
         if self.talk:
             kv = torch.cat([kv, self.kv(own)], dim=1)  # (B, T*P+N, 2r)
         read = self.o(attend(self.q(own), *kv.chunk(2, dim=-1), self.heads))  # (B, N, D)
@@ -87,7 +98,7 @@ class GatedRead(nn.Module):
         queries = queries + gates[..., None] * read
         if self.back_q is not None:
             asked = (self.back_q(x) + self.back_q(frames)[:, None]).flatten(1, 2)  # (B, T*P, r)
-            given = self.back_kv(self.norm(queries))  # (B, N, 2r)
+            given = self.back_kv(self.norm(queries).to(x.dtype))  # (B, N, 2r)
             patches = patches + self.back_o(attend(asked, *given.chunk(2, -1), self.heads)).view_as(patches)
         return queries, gates, patches
 
@@ -188,7 +199,7 @@ class LoRALinear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return super().forward(x) + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
 
 
 def add_lora(vit: nn.Module, rank: int) -> None:

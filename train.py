@@ -1,18 +1,14 @@
 """Trains a captioner: `python train.py --dataset shapes`. Read it downward.
 
-A run is a folder: config.json (every flag, versions, seed, sha256 of both backbones, split sizes),
-log.jsonl (a row a report), best/ and last/ with adapter.safetensors (the trained tensors only), and
-last/state.pt, out of which `--resume RUN` goes on. The best checkpoint is the one with the highest
-CIDEr on the validation split; the test split is read once, after training.
+A run is a folder (`runs.py`), with which `--resume RUN` goes on to the bit. The best checkpoint is the one with the
+highest CIDEr on the validation split; the test split is read once, after training. `torchrun --nproc-per-node 2
+train.py ...` trains the same with two processes (`parallel.py`).
 """
 
-import argparse
 import json
 import math
 import os
-import pickle
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -22,110 +18,27 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from torch import Tensor
 
 import cli
 import corpora
 import data
+import devices
+import flags
 import hub
+import parallel
 import published
+import runs
 from cache import cached_features, cached_frames, frame_keys
-from evaluate import (
-    adapter_config,
-    backbone_hashes,
-    caption_split,
-    check_checkpoint,
-    checkpoint,
-    pick_device,
-    score_captions,
-    table,
-)
+from evaluate import caption_split, score_captions, table
 from lm import CausalLM
 from model import LONGEST, AdapterConfig, Captioner
 from tokens import load_tokenizer
 from vit import ViT
 from vit_public import check_vit
-from weights import InputError, field, read_json, replace_atomically
+from weights import InputError, read_json
 
-TINY = "backbones/tiny-vit", "backbones/tiny-lm"
-CLIP = "openai/clip-vit-base-patch16"
-TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
-NEWER = {"image_size", "allow_missing", "cache", "download"}  # flags that older runs do not have
 CANDIDATES = 16  # frames kept of each training clip; a step draws T of them
-
-
-def parse(argv: list[str] | None = None):
-    parser = cli.Parser("Trains a captioner on a dataset.")
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=corpora.DATASETS, default="shapes", help="what to train on")
-    group.add_argument("--data", type=Path, help="the dataset's folder; unset: data/DATASET")
-    group.add_argument("--allow-missing", action="store_true", help="leave out clips without a video or a caption")
-    group.add_argument("--download", action="store_true", help="first fetch what is published of msvd or msrvtt")
-    group.add_argument("--cache", type=Path, help="where decoded frames are kept; unset: the dataset's folder")
-    group.add_argument("--clips", type=cli.at_least(1), nargs=3, default=[6000, 200, 500],
-                       metavar=("TRAIN", "VAL", "TEST"), help="clips that shapes is made of")  # fmt: skip
-    group.add_argument("--cache-features", action="store_true",
-                       help="run the frozen ViT once for each frame and keep what it makes of them on disk, in fp16")
-    group.add_argument("--frames", type=cli.at_least(1, 4096), default=8, help="frames a clip")
-    group.add_argument("--captions-per-clip", type=cli.at_least(1), default=1, help="captions a clip in a step")
-    group = parser.add_argument_group("model")
-    group.add_argument("--vit", help="the ViT: a folder, a .pth file or a hub id; unset: the tiny one for shapes, else "
-                       f"{CLIP}")  # fmt: skip
-    group.add_argument("--lm", help="the language model: a folder or a hub id; unset: the tiny one for shapes, else "
-                       f"{TINYLLAMA} with a GPU, {LLAMA_160M} without")  # fmt: skip
-    group.add_argument("--image-size", type=cli.at_least(1, 4096),
-                       help="side of the ViT's input in pixels; unset: its own")  # fmt: skip
-    group.add_argument("--method", choices=["qadapter", "linear", "lora", "full"], default="qadapter",
-                       help="what is trained")  # fmt: skip
-    group.add_argument("--reading", choices=["read", "write"], default="read", help="do patches read queries back?")
-    group.add_argument("--queries", type=cli.at_least(1), default=16, help="query tokens, and so visual tokens")
-    group.add_argument("--rank", type=cli.at_least(1), default=32, help="of the Q-Adapter's projections, of LoRA")
-    group.add_argument("--heads", type=cli.at_least(1), default=8, help="attention heads of the Q-Adapter")
-    group.add_argument("--last-blocks", type=cli.at_least(0), default=3, help="adapt only the last so many; 0: all")
-    group.add_argument("--gate", choices=["sigmoid", "none"], default="sigmoid", help="the gating layer")
-    group.add_argument("--talk", action="store_true", help="queries attend to each other too")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips a step")
-    group.add_argument("--epochs", type=cli.at_least(1), default=16, help="passes over the training clips")
-    group.add_argument("--lr", type=cli.number(0, above=True), default=5e-3, help="peak learning rate of AdamW")
-    group.add_argument("--weight-decay", type=cli.number(0), default=0.01, help="of AdamW")
-    group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
-    group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, order, frames and captions")
-    group = parser.add_argument_group("run and machine")
-    group.add_argument("--out", type=Path, help="the run's folder; unset: runs/DATASET-METHOD")
-    group.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with its own flags")
-    group.add_argument("--eval-every", type=cli.at_least(1), default=4, help="epochs between validations")
-    group.add_argument("--log-every", type=cli.at_least(1), default=20, help="steps between reports")
-    group.add_argument("--workers", type=cli.at_least(0), default=0, help="processes that decode; 0: one a core")
-    group.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first that is there")
-    return parser.parse_args(argv)
-
-
-def flags_of_run(argv: list[str]) -> argparse.Namespace:
-    """The flags of the run that `--resume` names. Beside it only where and on what may be given anew."""
-    given = parse(argv)
-    config = given.resume / "config.json"
-    if not checkpoint(given.resume, "last").with_name("state.pt").is_file():
-        raise InputError(f"{given.resume}: expected a run to go on with, with last/state.pt in it")
-    free = {"--resume", "--device", "--workers", "--data", "--cache"}
-    if odd := [word for word in argv if word.startswith("--") and word.split("=")[0] not in free]:
-        raise InputError(f"{odd[0]}: a run goes on with its own flags; beside --resume only {', '.join(sorted(free))}")
-    words, flags = [], field(read_json(config), "flags", dict, config)
-    for name in vars(given).keys() - {"resume", "out"}:
-        if name not in flags and name not in NEWER:
-            raise InputError(f"{config}: flags: expected a field {name!r}")
-        value = flags.get(name)
-        if value is not None and value is not False:
-            words.append("--" + name.replace("_", "-"))
-            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
-    try:
-        return parse([*words, *argv, "--out", str(given.resume)])
-    except InputError as error:
-        raise InputError(f"{config}: flags: {error}") from error
-
-
-def backbones(dataset: str, device: torch.device) -> tuple[str, str]:
-    """ViT and language model for a dataset, unless one says which."""
-    return TINY if dataset == "shapes" else (CLIP, LLAMA_160M if device.type == "cpu" else TINYLLAMA)
 
 
 def parameter_table(captioner: Captioner) -> str:
@@ -163,84 +76,60 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1)))
 
 
-def save_folder(folder: Path, captioner: Captioner, metadata: dict[str, str], state: dict | None = None) -> None:
-    """Writes a checkpoint beside `folder` and renames it into place; until then the old one stays."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    captioner.save(new / "adapter.safetensors", metadata)
-    if state is not None:
-        with replace_atomically(new / "state.pt") as file:
-            torch.save(state, file)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def note_interrupts() -> list[int]:
-    """From here on a first Ctrl-C or SIGTERM is noted in the list returned; a second one interrupts at once."""
+def note_interrupts(patient: bool) -> list[int]:
+    """From here on a first Ctrl-C or SIGTERM is noted in the list returned; a second one interrupts at once, unless
+    `patient`: torchrun sends a signal that its processes have had from the terminal already."""
     noted: list[int] = []
 
     def note(number: int, _) -> None:
         noted.append(number)
-        signal.signal(number, signal.default_int_handler)
+        if not patient:
+            signal.signal(number, signal.default_int_handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
     return noted
 
 
-def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, float]:
-    """Puts the optimizer where `last/state.pt` says it was; returns the step and the best score until then."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"]), float(state["best"])
-    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: not the state of this run: {str(error).splitlines()[0]}") from error
-
-
-def keep_rows(path: Path, step: int) -> None:
-    """Cuts the log back to what training and validation wrote up to `step`; a half-written last row goes too."""
-    kept = []
-    for row in path.read_text().splitlines() if path.exists() else []:
-        try:
-            content = json.loads(row)
-        except json.JSONDecodeError:
-            break
-        if content["step"] <= step and "test" not in content:
-            kept.append(row + "\n")
-    with replace_atomically(path) as file:
-        file.write("".join(kept).encode())
-
-
-def write_json(path: Path, content: dict) -> None:
-    with replace_atomically(path) as file:
-        file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
+@torch.no_grad()
+def not_finite(captioner: Captioner, clips: list[str], frames: Tensor, targets: Tensor) -> list[str]:
+    """Which of a batch's clips have a loss of their own that is not finite."""
+    losses = [captioner(frames[i : i + 1], targets[i : i + 1])[0] for i in range(len(clips))]
+    return [clip for clip, loss in zip(clips, losses, strict=True) if not loss.isfinite()]
 
 
 def main() -> int:
-    # 1. The flags: of this command, or of the run that goes on.
-    args = parse()
+    # 1. The flags, of this command or of the run that goes on; which of several processes this is; and the device.
+    args = flags.parse()
     resumed = args.resume
     if resumed:
-        args = flags_of_run(sys.argv[1:])
+        args = flags.of_run(sys.argv[1:])
+    ranks = parallel.join()
     out = args.out = Path(args.out or f"runs/{args.dataset}-{args.method}")
     if (out / "config.json").exists() and not resumed:
         raise InputError(f"{out}: holds a run already; --resume {out} goes on with it, --out names another folder")
-    if not os.access(next(folder for folder in out.absolute().parents if folder.exists()), os.W_OK | os.X_OK):
-        raise InputError(f"--out {out}: no folder can be made there")
-    device = pick_device(args.device)
+    if not os.access(next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists()),
+                     os.W_OK | os.X_OK):  # fmt: skip
+        raise InputError(f"--out {out}: cannot be written to")
+    device, why = devices.pick_device(args.device)
+    args.precision, why_so = devices.pick_precision(args.precision, device, frozen=args.method != "full")
+    dtype = devices.DTYPES[args.precision]
+    print(f"device: {device} ({why}), {torch.get_num_threads()} threads; "
+          f"frozen weights in {args.precision} ({why_so}), trained ones in fp32")  # fmt: skip
+    if args.compile:
+        devices.compiler_for(device)
+    if args.batch_size < ranks.count:
+        raise InputError(f"--batch-size {args.batch_size}: expected one at least for each of {ranks.count} processes")
+    devices.keep_freed_memory()
     args.data = root = args.data or Path("data") / args.dataset
     torch.manual_seed(args.seed)
     begun = time.monotonic()
 
     # 2. The data: which clips there are and what is said of them.
-    if args.download:
-        published.download(args.dataset, root)
-    corpus = corpora.read(args.dataset, root, args.clips, args.allow_missing)
+    with ranks.one_first():
+        if args.download:
+            published.download(args.dataset, root)
+        corpus = corpora.read(args.dataset, root, args.clips, args.allow_missing)
     splits, counts = corpus.splits, corpus.counts()
     print(corpus)
     steps_an_epoch = counts["train"] // args.batch_size
@@ -249,27 +138,28 @@ def main() -> int:
     steps = args.epochs * steps_an_epoch
 
     # 3. The frozen backbones and what is trained beside them.
-    usual = backbones(args.dataset, device)
+    usual = flags.backbones(args.dataset, device)
     args.vit, args.lm = (usual[0] if args.vit is None else args.vit), (usual[1] if args.lm is None else args.lm)
-    vit_path, lm_path = hub.local(args.vit, check=check_vit), hub.local(args.lm, check=load_tokenizer)
+    with ranks.one_first():
+        vit_path, lm_path = hub.local(args.vit, check=check_vit), hub.local(args.lm, check=load_tokenizer)
     args.vit, args.lm = hub.pinned(args.vit, vit_path), hub.pinned(args.lm, lm_path)
-    vit = ViT.from_pretrained(vit_path, image_size=args.image_size)
-    tokenizer, lm = load_tokenizer(lm_path), CausalLM.from_pretrained(lm_path)
+    vit = ViT.from_pretrained(vit_path, dtype, args.image_size)
+    tokenizer, lm = load_tokenizer(lm_path), CausalLM.from_pretrained(lm_path, dtype)
     shape = AdapterConfig(args.method, args.reading, args.queries, args.rank, args.heads, args.last_blocks, args.gate,
                           args.talk, args.frames)  # fmt: skip
     captioner = Captioner(vit, lm, tokenizer, shape).to(device)
     check_trained(captioner)
     if args.cache_features and (args.method, args.reading) != ("qadapter", "read"):
         raise InputError("--cache-features: only --method qadapter with --reading read leaves the ViT's work as it is")
-    hashes = backbone_hashes(vit_path, lm_path)
+    hashes = runs.backbone_hashes(vit_path, lm_path)
     if resumed:
-        config = read_json(out / "config.json")
-        check_checkpoint(checkpoint(out, "last"), hashes, adapter_config(config, out / "config.json"))
+        config, where = read_json(out / "config.json"), out / "config.json"
+        runs.check_checkpoint(runs.checkpoint(out, "last"), hashes, runs.adapter_config(config, where))
         if config.get("splits") != counts:
             raise InputError(f"{root}: holds {counts}, the run was trained on {config.get('splits')}")
-
-    print(f"device: {device}, {torch.get_num_threads()} threads")
     print(parameter_table(captioner))
+    if args.compile:
+        captioner.compile_blocks()
 
     # 4. Frames, decoded once, and batches.
     kept, view = corpora.kept_in(args.cache, args.dataset, root), vit.pixels
@@ -279,79 +169,102 @@ def main() -> int:
         return cached_frames(splits[split], path, count, view, args.workers)
 
     candidates = max(CANDIDATES, 2 * args.frames)
-    keys = frame_keys(splits["train"], candidates, view)  # first: a file that changes from here on is found out
-    train_inputs = frames_of("train", candidates)
-    if args.cache_features:
-        keys = [json.dumps([hashes, captioner.adapter.first, key]) for key in keys]
-        train_inputs = cached_features(
-            train_inputs, kept / f"train-{candidates}x{view.size}-last{len(captioner.adapter.blocks)}.features", keys,
-            lambda frames: captioner.block_outputs(frames.to(device)).cpu(), args.batch_size * args.frames,
-        )  # fmt: skip
+    with ranks.one_first():
+        keys = frame_keys(splits["train"], candidates, view)  # first: a file that changes from here on is found out
+        train_inputs = frames_of("train", candidates)
+        if args.cache_features:
+            name = f"train-{candidates}x{view.size}-last{len(captioner.adapter.blocks)}.features"
+            keys = [json.dumps([hashes, args.precision, captioner.adapter.first, key]) for key in keys]
+            train_inputs = cached_features(
+                train_inputs, kept / name, keys, lambda frames: captioner.block_outputs(frames.to(device)).cpu(),
+                args.batch_size * args.frames,
+            )  # fmt: skip
+        val_frames = frames_of("val", args.frames)
+        test_frames = frames_of("test", args.frames)  # now: a clip that cannot be decoded must not be found at the end
     examples = data.Examples(splits["train"], train_inputs, tokenizer, args.frames, args.captions_per_clip, args.seed,
                              lm.config.eos_id)  # fmt: skip
     if examples.cut:
         print(f"captions: {examples.cut} of the training clips' are longer than {LONGEST} tokens and are cut")
-    val_frames = frames_of("val", args.frames)
-    test_frames = frames_of("test", args.frames)  # now, lest a clip that cannot be decoded is found when all is trained
     val_references = {c.id: list(c.captions) for c in splits["val"]}
+
+    def say(frames: np.ndarray) -> list[str]:
+        """A caption for each clip of a split; every rank makes its share of them."""
+        captioner.eval()
+        said = caption_split(captioner, ranks.share(frames), max(1, args.batch_size // ranks.count))
+        captioner.train()
+        return ranks.gather(said)
 
     # 5. The optimizer, and where to begin.
     trained = captioner.trained()
-    optimizer = torch.optim.AdamW(trained.values(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained.values(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay,
+                                  fused=True)  # fmt: skip
     first, best = 0, -1.0
 
     def log(row: dict) -> None:
-        with open(out / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if ranks.rank == 0:
+            runs.add_row(out / "log.jsonl", row)
 
     def save(which: str, step: int, with_state: bool) -> None:
-        state = {"optimizer": optimizer.state_dict(), "step": step, "best": best} if with_state else None
-        save_folder(out / which, captioner, hashes | {"step": str(step), "adapter": json.dumps(asdict(shape))}, state)
+        if ranks.rank == 0:
+            state = {"optimizer": optimizer.state_dict(), "step": step, "best": best} if with_state else None
+            runs.save_checkpoint(out / which, captioner, hashes | {"step": str(step)}, state)
 
-    if resumed:
-        captioner.load(out / "last" / "adapter.safetensors")
-        first, best = load_state(out / "last" / "state.pt", optimizer, device)
-        keep_rows(out / "log.jsonl", first)
-        print(f"going on after step {first}")
-    else:
+    if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            open(out / "config.json", "x").close()  # only one of two runs that begin at once gets the folder
-        except FileExistsError as error:
-            raise InputError(f"{out}: holds a run already; --out names another folder") from error
-        write_json(out / "config.json", {
+        runs.take(out)
+    if resumed:
+        captioner.load(runs.checkpoint(out, "last"))
+        first, best = runs.load_state(out / "last" / "state.pt", optimizer, device)
+        if ranks.rank == 0:
+            runs.keep_rows(out / "log.jsonl", first)
+        print(f"going on after step {first}")
+    elif ranks.rank == 0:
+        if (out / "config.json").exists():
+            raise InputError(f"{out}: holds a run already; --out names another folder")
+        (out / "log.jsonl").unlink(missing_ok=True)
+        save("last", 0, with_state=True)
+        runs.write_json(out / "config.json", {
             "flags": {k: v for k, v in vars(args).items() if k != "resume"}, "adapter": asdict(shape), "sha256": hashes,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
             "splits": counts, "differences": corpus.differences(), "seed": args.seed,
         })  # fmt: skip
-        save("last", 0, with_state=True)
+    ranks.spread(trained.values())
 
     # 6. The loop.
+    def load(batch: list[tuple[int, int]]) -> tuple[list[str], Tensor, Tensor]:
+        """This rank's clips of a batch: their names, frames and captions."""
+        mine = ranks.share(batch)
+        return [splits["train"][clip].id for clip, _ in mine], *data.collate([examples[key] for key in mine])
+
     batches = data.order(counts["train"], args.batch_size, args.epochs, args.seed, first)
     validate_every = steps_an_epoch * args.eval_every
     step, since, reported = first, time.monotonic(), first
-    interrupted = note_interrupts()  # between two steps the run can be gone on with to the bit; inside one it cannot
-    for frames, targets in data.ahead(lambda batch: data.collate([examples[key] for key in batch]), batches):
+    interrupted = note_interrupts(patient=ranks.count > 1)  # from now on a run stops between two steps, not inside one
+    for clips, frames, targets in data.ahead(load, batches):
         lr = learning_rate(step, steps, args.warmup, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total, count = captioner(frames.to(device), targets.to(device))
-        loss = total / count
+        frames, targets = frames.to(device), targets.to(device)
+        total, count = captioner(frames, targets)
+        count = ranks.add(count)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        (total / count).backward()
+        ranks.add_gradients(trained.values())
+        loss, norm = ranks.add(total.item() / count), torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
+        if not math.isfinite(loss + norm):
+            bad = sum(ranks.all(not_finite(captioner, clips, frames, targets)), [])
+            raise InputError(f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; clips whose own loss "
+                             f"is not finite: {', '.join(bad) or 'none'}; {out}/last is as it was")  # fmt: skip
         optimizer.step()
         step += 1
 
-        report, validate = (step % every == 0 or step == steps for every in (args.log_every, validate_every))
-        if (report or validate) and not math.isfinite(loss.item()):
-            raise InputError(f"step {step}: the loss is {loss.item()}; a lower --lr helps, {out}/last is as it was")
-
+        report, validate, due = (step % every == 0 or step == steps
+                                 for every in (args.log_every, validate_every, args.save_every))  # fmt: skip
         if report:
             now = time.monotonic()
             speed = (step - reported) * args.batch_size / (now - since)
             left = (steps - step) * args.batch_size / speed
-            row = {"step": step, "loss": loss.item(), "lr": lr, "clips/s": speed}
+            row = {"step": step, "loss": loss, "lr": lr, "clips/s": speed}
             if captioner.adapter is not None:
                 row["gates"] = captioner.adapter.mean_gates.tolist()
             log(row)
@@ -361,39 +274,40 @@ def main() -> int:
 
         if validate:
             pause = time.monotonic()
-            captioner.eval()
-            captions = dict(zip(val_references, caption_split(captioner, val_frames, args.batch_size), strict=True))
-            captioner.train()
+            captions = dict(zip(val_references, say(val_frames), strict=True))
             scores, _ = score_captions(args.dataset, val_references, captions, ("BLEU", "ROUGE_L", "CIDEr"))
             log({"step": step, "val": scores})
             print(f"val at step {step}: {table(scores)}", flush=True)
             if scores["CIDEr"] > best:
                 best = scores["CIDEr"]
                 save("best", step, with_state=False)
-            save("last", step, with_state=True)
             since += time.monotonic() - pause
 
-        if interrupted:
+        stop = ranks.add(len(interrupted)) > 0
+        if validate or due or stop:
             save("last", step, with_state=True)
+        if stop:
             print(f"\nstopped after step {step}; --resume {out} goes on")
             raise KeyboardInterrupt
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
 
     # 7. The test split, once, with the weights that validated best.
-    captioner.load(out / "best" / "adapter.safetensors")
-    captioner.eval()
-    said = caption_split(captioner, test_frames, args.batch_size)
-    captions = dict(zip((c.id for c in splits["test"]), said, strict=True))
+    if ranks.rank == 0:
+        captioner.load(runs.checkpoint(out, "best"))
+    ranks.spread(trained.values())
+    captions = dict(zip((c.id for c in splits["test"]), say(test_frames), strict=True))
     references = {c.id: list(c.captions) for c in splits["test"]}
     scores, signature = score_captions(args.dataset, references, captions)
     signature += f"|{corpus.label('test')}"
     log({"step": step, "test": scores})
-    write_json(out / "test.json", {"scores": scores, "signature": signature, "captions": captions})
+    if ranks.rank == 0:
+        runs.write_json(out / "test.json", {"scores": scores, "signature": signature, "captions": captions})
     for clip in splits["test"][:5]:
         print(f"\n{clip.path}\n  says       {captions[clip.id]}\n  reference  {clip.captions[0]}")
     print(f"\ntest: {table(scores)}\n{signature}")
     print(f"run: {out}, {cli.clock(time.monotonic() - begun)}")
+    ranks.leave()
     return 0
 
 

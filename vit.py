@@ -9,7 +9,8 @@ Letters: n images, P tokens an image (class token, if any, and patches), D width
 References
 [1] ViT, https://arxiv.org/abs/2010.11929; CLIP, https://arxiv.org/abs/2103.00020.
 [2] The order of operations: transformers' modeling_{clip,siglip,dinov2}.py, torchvision's vision_transformer.py.
-[3] QuickGELU, CLIP's usual activation, is x * sigmoid(1.702 x), which is not GELU; SigLIP's is GELU with tanh.
+[3] QuickGELU, CLIP's usual activation, is x * sigmoid(1.702 x) = SiLU(1.702 x) / 1.702, which is not GELU; SigLIP's is
+    GELU with tanh.
 [4] LayerScale, https://arxiv.org/abs/2103.17239.
 [5] The pooling head: "Scaling Vision Transformers", https://arxiv.org/abs/2106.04560, section 3.2.
 """
@@ -30,11 +31,9 @@ from weights import InputError, copy_strict
 __all__ = ["CLIP_MEAN", "CLIP_STD", "ViT", "ViTConfig", "vit_names"]
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * (1.702 * x).sigmoid_()  # in place: one tensor of the MLP's width less
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS = {  # f and s: the activation of x is f(s x) / s
+    "quick_gelu": (F.silu, 1.702), "gelu": (F.gelu, 1), "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"), 1),
+}  # fmt: skip
 
 
 class ViTAttention(nn.Module):
@@ -59,10 +58,13 @@ class ViTMLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
-        self.activation = ACTIVATIONS[activation]
+        self.activation, self.scale = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))  # (n, P, hidden) -> (n, P, D)
+        """down(activation(up(x))), [3]; factors before and after a product cost nothing, elsewhere two passes."""
+        s, up, down = self.scale, self.up, self.down
+        y = torch.addmm(up.bias, x.flatten(0, -2), up.weight.T, beta=s, alpha=s)  # (n*P, hidden)
+        return torch.addmm(down.bias, self.activation(y), down.weight.T, alpha=1 / s).view_as(x)  # (n, P, D)
 
 
 class LayerScale(nn.Module):

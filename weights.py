@@ -118,12 +118,17 @@ def replace_atomically(path: str | Path) -> Iterator[BinaryIO]:
             reason = target.failure.strerror or target.failure
             raise InputError(f"cannot write {path}: {reason}") from error
         raise
-    with suppress(OSError):  # the new file is in place, and some systems cannot sync a folder
-        folder = os.open(real.parent, os.O_RDONLY)
+    sync_folder(real.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Files that were renamed in the folder, or made, have their names on the disk after this [2]."""
+    with suppress(OSError):  # some systems cannot
+        file = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(file)
         finally:
-            os.close(folder)
+            os.close(file)
 
 
 def sha256_of(path: str | Path) -> str:

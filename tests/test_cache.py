@@ -194,12 +194,12 @@ def test_the_number_of_workers_changes_nothing(tmp_path, workers):
 
 
 def test_a_disk_too_small_for_a_cache_is_said_before_any_work(tmp_path, monkeypatch):
-    """Five clips of four frames of 32 x 32 are 61,440 bytes; features of 100 fp16 numbers a frame are 4,000."""
+    """Five clips of four frames of 32 x 32 are 61,440 bytes; features of 100 bf16 numbers a frame are 4,000."""
     clips, usage = some_clips(tmp_path), type(shutil.disk_usage(tmp_path))
     frames = cached_frames(clips, tmp_path / "there.frames", 4, 32, 1)
 
     def features(path: Path):
-        encode = lambda x: torch.zeros(*x.shape[:2], 100, dtype=torch.float16)  # noqa: E731
+        encode = lambda x: torch.zeros(*x.shape[:2], 100, dtype=torch.bfloat16)  # noqa: E731
         return cached_features(frames, path, "key", encode, images=8)
 
     for free, made in ((61_439, False), (61_440, True)):
@@ -492,16 +492,16 @@ def test_orphans_end_by_themselves_and_hold_nothing_up(tmp_path, sleepy, monkeyp
 
 
 def test_features_go_on_where_they_were_stopped(tmp_path):
-    """2 x the mean of each frame in fp16, exact; stopped in the seventh clip, gone on with in other batches."""
+    """2 x the mean of each frame in bf16, exact; stopped in the seventh clip, gone on with in other batches."""
     frames = np.random.default_rng(0).integers(0, 256, (10, 2, 3, 8, 8), np.uint8)
-    expected = (torch.from_numpy(frames).double().mean((2, 3, 4)) * 2).half().numpy()
+    expected = (torch.from_numpy(frames).double().mean((2, 3, 4)) * 2).bfloat16().view(torch.uint16).numpy()
     path, seen, told = tmp_path / "x.features", [], []
 
     def encode(x: torch.Tensor, last: int = 100) -> torch.Tensor:
         seen.append(len(x))
         if sum(seen[1:]) > last:  # the first call is for the shape
             raise KeyboardInterrupt
-        return (x.double().mean((2, 3, 4)) * 2).half()
+        return (x.double().mean((2, 3, 4)) * 2).bfloat16()
 
     with pytest.raises(KeyboardInterrupt):
         cached_features(frames, path, "key", lambda x: encode(x, 6), images=6, report=told.append)
@@ -509,10 +509,10 @@ def test_features_go_on_where_they_were_stopped(tmp_path):
     for key, images, fresh in (("key", 8, [4]), ("key", 2, []), ("other", 16, [8, 2])):
         seen.clear()
         features = cached_features(frames, path, key, encode, images, quiet)
-        assert features.dtype == np.float16 and np.array_equal(features, expected) and seen[1:] == fresh
+        assert features.dtype == np.uint16 and np.array_equal(features, expected) and seen[1:] == fresh
     seen.clear()
     frames[[3, 7]] += 1
-    expected[[3, 7]] = encode(torch.from_numpy(frames[[3, 7]])).numpy()
+    expected[[3, 7]] = encode(torch.from_numpy(frames[[3, 7]])).view(torch.uint16).numpy()
     keys = ["changed" if i in (3, 7) else "other" for i in range(10)]
     features = cached_features(frames, path, keys, encode, 8, quiet)
     assert seen[2:] == [2] and np.array_equal(features, expected)

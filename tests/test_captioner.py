@@ -157,6 +157,57 @@ def test_the_head_runs_on_caption_positions_only():
     assert rows == [count]
 
 
+# --------------------------------------------------------------------------------------- precision, compiling
+
+
+@pytest.mark.parametrize("name", CONFIGS.keys() - {"full"})
+def test_in_bf16_only_the_frozen_weights_are(name):
+    """Model seed 40, frames seed 41: loss within 2 % of fp32's, gradients of the trained fp32 tensors point the same
+    way (cosine above 0.95 for those whose gradient is not rounding alone)."""
+    whole, half = make(name, 40), make(name, 40)
+    frames = clips(2, 4, 41)
+    half = Captioner(half.vit.bfloat16(), half.lm.bfloat16(), Letters(), CONFIGS[name])
+    half.load_state_dict(whole.state_dict())
+    assert {p.dtype for key, p in half.named_parameters() if key in half.trained()} == {torch.float32}
+    assert {p.dtype for key, p in half.named_parameters() if key not in half.trained()} == {torch.bfloat16}
+    losses = [captioner(frames, TARGETS)[0] for captioner in (whole, half)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
+    assert losses[0] != losses[1] and losses[1].dtype == torch.float32
+    found, expected = (gradients(captioner, lambda c=captioner: c(frames, TARGETS)[0]) for captioner in (half, whole))
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for key, gradient in expected.items():
+        assert found[key].dtype == torch.float32
+        if gradient.abs().max() > 1e-2 * largest:
+            assert F.cosine_similarity(found[key].flatten(), gradient.flatten(), dim=0) > 0.95, key
+
+
+def test_kept_block_outputs_in_bf16_are_the_blocks_own():
+    """Model seed 42, frames seed 43: the loss on what was kept equals that on the frames, bit for bit."""
+    captioner = make("read", 42)
+    captioner = Captioner(captioner.vit.bfloat16(), captioner.lm.bfloat16(), Letters(), CONFIGS["read"])
+    frames = clips(2, 4, 43)
+    kept = captioner.block_outputs(frames)
+    assert kept.dtype == torch.bfloat16
+    assert captioner(kept, TARGETS)[0] == captioner(frames, TARGETS)[0]
+
+
+@every_config
+def test_compiling_changes_neither_names_nor_what_is_computed(name, tmp_path):
+    """Model seed 44, frames seed 45; dynamo's capture, run eagerly. Loss and gradients within 1e-5; the same file."""
+    plain, compiled, frames = make(name, 44), make(name, 44), clips(2, 4, 45)
+    names = list(compiled.state_dict())
+    compiled.compile_blocks(backend="eager")
+    torch.testing.assert_close(compiled(frames, TARGETS)[0], plain(frames, TARGETS)[0], rtol=1e-5, atol=0)
+    found, expected = (gradients(one, lambda one=one: one(frames, TARGETS)[0]) for one in (compiled, plain))
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5, msg=key)
+    assert list(compiled.state_dict()) == names and compiled.trained().keys() == plain.trained().keys()
+    for captioner, file in ((plain, "a"), (compiled, "b")):
+        captioner.save(tmp_path / file, {})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert compiled.caption(frames, 6) == plain.caption(frames, 6)
+
+
 # ---------------------------------------------------------------------------- what is trained, and what not
 
 

@@ -27,10 +27,13 @@ from test_hub import COMMIT, Server
 
 import cli
 import evaluate
+import flags as flags_of_train
 import pretrain
+import runs
 import shapes
 import sources
 import train
+from devices import DTYPES
 from lm import CausalLM
 from tokens import load_tokenizer
 from vit import ViT
@@ -40,7 +43,7 @@ ROOT = Path(__file__).parent.parent
 ALONE = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 QUICK = ["--clips", "12", "4", "6", "--batch-size", "4", "--epochs", "4", "--eval-every", "2", "--log-every", "1",
          "--workers", "1", "--device", "cpu", "--queries", "4", "--rank", "4", "--heads", "2", "--last-blocks", "0",
-         "--captions-per-clip", "2"]  # fmt: skip
+         "--captions-per-clip", "2", "--precision", "fp32"]  # fmt: skip
 
 
 def python(*words, **options) -> subprocess.CompletedProcess:
@@ -141,6 +144,23 @@ def test_the_backbones_are_not_changed(run, flags, backbones):
     assert told.keys() == files and all(sha256_of(backbones / name) == sha for name, sha in told.items())
 
 
+def test_bf16_trains_what_fp32_trains(run, flags, tmp_path):
+    """Frozen weights in bf16: trained ones stay fp32, losses are within 2 % of those of fp32, and differ; evaluation
+    computes as training did."""
+    out = tmp_path / "r"
+    done = quick(train, *flags, "--precision", "bf16", "--out", out)
+    assert done.returncode == 0 and "frozen weights in bf16 (--precision)" in done.stdout, done.stderr
+    assert {tensor.dtype for tensor in read_safetensors(out / "last/adapter.safetensors").values()} == {torch.float32}
+    losses = [[json.loads(line).get("loss") for line in (r / "log.jsonl").read_text().splitlines()] for r in (run, out)]
+    losses = [torch.tensor([loss for loss in group if loss]) for group in losses]
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0)
+    assert not losses[0].equal(losses[1])
+    assert {p.dtype for p in runs.load_run(out)[0].lm.parameters()} == {torch.bfloat16}
+    assert quick(evaluate, out, "--save", tmp_path / "p.json", "--device", "cpu").returncode == 0
+    assert json.loads((tmp_path / "p.json").read_text()) == json.loads((out / "test.json").read_text())["captions"]
+    one_line_error(quick(train, *flags, "--precision", "bf16", "--out", tmp_path / "n", "--method", "full"), "bf16")
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, flags, tmp_path):
     """One thread: weights and logged losses equal bit for bit."""
     for out, seed in ((tmp_path / "same", 0), (tmp_path / "other", 1)):
@@ -182,16 +202,20 @@ def test_evaluate_gives_the_scores_that_training_gave(run, tmp_path):
 
 
 def test_kept_features_are_block_outputs_and_are_refused_where_they_change(run, flags, tmp_path):
-    """The first clip's features against the ViT's, in fp16: equal. `write` and the rivals change the ViT's work."""
-    done = quick(train, *flags, "--out", tmp_path / "r", "--last-blocks", 1, "--cache-features")
-    assert done.returncode == 0, done.stderr
+    """A clip's features against the ViT's, rounded to bf16: at most one rounding apart (rtol 2^-7), the ViT in bf16
+    also computing otherwise for another number of frames. `write` and the rivals change the ViT's work."""
     root = Path(flags[-1])
     frames = np.memmap(root / "train-16x64.frames", np.uint8, "r", shape=(12, 16, 3, 64, 64))
-    kept = np.memmap(root / "train-16x64-last1.features", np.float16, "r", shape=(12, 16, 1, 17, 16))
-    vit = ViT.from_pretrained(json.loads((run / "config.json").read_text())["flags"]["vit"])
-    with torch.no_grad():
-        z = vit(vit.normalise(torch.from_numpy(np.array(frames[3]))))  # (16, P, D)
-    torch.testing.assert_close(torch.from_numpy(kept[3, :, 0].copy()), z.half(), rtol=2e-3, atol=2e-3)
+    for precision, dtype in DTYPES.items():
+        done = quick(train, *flags, "--out", tmp_path / precision, "--last-blocks", 1, "--cache-features",
+                     "--precision", precision)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        kept = np.memmap(root / "train-16x64-last1.features", np.uint16, "r", shape=(12, 16, 1, 17, 16))
+        vit = ViT.from_pretrained(json.loads((run / "config.json").read_text())["flags"]["vit"], dtype)
+        with torch.no_grad():
+            z = vit(vit.normalise(torch.from_numpy(np.array(frames[3]))).to(dtype))  # (16, P, D)
+        found = torch.from_numpy(kept[3, :, 0].copy()).view(torch.bfloat16)
+        torch.testing.assert_close(found, z.bfloat16(), rtol=2**-7, atol=1e-2 if precision == "bf16" else 1e-6)
     for more in (("--reading", "write"), ("--method", "linear")):
         done = quick(train, *flags, "--out", tmp_path / "n", "--cache-features", *more)
         one_line_error(done, "--cache-features")
@@ -236,7 +260,7 @@ def test_the_rivals_run_and_their_checkpoints_hold_what_they_train(method, flags
 
 def test_the_decoding_flags_reach_the_decoder(run, tmp_path):
     """A split's captions with each flag are those of `Captioner.caption` told the same; some differ from greedy's."""
-    captioner, config = evaluate.load_run(run)
+    captioner, config = runs.load_run(run)
     cache = np.memmap(next(Path(config["flags"]["data"]).glob("test-*.frames")), np.uint8, "c")
     frames = torch.from_numpy(cache.reshape(6, config["flags"]["frames"], 3, *[captioner.vit.config.image_size] * 2))
     greedy, told = captioner.caption(frames), set()
@@ -414,17 +438,17 @@ def test_each_dataset_trains_and_is_scored(run, flags, tmp_path, monkeypatch, ca
 def test_public_models_are_the_default_of_real_datasets():
     """A folder's name is the id's; TinyLlama where there is a GPU."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert train.backbones("shapes", gpu) == ("backbones/tiny-vit", "backbones/tiny-lm")
+    assert flags_of_train.backbones("shapes", gpu) == ("backbones/tiny-vit", "backbones/tiny-lm")
     for name in ("msvd", "msrvtt", "folder"):
-        assert train.backbones(name, cpu) == ("openai/clip-vit-base-patch16", "JackFram/llama-160m")
-        assert train.backbones(name, gpu)[1] == "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+        assert flags_of_train.backbones(name, cpu) == ("openai/clip-vit-base-patch16", "JackFram/llama-160m")
+        assert flags_of_train.backbones(name, gpu)[1] == "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 
 
 def test_another_image_size_is_kept_by_the_run(flags, tmp_path):
     """128 pixels for the made ViT's 64: 64 patches a frame in place of 16, in training and in evaluation."""
     done = quick(train, *flags, "--epochs", 1, "--image-size", 128, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    captioner, _ = evaluate.load_run(tmp_path / "run")
+    captioner, _ = runs.load_run(tmp_path / "run")
     assert captioner.vit.position.shape == (65, 16)
     one_line_error(quick(train, *flags, "--image-size", 100, "--out", tmp_path / "r"), "100", "patch size 16")
 

@@ -1,0 +1,105 @@
+"""Two processes under torchrun (gloo), against one process with the same seed and batch.
+
+Reference: the run of one process. Losses within 1e-5: sums of two halves are rounded elsewhere.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import ALONE, ROOT, backbones, flags, quick  # noqa: F401, two of them fixtures
+
+import train
+from parallel import Ranks
+
+LONG = ["--clips", 22, 5, 7, "--batch-size", 5, "--epochs", 5, "--precision", "fp32", "--cache-features"]  # 20 steps
+
+
+def torchrun(*words, stop_at: str | None = None) -> subprocess.CompletedProcess:
+    """`torchrun --standalone --nproc-per-node 2 train.py`; SIGTERM to it when a line begins with `stop_at`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               "train.py", *map(str, words)]  # fmt: skip
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | ALONE | {"PYTHONWARNINGS": ""}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    said = []
+    for line in child.stdout:
+        said.append(line)
+        if stop_at and line.startswith(stop_at):
+            child.send_signal(signal.SIGTERM)
+            stop_at = None
+    errors = child.stderr.read()
+    return subprocess.CompletedProcess(command, child.wait(120), "".join(said), errors)
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def given(flags, tmp_path_factory) -> list:  # noqa: F811
+    return [*flags, *LONG, "--data", tmp_path_factory.mktemp("parallel") / "shapes"]
+
+
+@pytest.fixture(scope="module")
+def two(given, tmp_path_factory) -> Path:
+    """A run of two processes, which also make the dataset and its caches. 5 clips a step are 3 and 2."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    done = torchrun(*given, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 20/20") == 1 and done.stdout.count("\ntest: ") == 1
+    return out
+
+
+def test_two_processes_train_as_one(two, given, tmp_path):
+    """20 losses and the learnt weights within 1e-5; the same captions and scores of the test split."""
+    done = quick(train, *given, "--out", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in (tmp_path / "one", two)]
+    assert len(losses[0]) == 20
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0, atol=1e-5)
+    assert len(set(losses[0])) == 20
+    tests = [json.loads((run / "test.json").read_text()) for run in (tmp_path / "one", two)]
+    assert tests[0] == tests[1] and len(tests[0]["captions"]) == 7
+
+
+def test_two_processes_stop_together_and_go_on(two, given, tmp_path):
+    """SIGTERM to torchrun, which hands it on; `--resume` with two again gives the same bits."""
+    out = tmp_path / "stopped"
+    done = torchrun(*given, "--out", out, stop_at="step 6/")
+    assert done.returncode != 0 and f"--resume {out}" in done.stdout
+    step = torch.load(out / "last/state.pt", weights_only=True)["step"]
+    assert 6 <= step < 20
+    done = torchrun("--resume", out)
+    assert done.returncode == 0 and f"going on after step {step}" in done.stdout, done.stderr
+    for which in ("best", "last"):
+        name = f"{which}/adapter.safetensors"
+        assert (out / name).read_bytes() == (two / name).read_bytes()
+    assert [row.get("loss") for row in rows(out)] == [row.get("loss") for row in rows(two)]
+
+
+def test_what_is_wrong_is_said_once(given, tmp_path):
+    done = torchrun(*given, "--out", tmp_path / "run", "--batch-size", 1)
+    assert done.returncode != 0 and done.stderr.count("error: --batch-size 1: expected one at least for each of 2") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_shares_are_dealt_and_gathered_in_order(monkeypatch):
+    """Seven items among three ranks: 3, 2 and 2."""
+    items, ranks = list("abcdefg"), [Ranks(rank, 3) for rank in range(3)]
+    shares = [rank.share(items) for rank in ranks]
+    assert [len(share) for share in shares] == [3, 2, 2]
+    monkeypatch.setattr(Ranks, "all", lambda _, mine: shares)
+    assert ranks[1].gather(shares[1]) == items
+
+
+def test_one_process_alone_exchanges_nothing():
+    ranks, weight = Ranks(), torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.tensor([1.0, 2.0, 3.0])
+    ranks.add_gradients([weight])
+    ranks.spread([weight])
+    assert weight.grad.tolist() == [1, 2, 3] and ranks.add(5) == 5 and ranks.gather([1, 2]) == [1, 2]
