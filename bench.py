@@ -2,7 +2,8 @@
 
 The output is compared with the other's before any figure is printed. Scorers run in a process of their own each, and
 their CPU seconds are those of the whole process with all of its children (Java among them). Models run by turns in
-this one (bench_models.py), as do the ways to read a video (bench_data.py).
+one (bench_models.py), as do the ways to read a video (bench_data.py); training steps by turns in several
+(bench_train.py).
 """
 
 import argparse
@@ -18,10 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import bench_data
 import bench_models
+import bench_train
 
 HERE = Path(__file__).resolve().parent
 SIZES = (("MSVD size", 670, 41), ("MSR-VTT size", 2990, 20))  # videos, references a video
@@ -234,11 +238,11 @@ def compare_loading(repeats: int) -> list[dict]:
 BENCHMARKS = {  # name: function of the number of repeats -> rows of figures
     "metrics": compare_metrics, "vit": bench_models.compare_vit, "lm": bench_models.compare_lm,
     "decode-text": bench_models.compare_decoding, "loading": compare_loading, "decode": bench_data.compare_reading,
-    "cache": bench_data.compare_cache,
+    "cache": bench_data.compare_cache, "train": bench_train.compare_training, "cost": bench_train.compare_cost,
 }  # fmt: skip
 
 
-def machine(packages=("numpy", "torch", "transformers", "pycocoevalcap", "av")) -> dict:
+def machine(packages=("numpy", "torch", "transformers", "peft", "pycocoevalcap", "av")) -> dict:
     """What the figures were taken on and with."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     java = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr.splitlines()
@@ -279,7 +283,11 @@ def main() -> None:
     if given.repeats < 1:
         parser.error(f"--repeats: is {given.repeats}, expected at least 1")
     chosen = sum(given.only, [])
-    groups = [function(given.repeats) for name, function in BENCHMARKS.items() if name in chosen]
+    groups = []
+    for name, function in BENCHMARKS.items():
+        if name in chosen:  # in a process of its own: none inherits what another left in memory
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                groups.append(process.submit(function, given.repeats).result())
     print(*map(table, groups), sep="\n\n")
     print("", *(f"{key}: {value}" for key, value in machine().items()), sep="\n")
     if given.json:

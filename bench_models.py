@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from devices import DTYPES
+
 CONFIGS = Path(__file__).resolve().parent / "tests/configs"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def by_turns(what: str, ours, theirs, repeats: int, **figures) -> dict:
@@ -49,8 +50,8 @@ def assert_alike(found: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor)
 # ------------------------------------------------------------------------------------- one pass
 
 
-def vit_row(dtype: str, repeats: int) -> dict:
-    """CLIP ViT-B/16, 16 frames."""
+def clip_b16(dtype: str):
+    """-> theirs, ours: random models of CLIP ViT-B/16's shape."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     from vit import ViT
@@ -61,6 +62,12 @@ def vit_row(dtype: str, repeats: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = ViT.from_pretrained(folder, DTYPES[dtype]).eval().requires_grad_(False)
+    return theirs, ours
+
+
+def vit_row(dtype: str, repeats: int) -> dict:
+    """CLIP ViT-B/16, 16 frames."""
+    theirs, ours = clip_b16(dtype)
     pixels = torch.randn(16, 3, 224, 224).to(DTYPES[dtype])
     mine, other = ours(pixels), theirs(pixels).last_hidden_state
     assert_alike(mine, other, theirs.float()(pixels.float()).last_hidden_state)

@@ -28,6 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+TOKENS_AT_ONCE = {"cpu": 3200, "gpu": 102400}  # that the frozen ViT works on: 16 and 519 images of ViT-B/16
+
+
 class Linear(nn.Linear):
     """A trained layer beside a frozen model: its weights stay in float32 and work in the dtype of their input."""
 
@@ -81,14 +84,13 @@ class GatedRead(nn.Module):
     def forward(self, queries: Tensor, patches: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, D), patches (B, T, P, D), frame vectors (T, D) -> new queries, gates (B, N), patches.
 
-        Whatever there is P of has the dtype of the patches; queries and gates are float32.
+        What is D wide and there is P of has the dtype of the patches, all else is float32.
         """
         x = F.layer_norm(patches, patches.shape[-1:])  # unscaled: W_k and W_v would learn its scale again
-        frames = frames.to(x.dtype)
         # (LN(Z) + E) W = LN(Z) W + E W: the sum is then r wide and not D wide
         kv = self.kv(x) + self.kv(frames)[:, None]  # (B, T, P, 2r)
         kv = kv.flatten(1, 2)  # (B, T*P, 2r)
-        own = self.norm(queries).to(x.dtype)
+        own = self.norm(queries)
         if self.talk:
             kv = torch.cat([kv, self.kv(own)], dim=1)  # (B, T*P+N, 2r)
         read = self.o(attend(self.q(own), *kv.chunk(2, dim=-1), self.heads))  # (B, N, D)
@@ -98,8 +100,9 @@ class GatedRead(nn.Module):
         queries = queries + gates[..., None] * read
         if self.back_q is not None:
             asked = (self.back_q(x) + self.back_q(frames)[:, None]).flatten(1, 2)  # (B, T*P, r)
-            given = self.back_kv(self.norm(queries).to(x.dtype))  # (B, N, 2r)
-            patches = patches + self.back_o(attend(asked, *given.chunk(2, -1), self.heads)).view_as(patches)
+            given = self.back_kv(self.norm(queries))  # (B, N, 2r)
+            written = attend(asked, *given.chunk(2, dim=-1), self.heads)  # (B, T*P, r)
+            patches = patches + self.back_o(written.to(x.dtype)).view_as(patches)
         return queries, gates, patches
 
 
@@ -148,13 +151,21 @@ class QAdapter(nn.Module):
 
     @torch.no_grad()
     def outputs(self, vit: nn.Module, pixels: Tensor) -> Tensor:
-        """Pixels (B, T, 3, S, S), normalised -> the frozen outputs of the adapted blocks (B, T, L, P, D)."""
-        z, kept = vit.embed(pixels.flatten(0, 1)), []  # (B*T, P, D)
-        for i, block in enumerate(vit.blocks):
-            z = block(z)
-            if i >= self.first:
-                kept.append(z)
-        return torch.stack(kept, dim=1).unflatten(0, pixels.shape[:2])
+        """Pixels (B, T, 3, S, S), normalised -> the frozen outputs of the adapted blocks (B, T, L, P, D).
+
+        The ViT takes some images at a time: more at once would need more memory, and on a CPU be slower by a quarter.
+        """
+        images = pixels.flatten(0, 1)  # (B*T, 3, S, S)
+        tokens, width = vit.position.shape
+        kept = images.new_empty(len(images), len(self.blocks), tokens, width)  # (B*T, L, P, D)
+        at_once = max(1, TOKENS_AT_ONCE["cpu" if images.device.type == "cpu" else "gpu"] // tokens)
+        for some, into in zip(images.split(at_once), kept.split(at_once), strict=True):
+            z = vit.embed(some)
+            for i, block in enumerate(vit.blocks):
+                z = block(z)
+                if i >= self.first:
+                    into[:, i - self.first] = z
+        return kept.unflatten(0, pixels.shape[:2])
 
     def read(self, outputs: Tensor) -> Tensor:
         """Reading `read` of block outputs (B, T, L, P, D), just made or kept from before -> LN(Q_L), (B, N, D)."""

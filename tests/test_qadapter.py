@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import qadapter
 from qadapter import GatedRead, LoRALinear, QAdapter, add_lora, frame_vectors, naive_read
 from vit import ViT, ViTConfig
 
@@ -69,6 +70,19 @@ def test_the_fast_read_is_the_naive_one(gate, talk, batch, frames, patches, quer
     torch.testing.assert_close(found, naive_read(block, q, z, e), rtol=0, atol=1e-5)
     for other in (naive_read(block, q, z, e * 0), naive_read(block, q * 0.9, z, e)):
         assert (found - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 12, 10**6])
+def test_taking_some_images_at_a_time_changes_nothing(tokens, monkeypatch):
+    """ViT seed 30, pixels seed 31, tolerance 1e-6, against all 6 images of 5 tokens at once; each image once, in order."""
+    vit, pixels = tiny_vit(30), clips(2, 3, 31)
+    adapter = QAdapter(WIDTH, DEPTH, queries=3, rank=4, heads=2, frames=3, last_blocks=2)
+    whole = block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
+    expected = torch.stack(whole[-2:], dim=1).unflatten(0, (2, 3))
+    monkeypatch.setitem(qadapter.TOKENS_AT_ONCE, "cpu", tokens)
+    sizes = [len(z) for z in block_outputs(vit, lambda: adapter.outputs(vit, pixels))[::DEPTH]]
+    torch.testing.assert_close(adapter.outputs(vit, pixels), expected, rtol=0, atol=1e-6)
+    assert sizes == {1: [1] * 6, 7: [1] * 6, 12: [2] * 3, 10**6: [6]}[tokens]
 
 
 def test_the_gate_hears_the_query_and_what_it_read():
