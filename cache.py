@@ -314,12 +314,11 @@ def cached_features(frames: np.ndarray, path: Path, key: str | list[str], encode
 
     def encoded(missing: list[int]) -> Made:
         report(f"features: {amount(len(missing) * rows.row_bytes)} go into {path}")
-        begun = monotonic()
         for i in range(0, len(missing), batch):
-            numbers = missing[i : i + batch]
+            numbers, begun = missing[i : i + batch], monotonic()
             features = encode(torch.from_numpy(np.asarray(frames[numbers]))).view(torch.uint16).numpy()
-            if i == 0:
-                left = (monotonic() - begun) / len(numbers) * (len(missing) - len(numbers))
+            if i == batch:  # the first one takes longer
+                left = (monotonic() - begun) / len(numbers) * (len(missing) - i - len(numbers))
                 report(f"features: about {clock(left)} to go")
             yield from zip(numbers, features, strict=True)
 

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 TOKENS_AT_ONCE = {"cpu": 3200, "gpu": 102400}  # that the frozen ViT works on: 16 and 519 images of ViT-B/16
 
 

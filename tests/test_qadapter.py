@@ -74,7 +74,7 @@ def test_the_fast_read_is_the_naive_one(gate, talk, batch, frames, patches, quer
 
 @pytest.mark.parametrize("tokens", [1, 7, 12, 10**6])
 def test_taking_some_images_at_a_time_changes_nothing(tokens, monkeypatch):
-    """ViT seed 30, pixels seed 31, tolerance 1e-6, against all 6 images of 5 tokens at once; each image once, in order."""
+    """ViT seed 30, pixels seed 31, tolerance 1e-6, against all 6 images of 5 tokens at once; each once, in order."""
     vit, pixels = tiny_vit(30), clips(2, 3, 31)
     adapter = QAdapter(WIDTH, DEPTH, queries=3, rank=4, heads=2, frames=3, last_blocks=2)
     whole = block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
