@@ -282,17 +282,17 @@ def main() -> None:
     given = parser.parse_args()
     if given.repeats < 1:
         parser.error(f"--repeats: is {given.repeats}, expected at least 1")
-    chosen = sum(given.only, [])
+    chosen, about = sum(given.only, []), machine()
     groups = []
     for name, function in BENCHMARKS.items():
         if name in chosen:  # in a process of its own: none inherits what another left in memory
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 groups.append(process.submit(function, given.repeats).result())
     print(*map(table, groups), sep="\n\n")
-    print("", *(f"{key}: {value}" for key, value in machine().items()), sep="\n")
+    print("", *(f"{key}: {value}" for key, value in about.items()), sep="\n")
     if given.json:
         rows = [row for group in groups for row in group]
-        Path(given.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1), encoding="utf-8")
+        Path(given.json).write_text(json.dumps({"machine": about, "rows": rows}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

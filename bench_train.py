@@ -166,6 +166,7 @@ def serve(kind: str) -> None:
     """What a process of its own does: a step whenever a line comes in, and a line with its loss."""
     step = job(kind)
     for _ in sys.stdin:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is that of this step, without what came before
         print("loss", step(), flush=True)
 
 
@@ -185,7 +186,7 @@ class Apart:
             sys.exit(f"error: the measured process failed:\n{self.errors.read().decode(errors='replace')[-2000:]}")
 
     def end(self) -> float:
-        """Ends it; -> its largest resident memory, in MiB."""
+        """Ends it; -> its largest resident memory since the last step began, in MiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         self.process.kill()
         self.process.communicate()
@@ -267,11 +268,11 @@ def compare_training(repeats: int) -> list[dict]:
     rows = []
     for mine, other in PAIRS:
         ratios = sorted(b / a for a, b in zip(times[mine], times[other], strict=True))
-        seconds, theirs = statistics.median(times[mine]), statistics.median(times[other])
+        took, theirs = statistics.median(times[mine]), statistics.median(times[other])
         rows.append({
-            "what": f"a step, {mine} / {other}", "wall s": seconds, "theirs, wall s": theirs,
+            "what": f"a step, {mine} / {other}", "wall s": took, "theirs, wall s": theirs,
             "ratio": statistics.median(ratios), "ratios from": ratios[0], "to": ratios[-1],
-            "captions/s": B * K / seconds, "theirs": B * K / theirs,
+            "captions/s": B * K / took, "theirs": B * K / theirs,
             "MB": peaks[mine], "theirs, MB": peaks[other], "of theirs": peaks[mine] / peaks[other],
         })  # fmt: skip
     keep_freed_memory()

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
+import parallel
 from weights import InputError
 
 
@@ -47,28 +48,29 @@ def number(least: float, above: bool = False) -> Callable[[str], float]:
     return parse
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Runs a script: its exit code is main's, 2 after bad input, 130 after Ctrl-C.
+def tell(message: str) -> None:
+    if parallel.may_speak():
+        print(message, file=sys.stderr)
 
-    Of the processes that torchrun starts on a machine the first speaks for all.
-    """
-    silent = os.environ.get("LOCAL_RANK", "0") != "0"
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a script: its exit code is main's, 2 after bad input, 130 after Ctrl-C."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     sys.stderr.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
         sys.stdout.flush()
     except InputError as error:
-        silent or print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         code = 2
     except KeyboardInterrupt:
-        silent or print("stopped", file=sys.stderr)
+        tell("stopped")
         code = 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        tell(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
         code = 2
     sys.exit(code)
 

@@ -18,7 +18,7 @@ from weights import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CPU_BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # as Linux names what x86 and Arm processors have, best first
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def pick_device(name: str = "auto") -> tuple[torch.device, str]:
@@ -29,10 +29,10 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
     elif name == "auto":
         name, why = ("mps", "no CUDA") if torch.backends.mps.is_available() else ("cpu", "neither CUDA nor MPS")
     try:
-        if name == "meta":
+        if torch.device(name).type == "meta":
             raise RuntimeError("holds no numbers")
         return torch.empty(0, device=name).device, why
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
@@ -70,10 +70,11 @@ def compiler_for(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets malloc use freed blocks again at once, however large.
+    """Lets malloc keep what is freed, up to 1 GiB, for the next that asks.
 
-    glibc gives those above 32 MiB back to the system and gets them anew, zeroed page by page: activations of a dozen
-    frames are as large, and that took a quarter of the frozen ViT's time.
+    glibc gives large blocks back to the system and gets them anew, zeroed page by page: of the frozen ViT's activations
+    that takes a quarter of its time.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)

@@ -115,8 +115,8 @@ class Captioner(nn.Module):
         return self
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compiles what a training step repeats. The modules stay in place, and so do the names of their tensors."""
-        for block in [*self.vit.blocks, *(self.adapter.blocks if self.adapter is not None else [])]:
+        """Compiles the two models' blocks for training. They stay in place, and so do the names of their tensors."""
+        for block in self.vit.blocks:
             block.compile(backend=backend)
         # Not its blocks: decoding calls those with another shape at each step, and each would be compiled anew.
         self.read_text = torch.compile(self.lm.hidden, dynamic=True, backend=backend)

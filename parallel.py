@@ -33,12 +33,18 @@ class Ranks:
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
-        """On each machine one process runs the block; then the others do, and find on the disk what it made."""
-        if self.local:
-            self.add(0)
+        """Rank 0 runs the block, then a process of each other machine, then the rest: they find on the disk, be it one
+        for all machines or not, what was made before."""
+        turn = 0 if self.rank == 0 else 1 if self.local == 0 else 2
+        for _ in range(turn):
+            self.wait()
         yield
-        if not self.local:
-            self.add(0)
+        for _ in range(turn, 2):
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when all ranks have come here."""
+        self.add(0)
 
     def share(self, items: Sequence) -> Sequence:
         """Every count-th of the items; `gather` puts what was made of them in order again."""
@@ -49,7 +55,8 @@ class Ranks:
         if self.count == 1:
             return [mine]
         lists: list = [None] * self.count
-        dist.all_gather_object(lists, mine)
+        with _together():
+            dist.all_gather_object(lists, mine)
         return lists
 
     def gather(self, share: list) -> list:
@@ -65,7 +72,8 @@ class Ranks:
         if self.count == 1:
             return number
         total = torch.tensor(number, dtype=torch.float64)
-        dist.all_reduce(total)
+        with _together():
+            dist.all_reduce(total)
         return total.item()
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -73,7 +81,8 @@ class Ranks:
         if self.count > 1:
             gradients = [p.grad for p in parameters if p.grad is not None]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
+            with _together():
+                dist.all_reduce(flat)
             for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(total.view_as(gradient))
 
@@ -81,27 +90,52 @@ class Ranks:
         """Every rank's tensors become those of rank 0."""
         if self.count > 1:
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), 0)
+                with _together():
+                    dist.broadcast(tensor.detach(), 0)
 
     def leave(self) -> None:
         if self.count > 1:
             dist.destroy_process_group()
 
 
-def join() -> Ranks:
-    """This process's place, of which torchrun's environment tells; joins the others. Raises InputError."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
+_store: dist.Store | None = None  # which all ranks see, and torchrun keeps when one has died
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """An exchange between ranks; InputError if one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:  # what the backends raise
+        raise InputError("another process of this run has ended, or cannot be reached") from error
+
+
+def may_speak() -> bool:
+    """Whether this process is to tell of an error: of all that run together, only the first that asks."""
+    if _store is None:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    return _store.add("spoken", 1) == 1
+
+
+def join(device: str) -> Ranks:
+    """This process's place, of which torchrun's environment tells; joins the others. `device` is the flag. Raises
+    InputError if torchrun started more processes than there are GPUs for."""
+    global _store
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         return Ranks()
-    ranks = Ranks(int(os.environ["RANK"]), count, int(os.environ["LOCAL_RANK"]))
-    if torch.cuda.is_available():
-        if ranks.local >= torch.cuda.device_count():
-            raise InputError(f"torchrun: expected a process for each GPU of this machine, {torch.cuda.device_count()}")
+    ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    if device not in ("auto", "cuda", "cpu"):
+        raise InputError(f"--device {device}: several processes are for cpu, or for cuda, a GPU each")
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if gpus:
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
+            raise InputError(f"torchrun: expected at most a process for each of this machine's {gpus} GPUs")
         torch.cuda.set_device(ranks.local)
     if ranks.rank:
         sys.stdout = open(os.devnull, "w")
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-    # A rank may wait for hours while another decodes a dataset; torchrun ends all as soon as one has died.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=2),
-                            store=store, rank=ranks.rank, world_size=count)  # fmt: skip
+    with _together():
+        _store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+        # A rank may wait for hours while another decodes a dataset; torchrun ends all as soon as one has died.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=2), store=_store,
+                                rank=ranks.rank, world_size=ranks.count)  # fmt: skip
     return ranks

@@ -19,7 +19,6 @@ the machine stops, one of the two is there and whole [1]. It holds no tensor of 
 
 import json
 import os
-import pickle
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,8 +26,8 @@ from pathlib import Path
 import torch
 
 import hub
-from checkpoint import weight_files
-from devices import DTYPES
+from checkpoint import DAMAGE, weight_files
+from devices import DTYPES, pick_precision
 from lm import CausalLM
 from model import AdapterConfig, Captioner
 from tokens import load_tokenizer
@@ -49,11 +48,9 @@ def backbone_hashes(vit: Path, lm: Path) -> dict[str, str]:
 
 
 def checkpoint(run: Path, which: str) -> Path:
-    """`run/which/adapter.safetensors`; a change of places that was cut short in the middle is undone first."""
+    """`run/which/adapter.safetensors`, or where that is while checkpoints change places or if that was cut short."""
     folder, old = run / which, run / f"{which}.old"
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)
-    return folder / "adapter.safetensors"
+    return (old if old.exists() and not folder.exists() else folder) / "adapter.safetensors"
 
 
 def check_checkpoint(path: Path, hashes: dict[str, str], adapter: AdapterConfig) -> None:
@@ -71,23 +68,24 @@ def check_checkpoint(path: Path, hashes: dict[str, str], adapter: AdapterConfig)
 def save_checkpoint(folder: Path, captioner: Captioner, metadata: dict[str, str], state: dict | None = None) -> None:
     """Writes the trained tensors, with a `state` also that, and puts both in the place of what `folder` held.
 
-    Raises InputError if the disk refuses; then `folder` is as it was.
+    Raises InputError if the disk refuses; then the old checkpoint is where `checkpoint` says.
     """
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     try:
-        new.mkdir(parents=True)
+        new.mkdir()
         captioner.save(new / "adapter.safetensors", metadata | {"adapter": json.dumps(asdict(captioner.config))})
         if state is not None:
             with replace_atomically(new / "state.pt") as file:
                 torch.save(state, file)
-    except BaseException:
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
         shutil.rmtree(new, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -97,9 +95,13 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.devic
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in optimizer.state.items():
+            if moments["exp_avg"].shape != parameter.shape:
+                raise ValueError(f"a moment is {list(moments['exp_avg'].shape)}, expected {list(parameter.shape)}")
         return int(state["step"]), float(state["best"])
-    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: not the state of this run: {str(error).splitlines()[0]}") from error
+    except DAMAGE as error:
+        what = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: not the state of this run: {what}") from error
 
 
 # ------------------------------------------------------------------------------------------- the folder
@@ -117,7 +119,8 @@ def take(run: Path) -> int:
         os.close(file)
         raise InputError(f"{run}: another process is training this run") from error
     for which in ("best", "last"):
-        checkpoint(run, which)
+        if (run / f"{which}.old").exists() and not (run / which).exists():
+            os.rename(run / f"{which}.old", run / which)
         for end in (".new", ".old"):
             shutil.rmtree(run / (which + end), ignore_errors=True)
     for half_written in run.glob(".*.tmp"):
@@ -132,10 +135,13 @@ def write_json(path: Path, content: dict) -> None:
 
 def add_row(path: Path, row: dict) -> None:
     """A row more in the log, on the disk before a checkpoint is that comes after it."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def keep_rows(path: Path, step: int) -> None:
@@ -173,6 +179,7 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     if precision not in DTYPES:
         raise InputError(f"{where}: flags: precision is {precision!r}, expected one of {', '.join(DTYPES)}")
     shape, path, dtype = adapter_config(config, where), checkpoint(run, which), DTYPES[precision]
+    pick_precision(precision, torch.device("cpu"), frozen=shape.method != "full")
     check_checkpoint(path, backbone_hashes(vit, lm), shape)
     vit, tokenizer = ViT.from_pretrained(vit, dtype, size), load_tokenizer(lm)
     captioner = Captioner(vit, CausalLM.from_pretrained(lm, dtype), tokenizer, shape)

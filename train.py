@@ -36,7 +36,7 @@ from model import LONGEST, AdapterConfig, Captioner
 from tokens import load_tokenizer
 from vit import ViT
 from vit_public import check_vit
-from weights import InputError, read_json
+from weights import InputError, read_json, sync_folder
 
 CANDIDATES = 16  # frames kept of each training clip; a step draws T of them
 
@@ -104,7 +104,7 @@ def main() -> int:
     resumed = args.resume
     if resumed:
         args = flags.of_run(sys.argv[1:])
-    ranks = parallel.join()
+    ranks = parallel.join(args.device)
     out = args.out = Path(args.out or f"runs/{args.dataset}-{args.method}")
     if (out / "config.json").exists() and not resumed:
         raise InputError(f"{out}: holds a run already; --resume {out} goes on with it, --out names another folder")
@@ -217,12 +217,16 @@ def main() -> int:
         first, best = runs.load_state(out / "last" / "state.pt", optimizer, device)
         if ranks.rank == 0:
             runs.keep_rows(out / "log.jsonl", first)
+            moved = config["flags"] | {"data": str(root), "cache": args.cache and str(args.cache)}
+            if moved != config["flags"]:
+                runs.write_json(where, config | {"flags": moved})
         print(f"going on after step {first}")
     elif ranks.rank == 0:
         if (out / "config.json").exists():
             raise InputError(f"{out}: holds a run already; --out names another folder")
         (out / "log.jsonl").unlink(missing_ok=True)
         save("last", 0, with_state=True)
+        sync_folder(out.parent)
         runs.write_json(out / "config.json", {
             "flags": {k: v for k, v in vars(args).items() if k != "resume"}, "adapter": asdict(shape), "sha256": hashes,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
@@ -287,6 +291,7 @@ def main() -> int:
         if validate or due or stop:
             save("last", step, with_state=True)
         if stop:
+            ranks.wait()  # torchrun ends all when one has
             print(f"\nstopped after step {step}; --resume {out} goes on")
             raise KeyboardInterrupt
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,5 +1,9 @@
 """What a run computes on and in, against files that say what a processor has."""
 
+import ctypes
+import os
+import resource
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +49,25 @@ def test_the_first_device_that_is_there_is_taken(cuda, mps, expected, monkeypatc
     assert device.type == expected
     assert why == {"cuda": "a GPU", "mps": "no CUDA", "cpu": "neither CUDA nor MPS"}[expected]
     assert devices.pick_device("cpu") == (CPU, "--device")
+
+
+@pytest.mark.parametrize("name", ["meta", "meta:0", "abacus", "hpu", "privateuseone", "cpu:x", ""])
+def test_what_is_no_device_is_refused(name):
+    with pytest.raises(InputError, match=f"--device {name}: ."):
+        devices.pick_device(name)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="is for glibc")
+def test_freed_memory_is_used_again():
+    """100 MB that are filled and freed ten times: 25,600 pages of 4 KiB at first, hardly any from then on."""
+    if not (child := os.fork()):
+        devices.keep_freed_memory()
+        faults = []
+        for _ in range(11):
+            torch.empty(100 * 2**20, dtype=torch.uint8).fill_(1)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        os._exit(0 if faults[-1] - faults[0] < 2000 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

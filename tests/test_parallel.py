@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,29 @@ def test_two_processes_stop_together_and_go_on(two, given, tmp_path):
 def test_what_is_wrong_is_said_once(given, tmp_path):
     done = torchrun(*given, "--out", tmp_path / "run", "--batch-size", 1)
     assert done.returncode != 0 and done.stderr.count("error: --batch-size 1: expected one at least for each of 2") == 1
+    done = torchrun(*given, "--out", tmp_path / "run", "--data", ROOT)  # only rank 0 comes to see that
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "holds something else" in done.stderr
     assert not (tmp_path / "run").exists()
+    done = torchrun(*given, "--out", tmp_path / "run", "--device", "cuda:0")
+    assert done.returncode != 0 and done.stderr.count("error: --device cuda:0: several processes") == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_one_process_a_machine_and_before_them_the_very_first(count, monkeypatch):
+    """Two machines of `count` processes, threads that wait at a barrier: rank 0, then the other machine's, then all."""
+    entered, barrier = [], threading.Barrier(2 * count)
+    monkeypatch.setattr(Ranks, "wait", lambda _: barrier.wait(10))
+
+    def work(rank: int) -> None:
+        with Ranks(rank, 2 * count, rank % count).one_first():
+            entered.append(rank)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2 * count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert entered[:2] == [0, count] and sorted(entered) == list(range(2 * count))
 
 
 def test_shares_are_dealt_and_gathered_in_order(monkeypatch):

@@ -147,7 +147,7 @@ def test_a_log_that_cannot_be_written_is_one_line(flags, whole, tmp_path, monkey
         def write(self, text):
             self.file.write(text[: len(text) // 2])
             self.file.flush()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def half_full(path, mode="r", *rest, **options):
         file = plain(path, mode, *rest, **options)
@@ -212,6 +212,42 @@ def test_a_lost_half_of_a_checkpoint_is_refused(flags, whole, tmp_path):  # noqa
     shutil.copytree(whole, tmp_path / "other")
     (tmp_path / "other/last/adapter.safetensors").unlink()
     one_line_error(quick(train, "--resume", tmp_path / "other"), "adapter.safetensors")
+
+
+def test_a_damaged_state_is_refused(flags, whole, tmp_path):  # noqa: F811
+    """Nothing in it; 40 times three random bytes changed (seeds 0 to 39), which may also do no harm; another shape."""
+    good, optimizer = (whole / "last/state.pt").read_bytes(), None
+    captioner, _ = runs.load_run(whole, "last")
+
+    def load(content: bytes) -> None:
+        (tmp_path / "state.pt").write_bytes(content)
+        runs.load_state(tmp_path / "state.pt", optimizer, torch.device("cpu"))
+
+    for seed in range(40):
+        optimizer = torch.optim.AdamW(captioner.trained().values(), fused=True)
+        rng, content = random.Random(seed), bytearray(good)
+        for _ in range(3):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        try:
+            load(bytes(content))
+        except InputError as error:
+            assert str(error).startswith(f"{tmp_path}/state.pt: not the state of this run: ")
+    for content in (b"", good[:100], good[:-100]):
+        with pytest.raises(InputError, match="not the state of this run: ."):
+            load(content)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(p[None]) for p in captioner.trained().values()], fused=True)
+    with pytest.raises(InputError, match="a moment is .*, expected"):
+        load(good)
+
+
+def test_a_run_goes_on_with_data_that_moved(flags, whole, tmp_path):  # noqa: F811
+    """`--data` beside `--resume` is what the run's config says from then on."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(flags[-1], tmp_path / "moved", copy_function=shutil.copy2)
+    assert quick(train, "--resume", tmp_path / "run", "--data", tmp_path / "moved").returncode == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["flags"]["data"] == str(tmp_path / "moved")
+    assert left(tmp_path / "run")[:-2] == left(whole)[:-2]
 
 
 def test_a_precision_that_is_none_is_refused(whole, tmp_path):
