@@ -26,7 +26,8 @@ def clean(caption: str) -> str:
 
 
 class Examples:
-    """Training examples by (clip, epoch): T jittered frames, or their features in bf16, and K captions as target ids.
+    """Training examples by (clip, epoch): T jittered frames, or the bits of their features in bf16, and K captions as
+    target ids.
 
     Everything random is drawn from (seed, epoch, clip) alone, so it is the same whenever a run goes on.
     The captions of a clip are dealt like cards: none comes again before all have come.
@@ -47,19 +48,20 @@ class Examples:
             hand.append(ids[np.random.default_rng([self.seed, 1, clip, pack]).permutation(len(ids))[place]])
         return hand
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, list[list[int]]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, list[list[int]]]:
         clip, epoch = key
         rng = np.random.default_rng([self.seed, 2, clip, epoch])
         places = moments(self.frames, rng) * self.cache.shape[1]  # of M candidates
-        kept = torch.from_numpy(self.cache[clip, places.astype(int)])
-        return kept.view(torch.bfloat16) if kept.dtype == torch.uint16 else kept, self.deal(clip, epoch)
+        return self.cache[clip, places.astype(int)], self.deal(clip, epoch)
 
 
-def collate(examples: list[tuple[Tensor, list[list[int]]]]) -> tuple[Tensor, Tensor]:
-    """-> frames (B, T, 3, S, S) uint8, targets (B, K, L) padded with -100."""
+def collate(examples: list[tuple[np.ndarray, list[list[int]]]]) -> tuple[Tensor, Tensor]:
+    """-> frames (B, T, 3, S, S) uint8 or features bf16, targets (B, K, L) padded with -100."""
     length = max(len(ids) for _, hand in examples for ids in hand)
     targets = [[ids + [IGNORED] * (length - len(ids)) for ids in hand] for _, hand in examples]
-    return torch.stack([frames for frames, _ in examples]), torch.tensor(targets)
+    # Not torch.stack: in the thread of `ahead` it would start threads of its own, and a step would take twice as long.
+    frames = torch.from_numpy(np.stack([frames for frames, _ in examples]))
+    return frames.view(torch.bfloat16) if frames.dtype == torch.uint16 else frames, torch.tensor(targets)
 
 
 def ahead(load: Callable, keys: Iterable) -> Iterator:
