@@ -59,7 +59,7 @@ def test_what_is_no_device_is_refused(name):
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="is for glibc")
 def test_freed_memory_is_used_again():
-    """100 MB filled and freed eleven times: pages that the system has to zero again, at most 25,600 each time, or none."""
+    """100 MB filled and freed eleven times: pages that the system zeroes again, at most 25,600 each time, or none."""
     code = """
 import resource, sys
 import torch
