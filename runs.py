@@ -100,7 +100,7 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.devic
                 raise ValueError(f"a moment is {list(moments['exp_avg'].shape)}, expected {list(parameter.shape)}")
         return int(state["step"]), float(state["best"])
     except DAMAGE as error:
-        what = str(error).partition("\n")[0] or type(error).__name__
+        what = str(error).partition("\n")[0][:200] or type(error).__name__
         raise InputError(f"{path}: not the state of this run: {what}") from error
 
 

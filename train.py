@@ -220,6 +220,8 @@ def main() -> int:
             moved = config["flags"] | {"data": str(root), "cache": args.cache and str(args.cache)}
             if moved != config["flags"]:
                 runs.write_json(where, config | {"flags": moved})
+        if first > steps:
+            raise InputError(f"{where}: flags: make {steps} steps, {out}/last is at step {first} already")
         print(f"going on after step {first}")
     elif ranks.rank == 0:
         if (out / "config.json").exists():
@@ -249,7 +251,12 @@ def main() -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         frames, targets = frames.to(device), targets.to(device)
-        total, count = captioner(frames, targets)
+        try:
+            total, count = captioner(frames, targets)
+        except RuntimeError:
+            if args.compile and interrupted:  # the compiler that it waited for has had the signal too
+                raise KeyboardInterrupt from None
+            raise
         count = ranks.add(count)
         optimizer.zero_grad(set_to_none=True)
         (total / count).backward()

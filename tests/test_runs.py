@@ -214,6 +214,14 @@ def test_a_lost_half_of_a_checkpoint_is_refused(flags, whole, tmp_path):  # noqa
     one_line_error(quick(train, "--resume", tmp_path / "other"), "adapter.safetensors")
 
 
+def test_a_run_that_is_past_its_end_is_refused(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    config = json.loads((whole / "config.json").read_text())
+    config["flags"]["epochs"] = 2
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    one_line_error(quick(train, "--resume", tmp_path / "run"), "config.json: flags: make 6 steps", "step 12")
+
+
 def test_a_damaged_state_is_refused(flags, whole, tmp_path):  # noqa: F811
     """Nothing in it; 40 times three random bytes changed (seeds 0 to 39), which may also do no harm; another shape."""
     good, optimizer = (whole / "last/state.pt").read_bytes(), None
