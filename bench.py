@@ -101,17 +101,17 @@ def real_captions(folder: Path) -> list[tuple[str, dict]]:
 
 
 def corpora() -> list[tuple[str, dict, dict]]:
-    """[(name, references, hypotheses)]: made captions of both sizes, and real ones where QADAPTER_REAL has them.
+    """[(name, references, hypotheses)]: real captions where QADAPTER_REAL has them, else made ones of both sizes.
 
     The hypothesis of a real video is one of its captions, taken out by chance.
     """
-    found = [(f"{name}, {n} x {k}", *captions(n, k, seed=n)) for name, n, k in SIZES]
-    if os.environ.get("QADAPTER_REAL"):
-        rng = random.Random(0)
-        for name, groups in real_captions(Path(os.environ["QADAPTER_REAL"])):
-            references = {key: list(group) for key, group in groups.items()}
-            hypotheses = {key: group.pop(rng.randrange(len(group))) for key, group in references.items()}
-            found.append((f"{name}, {len(references)} real videos", references, hypotheses))
+    if not os.environ.get("QADAPTER_REAL"):
+        return [(f"{name}, {n} x {k}", *captions(n, k, seed=n)) for name, n, k in SIZES]
+    rng, found = random.Random(0), []
+    for name, groups in real_captions(Path(os.environ["QADAPTER_REAL"])):
+        references = {key: list(group) for key, group in groups.items()}
+        hypotheses = {key: group.pop(rng.randrange(len(group))) for key, group in references.items()}
+        found.append((f"{name}, {len(references)} real videos", references, hypotheses))
     return found
 
 
