@@ -15,8 +15,10 @@ import pytest
 import torch
 from test_train import ALONE, ROOT, backbones, flags, quick  # noqa: F401, two of them fixtures
 
+import parallel
 import train
 from parallel import Ranks
+from weights import InputError
 
 LONG = ["--clips", 22, 5, 7, "--batch-size", 5, "--epochs", 5, "--precision", "fp32", "--cache-features"]  # 20 steps
 
@@ -89,8 +91,22 @@ def test_what_is_wrong_is_said_once(given, tmp_path):
     done = torchrun(*given, "--out", tmp_path / "run", "--data", ROOT)  # only rank 0 comes to see that
     assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "holds something else" in done.stderr
     assert not (tmp_path / "run").exists()
-    done = torchrun(*given, "--out", tmp_path / "run", "--device", "cuda:0")
-    assert done.returncode != 0 and done.stderr.count("error: --device cuda:0: several processes") == 1
+
+
+@pytest.mark.parametrize("device, gpus, said", [
+    ("cuda:0", 8, "--device cuda:0: several processes"), ("mps", 0, "--device mps: several processes"),
+    ("auto", 1, "at most a process for each of this machine's 1 GPUs"),
+])  # fmt: skip
+def test_a_device_for_each_process(device, gpus, said, monkeypatch):
+    """The second of two processes, by torchrun's environment; refused before it waits for the first."""
+    places = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}
+    for name, value in places.items():
+        monkeypatch.setenv(name, str(value))
+    assert parallel.join(device) == Ranks()  # without torchrun these are somebody else's
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(InputError, match=said):
+        parallel.join(device)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
