@@ -6,7 +6,8 @@ own, as a row of the batch: in the ViT's attention, of which `--method lora` is 
 gradients are compared first; or, with less work than that, in the language model's, while the ViT runs without
 gradients. The peers' frames are normalised beforehand; all have a connector and AdamW on what is trained.
 
-Letters: B clips, T frames, K captions a clip, L tokens of a caption, S side in pixels, R = B*K rows.
+Letters: B clips, T frames, K captions a clip, L tokens of a caption, S side in pixels, R = B*K rows, C width of the
+language model.
 """
 
 import re
@@ -221,8 +222,7 @@ def operations(function) -> int:
 
 
 def share_rows(repeats: int) -> list[dict]:
-    """What of the machine's own rate of bf16 products the frozen ViT, the step as a whole and an epoch from kept
-    features reach."""
+    """What of the machine's own rate of bf16 products the frozen ViT, the whole step and one on kept features reach."""
     captioner = ours("bf16")
     frames, targets = batch()
     optimizer = optimizer_of(captioner, True)

@@ -165,7 +165,7 @@ class Captioner(nn.Module):
         start = prefix.shape[1]
         said = self.lm.embed(targets[:, :, :-1].clamp(min=0))  # (B, K, L-1, C)
         x = torch.cat([prefix, said.flatten(1, 2)], dim=1)  # (B, P + K(L-1), C)
-        # On a CPU the fused attention's way back takes two to three times as long in bf16 as the plain one's.
+        # On a CPU the fused attention's way back can take 2.7 times as long in bf16 as the plain one's.
         plain = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             x = self.read_text(x, **side_by_side(start, k, length - 1, x.device))

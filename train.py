@@ -212,16 +212,17 @@ def main() -> int:
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         runs.take(out)
+    ranks.wait()  # what a kill left is put in its place before another rank reads
     if resumed:
         captioner.load(runs.checkpoint(out, "last"))
         first, best = runs.load_state(out / "last" / "state.pt", optimizer, device)
+        if first > steps:
+            raise InputError(f"{where}: flags: make {steps} steps, {out}/last is at step {first} already")
         if ranks.rank == 0:
             runs.keep_rows(out / "log.jsonl", first)
             moved = config["flags"] | {"data": str(root), "cache": args.cache and str(args.cache)}
             if moved != config["flags"]:
                 runs.write_json(where, config | {"flags": moved})
-        if first > steps:
-            raise InputError(f"{where}: flags: make {steps} steps, {out}/last is at step {first} already")
         print(f"going on after step {first}")
     elif ranks.rank == 0:
         if (out / "config.json").exists():

@@ -59,7 +59,7 @@ def two(given, tmp_path_factory) -> Path:
 
 
 def test_two_processes_train_as_one(two, given, tmp_path):
-    """20 losses and the learnt weights within 1e-5; the same captions and scores of the test split."""
+    """20 losses within 1e-5; the same captions and scores of the test split."""
     done = quick(train, *given, "--out", tmp_path / "one")
     assert done.returncode == 0, done.stderr
     losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in (tmp_path / "one", two)]

@@ -220,6 +220,7 @@ def test_a_run_that_is_past_its_end_is_refused(whole, tmp_path):
     config["flags"]["epochs"] = 2
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     one_line_error(quick(train, "--resume", tmp_path / "run"), "config.json: flags: make 6 steps", "step 12")
+    assert (tmp_path / "run/log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
 
 
 def test_a_damaged_state_is_refused(flags, whole, tmp_path):  # noqa: F811
