@@ -17,6 +17,7 @@ import io
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,8 @@ from weights import replace_atomically, write_safetensors
 
 VIT = ViTConfig(image_size=shapes.SIDE, patch_size=16, width=128, depth=6, heads=4, mlp_width=512,
                 activation="gelu", norm_eps=1e-5)  # fmt: skip
-VOCABULARY = 480
+LM = LMConfig(vocab=480, width=160, depth=4, heads=4, kv_heads=2, head_width=40, mlp_width=448,
+              rope_theta=10000.0, norm_eps=1e-5, max_positions=256, tied=True, bos_id=1, eos_id=2)  # fmt: skip
 COLOURS, KINDS = list(shapes.COLOURS), list(shapes.KINDS)
 KEY_WORDS = [*COLOURS, *KINDS, *shapes.MOTIONS]  # each one piece of the tokenizer
 NOTHING = -1
@@ -209,10 +211,10 @@ def train_tokenizer(texts: list[str]) -> bytes:
     pieces = ["\u2581" + words.replace(" ", "\u2581") for words in [*nouns, *verbs, *KEY_WORDS]]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=VOCABULARY,
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=LM.vocab,
         user_defined_symbols=pieces,
         byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2,
-        pad_id=-1, unk_id=0, bos_id=1, eos_id=2, num_threads=1,
+        pad_id=-1, unk_id=0, bos_id=LM.bos_id, eos_id=LM.eos_id, num_threads=1,
     )  # fmt: skip
     return model.getvalue()
 
@@ -265,11 +267,7 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
     texts = [document(rng) for _ in range(count)]
     tokenizer = train_tokenizer([" ".join(t) for t in texts[:20000]])
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
-    config = LMConfig(
-        vocab=pieces.vocab_size(), width=160, depth=4, heads=4, kv_heads=2, head_width=40, mlp_width=448,
-        rope_theta=10000.0, norm_eps=1e-5, max_positions=256, tied=True, bos_id=pieces.bos_id(),
-        eos_id=pieces.eos_id(),
-    )  # fmt: skip
+    config = replace(LM, vocab=pieces.vocab_size())
     lm = CausalLM(config)
     nn.init.normal_(lm.embed.weight, std=0.05)  # it is the head too
     for block in lm.blocks:  # what a block adds grows from nothing, so that words are not drowned at the start

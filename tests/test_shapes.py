@@ -7,14 +7,13 @@ backwards is a clip to the right); what `describe` was given, as the truth for `
 import hashlib
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import cli
 import data
 import shapes
 from weights import InputError
@@ -180,9 +179,10 @@ def test_true_captions_are_captions_of_the_scene():
 
 
 @pytest.mark.parametrize(("content", "word"), [("{}", "test"), ('{"test": {}}', "empty"), ("{", "JSON")])
-def test_scoring_true_captions_names_what_is_wrong_with_the_folder(tmp_path, content, word):
+def test_scoring_true_captions_names_what_is_wrong_with_the_folder(tmp_path, content, word, monkeypatch, capsys):
     (tmp_path / "captions.json").write_text(content)
-    done = subprocess.run([sys.executable, "shapes.py", tmp_path], cwd=Path(__file__).parent.parent, text=True,
-                          capture_output=True)  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and word in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["shapes.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        cli.run(shapes.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and word in said and len(said.splitlines()) == 1

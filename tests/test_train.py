@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -35,6 +36,7 @@ import sources
 import train
 from devices import DTYPES
 from lm import CausalLM
+from metrics import meteor_data
 from tokens import load_tokenizer
 from vit import ViT
 from weights import InputError, read_safetensors
@@ -52,33 +54,40 @@ def python(*words, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True, **options)
 
 
-def quick(script, *words) -> subprocess.CompletedProcess:
-    """The same in a process split off this one, which has imported everything already."""
-    with TemporaryFile() as out, TemporaryFile() as err:
-        if not (child := os.fork()):
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
-            sys.argv = [script.__name__, *map(str, words)]
-            os.chdir(ROOT)
-            warnings.simplefilter("error")
-            code = 1
-            try:
-                cli.run(script.main)
-            except SystemExit as end:
-                code = end.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def split_off(script, words: tuple, out, err, **environment: str) -> int:
+    """Begins a script in a process split off this one, which has imported everything already; -> its number."""
+    if not (child := os.fork()):
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        sys.argv = [script.__name__, *map(str, words)]
+        os.environ.update(environment)
+        os.chdir(ROOT)
+        warnings.simplefilter("error")
+        code = 1
+        try:
+            cli.run(script.main)
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def quick(script, *words, environments: Sequence[dict] = ({},)) -> subprocess.CompletedProcess:
+    """The same in such a process, or in one for each of these environments at once; -> the first code that is not 0."""
+    with TemporaryFile("w+b", buffering=0) as out, TemporaryFile("w+b", buffering=0) as err:
+        children = [split_off(script, words, out, err, **environment) for environment in environments]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode())
-    return subprocess.CompletedProcess([script.__name__, *words], code, *texts)
+    return subprocess.CompletedProcess([script.__name__, *words], next(filter(None, codes), 0), *texts)
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +96,8 @@ def backbones(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("backbones")
     torch.manual_seed(0)
     pretrain.VIT = replace(pretrain.VIT, width=16, depth=2, heads=2, mlp_width=32)
-    pretrain.VOCABULARY = 400
+    pretrain.LM = replace(pretrain.LM, vocab=400, width=32, depth=2, heads=2, kv_heads=1, head_width=16, mlp_width=48)
+    meteor_data.load()  # for the processes that are split off from this one
     pretrain.pretrain_vit(folder / "vit", count=8, steps=1, batch_size=4, seed=0)
     pretrain.pretrain_lm(folder / "lm", count=300, steps=1, batch_size=2, seed=0)
     return folder
@@ -330,7 +340,7 @@ def test_what_the_user_gets_wrong_is_one_line(run, flags, backbones, tmp_path, m
     refused(train.main, [*flags, "--out", run], str(run), "--resume")
     refused(train.main, ["--resume", tmp_path / "gone"], "gone", "state.pt")
     one_line_error(python("evaluate.py", tmp_path / "gone"), "gone", "config.json")
-    one_line_error(python("evaluate.py", run, "--video", tmp_path / "gone.mp4"), "gone.mp4")
+    one_line_error(quick(evaluate, run, "--video", tmp_path / "gone.mp4"), "gone.mp4")
     refused(evaluate.main, [run, "--device", "abacus"], "abacus")
     refused(evaluate.main, [run, "--save", tmp_path / "gone/p.json"], "gone/p.json")
     refused(evaluate.main, [run, "--save", tmp_path], str(tmp_path), "name of a file")
@@ -394,7 +404,7 @@ def test_backbones_come_from_the_hub_and_in_shards(run, flags, backbones, tmp_pa
     names = {n: shard for shard, held in shards.items() for n in held}
     files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": names}).encode()
     server.publish(files, repo="owner/lm", revision="v1.0")
-    done = python("train.py", *flags, "--vit", "owner/vit", "--lm", "owner/lm@v1.0", "--out", tmp_path / "run")
+    done = quick(train, *flags, "--vit", "owner/vit", "--lm", "owner/lm@v1.0", "--out", tmp_path / "run")
     server.close()
     assert done.returncode == 0, done.stderr
     assert same_tensors(run / "last/adapter.safetensors", tmp_path / "run/last/adapter.safetensors")
@@ -402,7 +412,7 @@ def test_backbones_come_from_the_hub_and_in_shards(run, flags, backbones, tmp_pa
     assert [config["flags"][name] for name in ("vit", "lm")] == [f"owner/vit@{COMMIT}", f"owner/lm@{COMMIT}"]
     told = config["sha256"]
     assert {"lm/a.safetensors", "lm/b.safetensors", "lm/model.safetensors.index.json"} < told.keys()
-    assert python("evaluate.py", tmp_path / "run").returncode == 0
+    assert quick(evaluate, tmp_path / "run").returncode == 0
 
 
 LAYOUTS = {"msvd": lambda folder: test_corpora.msvd(folder, 12), "msrvtt": test_corpora.msrvtt,
