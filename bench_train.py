@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench_models import clip_b16, llama_160m
 from devices import keep_freed_memory
-from model import IGNORED, AdapterConfig, Captioner
+from model import IGNORED, AdapterConfig, Captioner, CausalLM, ViT
 
 B, T, K, S, RANK = 2, 8, 4, 224, 32
 
@@ -53,10 +53,13 @@ def batch(clips: int = B, frames: int = T, captions: int = K) -> tuple[Tensor, T
     return pixels, targets
 
 
-def ours(dtype: str, method: str = "qadapter", **shape) -> Captioner:
+def backbones(dtype: str) -> tuple[ViT, CausalLM]:
+    return clip_b16(dtype)[1], llama_160m(dtype)[1]
+
+
+def ours(vit: ViT, lm: CausalLM, method: str = "qadapter", **shape) -> Captioner:
     torch.manual_seed(0)
-    captioner = Captioner(clip_b16(dtype)[1], llama_160m(dtype)[1], Numbers(),
-                          AdapterConfig(method, rank=RANK, frames=T, **shape))  # fmt: skip
+    captioner = Captioner(vit, lm, Numbers(), AdapterConfig(method, rank=RANK, frames=T, **shape))
     with torch.no_grad():
         for name, parameter in captioner.trained().items():
             if name.endswith("lora_b"):
@@ -133,7 +136,7 @@ def rows_of(captioner: Captioner, frames: Tensor, targets: Tensor) -> tuple[Tens
 
 def assert_the_same_model() -> None:
     """In fp32, a clip with 2 captions: the loss within a relative 1e-5, gradients within 1e-3 of the largest."""
-    captioner = ours("fp32", "lora")
+    captioner = ours(*backbones("fp32"), "lora")
     peer = Peer(captioner, "fp32")
     frames, targets = batch(1, T, 2)
     total, count = captioner(frames, targets)
@@ -154,11 +157,11 @@ def job(kind: str):
     whose, what, *compiled = kind.split()
     if whose == "ours":
         keep_freed_memory()
-        captioner = ours("bf16", what)
+        captioner = ours(*backbones("bf16"), what)
         if compiled:
             captioner.compile_blocks()
         return partial(our_step, captioner, optimizer_of(captioner, True), *batch())
-    shape = ours("bf16", "lora")
+    shape = ours(*backbones("bf16"), "lora")
     peer = Peer(shape, "bf16", what)
     return partial(their_step, peer, optimizer_of(peer, False), *rows_of(shape, *batch()))
 
@@ -223,7 +226,7 @@ def operations(function) -> int:
 
 def share_rows(repeats: int) -> list[dict]:
     """What of the machine's own rate of bf16 products the frozen ViT, the whole step and one on kept features reach."""
-    captioner = ours("bf16")
+    captioner = ours(*backbones("bf16"))
     frames, targets = batch()
     optimizer = optimizer_of(captioner, True)
     pixels = captioner.vit.normalise(frames).to(captioner.dtype)
@@ -282,12 +285,13 @@ def compare_training(repeats: int) -> list[dict]:
 def compare_cost(repeats: int) -> list[dict]:
     """The time of a step with one clip when one of T, queries and K grows, and what each of the added ones costs."""
     keep_freed_memory()
+    models = backbones("bf16")
     rows, base = [], {"frame": T, "query": 16, "caption": K}
     for name, values in (("frame", (1, 2, 4, 8, 16, 32, 64)), ("query", (1, 4, 16, 64)), ("caption", (1, 4, 16))):
         before = None
         for value in values:
             asked = base | {name: value}
-            captioner, given = ours("bf16", queries=asked["query"]), batch(1, asked["frame"], asked["caption"])
+            captioner, given = ours(*models, queries=asked["query"]), batch(1, asked["frame"], asked["caption"])
             step = partial(our_step, captioner, optimizer_of(captioner, True), *given)
             row = {"what": f"a step, {value} {name}", "ms": 1e3 * seconds(step, max(3, repeats))}
             if before:
