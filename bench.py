@@ -1,8 +1,8 @@
 """Benchmarks: what this project computes beside the tools that compute the same, on the same input, in one run.
 
-The output is compared with the other's before any figure is printed. Scorers and loading run in a process of their own
-each (bench_processes.py). Models run by turns in one (bench_models.py), as do the ways to read a video (bench_data.py);
-training steps by turns in several (bench_train.py).
+Where there is such a tool, its output is compared with ours before any figure is printed. Scorers and loading run in a
+process of their own each (bench_processes.py). Models run by turns in one (bench_models.py), as do the ways to read a
+video (bench_data.py); training steps by turns in several (bench_train.py).
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -37,7 +38,9 @@ BENCHMARKS = {  # name: function of the number of repeats -> rows of figures
 def machine(packages=("numpy", "torch", "transformers", "peft", "pycocoevalcap", "av")) -> dict:
     """What the figures were taken on and with."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    java = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr.splitlines()
+    java = []
+    if shutil.which("java"):
+        java = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr.splitlines()
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "cpu": f"{cpu.group(1) if cpu else platform.machine()}, {os.cpu_count()} cores",
@@ -74,6 +77,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.repeats < 1:
         parser.error(f"--repeats: is {given.repeats}, expected at least 1")
+    if given.json and not os.access(Path(given.json).resolve().parent, os.W_OK):
+        parser.error(f"--json: {given.json} cannot be written")
     chosen, about = sum(given.only, []), machine()
     groups = []
     for name, function in BENCHMARKS.items():

@@ -200,10 +200,10 @@ def compare_metrics(repeats: int) -> list[dict]:
 
 
 def load(folder: str) -> float:
-    """Loads a model and reads every weight once; of "nothing" it only imports what that needs."""
+    """Loads a model and adds up every weight; of "nothing" it only imports what that needs."""
     from lm import CausalLM
 
-    return 0.0 if folder == "nothing" else float(sum(p.sum() for p in CausalLM.from_pretrained(folder).parameters()))
+    return 0.0 if folder == "nothing" else sum(p.sum().item() for p in CausalLM.from_pretrained(folder).parameters())
 
 
 def compare_loading(repeats: int) -> list[dict]:
@@ -212,11 +212,13 @@ def compare_loading(repeats: int) -> list[dict]:
 
     shape = dict(hidden_size=1024, num_hidden_layers=14, num_attention_heads=16, num_key_value_heads=16)
     model, rows = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=3072)), []
+    expected, (_, nothing) = sum(p.sum().item() for p in model.parameters()), measured("load", "nothing")
     for label, shard in (("one file", "9GB"), ("shards of 300 MB", "300MB")):
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder, max_shard_size=shard)
             size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 2**20
-            before, peak = (measured("load", given)[1]["MB"] for given in ("nothing", folder))
-        share = (peak - before) / size
-        rows.append({"what": f"loading {size:.0f} MB, {label}", "MB": peak - before, "of its size": share})
+            found, loaded = measured("load", folder)
+        assert abs(found - expected) < 1e-4 * abs(expected), f"{label}: the weights add up to {found}, not {expected}"
+        taken = loaded["MB"] - nothing["MB"]
+        rows.append({"what": f"loading {size:.0f} MB, {label}", "MB": taken, "of its size": taken / size})
     return rows

@@ -36,6 +36,7 @@ from weights import replace_atomically, write_safetensors
 
 VIT = ViTConfig(image_size=shapes.SIDE, patch_size=16, width=128, depth=6, heads=4, mlp_width=512,
                 activation="gelu", norm_eps=1e-5)  # fmt: skip
+# vocab: so many pieces at most; the model has as many as the tokenizer then finds.
 LM = LMConfig(vocab=480, width=160, depth=4, heads=4, kv_heads=2, head_width=40, mlp_width=448,
               rope_theta=10000.0, norm_eps=1e-5, max_positions=256, tied=True, bos_id=1, eos_id=2)  # fmt: skip
 COLOURS, KINDS = list(shapes.COLOURS), list(shapes.KINDS)

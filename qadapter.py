@@ -159,7 +159,7 @@ class QAdapter(nn.Module):
         kept = images.new_empty(len(images), len(self.blocks), tokens, width)  # (B*T, L, P, D)
         at_once = max(1, TOKENS_AT_ONCE["cpu" if images.device.type == "cpu" else "gpu"] // tokens)
         for some, into in zip(images.split(at_once), kept.split(at_once), strict=True):
-            z = vit.embed(some)  # (at_once, P, D)
+            z = vit.embed(some)  # (at_once or fewer, P, D)
             for i, block in enumerate(vit.blocks):
                 z = block(z)
                 if i >= self.first:

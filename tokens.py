@@ -41,9 +41,10 @@ class Tokenizer:
         return self.pieces.encode([self.space + text for text in texts])
 
     def decode(self, rows: list[list[int]]) -> list[str]:
-        """Ids of several texts -> the texts. Ids beyond the tokenizer's, which some models have, are no text."""
+        """Ids of several texts -> the texts, each one line. Ids beyond the tokenizer's, which some models have, are no
+        text."""
         texts = self.pieces.decode([[i for i in row if i < len(self)] for row in rows])
-        return [text.strip() for text in texts]
+        return [" ".join(text.split()) for text in texts]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import backbones, flags, one_line_error, quick  # noqa: F401, two of them fixtures
+from test_train import one_line_error, quick
 
 import runs
 import train
@@ -26,7 +26,7 @@ SHORT = ["--save-every", 2]  # of 12 steps; validations are after 6 and 12
 
 
 @pytest.fixture(scope="session")
-def whole(flags, tmp_path_factory) -> Path:  # noqa: F811
+def whole(flags, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     done = quick(train, *flags, *SHORT, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def kill_self() -> None:
 
 
 @pytest.fixture(scope="session")
-def writes(flags, tmp_path_factory) -> int:  # noqa: F811
+def writes(flags, tmp_path_factory) -> int:
     """How many writes a whole run is."""
     folder = tmp_path_factory.mktemp("count")
     with pytest.MonkeyPatch.context() as patch:
@@ -85,7 +85,7 @@ def writes(flags, tmp_path_factory) -> int:  # noqa: F811
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_killed_run_goes_on_as_if_nothing_had_been(seed, flags, whole, writes, tmp_path):  # noqa: F811
+def test_a_killed_run_goes_on_as_if_nothing_had_been(seed, flags, whole, writes, tmp_path):
     """SIGKILL at a random step (8 runs) or at a random write (12), every third run twice; seeds 0 to 19."""
     rng, out = random.Random(seed), tmp_path / "run"
     for turn in range(1 + (seed % 3 == 0)):
@@ -102,8 +102,50 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(seed, flags, whole, writes,
     assert left(out) == left(whole)
 
 
+def test_a_kill_at_each_moment_of_a_checkpoint_leaves_the_old_or_the_new(whole, tmp_path):
+    """SIGKILL before the n-th write, n = 1, 2, ..., until none is left: what is read then, and after `take`, is a whole
+    checkpoint, the old one at first and from some n on the new one."""
+    captioner, _ = runs.load_run(whole, "last")
+    old, found = (whole / "last/adapter.safetensors").read_bytes(), []
+    for n in range(1, 100):
+        out = tmp_path / str(n)
+        shutil.copytree(whole, out)
+        if not (child := os.fork()):
+            with pytest.MonkeyPatch.context() as patch:
+                Killed(patch, WRITES, n, kill_self)
+                runs.save_checkpoint(out / "last", captioner, {"new": "1"}, {"step": 99})
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        before = runs.checkpoint(out, "last")
+        new = before.read_bytes() != old
+        assert torch.load(before.with_name("state.pt"), weights_only=True)["step"] == (99 if new else 12)
+        os.close(runs.take(out))
+        after = runs.checkpoint(out, "last")
+        assert after == out / "last/adapter.safetensors" and (after.read_bytes() != old) == new
+        assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+        found.append(new)
+        if ended == 0:
+            break
+    assert n > 8 and found == sorted(found) and {*found} == {False, True}
+
+
+def test_a_checkpoint_and_a_row_are_on_the_disk_before_what_follows(whole, tmp_path, monkeypatch):
+    """Each file's data, its rename, its folder; then the two folders' renames and theirs. A row: its data."""
+    captioner, _ = runs.load_run(whole, "last")
+    shutil.copytree(whole / "last", tmp_path / "last")
+    calls = []
+    for name in ("fsync", "replace", "rename"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (calls.append(n), r(*a))[1])
+    runs.save_checkpoint(tmp_path / "last", captioner, {}, {"step": 1})
+    assert calls == ["fsync", "replace", "fsync"] * 2 + ["rename", "rename", "fsync"]
+    calls.clear()
+    runs.add_row(tmp_path / "log.jsonl", {"step": 1})
+    assert calls == ["fsync"]
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(seed, flags, whole, tmp_path):  # noqa: F811
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(seed, flags, whole, tmp_path):
     """ENOSPC after a random number of bytes, from one write or from all that follow; seeds 0 to 5."""
     out, room = tmp_path / "run", random.Random(seed).randint(60_000, 200_000)  # a checkpoint and config.json: 40,000
 
@@ -130,7 +172,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(seed, flags, whol
     assert left(out) == left(whole)
 
 
-def test_a_log_that_cannot_be_written_is_one_line(flags, whole, tmp_path, monkeypatch):  # noqa: F811
+def test_a_log_that_cannot_be_written_is_one_line(flags, whole, tmp_path, monkeypatch):
     """Half a row is written, then the disk is full: `--resume` ends as the whole run did."""
     out, plain = tmp_path / "run", builtins.open
 
@@ -162,7 +204,7 @@ def test_a_log_that_cannot_be_written_is_one_line(flags, whole, tmp_path, monkey
     assert left(out) == left(whole)
 
 
-def test_a_run_has_one_writer(flags, whole, tmp_path):  # noqa: F811
+def test_a_run_has_one_writer(flags, whole, tmp_path):
     """While the lock is held neither a run that goes on nor one that begins there changes a file."""
     out, new = tmp_path / "run", tmp_path / "new"
     shutil.copytree(whole, out)
@@ -177,7 +219,7 @@ def test_a_run_has_one_writer(flags, whole, tmp_path):  # noqa: F811
     assert quick(train, "--resume", out).returncode == 0
 
 
-def test_a_folder_without_config_is_no_run_yet(flags, whole, tmp_path):  # noqa: F811
+def test_a_folder_without_config_is_no_run_yet(flags, whole, tmp_path):
     """What a kill before config.json leaves is written over by a run that begins there, and refused to `--resume`."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -187,7 +229,7 @@ def test_a_folder_without_config_is_no_run_yet(flags, whole, tmp_path):  # noqa:
     assert left(out) == left(whole)
 
 
-def test_a_loss_that_is_not_finite_names_step_and_clips(flags, tmp_path):  # noqa: F811
+def test_a_loss_that_is_not_finite_names_step_and_clips(flags, tmp_path):
     """Infinity among the kept features of one training clip: its first step is named, and it alone of its batch."""
     kept = ["--cache-features", "--last-blocks", 1, "--cache", tmp_path / "kept"]
     assert quick(train, *flags, *SHORT, *kept, "--out", tmp_path / "good").returncode == 0
@@ -204,7 +246,7 @@ def test_a_loss_that_is_not_finite_names_step_and_clips(flags, tmp_path):  # noq
     assert good["step"] == 12 and bad["step"] == (step - 1) // 2 * 2
 
 
-def test_a_lost_half_of_a_checkpoint_is_refused(flags, whole, tmp_path):  # noqa: F811
+def test_a_lost_half_of_a_checkpoint_is_refused(flags, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     (out / "last/state.pt").unlink()
@@ -223,7 +265,7 @@ def test_a_run_that_is_past_its_end_is_refused(whole, tmp_path):
     assert (tmp_path / "run/log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
 
 
-def test_a_damaged_state_is_refused(flags, whole, tmp_path):  # noqa: F811
+def test_a_damaged_state_is_refused(flags, whole, tmp_path):
     """Nothing in it; 40 times three random bytes changed (seeds 0 to 39), which may also do no harm; another shape."""
     good, optimizer = (whole / "last/state.pt").read_bytes(), None
     captioner, _ = runs.load_run(whole, "last")
@@ -249,7 +291,7 @@ def test_a_damaged_state_is_refused(flags, whole, tmp_path):  # noqa: F811
         load(good)
 
 
-def test_a_run_goes_on_with_data_that_moved(flags, whole, tmp_path):  # noqa: F811
+def test_a_run_goes_on_with_data_that_moved(flags, whole, tmp_path):
     """`--data` beside `--resume` is what the run's config says from then on."""
     shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(flags[-1], tmp_path / "moved", copy_function=shutil.copy2)

@@ -7,8 +7,10 @@ backwards is a clip to the right); what `describe` was given, as the truth for `
 import hashlib
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,3 +188,10 @@ def test_scoring_true_captions_names_what_is_wrong_with_the_folder(tmp_path, con
         cli.run(shapes.main)
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.startswith("error: ") and word in said and len(said.splitlines()) == 1
+
+
+def test_the_script_does_the_same():
+    """Without an error, too: nothing but the flags is read."""
+    done = subprocess.run([sys.executable, "shapes.py", "--help"], cwd=Path(__file__).parent.parent,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and "test split" in done.stdout and not done.stderr

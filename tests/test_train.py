@@ -15,7 +15,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -29,23 +28,19 @@ from test_hub import COMMIT, Server
 import cli
 import evaluate
 import flags as flags_of_train
-import pretrain
+import hub
 import runs
 import shapes
 import sources
 import train
 from devices import DTYPES
 from lm import CausalLM
-from metrics import meteor_data
 from tokens import load_tokenizer
 from vit import ViT
 from weights import InputError, read_safetensors
 
 ROOT = Path(__file__).parent.parent
 ALONE = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-QUICK = ["--clips", "12", "4", "6", "--batch-size", "4", "--epochs", "4", "--eval-every", "2", "--log-every", "1",
-         "--workers", "1", "--device", "cpu", "--queries", "4", "--rank", "4", "--heads", "2", "--last-blocks", "0",
-         "--captions-per-clip", "2", "--precision", "fp32"]  # fmt: skip
 
 
 def python(*words, **options) -> subprocess.CompletedProcess:
@@ -54,7 +49,7 @@ def python(*words, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True, **options)
 
 
-def split_off(script, words: tuple, out, err, **environment: str) -> int:
+def split_off(script, words: Sequence, out, err, environment: dict) -> int:
     """Begins a script in a process split off this one, which has imported everything already; -> its number."""
     if not (child := os.fork()):
         os.dup2(out.fileno(), 1)
@@ -78,35 +73,39 @@ def split_off(script, words: tuple, out, err, **environment: str) -> int:
     return child
 
 
-def quick(script, *words, environments: Sequence[dict] = ({},)) -> subprocess.CompletedProcess:
-    """The same in such a process, or in one for each of these environments at once; -> the first code that is not 0."""
+def codes_of(children: list[int], patience: float = 120) -> list[int]:
+    """The exit codes of processes; one that still runs 5 seconds after another failed is killed."""
+    codes, last = {}, time.monotonic() + patience
+    try:
+        while len(codes) < len(children):
+            for child in children:
+                if child not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
+                    codes[child] = os.waitstatus_to_exitcode(ended[1])
+                    last = min(last, time.monotonic() + 5) if codes[child] else last
+            if time.monotonic() > last:
+                break
+            time.sleep(0.005)
+    finally:
+        for child in children:
+            if child not in codes:
+                os.kill(child, signal.SIGKILL)
+                codes[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return [codes[child] for child in children]
+
+
+def quick(script, *words, environments: Sequence[dict] = ({},), meanwhile=None) -> subprocess.CompletedProcess:
+    """A script in a process split off this one, or in one for each of these environments at once. `meanwhile` is called
+    with their numbers. -> the first exit code that is not 0, and what all of them print."""
     with TemporaryFile("w+b", buffering=0) as out, TemporaryFile("w+b", buffering=0) as err:
-        children = [split_off(script, words, out, err, **environment) for environment in environments]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        children = [split_off(script, words, out, err, environment) for environment in environments]
+        if meanwhile:
+            meanwhile(children)
+        code = next(filter(None, codes_of(children)), 0)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode())
-    return subprocess.CompletedProcess([script.__name__, *words], next(filter(None, codes), 0), *texts)
-
-
-@pytest.fixture(scope="session")
-def backbones(tmp_path_factory) -> Path:
-    """Two tiny backbones; the language model's second copy, `other-lm`, differs in one weight."""
-    folder = tmp_path_factory.mktemp("backbones")
-    torch.manual_seed(0)
-    pretrain.VIT = replace(pretrain.VIT, width=16, depth=2, heads=2, mlp_width=32)
-    pretrain.LM = replace(pretrain.LM, vocab=400, width=32, depth=2, heads=2, kv_heads=1, head_width=16, mlp_width=48)
-    meteor_data.load()  # for the processes that are split off from this one
-    pretrain.pretrain_vit(folder / "vit", count=8, steps=1, batch_size=4, seed=0)
-    pretrain.pretrain_lm(folder / "lm", count=300, steps=1, batch_size=2, seed=0)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def flags(backbones, tmp_path_factory) -> list:
-    data = tmp_path_factory.mktemp("data") / "shapes"
-    return [*QUICK, "--vit", backbones / "vit", "--lm", backbones / "lm", "--data", data]
+    return subprocess.CompletedProcess([script.__name__, *words], code, *texts)
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +141,9 @@ def test_a_run_leaves_what_it_promises(run):
     said = (run / "stdout.txt").read_text()
     assert said.count("reference  ") == 5 and "trained: " in said and "left 0:0" in said
     test = json.loads((run / "test.json").read_text())
-    assert len(test["captions"]) == 6 and {"Bleu_4", "ROUGE_L", "CIDEr", "shapes right"} <= set(test["scores"])
+    assert len(set(test["captions"].values())) == 6 and test["scores"]["CIDEr"] > 0, "captions tell clips apart"
+    assert (run / "best/adapter.safetensors").read_bytes() != (run / "last/adapter.safetensors").read_bytes()
+    assert {"Bleu_4", "ROUGE_L", "CIDEr", "shapes right"} <= set(test["scores"])
 
 
 def test_the_backbones_are_not_changed(run, flags, backbones):
@@ -393,7 +394,7 @@ def test_backbones_come_from_the_hub_and_in_shards(run, flags, backbones, tmp_pa
     """
     server = Server()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
     server.publish({p.name: p.read_bytes() for p in (backbones / "vit").iterdir()}, repo="owner/vit")
     files = {p.name: p.read_bytes() for p in (backbones / "lm").iterdir()}
     tensors = read_safetensors(backbones / "lm/model.safetensors")
