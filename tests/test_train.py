@@ -98,14 +98,16 @@ def quick(script, *words, environments: Sequence[dict] = ({},), meanwhile=None) 
     with their numbers. -> the first exit code that is not 0, and what all of them print."""
     with TemporaryFile("w+b", buffering=0) as out, TemporaryFile("w+b", buffering=0) as err:
         children = [split_off(script, words, out, err, environment) for environment in environments]
-        if meanwhile:
-            meanwhile(children)
-        code = next(filter(None, codes_of(children)), 0)
+        try:
+            if meanwhile:
+                meanwhile(children)
+        finally:
+            codes = codes_of(children)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode())
-    return subprocess.CompletedProcess([script.__name__, *words], code, *texts)
+    return subprocess.CompletedProcess([script.__name__, *words], next(filter(None, codes), 0), *texts)
 
 
 @pytest.fixture(scope="session")
