@@ -111,11 +111,15 @@ def test_a_kill_at_each_moment_of_a_checkpoint_leaves_the_old_or_the_new(whole, 
         out = tmp_path / str(n)
         shutil.copytree(whole, out)
         if not (child := os.fork()):
-            with pytest.MonkeyPatch.context() as patch:
-                Killed(patch, WRITES, n, kill_self)
-                runs.save_checkpoint(out / "last", captioner, {"new": "1"}, {"step": 99})
-            os._exit(0)
+            try:
+                with pytest.MonkeyPatch.context() as patch:
+                    Killed(patch, WRITES, n, kill_self)
+                    runs.save_checkpoint(out / "last", captioner, {"new": "1"}, {"step": 99})
+                os._exit(0)
+            finally:
+                os._exit(1)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert ended in (-signal.SIGKILL, 0)
         before = runs.checkpoint(out, "last")
         new = before.read_bytes() != old
         assert torch.load(before.with_name("state.pt"), weights_only=True)["step"] == (99 if new else 12)
