@@ -60,6 +60,16 @@ def test_an_id_beyond_the_tokenizer_s_has_no_text():
     assert tokenizer.decode([[26, *ids[:2], 99, *ids[2:]], [26]]) == ["a dog runs", ""]
 
 
+def test_a_text_is_one_line():
+    """Sentencepiece's own text of byte tokens that are line breaks has several."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(TINY_LM / "tokenizer.model"))
+    breaks = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in (0x0A, 0x0D, 0x0B, 0x0C)]
+    ids = pieces.encode("a red circle")
+    ids = [ids[0], *breaks, *ids[1:], breaks[0]]
+    assert len(pieces.decode(ids).splitlines()) > 3
+    assert load_tokenizer(TINY_LM).decode([ids]) == ["a red circle"]
+
+
 def test_the_demo_s_texts_are_encoded_as_sentencepiece_does():
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(TINY_LM / "tokenizer.model"))
     texts = ["a red circle moves left", "a video of"]
