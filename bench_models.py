@@ -125,7 +125,7 @@ def compare_lm(repeats: int) -> list[dict]:
 # ------------------------------------------------------------------------------------- decoding
 
 
-def likes_eos(theirs, ours, spread: float) -> None:
+def draw_eos(theirs, ours, spread: float) -> None:
     """Draws EOS's row of both heads; the larger its spread, the more texts end early."""
     row = torch.randn(ours.config.width, generator=torch.Generator().manual_seed(0)) * spread
     for head in (theirs.lm_head, ours.head):
@@ -181,6 +181,6 @@ def compare_decoding(repeats: int) -> list[dict]:
     for dtype in DTYPES:
         models = llama_160m(dtype)
         for spread, kinds in ((0.12, ((16, 1), (16, 5), (8, 5))), (0.4, ((16, 1), (16, 5)))):
-            likes_eos(*models, spread)
+            draw_eos(*models, spread)
             rows += [decoding_row(*models, dtype, texts, beams, repeats) for texts, beams in kinds]
     return rows

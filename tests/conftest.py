@@ -29,8 +29,7 @@ def real() -> Path:
 
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory) -> Path:
-    """Two tiny backbones, seed 0. The language model's weights are so large that what it says depends on all it reads.
-    """
+    """Two tiny backbones, seed 0. The language model's weights are large: what it says depends on all that it reads."""
     folder = tmp_path_factory.mktemp("backbones")
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:

@@ -190,8 +190,8 @@ def test_scoring_true_captions_names_what_is_wrong_with_the_folder(tmp_path, con
     assert end.value.code == 2 and said.startswith("error: ") and word in said and len(said.splitlines()) == 1
 
 
-def test_the_script_does_the_same():
-    """Without an error, too: nothing but the flags is read."""
+def test_it_is_a_script():
+    """Started as the README does; with --help nothing is read."""
     done = subprocess.run([sys.executable, "shapes.py", "--help"], cwd=Path(__file__).parent.parent,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0 and "test split" in done.stdout and not done.stderr
