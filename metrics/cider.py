@@ -1,66 +1,66 @@
-"""CIDEr as caption papers report it, which is CIDEr-D (n = 1..4, sigma 6, times 10).
+"""CIDEr as caption papers report it: CIDEr-D with n = 1..4, sigma 6, times 10. Read `plain.py` first.
 
-A caption is four vectors, one an n-gram order, of count times idf; the idf of an n-gram comes
-from the videos being scored, so a score depends on the set, and a set of one video scores 0.
-CIDEr-D clips the hypothesis' counts to the reference's and punishes a difference in length.
+A caption is four vectors of count times idf, one for each n. The idf of an n-gram comes from the scored videos. So a
+score depends on the whole set, and a set of one video scores 0. CIDEr-D clips the hypothesis' counts to the
+reference's and penalises a difference in length.
 
-The reference's behaviour, kept here: the "length" of a caption is its number of *bigrams*, which
-changes nothing but the distance from an empty caption, whose similarity is 0 anyway; and captions of
-fewer than four words have no 4-grams, so even a perfect one cannot reach 10.
+Behaviour of pycocoevalcap, kept here: the length of a caption is its number of *bigrams*, which only changes the
+distance from an empty caption, whose similarity is 0 anyway. A caption of fewer than four words has no 4-grams, so
+even a perfect one cannot reach 10.
+
+Shapes: V videos, R references of all videos, D distinct n-grams of one n.
 
 References
-[1] Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, CVPR 2015 (CIDEr-D:
-    section 5).
-[2] Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv 1504.00325,
-    2015.
+[1] Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, CVPR 2015.
+[2] Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv 1504.00325, 2015.
 """
 
 import numpy as np
 
-from .ngrams import ORDERS, find, sums
+from .ngrams import MAX_N, find_sorted, sum_by_index
 
 SIGMA = 6.0
 
 
-def idf(corpus, order):
-    """ln(videos) - ln(videos that have the gram in a reference, at least 1): (distinct grams,)."""
-    references, _ = corpus.split(order)
-    size = max(references.size, 1)
-    seen = np.unique(corpus.owner[references.row] * size + references.gram) % size
-    return np.log(corpus.videos) - np.log(np.maximum(np.bincount(seen, minlength=size), 1))
+def inverse_document_frequency(counts, n):
+    """ln(videos) - ln(videos with the n-gram in a reference, at least 1): (D,)."""
+    references, _ = counts.split(n)
+    stride = max(references.num_distinct, 1)
+    ngram = np.unique(counts.video[references.row] * stride + references.ngram) % stride  # once per video
+    return np.log(counts.num_videos) - np.log(np.maximum(np.bincount(ngram, minlength=stride), 1))
 
 
-def similarity(corpus, order):
-    """Clipped cosine of each reference with its video's hypothesis, one order: (references,)."""
-    weight = idf(corpus, order)
-    references, hypotheses = corpus.split(order)
-    size = max(references.size, 1)
-    r_value = references.count * weight[references.gram]
-    h_value = hypotheses.count * weight[hypotheses.gram]
-    r_norm = np.sqrt(sums(references.row, r_value**2, corpus.references))
-    h_video = corpus.owner[hypotheses.row]
-    h_norm = np.sqrt(sums(h_video, h_value**2, corpus.videos))
+def clipped_cosine(counts, n):
+    """Clipped cosine similarity of each reference with its video's hypothesis, for one n: (R,)."""
+    idf = inverse_document_frequency(counts, n)
+    references, hypotheses = counts.split(n)
+    stride = max(references.num_distinct, 1)
+    ref_value = references.count * idf[references.ngram]
+    hyp_value = hypotheses.count * idf[hypotheses.ngram]
+    ref_norm = np.sqrt(sum_by_index(references.row, ref_value**2, counts.num_references))  # (R,)
+    hyp_video = counts.video[hypotheses.row]
+    hyp_norm = np.sqrt(sum_by_index(hyp_video, hyp_value**2, counts.num_videos))  # (V,)
 
-    owner = corpus.owner[references.row]
-    at, found = find(h_video * size + hypotheses.gram, owner * size + references.gram)
-    product = np.minimum(h_value[at[found]], r_value[found]) * r_value[found]
-    dot = sums(references.row[found], product, corpus.references)
-    norms = r_norm * h_norm[corpus.owner[: corpus.references]]
+    ref_video = counts.video[references.row]
+    index, is_found = find_sorted(hyp_video * stride + hypotheses.ngram, ref_video * stride + references.ngram)
+    product = np.minimum(hyp_value[index[is_found]], ref_value[is_found]) * ref_value[is_found]
+    dot = sum_by_index(references.row[is_found], product, counts.num_references)  # (R,)
+    norms = ref_norm * hyp_norm[counts.video[: counts.num_references]]
     return np.divide(dot, norms, out=np.zeros_like(dot), where=norms != 0)
 
 
-def score(corpus):
-    """CIDEr of an `ngrams.Corpus`: (corpus score, per-video scores (videos,)), 0..10.
+def score(counts):
+    """CIDEr, 0..10, of NgramCounts: (corpus score, per-video scores (V,)).
 
-    Raises ValueError where every reference is empty (the reference fails there too).
+    Raises ValueError if every reference is empty (pycocoevalcap fails there too).
     """
-    count = corpus.references
-    if not corpus.length[:count].any():
+    num_references = counts.num_references
+    if not counts.length[:num_references].any():
         raise ValueError("CIDEr: every reference is empty, expected at least one word")
-    owner = corpus.owner[:count]
-    bigrams = np.maximum(corpus.length - 1, 0)
-    apart = (bigrams[count:][owner] - bigrams[:count]).astype(float)
-    near = np.exp(-(apart**2) / (2 * SIGMA**2))
-    mean = sum(similarity(corpus, n) for n in range(1, ORDERS + 1)) / ORDERS
-    per_video = sums(owner, mean * near, corpus.videos) / np.bincount(owner) * 10
+    video = counts.video[:num_references]  # (R,)
+    bigrams = np.maximum(counts.length - 1, 0)
+    difference = (bigrams[num_references:][video] - bigrams[:num_references]).astype(float)
+    length_penalty = np.exp(-(difference**2) / (2 * SIGMA**2))
+    similarity = sum(clipped_cosine(counts, n) for n in range(1, MAX_N + 1)) / MAX_N  # (R,)
+    per_video = sum_by_index(video, similarity * length_penalty, counts.num_videos) / np.bincount(video) * 10  # (V,)
     return float(np.mean(per_video)), per_video

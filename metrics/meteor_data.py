@@ -1,14 +1,14 @@
-"""METEOR 1.5's English tables, read from where they are installed; none is part of this code.
+"""METEOR 1.5's English tables, read from where they are installed. None of them is part of this code.
 
-Two files hold them, both in the folder `meteor/` of an installed pycocoevalcap: a zip (the
-program's jar; nothing in it is run) with function words, non-breaking prefixes, synonyms and
-irregular forms, and a gz with 5.3 million paraphrases (`meteor_paraphrases.py`).
+Two files hold them, both in the folder `meteor/` of an installed pycocoevalcap: a zip (the program's jar; nothing in
+it is run) with function words, non-breaking prefixes, synonyms and irregular forms, and a gz with 5.3 million
+paraphrases (`meteor_paraphrases.py`).
 
 References
-[1] Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation for Any Target
-    Language, WMT 2014 (function words).
-[2] Miller, WordNet: A Lexical Database for English, Communications of the ACM 38(11), 1995
-    (synonyms and irregular forms).
+[1] Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation for Any Target Language, WMT 2014
+    (function words).
+[2] Miller, WordNet: A Lexical Database for English, Communications of the ACM 38(11), 1995 (synonyms, irregular forms
+    and rules of detachment).
 """
 
 import importlib.util
@@ -25,9 +25,9 @@ from .meteor_text import Prefixes
 
 JAR = "meteor-1.5.jar"
 PARAPHRASES = "paraphrase-en.gz"
-last_loaded = {}  # "found": paths of the files, "tables": what was read from them
-# How an English noun, verb, adjective or adverb is turned into a base form: the first that exists.
-ENDINGS = (
+last_loaded = {}  # "files": paths that `find_files` returned, "tables": Tables that were read from them
+# (suffix, replacement) for English nouns, verbs, adjectives and adverbs. The first one that leads to a known word wins.
+DETACHMENT_RULES = (
     ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
     ("men", "man"), ("ies", "y"), ("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"),
     ("ed", ""), ("ing", "e"), ("ing", ""), ("er", ""), ("est", ""), ("er", "e"), ("est", "e"),
@@ -35,52 +35,52 @@ ENDINGS = (
 
 
 @dataclass(frozen=True)
-class Words:
-    """Tables from the zip: function words, prefixes, synonyms and irregular forms."""
+class WordTables:
+    """Tables from the zip: function words, non-breaking prefixes, synonyms and irregular forms."""
 
-    function: frozenset = frozenset()
+    function_words: frozenset = frozenset()
     prefixes: Prefixes = Prefixes()
-    synsets: dict = field(default_factory=dict)  # word -> ids, one string, separated by spaces
-    bases: dict = field(default_factory=dict)  # irregular form -> list of base forms
+    synsets: dict = field(default_factory=dict)  # word -> ids of synonym sets, one string, separated by spaces
+    irregular_forms: dict = field(default_factory=dict)  # irregular form -> list of base forms
 
-    def base(self, word):
+    def base_form(self, word):
         """The form of `word` that the synonym table has, or ""."""
         if word.endswith("ss") or len(word) <= 2:
             return word
-        for suffix, ending in ENDINGS:
+        for suffix, replacement in DETACHMENT_RULES:
             if word.endswith(suffix):
-                stem = word[: len(word) - len(suffix)] + ending
-                if stem in self.synsets:
-                    return stem
+                base = word[: len(word) - len(suffix)] + replacement
+                if base in self.synsets:
+                    return base
         return ""
 
-    def meanings(self, word):
+    def synset_ids(self, word):
         """Ids of the synonym sets of a word and of its base forms (set of str)."""
-        bases = self.bases.get(word) or [self.base(word)]
+        bases = self.irregular_forms.get(word) or [self.base_form(word)]
         return {i for form in (word, *bases) for i in self.synsets.get(form, "").split()}
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What METEOR can use: `words` and `paraphrases` are None where their file is missing."""
+    """The tables that METEOR can use. `words` or `paraphrases` is None if its file is missing."""
 
-    words: Words | None = None
+    words: WordTables | None = None
     paraphrases: Paraphrases | None = None
 
-    def modules(self):
+    def matchers(self):
         """Names of the matchers that these tables allow, in METEOR's order."""
-        extra = [("synonym", self.words), ("paraphrase", self.paraphrases)]
-        return ["exact", "stem"] + [name for name, table in extra if table is not None]
+        optional = [("synonym", self.words), ("paraphrase", self.paraphrases)]
+        return ["exact", "stem"] + [name for name, table in optional if table is not None]
 
 
-# --- the zip --------------------------------------------------------------------------------------
+# --- the zip ------------------------------------------------------------------------------------------------------
 
 
-def read_words(path):
-    """Words of METEOR's zip. Raises InputError where the file is no such zip."""
+def read_word_tables(path):
+    """WordTables from METEOR's zip. Raises InputError for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            function, prefixes, synsets, exceptions = (
+            function_words, prefixes, synsets, exceptions = (
                 archive.read(name).decode("utf-8").split("\n")
                 for name in (
                     "function/english.words",
@@ -91,58 +91,57 @@ def read_words(path):
             )
     except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path}: {error}, expected METEOR 1.5's jar") from error
-    entries = [line.split() for line in prefixes if line.strip() and not line.startswith("#")]
-    bases = {}
+    prefix_lines = [line.split() for line in prefixes if line.strip() and not line.startswith("#")]
+    irregular_forms = {}
     for base, forms in zip(exceptions[0::2], exceptions[1::2], strict=False):
         for form in forms.split():
-            bases.setdefault(form, []).append(base)
-    return Words(
-        function=frozenset(word.strip() for word in function if word.strip()),
+            irregular_forms.setdefault(form, []).append(base)
+    return WordTables(
+        function_words=frozenset(word.strip() for word in function_words if word.strip()),
         prefixes=Prefixes(
-            always=frozenset(entry[0] for entry in entries if len(entry) == 1),
-            before_digit=frozenset(entry[0] for entry in entries if len(entry) > 1),
+            always=frozenset(fields[0] for fields in prefix_lines if len(fields) == 1),
+            before_digit=frozenset(fields[0] for fields in prefix_lines if len(fields) > 1),
         ),
         synsets=dict(zip(synsets[0::2], synsets[1::2], strict=False)),
-        bases=bases,
+        irregular_forms=irregular_forms,
     )
 
 
-# --- where the files are --------------------------------------------------------------------------
+# --- where the files are ------------------------------------------------------------------------------------------
 
 
-def folders(given=None):
-    """Folders to look in: the one given, else METEOR_DATA's, else an installed pycocoevalcap's."""
-    chosen = given or os.environ.get("METEOR_DATA")
-    if chosen:
-        return [Path(chosen, part) for part in ("", "data", "meteor", "meteor/data")]
+def search_folders(folder=None):
+    """Folders to look in: `folder`, else the environment's METEOR_DATA, else an installed pycocoevalcap's."""
+    folder = folder or os.environ.get("METEOR_DATA")
+    if folder:
+        return [Path(folder, part) for part in ("", "data", "meteor", "meteor/data")]
     package = importlib.util.find_spec("pycocoevalcap")
-    places = package.submodule_search_locations if package else None
-    return [Path(place, part) for place in places or () for part in ("meteor", "meteor/data")]
+    locations = package.submodule_search_locations if package else None
+    return [Path(location, part) for location in locations or () for part in ("meteor", "meteor/data")]
 
 
-def locate(given=None):
-    """Paths of the zip and the gz, None for what is missing.
+def find_files(folder=None):
+    """[path of the zip, path of the gz], None for a missing one.
 
-    Raises InputError for a folder that was named and has neither.
+    Raises InputError if a folder was named, by argument or by METEOR_DATA, and has neither.
     """
-    places = folders(given)
-    found = [next((place / name for place in places if (place / name).is_file()), None) for name in (JAR, PARAPHRASES)]
-    if not any(found) and (given or os.environ.get("METEOR_DATA")):
-        raise InputError(f"{places[0]}: has neither {JAR} nor {PARAPHRASES}, METEOR's tables")
-    return found
+    folders = search_folders(folder)
+    files = [next((path / name for path in folders if (path / name).is_file()), None) for name in (JAR, PARAPHRASES)]
+    if not any(files) and (folder or os.environ.get("METEOR_DATA")):
+        raise InputError(f"{folders[0]}: has neither {JAR} nor {PARAPHRASES}, METEOR's tables")
+    return files
 
 
-def load(given=None, tell=None):
-    """Tables found in `folders(given)`; the last ones are kept in memory for the next call.
+def load(folder=None, progress=None):
+    """Tables from the files in `search_folders(folder)`. The last ones stay in memory for the next call.
 
-    tell: called with one line of text before something that takes long. Raises InputError where a
-    file is there but broken.
+    progress: called with one line of text before something that takes long. Raises InputError for a damaged file.
     """
-    jar, paraphrases = found = locate(given)
-    if last_loaded.get("found") != found:
+    jar, paraphrases = files = find_files(folder)
+    if last_loaded.get("files") != files:
         last_loaded["tables"] = Tables(
-            words=read_words(jar) if jar else None,
-            paraphrases=meteor_paraphrases.load(paraphrases, tell) if paraphrases else None,
+            words=read_word_tables(jar) if jar else None,
+            paraphrases=meteor_paraphrases.load(paraphrases, progress) if paraphrases else None,
         )
-        last_loaded["found"] = found
+        last_loaded["files"] = files
     return last_loaded["tables"]

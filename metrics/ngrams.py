@@ -1,10 +1,11 @@
 """N-grams of a corpus as sparse integer arrays, counted once and shared by BLEU and CIDEr.
 
-Every caption is a *row*: first all references, video by video, then one hypothesis a video.
-Words get integer ids, and so does every distinct n-gram: an n-gram is the pair ((n-1)-gram id,
-word id), renumbered from 0 by `np.unique`. What is left is, for every n, a table of (row, gram,
-count) triples, and a question such as "which n-grams do this reference and its hypothesis share"
-is a sort and a binary search.
+Read `plain.py` first: its dictionaries hold the same counts. Here every caption is a row: first all references, video
+by video, then one hypothesis per video. Words get integer ids, and so does every distinct n-gram: an n-gram is the
+pair ((n-1)-gram id, word id), renumbered from 0 by `np.unique`. For every n this gives a table of (row, n-gram, count)
+triples. The question which n-grams a reference and its hypothesis share becomes a sort and a binary search.
+
+Shapes: V videos, R references of all videos, R + V rows, K entries of a table. Integers are int64.
 """
 
 from dataclasses import dataclass
@@ -12,83 +13,77 @@ from itertools import chain
 
 import numpy as np
 
-ORDERS = 4
+MAX_N = 4
 
 
 @dataclass(frozen=True)
-class Table:
-    """Counts of one n-gram order: `count[k]` times gram `gram[k]` in caption `row[k]`.
+class NgramTable:
+    """Counts of one n: n-gram `ngram[k]` occurs `count[k]` times in caption `row[k]`, sorted by (row, ngram)."""
 
-    Sorted by (row, gram); all arrays of one length, int64. `size` is the number of distinct grams.
-    """
-
-    row: np.ndarray
-    gram: np.ndarray
-    count: np.ndarray
-    size: int
+    row: np.ndarray  # (K,)
+    ngram: np.ndarray  # (K,)
+    count: np.ndarray  # (K,)
+    num_distinct: int  # n-grams are 0..num_distinct - 1
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """N-gram tables of references and hypotheses; rows below `references` are references.
+class NgramCounts:
+    """N-gram tables of references and hypotheses. Rows below `num_references` are references."""
 
-    `owner[row]` is the row's video (0..videos-1), `length[row]` its number of words, `tables[n-1]`
-    the counts of order n.
-    """
+    num_videos: int  # V
+    num_references: int  # R
+    video: np.ndarray  # (R + V,) the video of each row, 0..V - 1
+    length: np.ndarray  # (R + V,) words of each row
+    tables: tuple  # tables[n - 1]: NgramTable of n
 
-    videos: int
-    references: int
-    owner: np.ndarray
-    length: np.ndarray
-    tables: tuple
-
-    def split(self, order):
-        """(references, hypotheses) of one order: Tables whose `row` is still the caption's row."""
-        table = self.tables[order - 1]
-        cut = np.searchsorted(table.row, self.references)
+    def split(self, n):
+        """(references, hypotheses): NgramTables of n. Rows of hypotheses still count from `num_references`."""
+        table = self.tables[n - 1]
+        first = np.searchsorted(table.row, self.num_references)
         return (
-            Table(table.row[:cut], table.gram[:cut], table.count[:cut], table.size),
-            Table(table.row[cut:], table.gram[cut:], table.count[cut:], table.size),
+            NgramTable(table.row[:first], table.ngram[:first], table.count[:first], table.num_distinct),
+            NgramTable(table.row[first:], table.ngram[first:], table.count[first:], table.num_distinct),
         )
 
 
-def find(sorted_keys, keys):
-    """Position of each of `keys` in `sorted_keys`, and whether it is there (bool)."""
+def find_sorted(sorted_keys, keys):
+    """(index, is_found): the position of each of `keys` (K,) in `sorted_keys`, and whether it is there (bool)."""
     if not len(sorted_keys):
         return np.zeros(len(keys), np.int64), np.zeros(len(keys), bool)
-    at = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
-    return at, sorted_keys[at] == keys
+    index = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+    return index, sorted_keys[index] == keys
 
 
-def sums(index, values, size):
-    """Sum of `values` for each `index` in 0..size-1 (np.bincount alone gives integers if empty)."""
+def sum_by_index(index, values, size):
+    """Sums of the `values` (K,) of each `index` (K,): (size,) float64. np.bincount alone gives integers if K = 0."""
     return np.bincount(index, values, size).astype(np.float64)
 
 
-def count(references, hypotheses):
-    """Counts the n-grams (n = 1..4) of tokenised captions.
+def count_ngrams(references, hypotheses):
+    """NgramCounts (n = 1..4) of tokenised captions.
 
-    references: list (videos) of lists of str; hypotheses: list (videos) of str. Words are what
-    `str.split()` gives, so a no-break space separates words here, as in the reference.
+    references: for each video a list of str; hypotheses: for each video one str. Words come from `str.split()`, so a
+    no-break space separates words, as in pycocoevalcap.
     """
-    videos, ids, flat, length = len(hypotheses), {}, [], []
+    num_videos, word_ids, words, length = len(hypotheses), {}, [], []
     for caption in chain(chain.from_iterable(references), hypotheses):
-        words = [ids.setdefault(word, len(ids)) for word in caption.split()]
-        flat += words
-        length.append(len(words))
-    words, length = np.array(flat, np.int64), np.array(length, np.int64)
-    owner = np.concatenate([np.repeat(np.arange(videos), [len(r) for r in references]), np.arange(videos)])
+        caption_words = caption.split()
+        words += [word_ids.setdefault(word, len(word_ids)) for word in caption_words]
+        length.append(len(caption_words))
+    words, length = np.array(words, np.int64), np.array(length, np.int64)
+    video = np.concatenate([np.repeat(np.arange(num_videos), [len(r) for r in references]), np.arange(num_videos)])
     row = np.repeat(np.arange(len(length)), length)
-    left = np.repeat(np.cumsum(length), length) - np.arange(len(words))  # words to the end
+    words_left = np.repeat(np.cumsum(length), length) - np.arange(len(words))  # to the end of the caption
     tables = []
-    gram, size = words, len(ids)
-    for order in range(1, ORDERS + 1):
-        start = np.flatnonzero(left >= order)
-        if order > 1:
-            pair = gram[start] * len(ids) + words[start + order - 1]
+    ngram, num_distinct = words, len(word_ids)  # of the n-gram that starts at each word
+    for n in range(1, MAX_N + 1):
+        start = np.flatnonzero(words_left >= n)
+        if n > 1:
+            pair = ngram[start] * len(word_ids) + words[start + n - 1]
             distinct, inverse = np.unique(pair, return_inverse=True)
-            gram, size = np.zeros(len(words), np.int64), len(distinct)
-            gram[start] = inverse.reshape(-1)
-        key, times = np.unique(row[start] * max(size, 1) + gram[start], return_counts=True)
-        tables.append(Table(key // max(size, 1), key % max(size, 1), times, size))
-    return Corpus(videos, len(length) - videos, owner, length, tuple(tables))
+            ngram, num_distinct = np.zeros(len(words), np.int64), len(distinct)
+            ngram[start] = inverse.reshape(-1)
+        stride = max(num_distinct, 1)
+        key, count = np.unique(row[start] * stride + ngram[start], return_counts=True)
+        tables.append(NgramTable(key // stride, key % stride, count, num_distinct))
+    return NgramCounts(num_videos, len(length) - num_videos, video, length, tuple(tables))

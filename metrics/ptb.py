@@ -1,98 +1,99 @@
-"""The Penn Treebank tokenizer that caption metrics assume.
+"""The Penn Treebank tokenizer that caption metrics use.
 
-COCO caption scoring tokenises with Stanford's PTBTokenizer (English, lower-cased, one caption a
-line) and then drops punctuation tokens. That tokenizer is a lexer: at each place every rule is
-tried, the rule that reads the most text wins, the earlier of two that read as much. This file is
-such a lexer; `ptb_rules.py` holds the rules.
+COCO caption scoring tokenises with Stanford's PTBTokenizer (English, lower-cased, one caption per line) and then drops
+punctuation tokens. That tokenizer is a lexer: at each position it tries every rule, and the rule that reads the most
+text wins, the earlier one of two that read the same. This file is such a lexer; `ptb_rules.py` holds the rules.
 
-What surprises, all of it the reference's behaviour:
-- Brackets survive: "(x)" becomes "-lrb- x -rrb-", and as tokens are lower-cased before punctuation
-  is dropped, the list of punctuation (which names them in capitals) never matches them.
-- Runs such as "!!" or "?!" or "***" are tokens of their own and stay.
-- Captions of one file are one text: "vitamin C." ends in "c." or in "c ." depending on the word
-  that opens the next caption, and the very last caption has nothing after it.
-One thing is not kept: a line break of any kind inside a caption makes the reference shift all later
-captions by one; here it is a space.
+Behaviour of Stanford's tokenizer that surprises, kept here:
+- Brackets survive. "(x)" becomes "-lrb- x -rrb-": tokens are lower-cased before punctuation is dropped, and the list of
+  punctuation names brackets in capitals.
+- Runs such as "!!" or "?!" or "***" are tokens and stay.
+- Captions of one file are one text. "vitamin C." ends in "c." or in "c ." depending on the first word of the next
+  caption. After the very last caption the text ends.
+One thing is not kept: a line break inside a caption shifts all later captions by one in pycocoevalcap; here it is a
+space.
 
 References
-[1] Marcus, Santorini and Marcinkiewicz, Building a Large Annotated Corpus of English: The Penn
-    Treebank, Computational Linguistics 19(2), 1993.
-[2] Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv 1504.00325,
-    2015 (section 3: tokenisation of captions).
+[1] Marcus, Santorini and Marcinkiewicz, Building a Large Annotated Corpus of English: The Penn Treebank, Computational
+    Linguistics 19(2), 1993.
+[2] Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv 1504.00325, 2015 (section 3:
+    tokenisation of captions).
 """
 
 import re
 from functools import cache
 
 from .inputs import LINE_BREAKS
-from .ptb_rules import NOTHING, OTHER_SPACE, RULES, SHAPES
+from .ptb_rules import NO_SHAPE, OTHER_SPACE, RULES, SHAPES
 
 PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
-BLANK = " \t\u00a0\n" + OTHER_SPACE + NOTHING
-# A caption of plain words needs no rules: no word of it is split, and spaces end every context.
-PLAIN = re.compile("[a-z ]*")
-SPLIT = re.compile("cannot|gonna|gotta|wanna|lemme|gimme")
+SKIPPED_SHAPES = " \t\u00a0\n" + OTHER_SPACE + NO_SHAPE
+# A caption of lower-case words needs no rules unless it contains one of the words that are split.
+LOWER_CASE_WORDS = re.compile("[a-z ]*")
+SPLIT_WORDS = re.compile("cannot|gonna|gotta|wanna|lemme|gimme")
 
 
 @cache
-def compiled(pattern, flags):
+def compile_pattern(pattern, flags):
     pattern = re.compile(pattern, flags)
-    return pattern.match, "after" in pattern.groupindex
+    return pattern.match, "context" in pattern.groupindex
 
 
 @cache
-def rules_for(char):
-    """The rules that can start with `char` (of a shape), in order of precedence."""
-    return [(*compiled(pattern, flags), action) for starts, pattern, flags, action in RULES if re.match(starts, char)]
+def rules_for(shape):
+    """(match, has_context, action) of the rules that can start with the character `shape`, in order of precedence."""
+    return [
+        (*compile_pattern(pattern, flags), action) for first, pattern, flags, action in RULES if re.match(first, shape)
+    ]
 
 
-def read_token(text, shape, at):
-    """The token at `at`: (list of tokens, where the next one starts)."""
-    longest, end, make = 0, at + 1, None
-    for match, has_context, action in rules_for(shape[at]):
-        found = match(shape, at)
-        if found and found.end() - at > longest:
-            longest, end, make = found.end() - at, found.end(), action
-            if has_context and found.start("after") >= 0:
-                end = found.start("after")
+def read_token(text, shapes, position):
+    """(tokens, next position) of the longest match at `position`."""
+    longest, end, longest_action = 0, position + 1, None
+    for match_pattern, has_context, action in rules_for(shapes[position]):
+        match = match_pattern(shapes, position)
+        if match and match.end() - position > longest:
+            longest, end, longest_action = match.end() - position, match.end(), action
+            if has_context and match.start("context") >= 0:
+                end = match.start("context")
     if not longest:
-        return [], at + 1
-    part = text[at:end]
-    return (make(part) if make else [part]), end
+        return [], position + 1
+    token = text[position:end]
+    return (longest_action(token) if longest_action else [token]), end
 
 
-def tokenize_line(line, after="\nx"):
-    """Tokens of one caption; `after` is what follows it in the file (empty: the file ends here)."""
-    text = line + after
-    shape = text if text.isascii() else text.translate(SHAPES)
-    tokens, at, end = [], 0, len(line)
-    while at < end:
-        if shape[at] in BLANK:
-            at += 1
+def tokenize_line(line, following="\nx"):
+    """Tokens of one caption. following: the text after it in the file, "" at the end of the file."""
+    text = line + following
+    shapes = text if text.isascii() else text.translate(SHAPES)
+    tokens, position = [], 0
+    while position < len(line):
+        if shapes[position] in SKIPPED_SHAPES:
+            position += 1
         else:
-            found, at = read_token(text, shape, at)
-            tokens.extend(found)
+            new_tokens, position = read_token(text, shapes, position)
+            tokens.extend(new_tokens)
     return [token.lower() for token in tokens]
 
 
 def tokenize(lines):
     """Tokens of every caption of a file: list of str -> list of lists of str."""
     lines = [LINE_BREAKS.sub(" ", line) for line in lines]
-    results, after, known = [], "", {}
+    results, following, cached_tokens = [], "", {}
     for line in reversed(lines):
-        if PLAIN.fullmatch(line) and not SPLIT.search(line):
+        if LOWER_CASE_WORDS.fullmatch(line) and not SPLIT_WORDS.search(line):
             tokens = line.split()
         else:
             # Only a dot looks beyond the next character, and no further than the next word.
-            key = line, after if line.rstrip().endswith(".") else after[:1]
-            if key not in known:
-                known[key] = tokenize_line(line, key[1])
-            tokens = known[key]
+            key = line, following if line.rstrip().endswith(".") else following[:1]
+            if key not in cached_tokens:
+                cached_tokens[key] = tokenize_line(line, key[1])
+            tokens = cached_tokens[key]
         results.append(tokens)
-        after = "\n" + (line + after)[:40] if line.strip() else "\n" + after
+        following = "\n" + (line + following)[:40] if line.strip() else "\n" + following
     return results[::-1]
 
 
-def captions(lines):
+def tokenize_captions(lines):
     """Captions as the metrics see them: list of str -> list of str, punctuation tokens removed."""
     return [" ".join([token for token in tokens if token not in PUNCTUATION]) for tokens in tokenize(lines)]

@@ -1,48 +1,48 @@
 """The lexical rules of the PTB tokenizer: what a token is, in order of precedence.
 
-A rule is a pattern over a caption's *shape*: ASCII as it is, any other character replaced by a
-stand-in of its kind (letter, capital, mark, digit, space, symbol, nothing). Shape and caption have
-one length, so a match in one is a slice of the other. A rule's group `after`, where it has one, is
-right context: it counts when the lexer looks for the longest match, and is then left unread.
+A rule is a pattern over the *shapes* of a caption's characters. An ASCII character is its own shape; any other one has
+the shape of its class (letter, capital, mark, digit, space, symbol, none). Caption and shapes have the same length, so
+a match in one is a slice of the other. The group `context` of a rule, if it has one, is trailing context as in lex: it
+counts when the lexer looks for the longest match, but is not part of the token.
 
-The rules were found by trying inputs on the reference and looking at what came out; each list of
-words below is complete for words of letters (all of up to four letters, and an English vocabulary).
+The rules were found by running Stanford's tokenizer on many inputs and looking at its output. Each list of words below
+is complete for words of letters: it was tested with all words of up to four letters and an English vocabulary.
 """
 
 import re
 import unicodedata
 
-# --- characters -----------------------------------------------------------------------------------
+# --- characters -----------------------------------------------------------------------------------------------------
 
 LETTER, CAPITAL, MARK, SYMBOL = "\u00e9", "\u00c9", "\u0301", "\u2603"
 SUPERSCRIPT, SUBSCRIPT, OTHER_SPACE = "\u00b2", "\u2082", "\u2000"
-DASH, HYPHEN, SPACE, DECIMAL, NOTHING = "\u2013", "\u2010", "\u00a0", "\u066b", "\0"
-KEPT = set("\u00ad\u00a2\u00a3\u00a4\u20a0\u20ac\u2026\u2044\u00bc\u00bd\u00be\u2153\u2154")
-KEPT |= set("\u207a\u207b\u208a\u208b\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb")
-# Windows-1252 characters that came through as control codes mean what they mean there.
-WINDOWS = {"\x80": "\u20ac", "\x91": "\u2018", "\x92": "\u2019", "\x93": "\u201c", "\x94": "\u201d"}
-WINDOWS |= {"\x85": "\u2026", "\x96": DASH, "\x97": DASH}
+DASH, HYPHEN, SPACE, DECIMAL, NO_SHAPE = "\u2013", "\u2010", "\u00a0", "\u066b", "\0"
+UNCHANGED = set("\u00ad\u00a2\u00a3\u00a4\u20a0\u20ac\u2026\u2044\u00bc\u00bd\u00be\u2153\u2154")
+UNCHANGED |= set("\u207a\u207b\u208a\u208b\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb")
+# Control codes that are characters in Windows-1252 are read as those characters.
+WINDOWS_1252 = {"\x80": "\u20ac", "\x91": "\u2018", "\x92": "\u2019", "\x93": "\u201c", "\x94": "\u201d"}
+WINDOWS_1252 |= {"\x85": "\u2026", "\x96": DASH, "\x97": DASH}
 
 
-def codes(text):
-    """Character codes named by hexadecimal ranges: "A1 A5-A7" -> {0xa1, 0xa5, 0xa6, 0xa7}."""
-    found = set()
+def code_points(text):
+    """Code points from hexadecimal ranges: "A1 A5-A7" -> {0xa1, 0xa5, 0xa6, 0xa7}."""
+    codes = set()
     for part in text.split():
         first, _, last = part.partition("-")
-        found.update(range(int(first, 16), int(last or first, 16) + 1))
-    return found
+        codes.update(range(int(first, 16), int(last or first, 16) + 1))
+    return codes
 
 
-# Not letters, but part of a word: vowel signs, accents, tone marks.
-MARKS = codes(
+# Not letters, but parts of words: vowel signs, accents, tone marks.
+MARK_CODES = code_points(
     "2C2-2C5 2D2-2DF 2E5-2EB 2ED 2EF-36F 375 378-379 384-385 3F6 483-487 55A-55F 591-5BD 5BF"
     " 5C1-5C2 5C4-5C5 5C7 615-61A 64B-65E 670 6D6-6E4 6E7-6ED 6FD-6FE 70F 711 730-74C 7A6-7B0"
     " 7EB-7F3 900-903 93C 93E-94E 951-955 962-963 981-983 9BC 9BE-9C4 9C7-9C8 9CB-9CD 9D7"
     " 9E2-9E3 A01-A03 A3C A3E-A4F A81-A83 ABC ABE-ACF B82 BBE-BC2 BC6-BC8 BCA-BCD C01-C03"
     " C3E-C56 D3E-D44 D46-D48 E31 E34-E3A E47-E4E EB1 EB4-EBC EC8-ECD 1885-1886"
 )
-# Tokens of one character. What is in no class is dropped, and what it stood between is split.
-SYMBOLS = codes(
+# Tokens of one character. A character of no class is dropped and splits the text around it.
+SYMBOL_CODES = code_points(
     "A1 A5-A9 AC AE-B1 B4 B6-B8 BF D7 F7 37E 387 589 5BE 5C0 5C3 5C6 5F3-5F4 600-603 606-60C"
     " 614 61B 61E-61F 66A 66D 6D4 700-70D 7F6-7F8 964-965 E3F E4F 1FBD 2016-2017 2020-2023"
     " 2030-2038 203B 203E-2042 207C-207E 208C-208E 20A4 2100-2101 2103-2106 2108-2109 2114"
@@ -50,8 +50,8 @@ SYMBOLS = codes(
     " 2190-2BFF 3001-3002 3012 30FB FF01-FF0F FF1A-FF20 FF3B-FF40 FF5B-FF65 FFE0-FFE1"
     " FFE5-FFE6"
 )
-# Letters added to Unicode after the reference's tables were made, which it does not know.
-UNKNOWN = codes(
+# Letters added to Unicode later than Stanford's tables, which do not know them.
+UNKNOWN_CODES = code_points(
     "37F 528-52F 560 588 5EF 860-86A 870-887 889-88E 8A1 8AD-8C9 978 980 9FC AF9 C34 C5A C5D"
     " C80 CDD D04 D54-D56 D5F DE6-DEF E86 E89 E8C E8E-E93 E98 EA0 EA8-EA9 EAC 13F5 13F8-13FD"
     " 16F1-16F8 170D 171F 1878 191D-191E 19B0-19C0 19C8-19C9 1B4C 1C80-1C88 1C90-1CBA"
@@ -59,21 +59,21 @@ UNKNOWN = codes(
     " A78F A794-A79F A7AB-A7CA A7D0-A7D9 A7F2-A7F7 A8FD-A8FE A9E0-A9E4 A9E6-A9FE AA7E-AA7F"
     " AB30-AB5A AB5C-AB69 AB70-ABBF"
 )
-KINDS = {"Lu": CAPITAL, "Lt": CAPITAL, "Ll": LETTER, "Lm": LETTER, "Lo": LETTER, "Nd": "0"}
+CATEGORY_SHAPES = {"Lu": CAPITAL, "Lt": CAPITAL, "Ll": LETTER, "Lm": LETTER, "Lo": LETTER, "Nd": "0"}
 
 
 class Shapes(dict):
-    """Character code -> stand-in, filled as characters turn up; for `str.translate`."""
+    """Code point -> shape, for `str.translate`. Filled as characters occur."""
 
     def __missing__(self, code):
         char = chr(code)
-        if code < 128 or char in KEPT:
+        if code < 128 or char in UNCHANGED:
             shape = char
-        elif char in WINDOWS:
-            shape = WINDOWS[char]
-        elif code in MARKS:
+        elif char in WINDOWS_1252:
+            shape = WINDOWS_1252[char]
+        elif code in MARK_CODES:
             shape = MARK
-        elif code in SYMBOLS:
+        elif code in SYMBOL_CODES:
             shape = SYMBOL
         elif char in "\u00a0\u3000" or 0x2000 <= code <= 0x200A:
             shape = SPACE if code == 0xA0 else OTHER_SPACE
@@ -87,89 +87,90 @@ class Shapes(dict):
             shape = HYPHEN
         elif char in "\u066b\u066c":
             shape = DECIMAL
-        elif code in UNKNOWN or code > 0xFFFF:  # beyond FFFF: two surrogates, which no rule has
-            shape = NOTHING
+        elif code in UNKNOWN_CODES or code > 0xFFFF:  # beyond FFFF: two surrogates in Java, in no rule
+            shape = NO_SHAPE
         else:
-            shape = KINDS.get(unicodedata.category(char), NOTHING)
+            shape = CATEGORY_SHAPES.get(unicodedata.category(char), NO_SHAPE)
         self[code] = shape
         return shape
 
 
 SHAPES = Shapes()
 
-# --- actions: the text of a match -> its tokens ---------------------------------------------------
+# --- actions: text of a match -> list of tokens ---------------------------------------------------------------------
 
 QUOTES = {"\u2018": "`", "\u201b": "`", "\u2039": "`", "\u2019": "'", "\u203a": "'", "\u201c": "``"}
 QUOTES |= {"\u00ab": "``", "\u201d": "''", "\u00bb": "''", "\x91": "`", "\x92": "'", "\x93": "``"}
 QUOTES |= {"\x94": "''"}
 BRACKETS = {"(": "-LRB-", ")": "-RRB-", "[": "-LSB-", "]": "-RSB-", "{": "-LCB-", "}": "-RCB-"}
-SINGLE = BRACKETS | {"\u00a2": "cents", "\u00a3": "#", "\u00a4": "$", "\u20a0": "$", "\u20ac": "$"}
-SINGLE |= {"\x80": "$", "\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3"}
-SINGLE |= {"\u2154": "2/3", "\u2026": "...", "\x85": "..."}
+SINGLE_CHARACTERS = BRACKETS | {"\u00a2": "cents", "\u00a3": "#", "\u00a4": "$", "\u20a0": "$", "\u20ac": "$"}
+SINGLE_CHARACTERS |= {"\x80": "$", "\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3"}
+SINGLE_CHARACTERS |= {"\u2154": "2/3", "\u2026": "...", "\x85": "..."}
 
 
-def cut(at):
-    return lambda text: [text[:at], text[at:]]
+def split_at(position):
+    return lambda text: [text[:position], text[position:]]
 
 
-def becomes(*tokens):
+def replace_with(*tokens):
     return lambda text: list(tokens)
 
 
-def mapped(table):
+def map_characters(table):
     return lambda text: ["".join(table.get(char, char) for char in text)]
 
 
-def joined(text):
-    """One token that holds spaces: they become no-break spaces."""
+def join_spaces(text):
+    """One token; its spaces become no-break spaces."""
     return ["".join("\u00a0" if char in " \t" else BRACKETS.get(char, char) for char in text)]
 
 
-def smiley(text):
+def escape_parentheses(text):
     return ["".join({"(": "-LRB-", ")": "-RRB-"}.get(char, char) for char in text)]
 
 
-def word(text):
+def drop_soft_hyphens(text):
     return [text.replace("\u00ad", "") or "-"]
 
 
-def ampersand(text):
+def decode_ampersand(text):
     return [re.sub("&amp;", "&", text, flags=re.I)]
 
 
-def sentence_end(text):
+def repeat_dot(text):
+    """The dot belongs to an abbreviation and ends the sentence."""
     return [text, "."]
 
 
-# --- rules ----------------------------------------------------------------------------------------
+# --- rules ----------------------------------------------------------------------------------------------------------
 
-PIECES = {
+MACROS = {
     "L": "[A-Za-z\u00e9\u00c9]",
     "A": "[A-Za-z0-9\u00e9\u00c9]",
-    # a letter, or what stands for one inside a word
+    # a letter, or a character that counts as one inside a word
     "W": "(?:[A-Za-z\u00e9\u00c9\u0301\u00ad]|&[aeiouAEIOU](?:acute|grave|uml);)",
     "Q": "['\u2019]",
-    "P": "['\u2019`\u2018\u201b]",  # any apostrophe, however it was typed
+    "P": "['\u2019`\u2018\u201b]",  # all forms of apostrophe
     "H": "[-\u2010_]",
     "B": "[A-Za-z0-9]+",
     "S": "[ \t\u00a0\u2000\n]",
     "Z": "[A-Za-z](?:\\.[A-Za-z])+\\.",  # initials
     "T": "(?:[dDoOlL]['\u2019`\u2018\u201b][A-Za-z0-9\u00e9\u00c9])?[A-Za-z0-9\u00e9\u00c9]+",
 }
-LETTERS, ALNUM, QUOTE = PIECES["L"], PIECES["A"], PIECES["Q"]
-CURLY = "[`\u2018-\u201f\u2039\u203a\u00ab\u00bb]"
+LETTERS, ALNUM, QUOTE = MACROS["L"], MACROS["A"], MACROS["Q"]
+CURLY_QUOTES = "[`\u2018-\u201f\u2039\u203a\u00ab\u00bb]"
 WORD_START = "[A-Za-z&\u00e9\u00c9\u0301\u00ad]"
 RULES = []
 
 
-def rule(starts, pattern, action=None, flags=0):
-    """Adds a rule; of two that read as much, the earlier one wins.
+def rule(first, pattern, action=None, flags=0):
+    """Appends a rule to RULES. Of two rules that read the same text the earlier one wins.
 
-    starts: class of the first character, so that the lexer need not try every rule everywhere.
-    pattern: "<L>" stands for PIECES["L"]. action: text -> tokens; None keeps the text as one token.
+    first: pattern of the first character, so that the lexer need not try every rule everywhere. pattern: "<L>" stands
+    for MACROS["L"]. action: text -> tokens; None keeps the text as one token.
     """
-    text = re.sub("<([A-Z])>", lambda m: PIECES.get(m.group(1)), pattern)
-    RULES.append((starts, text, flags, action))
+    pattern = re.sub("<([A-Z])>", lambda match: MACROS.get(match.group(1)), pattern)
+    RULES.append((first, pattern, flags, action))
 
 
 WORD = "<W>(?:<W>|[0-9])*(?:[.!?]<W>(?:<W>|[0-9])*)*"
@@ -178,16 +179,16 @@ NUMBER = "[0-9]*(?:[.:,\u066b][0-9]+)+|[0-9]+"
 LINK_END = '[^ \t\u00a0\n"<>|.!?(){},-]'
 PATH = '(?:/[^ \t\u00a0\n"<>|()]+' + LINK_END + ")?"
 
-# Abbreviations keep their dot. Those that can end a sentence do so before a capital, a tag or the
-# end of the file, and then the dot is read twice: "etc. Then" is "etc." "." "then".
-ENDING = (
+# Abbreviations keep their dot. Some can end a sentence: before a capital, a tag or the end of the file the dot is read
+# twice, so "etc. Then" is "etc." "." "then".
+ENDS_SENTENCE = (
     "jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|calif|ala|ariz|colo"
     "|conn|ct|fla|ga|ind|kans?|ky|md|mich|minn|mo|mont|neb|nev|okla|penn|tenn|va|vt|wisc?|wyo|dak"
     "|inc|cos?|corp|ltd|plc|bhd|assn|univ|intl|sys|bldg|blvd|rd|rt|sq|esq|est|etc|ext"
     "|tel|al|seq|sr|jr|ph\\.d"
 )
-ENDING_CAPITAL = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
-INSIDE = (
+ENDS_SENTENCE_CAPITALIZED = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
+INSIDE_SENTENCE = (
     "adj|adm|adv|alex|asst|atty|ave|brig|capt|cf|cie|cmdr|col|cpl|dept|det|drs?|elec|ens|ft|gen"
     "|govs?|hon|insp|invt|jos|lt|maj|messrs|mlle|mme|mrs?|ms|msgr|mt|natl|pfc|ph|pres|prof"
     "|pvt|reps?|rev|sens?|sfc|sgt|spc|ste?|supt|wm"
@@ -197,8 +198,8 @@ EXTENSIONS = (
     "bat|bmp|c|cgi|class|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png"
     "|ppt|ps|py|sql|tar|txt|wav|x|xml|zip"
 )
-# Initials end a sentence before one of these words only.
-STARTERS = (
+# Initials end a sentence only before one of these words.
+SENTENCE_STARTERS = (
     "an?|about|according|additionally|after|as|at|but|earlier|he|her|here|however|if|in|it|last"
     "|many|more|now|once|one|other|our|she|since|so|some|such|that|the|their|then|there|these|they"
     "|this|we|what|when|while|yet|you|m[rs]\\."
@@ -207,36 +208,36 @@ TAG = (
     r"<(?:[!?][A-Za-z-][^>\n]*|/?[A-Za-z][A-Za-z0-9:._-]*"
     r"""(?: +[A-Za-z][A-Za-z0-9:._-]*(?: *= *(?:"[^"\n]*"|'[^'\n]*'))?)* */?)>"""
 )
-SENTENCE = f"(?P<after><S>(?:<S>|[A-Z\u00c9]|{TAG})|<S>?\\Z)"
-STARTER = f"(?P<after><S>+(?:(?=[A-Z])(?i:{STARTERS})|{TAG})<S>+)"
-COMMA = "(?P<after>[,;:])"
+SENTENCE_CONTEXT = f"(?P<context><S>(?:<S>|[A-Z\u00c9]|{TAG})|<S>?\\Z)"
+STARTER_CONTEXT = f"(?P<context><S>+(?:(?=[A-Z])(?i:{SENTENCE_STARTERS})|{TAG})<S>+)"
+COMMA_CONTEXT = "(?P<context>[,;:])"
 
-rule("[cgwlCGWL]", "cannot|gonna|gotta|wanna|lemme|gimme", cut(3), re.I)
-rule("'", "'(?:tis|twas)", cut(2), re.I)
-rule("<", TAG, joined)
-rule("&", "&(?:mdash|ndash|md);", becomes("--"), re.I)
-rule("\u2013", "\u2013", becomes("--"))
-rule("&", "&amp;", becomes("&"), re.I)
-rule("&", "&lt;", becomes("<"), re.I)
-rule("&", "&gt;", becomes(">"), re.I)
-rule("&", "&nbsp;", becomes(), re.I)
-rule("&", "&apos;", becomes("'"))
+rule("[cgwlCGWL]", "cannot|gonna|gotta|wanna|lemme|gimme", split_at(3), re.I)
+rule("'", "'(?:tis|twas)", split_at(2), re.I)
+rule("<", TAG, join_spaces)
+rule("&", "&(?:mdash|ndash|md);", replace_with("--"), re.I)
+rule("\u2013", "\u2013", replace_with("--"))
+rule("&", "&amp;", replace_with("&"), re.I)
+rule("&", "&lt;", replace_with("<"), re.I)
+rule("&", "&gt;", replace_with(">"), re.I)
+rule("&", "&nbsp;", replace_with(), re.I)
+rule("&", "&apos;", replace_with("'"))
 # words
-rule(WORD_START, WORD + f"(?P<after><Q>{CLITIC})", word)
-rule("[A-Za-z\u00ad]", "[A-Za-z\u00ad]*[A-MO-Za-mo-z](?P<after>[nN]<P>[tT])", word)
-rule(WORD_START, WORD, word)
+rule(WORD_START, WORD + f"(?P<context><Q>{CLITIC})", drop_soft_hyphens)
+rule("[A-Za-z\u00ad]", "[A-Za-z\u00ad]*[A-MO-Za-mo-z](?P<context>[nN]<P>[tT])", drop_soft_hyphens)
+rule(WORD_START, WORD, drop_soft_hyphens)
 rule(QUOTE, "<Q>[nN]<Q>?")
 rule("[dDlLjJ]", "[dDlLjJ]<Q>")
 rule("['\u2019cdnosCDNOS]", "<Q>(?:em|till?|cause)|(?:dunkin|somethin|ol)<Q>|cap<Q>n|ne<Q>er", None, re.I)
 rule("[celnsCELNS]", "c'mon|e'er|ev'ry|li'l|nat'l|nor'easters?|s'mores", None, re.I)
-rule(QUOTE, "<Q>[0-9][0-9]s|'[0-9][0-9]S|<Q>[0-9][0-9](?P<after>[ \t\u00a0\u2000\n])")
+rule(QUOTE, "<Q>[0-9][0-9]s|'[0-9][0-9]S|<Q>[0-9][0-9](?P<context>[ \t\u00a0\u2000\n])")
 rule("[A-HJ-XZn]", "[A-HJ-XZn]<P><L><L>+")
 rule(LETTERS, "<L>+?[aeiouyAEIOUY]<P>[aeiouA-Z]<L>*")
-rule("[yY]", "[yY]<Q>(?P<after><L>)")
+rule("[yY]", "[yY]<Q>(?P<context><L>)")
 # links, mail, names
 rule("[hH]", '(?i:https?)://[^ \t\u00a0\n"<>|()]+' + LINK_END)
 rule("[wW]", r"www\.(?:[^ \t\u00a0\n\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}" + PATH)
-# "," to "_" is a range, with all capitals and digits in it: the reference's behaviour
+# ",-_" is a range that contains all capitals and digits: so it is in Stanford's rules
 rule("[^A-Z0-9,-_]", "(?:[^ \t\u00a0\n\"`'<>|.!?(){},-_$]+\\.)+(?:com|net|org|edu)" + PATH)
 rule(
     "[a-zA-Z0-9<]",
@@ -245,29 +246,31 @@ rule(
 rule("@", "@[A-Za-z_][A-Za-z_0-9]*")
 rule("#", "#<L>+")
 # clitics
-rule(QUOTE, f"<Q>(?:{CLITIC}(?P<after>[^A-Za-z])|[sSmMdD])", mapped(QUOTES))
-rule("[nN]", "[nN]<P>[tT]", mapped(QUOTES))
+rule(QUOTE, f"<Q>(?:{CLITIC}(?P<context>[^A-Za-z])|[sSmMdD])", map_characters(QUOTES))
+rule("[nN]", "[nN]<P>[tT]", map_characters(QUOTES))
 # numbers
 rule("[0-9]", "[0-9]{1,2}[-/][0-9]{1,2}[-/][0-9]{2,4}")
 rule("[-+0-9.:,\u066b]", f"[-+]?(?:{NUMBER})")
-rule("[0-9]", r"(?:[0-9]{1,4}[- \u00a0])?[0-9]{1,4}\\?[/\u2044][0-9]{1,4}", joined)
+rule("[0-9]", r"(?:[0-9]{1,4}[- \u00a0])?[0-9]{1,4}\\?[/\u2044][0-9]{1,4}", join_spaces)
 rule(
     "[0-9+(]",
     r"(?:\([0-9]{2,3}\) ?|\+*(?:[0-9]{2,4}[- ])?[0-9]{2,4}[- ])[0-9]{3,4}[- ]?[0-9]{3,5}",
-    joined,
+    join_spaces,
 )
 # abbreviations
-ENDING = f"(?:(?i:{ENDING})|{ENDING_CAPITAL}|{ENDING_CAPITAL.upper()}|[Pp]?[Pp]t[ey]s?)"
-rule("[cpCP]", "(?:co|pte|pty)\\.(?P<after>[ \t](?:ltd|lim))", None, re.I)
-rule("[A-Za-z]", rf"{ENDING}\.{SENTENCE}", sentence_end)
-rule("[A-Za-z]", rf"{ENDING}\.(?P<after>[\s\S]{{2}})?")
-rule("[A-Za-z]", rf"(?:(?i:{INSIDE}|vs)|[Mm](?:fg|tg))\.")
-rule("[A-Za-z]", r"[A-Za-z]\." + STARTER, lambda text: [text[:1], "."])
+ENDING_PATTERN = (
+    f"(?:(?i:{ENDS_SENTENCE})|{ENDS_SENTENCE_CAPITALIZED}|{ENDS_SENTENCE_CAPITALIZED.upper()}|[Pp]?[Pp]t[ey]s?)"
+)
+rule("[cpCP]", "(?:co|pte|pty)\\.(?P<context>[ \t](?:ltd|lim))", None, re.I)
+rule("[A-Za-z]", rf"{ENDING_PATTERN}\.{SENTENCE_CONTEXT}", repeat_dot)
+rule("[A-Za-z]", rf"{ENDING_PATTERN}\.(?P<context>[\s\S]{{2}})?")
+rule("[A-Za-z]", rf"(?:(?i:{INSIDE_SENTENCE}|vs)|[Mm](?:fg|tg))\.")
+rule("[A-Za-z]", r"[A-Za-z]\." + STARTER_CONTEXT, lambda text: [text[:1], "."])
 rule("[A-Za-z]", r"[A-Za-z]\.")
-rule("[A-Za-z]", "(?:<Z>|[nN][oO][nN]-[uU]\\.[sS]\\.)" + STARTER, sentence_end)
+rule("[A-Za-z]", "(?:<Z>|[nN][oO][nN]-[uU]\\.[sS]\\.)" + STARTER_CONTEXT, repeat_dot)
 rule("[A-Za-z]", "<Z>|[nN][oO][nN]-[uU]\\.[sS]\\.?")
-rule("[A-Za-z]", rf"(?:{BEFORE_NUMBER})\.(?P<after>[ \t\u00a0\n]?[0-9])", None, re.I)
-rule("[A-Za-z0-9]", rf"<A>+(?:\.<A>+)*\.(?:{EXTENSIONS})(?P<after>[!,.?\s])", None, re.I)
+rule("[A-Za-z]", rf"(?:{BEFORE_NUMBER})\.(?P<context>[ \t\u00a0\n]?[0-9])", None, re.I)
+rule("[A-Za-z0-9]", rf"<A>+(?:\.<A>+)*\.(?:{EXTENSIONS})(?P<context>[!,.?\s])", None, re.I)
 rule("[\u207a\u207b\u208a\u208b\u00b2\u2082]", "[\u207a\u207b\u208a\u208b]?(?:\u00b2+|\u2082+)")
 # words with hyphens and slashes
 rule(ALNUM, "<T>(?:<H><T>)*")
@@ -275,36 +278,36 @@ rule("[aApP]", "(?:anti|pro)-", None, re.I)
 rule("[A-Za-z0-9]", "[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:<Z>|[A-Za-z0-9]+))+")
 rule("[A-Za-z0-9]", "<B>(?:-[A-Za-z]+){0,2}(?:/<B>(?:-[A-Za-z]+){0,2}){1,2}")
 rule("[A-Z$]", r"[A-Z]*\$")
-rule("[A-Z]", "[A-Z]+(?:(?:&(?i:amp;)|[&+])[A-Z]+)+", ampersand)
+rule("[A-Z]", "[A-Z]+(?:(?:&(?i:amp;)|[&+])[A-Z]+)+", decode_ampersand)
 rule("[cCfF]", r"c\+\+|[cf]#", None, re.I)
-rule(WORD_START, WORD + r"\." + COMMA)
-rule("[A-Z]", r"[A-Z]+(?:[&+][A-Z]+)+\." + COMMA)
-rule(ALNUM, r"<T>(?:<H><T>)*\." + COMMA)
-rule("[A-Za-z0-9]", r"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:<Z>|[A-Za-z0-9]+))+\." + COMMA)
+rule(WORD_START, WORD + r"\." + COMMA_CONTEXT)
+rule("[A-Z]", r"[A-Z]+(?:[&+][A-Z]+)+\." + COMMA_CONTEXT)
+rule(ALNUM, r"<T>(?:<H><T>)*\." + COMMA_CONTEXT)
+rule("[A-Za-z0-9]", r"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:<Z>|[A-Za-z0-9]+))+\." + COMMA_CONTEXT)
 # quotes
-rule('"', '"(?P<after>[A-Za-z0-9$])', becomes("``"))
-rule('"', '"', becomes("''"))
-rule("&", "&quot;(?P<after>[A-Za-z0-9$])", becomes("``"))
-rule("&", "&quot;", becomes("''"))
-rule("'", "'(?P<after>[A-Za-z][^ \t\u00a0\n])", becomes("`"))
-rule(CURLY, CURLY + "{1,2}", mapped(QUOTES))
+rule('"', '"(?P<context>[A-Za-z0-9$])', replace_with("``"))
+rule('"', '"', replace_with("''"))
+rule("&", "&quot;(?P<context>[A-Za-z0-9$])", replace_with("``"))
+rule("&", "&quot;", replace_with("''"))
+rule("'", "'(?P<context>[A-Za-z][^ \t\u00a0\n])", replace_with("`"))
+rule(CURLY_QUOTES, CURLY_QUOTES + "{1,2}", map_characters(QUOTES))
 rule("'", "''?")
 rule("&", "&(?:[HT]L|[UL]R|Q[CLR]|odq|cdq|#[0-9]+|quot|apos);", None, re.I)
 # smileys
-rule("[<>:;=]", r"[<>]?[:;=][-o*']?[dpDOP()@\[\]{|\\](?P<after>[^A-Za-z0-9])", smiley)
+rule("[<>:;=]", r"[<>]?[:;=][-o*']?[dpDOP()@\[\]{|\\](?P<context>[^A-Za-z0-9])", escape_parentheses)
 rule(
     "[-^x=~<>'(]",
     r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)"
     r"|\([\^x=~<>']-[\^x=~<>'`]\)",
-    smiley,
+    escape_parentheses,
 )
 # other signs
 rule("-", "-{5,}")
-rule("-", "-{3,4}", becomes("--"))
+rule("-", "-{3,4}", replace_with("--"))
 rule("-", "--?")
-rule("[.]", r"\.{3,5}|\.(?:[ \u00a0]\.){2,4}", becomes("..."))
+rule("[.]", r"\.{3,5}|\.(?:[ \u00a0]\.){2,4}", replace_with("..."))
 rule("[?!]", "[?!]+")
 rule("[#@_*]", r"##+|@@+|__+|\*+")
 rule(r"\\", r"\\\*")
 rule("[<>]", "<<|>>")
-rule(".", r"[^\0-\x1f\x7f \u00a0\u2000\u2010\u066b]", mapped(SINGLE))
+rule(".", r"[^\0-\x1f\x7f \u00a0\u2000\u2010\u066b]", map_characters(SINGLE_CHARACTERS))

@@ -1,8 +1,8 @@
-"""ROUGE-L as caption papers report it: longest common subsequence of words, F with beta 1.2.
+"""ROUGE-L as caption papers report it: F (beta 1.2) of the longest common subsequence. Read `plain.py` first.
 
-The reference's behaviour, kept here: precision and recall are each the best over all references,
-taken independently (they may come from two different ones), and words are split at every single
-space, so two spaces hold an empty word and an empty caption is one empty word.
+Behaviour of pycocoevalcap, kept here: precision and recall are each the best over all references, taken independently,
+so they may come from two different references. Words are split at every single space, so two spaces enclose an empty
+word and an empty caption is one empty word.
 
 References
 [1] Lin, ROUGE: A Package for Automatic Evaluation of Summaries, ACL workshop 2004.
@@ -14,44 +14,45 @@ import numpy as np
 BETA = 1.2
 
 
-def positions(words):
-    """word -> bit mask of where it stands in `words`."""
+def position_masks(words):
+    """word -> bit mask of its positions in `words`."""
     masks = {}
     for i, word in enumerate(words):
         masks[word] = masks.get(word, 0) | 1 << i
     return masks
 
 
-def lcs(masks, length, words):
-    """Length of the longest common subsequence of `words` and the text behind `masks` [2].
+def lcs_length(masks, length, words):
+    """Length of the longest common subsequence of `words` and the `length` words behind `masks` [2].
 
-    A zero bit in `row` at i says that the LCS with the first i+1 words is one longer than with i.
+    `row` is one row of the LCS table: a zero bit at i means that the LCS with the first i + 1 words is one longer than
+    the LCS with the first i.
     """
-    row = full = (1 << length) - 1
+    row = all_ones = (1 << length) - 1
     for word in words:
         mask = masks.get(word)
         if mask:
-            step = row & mask
-            row = (row + step) | (row - step)
-    return length - (row & full).bit_count()
+            matches = row & mask
+            row = (row + matches) | (row - matches)
+    return length - (row & all_ones).bit_count()
 
 
-def score_one(references, hypothesis):
-    """ROUGE-L of one tokenised hypothesis (str) against its references (list of str), 0..1."""
+def score_video(references, hypothesis):
+    """ROUGE-L, 0..1, of one tokenised hypothesis (str) against its references (list of str)."""
     words = hypothesis.split(" ")
-    masks = positions(words)
+    masks = position_masks(words)
     precision = recall = 0.0
     for reference in set(references):
-        other = reference.split(" ")
-        common = lcs(masks, len(words), other)
-        precision = max(precision, common / len(words))
-        recall = max(recall, common / len(other))
+        reference_words = reference.split(" ")
+        lcs = lcs_length(masks, len(words), reference_words)
+        precision = max(precision, lcs / len(words))
+        recall = max(recall, lcs / len(reference_words))
     if precision == 0 or recall == 0:
         return 0.0
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
 def score(references, hypotheses):
-    """ROUGE-L of lists over videos (references: lists of str): (mean, per-video scores)."""
-    per_video = np.array([score_one(r, h) for r, h in zip(references, hypotheses, strict=True)])
+    """ROUGE-L of tokenised captions, for each video a list of str and one str: (mean, per-video scores (V,))."""
+    per_video = np.array([score_video(r, h) for r, h in zip(references, hypotheses, strict=True)])
     return float(np.mean(per_video)), per_video

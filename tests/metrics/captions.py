@@ -1,0 +1,54 @@
+"""Captions for the tests: recorded ones with pycocoevalcap's output (golden/), and random ones from a seed."""
+
+import json
+import random
+from pathlib import Path
+
+GOLDEN = Path(__file__).parent / "golden"
+CORPORA = ("msvdlike", "vttlike", "hard", "single")
+COLLISION = "hard066"  # an id in "hard": two of its words share a 32-bit hash and are equal to the Java program
+TOLERANCE = 1e-9
+
+
+def golden(name: str):
+    return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def random_strings(count: int, seed: int) -> list[str]:
+    """Strings of 0 to 40 pieces, every second one with any character that Python allows, the others in ASCII."""
+    rng = random.Random(seed)
+    pieces = ["n't", "'s", "http://", "www.", ".com", "etc.", "1/2", ":-)", "&amp;", "<b>", "--", "...", "can", "ot"]
+    ascii_characters = [chr(code) for code in range(128)]
+
+    def random_piece(any_character: bool) -> str:
+        draw = rng.random()
+        if draw < 0.2:
+            return rng.choice(pieces)
+        if any_character and draw < 0.6:
+            return chr(rng.choice((rng.randrange(0x300), rng.randrange(0x3000), rng.randrange(0x110000))))
+        return " " if draw < 0.7 else rng.choice(ascii_characters)
+
+    return ["".join(random_piece(i % 2 == 1) for _ in range(rng.randrange(41))) for i in range(count)]
+
+
+def random_captions(seed: int) -> tuple[dict, dict]:
+    """40 videos of 1 to 8 references: golden captions, cut, spliced and shuffled, with punctuation inserted."""
+    rng, data = random.Random(seed), golden("golden_vttlike") | {"more": golden("golden_msvdlike")["refs"]}
+    pool = [text for refs in (data["refs"], data["more"]) for group in refs.values() for text in group]
+    punctuation = ", . ! ? ... ; 's n't - / !!".split() + [" -", " (x)", '"', " 3", " 1,000", " 10:30", " &"]
+
+    def vary(words):
+        words = [word for word in words if rng.random() > 0.15]
+        for _ in range(rng.choice((0, 0, 1, 2, 4))):
+            words.insert(rng.randrange(len(words) + 1), rng.choice(rng.choice(pool).split()))
+        words = [word + rng.choice(punctuation) if rng.random() < 0.06 else word for word in words]
+        if rng.random() < 0.2:
+            rng.shuffle(words)
+        text = " ".join(words)
+        return rng.choice((str, str, str.capitalize, str.upper, str.title))(text)
+
+    refs, hyps = {}, {}
+    for i in range(40):
+        words = [*rng.choice(pool).split(), *(rng.choice(pool).split() if rng.random() < 0.3 else [])]
+        *refs[f"v{i}"], hyps[f"v{i}"] = [vary(words) for _ in range(rng.randrange(2, 10))]
+    return refs, hyps
