@@ -1,16 +1,15 @@
-"""How the scripts talk: flags, one-line errors with exit code 2, and times that a person can read."""
+"""The command line: argument types, one-line errors with exit code 2, times in minutes and seconds."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable
 
-import parallel
-from weights import InputError
+from common.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows every default, takes no abbreviations and complains in one line."""
+    """An argument parser that shows defaults, accepts no abbreviations and reports an error in one line."""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False,
@@ -23,17 +22,17 @@ class Parser(argparse.ArgumentParser):
 def at_least(least: int, most: int = 2**31) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`."""
 
-    def whole(text: str) -> int:
+    def parse(text: str) -> int:
         if not text.lstrip("-").isdecimal() or not least <= int(text[:12]) <= most:
             limit = f" and at most {most}" if most < 2**31 else ""
             raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}{limit}, found {text!r}")
         return int(text)
 
-    return whole
+    return parse
 
 
 def number(least: float, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number from `least` on, or `above` it."""
+    """An argparse type: a finite number of at least `least`, or above it."""
 
     def parse(text: str) -> float:
         try:
@@ -48,35 +47,33 @@ def number(least: float, above: bool = False) -> Callable[[str], float]:
     return parse
 
 
-def tell(message: str) -> None:
-    if parallel.may_speak():
-        print(message, file=sys.stderr)
+def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lambda: True) -> None:
+    """Runs a script. Its exit code is that of main; 2 after an InputError, 130 after Ctrl-C.
 
-
-def run(main: Callable[[], int | None]) -> None:
-    """Runs a script: its exit code is main's, 2 after bad input, 130 after Ctrl-C."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    `should_report` decides whether this process prints the error: of several processes one is enough.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     sys.stderr.reconfigure(errors="backslashreplace")
+    code, message = 0, ""
     try:
         code = main() or 0
         sys.stdout.flush()
     except InputError as error:
-        tell(f"error: {error}")
-        code = 2
+        code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
-        tell("stopped")
-        code = 130
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        code, message = 130, "stopped"
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
-        tell(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
-        code = 2
+        code, message = 2, f"error: {error.filename or 'input or output'}: {error.strerror or error}"
+    if message and should_report():
+        print(message, file=sys.stderr)
     sys.exit(code)
 
 
-def clock(seconds: float) -> str:
-    """65.2 -> "1:05"; an hour and more as h:mm:ss."""
+def format_seconds(seconds: float) -> str:
+    """65.2 -> "1:05"; from an hour on h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

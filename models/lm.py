@@ -1,36 +1,73 @@
-"""The frozen voice: a causal language model and its key-value cache.
+"""The language model: a causal transformer and its key-value cache.
 
-One class for three families. Mistral [4] is a Llama [1] whose blocks see only a window of positions.
-Gemma 3 [5] mixes local blocks, which see a window, with global ones; it also normalises queries, keys
-and what a block adds, gates its MLP with GELU for SiLU, and multiplies its embeddings.
+One class for three families. Mistral [4] is a Llama [1] whose blocks attend within a sliding window. Gemma 3 [5]
+mixes local blocks, which have a window, with global ones; it also normalizes queries, keys and the outputs of
+attention and MLP, uses GELU instead of SiLU in its gated MLP, and scales its embeddings.
 
-Letters: B rows, S positions, C width, V vocabulary, h heads, g key-value heads, d width of a head.
+Letters: B rows, S positions, C width, V vocabulary, h heads, g key-value heads, d head width.
 
 References
-[1] https://arxiv.org/abs/2302.13971; names and order: transformers' modeling_llama.py
+[1] https://arxiv.org/abs/2302.13971; names and order of operations: transformers' modeling_llama.py
 [2] Rotary embeddings, https://arxiv.org/abs/2104.09864: rope.py
 [3] Grouped queries, https://arxiv.org/abs/2305.13245
 [4] https://arxiv.org/abs/2310.06825; modeling_mistral.py
 [5] https://arxiv.org/abs/2503.19786; modeling_gemma3.py
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import hub
-from checkpoint import read_tensors
-from lm_public import LMConfig, lm_names
-from rope import rotary_angles, rotate
-from weights import InputError, copy_strict
+from common.errors import InputError
+from models import hub
+from models.lm_checkpoints import lm_tensor_names, read_lm_config
+from models.rope import RopeScaling, apply_rotary, rotary_cos_sin
+from models.weights import copy_strict, read_tensors
 
-__all__ = ["CausalLM", "KVCache", "LMConfig", "lm_names"]
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Shape of a language model; the defaults are a plain Llama's."""
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    rope_theta: float
+    norm_eps: float
+    max_positions: int
+    tied: bool
+    bos_id: int
+    eos_id: int
+    other_eos_ids: tuple[int, ...] = ()  # some models have several tokens that end a text
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    window: int | None = None  # of local blocks, in positions: the query's own and those before it
+    local: tuple[bool, ...] = ()  # whether each block is local; (): all are global
+    local_theta: float | None = None  # rope_theta of local blocks, which are not scaled; None: as in global blocks
+    gemma: bool = False  # Gemma 3's blocks, norms and embeddings instead of Llama's
+    query_scalar: float | None = None  # attention logits are divided by its square root; None: head_width
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text."""
+        return self.eos_id, *self.other_eos_ids
+
+    @classmethod
+    def from_json(cls, path: Path) -> "LMConfig":
+        """Reads a public config.json. Raises InputError if the model is not supported."""
+        return cls(**read_lm_config(path))
 
 
 class KVCache:
-    """Keys and values of what a model has read, for every block; slots for `size` positions of each of `rows` rows."""
+    """Keys and values of every block: `size` slots for each of `rows` rows, with dtype and device of `like`."""
 
     def __init__(self, config: LMConfig, rows: int, size: int, like: Tensor):
         shape = (config.depth, 2, rows, config.kv_heads, size, config.head_width)
@@ -38,43 +75,46 @@ class KVCache:
         self.positions = torch.empty(0, dtype=torch.long, device=like.device)  # of the slots in use
 
     def __len__(self) -> int:
+        """Number of slots in use, the same in every row."""
         return len(self.positions)
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (B, g, S, d) to the last S slots in use; returns all that are in use (B, g, slots, d)."""
+        """Writes (B, g, S, d) to the last S slots in use; returns all slots in use (B, g, slots, d)."""
         rows, end = len(k), len(self)
         self.store[block, 0, :rows, :, end - k.shape[2] : end] = k
         self.store[block, 1, :rows, :, end - k.shape[2] : end] = v
         return self.store[block, 0, :rows, :, :end], self.store[block, 1, :rows, :, :end]
 
-    def keep(self, rows: Tensor) -> None:
-        """Makes row i what row rows[i] was."""
-        for half in self.store.flatten(0, 1):  # a block's keys, or its values: (rows, g, size, d)
-            seen = half[:, :, : len(self)]
-            seen[: len(rows)] = seen[rows]
+    def select_rows(self, rows: Tensor) -> None:
+        """Keeps only these rows, in this order: row i becomes the old row rows[i]."""
+        for keys_or_values in self.store.flatten(0, 1):  # of one block: (rows, g, size, d)
+            used = keys_or_values[:, :, : len(self)]
+            used[: len(rows)] = used[rows]
 
 
-def attention_mask(queries: Tensor, keys: Tensor, seen: Tensor | None, window: int | None,
+def attention_mask(queries: Tensor, keys: Tensor, visible: Tensor | None, window: int | None,
                    dtype: torch.dtype) -> Tensor:  # fmt: skip
-    """0 where a query may look, else -inf. Positions of queries (S,) and of keys (slots,) -> (S, slots), and with what
-    is `seen` (B, S, slots) -> (B, 1, S, slots). A window lets a query see itself and the window - 1 positions before.
+    """Additive attention mask: 0 where a query may attend, else -inf.
+
+    Positions of queries (S,) and keys (slots,) give a causal mask (S, slots); with `visible` (B, S, slots) that decides
+    instead, and the mask is (B, 1, S, slots). A window limits both to the query's position and the window - 1 before.
     """
-    back = queries[:, None] - keys
-    may = back >= 0 if seen is None else seen[:, None]
+    distance = queries[:, None] - keys  # (S, slots)
+    allowed = distance >= 0 if visible is None else visible[:, None]
     if window is not None:
-        may = may & (back < window)
-    return torch.zeros(may.shape, dtype=dtype, device=may.device).masked_fill(~may, -torch.inf)
+        allowed = allowed & (distance < window)
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, -torch.inf)
 
 
 class RMSNorm(nn.RMSNorm):
-    """Rounds to the input's dtype before it multiplies, as [1] does and torch does not."""
+    """Rounds to the input's dtype before the multiplication, as [1] does and torch does not."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype) * self.weight
 
 
 class GemmaRMSNorm(nn.RMSNorm):
-    """Holds the distance of each weight from 1, and multiplies before it rounds to the input's dtype."""
+    """Multiplies by 1 + weight, and rounds to the input's dtype after that."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -84,13 +124,15 @@ class GemmaRMSNorm(nn.RMSNorm):
 
 
 class GemmaEmbedding(nn.Embedding):
-    """Embeddings times the root of their width, which is rounded to their dtype first."""
+    """Embeddings times the square root of their width, which is rounded to their dtype first."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype).item()
 
 
 class LMAttention(nn.Module):
+    """Grouped-query attention [3] with rotary embeddings [2]."""
+
     def __init__(self, config: LMConfig, index: int):
         super().__init__()
         self.index, self.d = index, config.head_width
@@ -104,17 +146,18 @@ class LMAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, self.d)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)  # (B, h, S, d), (B, g, S, d)
+        q = apply_rotary(self.q_norm(q), cos, sin)  # (B, h, S, d)
+        k = apply_rotary(self.k_norm(k), cos, sin)  # (B, g, S, d)
         if cache is not None:
             k, v = cache.extend(self.index, k, v)  # (B, g, slots, d)
-        # Without a mask S is either all there is or one position after it, which may see it all.
+        # Without a mask the S queries are all positions, or a single new one, which may attend to every slot.
         x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, scale=self.scale,
                                            enable_gqa=True)  # fmt: skip
         return self.o(x.transpose(1, 2).flatten(2))  # (B, S, C)
 
 
 class LMBlock(nn.Module):
-    """x + attention, x + gated MLP; Gemma also normalises what the two add."""
+    """Attention and a gated MLP, each with a pre-norm and a residual; Gemma also normalizes their outputs."""
 
     def __init__(self, config: LMConfig, index: int):
         super().__init__()
@@ -136,7 +179,7 @@ class LMBlock(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A language model on embeddings: `lm(lm.embed(ids))` -> logits."""
+    """A causal language model on embeddings: `lm(lm.embed(ids))` -> logits."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -149,30 +192,31 @@ class CausalLM(nn.Module):
             self.head.weight = self.embed.weight
 
     def hidden(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-               seen: Tensor | None = None) -> Tensor:  # fmt: skip
-        """Embeddings (B, S, C) -> last hidden states (B, S, C), so that a caller can choose what to decode.
+               visible: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Embeddings (B, S, C) -> last hidden states (B, S, C), for callers that apply the head to some of them.
 
-        With a cache they follow what it holds. Each sees all before it, unless the caller says what: `seen`
-        (B, S, slots), True for the slots, of the cache or else of x, that one looks at, and `positions` (S,) of x.
+        With a cache, x follows the cached positions. Attention is causal, unless the caller gives the `positions` (S,)
+        of x and `visible` (B, S, slots): True where a position of x attends to a slot of the cache (without a cache: to
+        a position of x). Raises InputError beyond config.max_positions.
         """
-        config, before = self.config, 0 if cache is None else len(cache)
+        config, cached = self.config, 0 if cache is None else len(cache)
         if positions is None:
-            assert not before or x.shape[1] == 1, "after the prefix, one position a step"
-            if (end := before + x.shape[1]) > config.max_positions:
+            assert not cached or x.shape[1] == 1, "after the first call, one position a call"
+            if (end := cached + x.shape[1]) > config.max_positions:
                 raise InputError(f"language model: {end} positions, it has {config.max_positions}")
-            positions = torch.arange(before, end, device=x.device)
+            positions = torch.arange(cached, end, device=x.device)
         keys = positions if cache is None else torch.cat([cache.positions, positions])
         if cache is not None:
             cache.positions = keys
-        mask = None if seen is None else attention_mask(positions, keys, seen, None, x.dtype)
-        d = config.head_width
-        far = near = (*rotary_angles(positions, d, config.rope_theta, config.rope_scaling, x.dtype), mask)
+        mask = None if visible is None else attention_mask(positions, keys, visible, None, x.dtype)
+        rope = rotary_cos_sin(positions, config.head_width, config.rope_theta, config.rope_scaling, x.dtype)
+        local_rope, local_mask = rope, mask
         if config.local_theta is not None:
-            near = (*rotary_angles(positions, d, config.local_theta, None, x.dtype), mask)
+            local_rope = rotary_cos_sin(positions, config.head_width, config.local_theta, None, x.dtype)
         if config.window is not None and len(keys) > config.window:
-            near = (*near[:2], attention_mask(positions, keys, seen, config.window, x.dtype))
+            local_mask = attention_mask(positions, keys, visible, config.window, x.dtype)
         for block, local in zip(self.blocks, config.local or [False] * config.depth, strict=True):
-            x = block(x, *(near if local else far), cache)
+            x = block(x, *local_rope, local_mask, cache) if local else block(x, *rope, mask, cache)
         return self.norm(x)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -181,27 +225,30 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def embedding_rms(self) -> Tensor:
-        """Root mean square of what `embed` returns, over the vocabulary; float32 ()."""
+        """Root mean square of the outputs of `embed` over the vocabulary; float32 ()."""
         scale = self.config.width**0.5 if self.config.gemma else 1.0
-        rows = torch.linalg.vector_norm(self.embed.weight, dim=1, dtype=torch.float32)  # (V,), no copy of all
-        return scale * (rows.square().mean() / self.config.width).sqrt()
+        norms = torch.linalg.vector_norm(self.embed.weight, dim=1, dtype=torch.float32)  # (V,), without a float32 copy
+        return scale * (norms.square().mean() / self.config.width).sqrt()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "CausalLM":
-        """Loads `config.json` and the weights of a folder or hub id; all tensors or an InputError that names one."""
-        folder = hub.local(folder)
+        """Loads `config.json` and the weights of a folder or hub id.
+
+        Missing, unexpected and misshapen tensors raise an InputError that names them.
+        """
+        folder = hub.resolve(folder)
         config = LMConfig.from_json(folder / "config.json")
         with torch.device("meta"):
             lm = cls(config)
         tensors, path = read_tensors(folder)
-        if config.tied and same(tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")):
+        if config.tied and _are_equal(tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")):
             del tensors["lm_head.weight"]  # some public files hold the tied tensor twice
-        # Old files also hold the frequencies of the rotary embeddings.
+        # Old files also hold the rotary frequencies.
         ignored = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.depth)]
-        copy_strict(lm, tensors, lm_names(config), path, ignored)
-        tensors.clear()  # so that each goes as soon as it has been converted
+        copy_strict(lm, tensors, lm_tensor_names(config), path, ignored)
+        tensors.clear()  # so that each tensor is freed as soon as it has been converted
         return lm.to(dtype)
 
 
-def same(a: Tensor | None, b: Tensor | None) -> bool:
+def _are_equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.dtype == b.dtype and a.equal(b)

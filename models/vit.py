@@ -1,21 +1,21 @@
-"""The frozen eye: a vision transformer (ViT), loaded from a public model of one of four families (`vit_public.py`).
+"""Vision transformer (ViT) encoder. Public models of four families load into this one class.
 
-The families differ in what stands before and behind the blocks, hardly in the blocks:
+The families differ before and after the blocks, hardly within them:
 
     frame -> patches [class token] + position [norm] -> blocks -> norm -> [class token | pooling head]
 
-Letters: n images, P tokens an image (class token, if any, and patches), D width, h heads, d = D/h, S side in pixels.
+Letters: n images, P tokens an image (class token, if any, and patches), D width, h heads, d = D/h, S image side in
+pixels, Q queries.
 
 References
 [1] ViT, https://arxiv.org/abs/2010.11929; CLIP, https://arxiv.org/abs/2103.00020.
 [2] The order of operations: transformers' modeling_{clip,siglip,dinov2}.py, torchvision's vision_transformer.py.
-[3] QuickGELU, CLIP's usual activation, is x * sigmoid(1.702 x) = SiLU(1.702 x) / 1.702, which is not GELU; SigLIP's is
-    GELU with tanh.
+[3] QuickGELU, CLIP's usual activation: x * sigmoid(1.702 x) = SiLU(1.702 x) / 1.702. SigLIP's is GELU with tanh.
 [4] LayerScale, https://arxiv.org/abs/2103.17239.
 [5] The pooling head: "Scaling Vision Transformers", https://arxiv.org/abs/2106.04560, section 3.2.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,17 +23,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import hub
-from pixels import CLIP_MEAN, CLIP_STD, Pixels
-from vit_public import ViTConfig, read_public, vit_names
-from weights import InputError, copy_strict
+from common.errors import InputError
+from common.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from models import hub
+from models.vit_checkpoints import read_vit_checkpoint
+from models.weights import copy_strict
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "ViT", "ViTConfig", "vit_names"]
-
-
-ACTIVATIONS = {  # f and s: the activation of x is f(s x) / s
+ACTIVATIONS = {  # name: f and s, with activation(x) = f(s x) / s
     "quick_gelu": (F.silu, 1.702), "gelu": (F.gelu, 1), "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"), 1),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Shape of a ViT; image_size and patch_size in pixels. The defaults are CLIP's."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    activation: str  # quick_gelu | gelu | gelu_pytorch_tanh
+    norm_eps: float
+    class_token: bool = True
+    patch_bias: bool = False
+    pre_norm: bool = True  # a norm between the embeddings and the blocks
+    layer_scale: bool = False  # a learned factor a channel for the outputs of attention and MLP
+    final_norm: bool = False  # the last hidden state is taken after the final norm
+    pooling_head: bool = False  # pool by attention to the patches instead of with a class token
 
 
 class ViTAttention(nn.Module):
@@ -46,7 +64,7 @@ class ViTAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """Queries of x (n, Q, D) attend to keys and values of `memory` (n, P, D)."""
+        """Queries from x (n, Q, D) attend to keys and values from memory (n, P, D)."""
         q, k, v = self.q(x), self.k(memory), self.v(memory)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (n, h, Q or P, d)
         x = F.scaled_dot_product_attention(q, k, v)  # (n, h, Q, d)
@@ -54,21 +72,21 @@ class ViTAttention(nn.Module):
 
 
 class ViTMLP(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: str):
+    def __init__(self, width: int, mlp_width: int, activation: str):
         super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.up = nn.Linear(width, mlp_width)
+        self.down = nn.Linear(mlp_width, width)
         self.activation, self.scale = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """down(activation(up(x))), [3]; factors before and after a product cost nothing, elsewhere two passes."""
+        """down(activation(up(x))). The matrix products apply the activation's factors [3], which costs nothing."""
         s, up, down = self.scale, self.up, self.down
-        y = torch.addmm(up.bias, x.flatten(0, -2), up.weight.T, beta=s, alpha=s)  # (n*P, hidden)
+        y = torch.addmm(up.bias, x.flatten(0, -2), up.weight.T, beta=s, alpha=s)  # (n*P, mlp_width)
         return torch.addmm(down.bias, self.activation(y), down.weight.T, alpha=1 / s).view_as(x)  # (n, P, D)
 
 
 class LayerScale(nn.Module):
-    """One learnt gain a channel [4]."""
+    """A learned factor for each channel [4]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -95,7 +113,7 @@ class ViTBlock(nn.Module):
 
 
 class PoolingHead(nn.Module):
-    """SigLIP's way from patches to one vector [5]: a learnt query attends to them, then an MLP adds to it."""
+    """SigLIP's pooling [5]: a learned query attends to the patches, followed by an MLP with a residual."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -110,14 +128,14 @@ class PoolingHead(nn.Module):
 
 
 class ViT(nn.Module):
-    """A ViT. `vit(pixels)` is what the family's reference calls the last hidden state: for CLIP the last block's
-    output, for the others that after the final norm. `pixels` says how frames become what it is fed.
+    """A ViT. `vit(pixels)` is the last hidden state as the family's reference defines it: for CLIP the output of the
+    last block, for the others that of the final norm. `preprocessing` says how frames are resized and normalized.
     """
 
     def __init__(self, config: ViTConfig, mean=CLIP_MEAN, std=CLIP_STD):
         super().__init__()
         self.config = config
-        self.pixels = Pixels(config.image_size, config.image_size, mean=tuple(mean), std=tuple(std))
+        self.preprocessing = Preprocessing(config.image_size, config.image_size, mean=tuple(mean), std=tuple(std))
         size, width = config.patch_size, config.width
         self.patch = nn.Conv2d(3, width, kernel_size=size, stride=size, bias=config.patch_bias)
         self.cls = nn.Parameter(torch.randn(width) * 0.02) if config.class_token else None
@@ -126,16 +144,16 @@ class ViT(nn.Module):
         self.pre_norm = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
         self.post_norm = nn.LayerNorm(width, config.norm_eps)
-        self.head = PoolingHead(config) if config.attention_head else None
+        self.head = PoolingHead(config) if config.pooling_head else None
 
-    def normalise(self, frames: Tensor) -> Tensor:
-        """uint8 (..., 3, S, S) -> float32 with the mean and spread this ViT was trained with."""
-        scale = torch.tensor(self.pixels.std, device=frames.device)[:, None, None] * 255
-        shift = torch.tensor(self.pixels.mean, device=frames.device)[:, None, None] * 255
-        return (frames.float() - shift) / scale
+    def normalize(self, frames: Tensor) -> Tensor:
+        """uint8 frames (..., 3, S, S) -> float32, normalized with the model's mean and standard deviation."""
+        std = torch.tensor(self.preprocessing.std, device=frames.device)[:, None, None] * 255
+        mean = torch.tensor(self.preprocessing.mean, device=frames.device)[:, None, None] * 255
+        return (frames.float() - mean) / std
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (n, 3, S, S) -> class token, if any, and patches with their positions (n, P, D)."""
+        """Normalized pixels (n, 3, S, S) -> class token, if any, and patches, with position embeddings (n, P, D)."""
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # (n, patches, D)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)  # (n, P, D)
@@ -148,51 +166,51 @@ class ViT(nn.Module):
         return self.post_norm(x) if self.config.final_norm else x  # (n, P, D)
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """One feature a frame (n, D): the class token after the final norm, or what SigLIP's head makes of patches."""
+        """One feature an image (n, D): the normed class token, or the output of SigLIP's pooling head."""
         x = self(pixels)
         if self.head is not None:
             return self.head(x)
         return x[:, 0] if self.config.final_norm else self.post_norm(x[:, 0])
 
     def resize(self, image_size: int, align_corners: bool = False) -> None:
-        """From now on S is `image_size`, for which the grid of position vectors is interpolated, bicubic.
+        """Changes S to `image_size`: the grid of position embeddings is interpolated, bicubic.
 
-        Raises InputError when S is no multiple of the patch's side. (A public ViT whose own S is none ignores the
-        pixels left over at the right and at the bottom, as its reference does.) `align_corners` is torchvision's way
-        to lay the new grid over the old one. facebookresearch's own code stretches DINOv2's new grid by a tenth of a
-        patch more; here, as in transformers, its weights give the same figures from either file.
+        Raises InputError unless S is a multiple of the patch size. (A public ViT whose own S is no multiple ignores the
+        pixels left over at the right and at the bottom, as its reference does.) torchvision interpolates with
+        `align_corners`. facebookresearch's own code scales DINOv2's grid by 0.1 patches more; here both of its file
+        formats give the result of transformers.
         """
-        patch, tokens = self.config.patch_size, int(self.config.class_token)
+        patch, class_tokens = self.config.patch_size, int(self.config.class_token)
         if image_size < 1 or image_size % patch:
             raise InputError(f"image size {image_size}: expected a multiple of the patch size {patch}")
         old, new = self.config.image_size // patch, image_size // patch
         table = self.position.detach()
-        grid = table[tokens:].float().T.unflatten(1, (old, old))  # (D, old, old)
+        grid = table[class_tokens:].float().T.unflatten(1, (old, old))  # (D, old, old)
         grid = F.interpolate(grid[None], (new, new), mode="bicubic", align_corners=align_corners)[0]  # (D, new, new)
-        table = torch.cat([table[:tokens], grid.flatten(1).T.to(table.dtype)])  # (P, D)
+        table = torch.cat([table[:class_tokens], grid.flatten(1).T.to(table.dtype)])  # (P, D)
         self.position = nn.Parameter(table, self.position.requires_grad)
         self.config = replace(self.config, image_size=image_size)
-        self.pixels = self.pixels.scaled(image_size)
+        self.preprocessing = self.preprocessing.scaled(image_size)
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype = torch.float32, image_size: int | None = None
     ) -> "ViT":
-        """Loads a public model whole, or raises InputError: a folder, a .pth file (`vit_public.py`) or a hub id.
+        """Loads a public model: a folder, a hub id or a .pth file (`vit_checkpoints.py`).
 
-        `image_size` is S in pixels; without it S is what the model's own `preprocessor_config.json` makes.
+        `image_size` is S in pixels; the default is the size in the model's `preprocessor_config.json`. Missing,
+        unexpected and misshapen tensors raise an InputError that names them.
         """
-        public = read_public(hub.local(path))
+        checkpoint = read_vit_checkpoint(hub.resolve(path))
         with torch.device("meta"):
-            vit = cls(public.config)
-        copy_strict(vit, public.tensors, public.names, public.where, public.left)
-        vit.pixels = public.pixels
-        vit.to(torch.float32)  # half precision would blur the positions
-        size = public.pixels.size if image_size is None else image_size
-        if size != public.config.image_size:
+            vit = cls(ViTConfig(**checkpoint.config))
+        copy_strict(vit, checkpoint.tensors, checkpoint.names, checkpoint.where, checkpoint.ignored)
+        vit.to(torch.float32)  # positions are interpolated in full precision
+        size = checkpoint.preprocessing.size if image_size is None else image_size
+        if size != vit.config.image_size:
             try:
-                vit.resize(size, public.align_corners)
+                vit.resize(size, checkpoint.align_corners)
             except InputError as error:
                 raise InputError(f"{path}: {error}") from error
-        vit.pixels = public.pixels.scaled(size)
+        vit.preprocessing = checkpoint.preprocessing.scaled(size)
         return vit.to(dtype)

@@ -1,67 +1,60 @@
-"""Public vision models -> the shape, the tensors and the pixels of our ViT (`vit.py`).
+"""Public vision models: their configs, tensors and preprocessing, as `vit.py` needs them.
 
-Four families, told apart by `model_type` in config.json, or by the names of the tensors when there is nothing but
-a file of weights (.pth):
+Four families, told apart by `model_type` in config.json, or by the names of the tensors in a bare file of
+weights (.pth):
 
-    family       model_type                     file of weights   what is peculiar
+    family       model_type                     file of weights   peculiarities
     CLIP         clip_vision_model, clip        -                 a norm before the blocks
-    SigLIP       siglip_vision_model, siglip    -                 no class token; a head pools with attention
-    DINOv2       dinov2                         facebookresearch  LayerScale; made for 518 pixels, mostly fed 224
-    torchvision  -                              vit_*             classifiers of ImageNet
+    SigLIP       siglip_vision_model, siglip    -                 no class token; pooling by attention
+    DINOv2       dinov2                         facebookresearch  LayerScale; trained at 518 pixels, mostly used at 224
+    torchvision  -                              vit_*             ImageNet classifiers
 
-`clip` and `siglip` are whole models: the text half is known by name, and left. Letters: P tokens an image, D width.
+Models of type `clip` and `siglip` also contain a text encoder, which is ignored. A `kind` is a model_type or
+"FAMILY file". Configs are dicts of the fields of `vit.ViTConfig`.
+
+Letters: P tokens an image, D width.
 
 References
 [1] CLIP, https://arxiv.org/abs/2103.00020; SigLIP, https://arxiv.org/abs/2303.15343; DINOv2,
     https://arxiv.org/abs/2304.07193; ViT, https://arxiv.org/abs/2010.11929.
-[2] Defaults: transformers, models/{clip,siglip,dinov2}/configuration_*.py; the shapes and the pixels of published
+[2] Defaults: transformers, models/{clip,siglip,dinov2}/configuration_*.py. Shapes and preprocessing of published
     weights: torchvision, models/vision_transformer.py; https://github.com/facebookresearch/dinov2.
 """
 
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoint import read_tensors
-from pixels import HALF, IMAGENET_MEAN, IMAGENET_STD, Pixels, read_pixels
-from vit_layouts import CLIP, DINOV2, DINOV2_FILE, LEFT, SIGLIP, TORCHVISION, TORCHVISION_2022, expand
-from weights import REQUIRED, InputError, bounded, field, read_json
+from common.errors import InputError
+from common.json_fields import REQUIRED, bounded, field, read_json
+from common.preprocessing import HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing
+from models.vit_names import (
+    CLIP,
+    DINOV2,
+    DINOV2_FILE,
+    IGNORED_TENSORS,
+    SIGLIP,
+    TORCHVISION,
+    TORCHVISION_2022,
+    expand,
+)
+from models.weights import read_tensors
 
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """Shape of a ViT; sizes in pixels and channels. The switches' defaults make it CLIP's."""
-
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-    activation: str  # quick_gelu, gelu or gelu_pytorch_tanh
-    norm_eps: float
-    class_token: bool = True
-    patch_bias: bool = False
-    pre_norm: bool = True  # a norm between the embeddings and the blocks
-    layer_scale: bool = False  # learnt gains of what attention and MLP add, one a channel
-    final_norm: bool = False  # the reference's last hidden state is after the final norm
-    attention_head: bool = False  # a learnt query attends to the patches: `pooled`
-
-
-PLAIN = {"patch_bias": True, "pre_norm": False, "final_norm": True}
-SWITCHES = {
+NOT_CLIP = {"patch_bias": True, "pre_norm": False, "final_norm": True}
+FAMILY_FIELDS = {  # where a family differs from ViTConfig's defaults
     "clip": {},
-    "siglip": PLAIN | {"class_token": False, "attention_head": True},
-    "dinov2": PLAIN | {"layer_scale": True},
-    "torchvision": PLAIN,
+    "siglip": NOT_CLIP | {"class_token": False, "pooling_head": True},
+    "dinov2": NOT_CLIP | {"layer_scale": True},
+    "torchvision": NOT_CLIP,
 }
 
 
-def vit_names(config: ViTConfig) -> dict[str, str]:
-    """Our parameter name -> the name in a public CLIP vision checkpoint."""
+def clip_tensor_names(config) -> dict[str, str]:
+    """For a `vit.ViTConfig`: our parameter name -> the name in a public CLIP vision checkpoint."""
     return expand(CLIP, config.depth)
 
 
@@ -70,25 +63,25 @@ def vit_names(config: ViTConfig) -> dict[str, str]:
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 BASE = {"image_size": 224, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "intermediate_size": 3072}  # fmt: skip
-WHOLE = {"clip": BASE | {"patch_size": 32}, "siglip": BASE | {"patch_size": 16}}  # what `vision_config` may leave out
+VISION_DEFAULTS = {"clip": BASE | {"patch_size": 32}, "siglip": BASE | {"patch_size": 16}}  # of `vision_config`
 
 
-def read_config(path: Path) -> tuple[str, ViTConfig]:
-    """A model's config.json -> its model_type, the shape of its ViT. Raises InputError."""
+def read_vit_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """Reads a public config.json; returns its model_type and the ViT's config. Raises InputError."""
     config = read_json(path)
     kind = field(config, "model_type", str, path)
-    if kind not in LEFT:
-        known = [kind for kind in LEFT if not kind.endswith("file")]
-        raise InputError(f"{path}: model_type is {kind!r}, supported vision models: {', '.join(known)}, "
+    if kind not in IGNORED_TENSORS:
+        supported = [kind for kind in IGNORED_TENSORS if not kind.endswith("file")]
+        raise InputError(f"{path}: model_type is {kind!r}, supported vision models: {', '.join(supported)}, "
                          "and the .pth files of torchvision's vit_* and of DINOv2")  # fmt: skip
     family = kind.removesuffix("_vision_model")
-    where, default = str(path), WHOLE.get(kind, {})
-    if kind in WHOLE:
+    where, defaults = str(path), VISION_DEFAULTS.get(kind, {})
+    if kind in VISION_DEFAULTS:
         config, where = field(config, "vision_config", dict, path), f"{path}: vision_config"
 
     def number(name: str) -> int:
         most = {"num_hidden_layers": 1000, "image_size": 2**14}.get(name, 2**24)
-        return bounded(config, name, int, where, 1, most, default.get(name, REQUIRED))
+        return bounded(config, name, int, where, 1, most, defaults.get(name, REQUIRED))
 
     activation = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh", "dinov2": "gelu"}[family]
     activation = field(config, "hidden_act", str, where, activation)
@@ -99,163 +92,166 @@ def read_config(path: Path) -> tuple[str, ViTConfig]:
     if not field(config, "vision_use_head", bool, where, True):
         raise InputError(f"{where}: vision_use_head is false: SigLIP without its pooling head is not supported")
     size, patch, width, heads = map(number, ("image_size", "patch_size", "hidden_size", "num_attention_heads"))
-    if not (1 <= patch <= size and 1 <= heads <= width) or width % heads:
+    if patch > size or width % heads:
         raise InputError(f"{where}: expected image_size {size} to be at least patch_size {patch}, "
                          f"hidden_size {width} a multiple of num_attention_heads {heads}")  # fmt: skip
     depth = number("num_hidden_layers")
     if family == "dinov2":
         mlp_width = int(width * bounded(config, "mlp_ratio", float, where, 1e-3, 1000, 4.0))
+        if mlp_width < 1:
+            raise InputError(f"{where}: mlp_ratio: expected hidden_size * mlp_ratio of at least 1")
     else:
         mlp_width = number("intermediate_size")
-    if min(depth, mlp_width) < 1:
-        raise InputError(f"{where}: expected blocks and MLPs of at least one, found {depth} and {mlp_width}")
-    return kind, ViTConfig(
-        image_size=size,
-        patch_size=patch,
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_width=mlp_width,
-        activation=activation,
-        norm_eps=bounded(config, "layer_norm_eps", float, where, 0, 1, 1e-5 if family == "clip" else 1e-6),
-        **SWITCHES[family],
-    )
+    norm_eps = bounded(config, "layer_norm_eps", float, where, 0, 1, 1e-5 if family == "clip" else 1e-6)
+    return kind, FAMILY_FIELDS[family] | dict(
+        image_size=size, patch_size=patch, width=width, depth=depth, heads=heads, mlp_width=mlp_width,
+        activation=activation, norm_eps=norm_eps,
+    )  # fmt: skip
 
 
-def _sizes(tensors: dict[str, Tensor], name: str, form: str, where: Path) -> list[int]:
-    """The tensor's shape, of as many sizes as `form` has words."""
-    if name not in tensors:
-        raise InputError(f"{where}: tensor {name} is missing, expected [{form}]")
-    if tensors[name].dim() != len(form.split()):
-        raise InputError(f"{where}: tensor {name} is {list(tensors[name].shape)}, expected [{form}]")
-    return list(tensors[name].shape)
-
-
-def config_of(family: str, names: dict[str, str], tensors: dict[str, Tensor], where: Path) -> ViTConfig:
-    """The shape of a ViT told by its tensors and, for the number of heads, by what has been published."""
+def infer_vit_config(family: str, names: dict[str, str], tensors: dict[str, Tensor], where: Path) -> dict[str, Any]:
+    """The ViT's config from the shapes of its tensors; the number of heads is that of the published model."""
     kernel = names["patch.*"].replace("*", "weight")
-    width, _, patch, _ = _sizes(tensors, kernel, "D 3 patch patch", where)
-    _, positions, _ = _sizes(tensors, names["position"], "1 P D", where)
+    width, _, patch, _ = _shape(tensors, kernel, "D 3 patch patch", where)
+    _, positions, _ = _shape(tensors, names["position"], "1 P D", where)
     up = names["blocks.N.mlp.up.*"].replace("*", "weight")
-    mlp_width, _ = _sizes(tensors, up.replace("N", "0"), "hidden D", where)
-    published = {"dinov2": {384: 6, 768: 12, 1024: 16}, "torchvision": {768: 12, 1024: 16, 1280: 16}}[family]
-    if width not in published or patch < 1:
+    mlp_width, _ = _shape(tensors, up.replace("N", "0"), "mlp_width D", where)
+    heads = {"dinov2": {384: 6, 768: 12, 1024: 16}, "torchvision": {768: 12, 1024: 16, 1280: 16}}[family]
+    if width not in heads or patch < 1:
         raise InputError(f"{where}: tensor {kernel} is {list(tensors[kernel].shape)}, expected a width of "
-                         f"{', '.join(map(str, published))} (of others the number of heads is not known)")  # fmt: skip
+                         f"{', '.join(map(str, heads))} (the number of heads of others is unknown)")  # fmt: skip
     side = math.isqrt(max(positions - 1, 0))
     if side < 1 or side**2 + 1 != positions:
         raise InputError(f"{where}: tensor {names['position']} is {list(tensors[names['position']].shape)}, "
-                         "expected a class token's row and those of a square of patches")  # fmt: skip
-    before = up.partition("N")[0]
-    depth = len({name.removeprefix(before).split(".")[0] for name in tensors if name.startswith(before)})
-    return ViTConfig(side * patch, patch, width, depth, published[width], mlp_width, "gelu", 1e-6, **SWITCHES[family])
+                         "expected a row for the class token and rows for a square of patches")  # fmt: skip
+    prefix = up.partition("N")[0]
+    depth = len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
+    return FAMILY_FIELDS[family] | dict(
+        image_size=side * patch, patch_size=patch, width=width, depth=depth, heads=heads[width], mlp_width=mlp_width,
+        activation="gelu", norm_eps=1e-6,
+    )  # fmt: skip
 
 
-def default_pixels(family: str, config: ViTConfig) -> Pixels:
-    """What the family's authors fed to a ViT of this shape."""
-    size = config.image_size
+def _shape(tensors: dict[str, Tensor], name: str, expected: str, where: Path) -> list[int]:
+    """The shape of a tensor, which must have as many dimensions as `expected` has words."""
+    if name not in tensors:
+        raise InputError(f"{where}: tensor {name} is missing, expected [{expected}]")
+    if tensors[name].dim() != len(expected.split()):
+        raise InputError(f"{where}: tensor {name} is {list(tensors[name].shape)}, expected [{expected}]")
+    return list(tensors[name].shape)
+
+
+# --------------------------------------------------------------------------------- preprocessing
+
+
+def default_preprocessing(family: str, config: dict[str, Any]) -> Preprocessing:
+    """The family's usual preprocessing for a ViT of this shape."""
+    size, width = config["image_size"], config["width"]
     if family == "siglip":
-        return Pixels(size, size, squash=True, mean=HALF, std=HALF)
+        return Preprocessing(size, size, squash=True, mean=HALF, std=HALF)
     if family == "clip":
-        return Pixels(size, size)
-    imagenet = Pixels(224, 256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        return Preprocessing(size, size)
+    imagenet = Preprocessing(224, 256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     if family == "dinov2":
         return imagenet
-    # torchvision's only weights of these sizes are SWAG's. (Its SWAG_LINEAR files of 224 pixels and narrower models
-    # cannot be told from older ones, and get those' view.)
-    if size > 224 or config.width == 1280:
+    # torchvision: only its SWAG weights have these sizes. (Its SWAG_LINEAR weights of 224 pixels and smaller widths
+    # cannot be told from the older weights, and get their preprocessing.)
+    if size > 224 or width == 1280:
         return replace(imagenet, size=size, resize=size)
-    resize = 242 if (config.width, config.patch_size) == (1024, 16) else 256  # vit_l_16
+    resize = 242 if (width, config["patch_size"]) == (1024, 16) else 256  # vit_l_16
     return replace(imagenet, resize=resize, interpolation="bilinear").scaled(size)
+
+
+def _read_folder_preprocessing(folder: Path, family: str, config: dict[str, Any]) -> Preprocessing:
+    preprocessing, path = default_preprocessing(family, config), folder / "preprocessor_config.json"
+    if path.exists():
+        preprocessing = read_preprocessing(path, preprocessing)
+    if family != "dinov2" and preprocessing.size != config["image_size"]:
+        raise InputError(f"{path}: its images are {preprocessing.size} pixels wide, expected {config['image_size']}, "
+                         "the image_size of config.json")  # fmt: skip
+    return preprocessing
+
+
+def check_vit_config(folder: Path) -> None:
+    """Raises InputError unless the folder's configs, without its weights, are of a supported ViT."""
+    kind, config = read_vit_config(folder / "config.json")
+    _read_folder_preprocessing(folder, kind.removesuffix("_vision_model"), config)
 
 
 # ----------------------------------------------------------------------------------- checkpoints
 
 
 @dataclass(frozen=True)
-class PublicViT:
+class ViTCheckpoint:
     """A checkpoint, ready for `copy_strict`."""
 
-    config: ViTConfig  # image_size is the position table's
-    pixels: Pixels
+    config: dict[str, Any]  # image_size is that of the position embeddings
+    preprocessing: Preprocessing
     tensors: dict[str, Tensor]
-    names: dict[str, str]
+    names: dict[str, str]  # our parameter -> its tensor
     where: Path  # the file that errors name
-    left: list[str]  # tensors that are no part of the ViT
-    align_corners: bool = False  # how the family interpolates its position table
+    ignored: list[str]  # tensors that are not part of the ViT
+    align_corners: bool = False  # how the family interpolates its position embeddings
 
 
-def read_public(path: str | Path) -> PublicViT:
-    """A model's folder, or a .pth file of torchvision or facebookresearch. Raises InputError.
+def read_vit_checkpoint(path: str | Path) -> ViTCheckpoint:
+    """Reads a model's folder, or a .pth file of torchvision or facebookresearch. Raises InputError.
 
-    Tensors stay as the file has them, but for views: fused query, key and value are three, `cls`, `position` and
-    `head.probe` lose their leading sizes of 1.
+    Tensors are those of the file or views of them: fused query, key and value are split into three; `cls`, `position`
+    and `head.probe` lose their leading dimensions of size 1.
     """
     path = Path(path)
     if path.is_file() or path.suffix == ".pth":
         tensors, where = read_tensors(path)
-        family, names = _family_of_file(tensors, where)
-        kind, config = f"{family} file", config_of(family, names, tensors, where)
-        pixels = default_pixels(family, config)
+        family, names = _detect_family(tensors, where)
+        kind, config = f"{family} file", infer_vit_config(family, names, tensors, where)
+        preprocessing = default_preprocessing(family, config)
     else:
-        kind, config = read_config(path / "config.json")
+        kind, config = read_vit_config(path / "config.json")
         family = kind.removesuffix("_vision_model")
-        pixels = _pixels_of_folder(path, family, config)
+        preprocessing = _read_folder_preprocessing(path, family, config)
         tensors, where = read_tensors(path)
         names = {"clip": CLIP, "siglip": SIGLIP, "dinov2": DINOV2}[family]
-        if "embeddings.patch_embedding.weight" in tensors:  # as transformers 5 writes a tower alone
-            names = {name: theirs.removeprefix("vision_model.") for name, theirs in names.items()}
-    full = expand(names, config.depth)
-    tensors = _without_ones(_split(tensors, full), full)
-    left = [name for name in tensors if any(name == x or x[-1] == "." and name.startswith(x) for x in LEFT[kind])]
-    return PublicViT(config, pixels, tensors, full, where, left, align_corners=family == "torchvision")
+        if not any(name.startswith("vision_model.") for name in tensors):  # transformers 5 omits the prefix
+            names = {ours: theirs.removeprefix("vision_model.") for ours, theirs in names.items()}
+    names = expand(names, config["depth"])
+    tensors = _squeeze_leading(_split_fused(tensors, names), names)
+    prefixes = tuple(name for name in IGNORED_TENSORS[kind] if name.endswith("."))
+    ignored = [name for name in tensors if name in IGNORED_TENSORS[kind] or name.startswith(prefixes)]
+    return ViTCheckpoint(config, preprocessing, tensors, names, where, ignored, align_corners=family == "torchvision")
 
 
-def check_vit(folder: Path) -> None:
-    """Raises InputError where the folder's configs are of no ViT that can be read, before there are any weights."""
-    kind, config = read_config(folder / "config.json")
-    _pixels_of_folder(folder, kind.removesuffix("_vision_model"), config)
-
-
-def _pixels_of_folder(folder: Path, family: str, config: ViTConfig) -> Pixels:
-    pixels, path = default_pixels(family, config), folder / "preprocessor_config.json"
-    if path.exists():
-        pixels = read_pixels(path, pixels)
-    if family != "dinov2" and pixels.size != config.image_size:
-        raise InputError(f"{path}: makes {pixels.size} pixels a side, expected {config.image_size}, the image_size of "
-                         "config.json")  # fmt: skip
-    return pixels
-
-
-def _family_of_file(tensors: dict[str, Tensor], where: Path) -> tuple[str, dict[str, str]]:
+def _detect_family(tensors: dict[str, Tensor], where: Path) -> tuple[str, dict[str, str]]:
+    """The family of a bare file of weights, and its name map."""
     if any(name.startswith("encoder.layers.encoder_layer_") for name in tensors):
-        older = any(".mlp.linear_1." in name for name in tensors)
-        return "torchvision", TORCHVISION_2022 if older else TORCHVISION
+        old_names = any(".mlp.linear_1." in name for name in tensors)
+        return "torchvision", TORCHVISION_2022 if old_names else TORCHVISION
     if any(name.endswith("ls1.gamma") for name in tensors):
         for name, what in (("register_tokens", "register tokens"), ("blocks.0.mlp.w12.weight", "SwiGLU (giant)")):
             if name in tensors:
-                raise InputError(f"{where}: holds {name}: DINOv2 with {what} is not supported")
+                raise InputError(f"{where}: has {name}: DINOv2 with {what} is not supported")
         return "dinov2", DINOV2_FILE
     found = ", ".join(sorted(tensors)[:3]) or "none"
     raise InputError(f"{where}: expected the tensors of torchvision's vit_* or of DINOv2, found {found}; other models "
                      "need their folder with config.json")  # fmt: skip
 
 
-def _split(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """Each fused NAME becomes NAME[q], NAME[k] and NAME[v]."""
+def _split_fused(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """Replaces each fused tensor NAME by NAME[q], NAME[k] and NAME[v]."""
     tensors = dict(tensors)
     for name in [theirs.removesuffix("[q]") for theirs in names.values() if theirs.endswith("[q]")]:
         fused = tensors.pop(name, None)
-        if fused is not None:  # else copy_strict will miss it by name
-            thirds = torch.atleast_1d(fused).tensor_split(3)  # of what is no three either: copy_strict will say so
-            tensors |= zip((f"{name}[{letter}]" for letter in "qkv"), thirds, strict=True)
+        if fused is not None:  # copy_strict reports missing tensors, and misshapen parts
+            parts = torch.atleast_1d(fused).tensor_split(3)
+            tensors |= zip((f"{name}[{letter}]" for letter in "qkv"), parts, strict=True)
     return tensors
 
 
-def _without_ones(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+def _squeeze_leading(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """Removes leading dimensions of size 1 that our parameters do not have."""
     tensors = dict(tensors)
-    for name, dims in (("cls", 1), ("position", 2), ("head.probe", 1)):
-        theirs = names.get(name)
+    for ours, dims in (("cls", 1), ("position", 2), ("head.probe", 1)):
+        theirs = names.get(ours)
         while theirs in tensors and tensors[theirs].dim() > dims and len(tensors[theirs]) == 1:
             tensors[theirs] = tensors[theirs][0]
     return tensors

@@ -1,19 +1,16 @@
-"""The names of the tensors in public vision models: one map a layout, from our names (`vit.py`) to theirs.
+"""Tensor names of public vision models: a map for each file format, from our names (`vit.py`) to theirs.
 
-N is a block's number, * stands for both `weight` and `bias`. Where query, key and value lie one above the other in one
-tensor, NAME[q], NAME[k] and NAME[v] are its thirds.
+N is a block's index, * stands for both `weight` and `bias`. NAME[q], NAME[k] and NAME[v] are the thirds of a tensor
+NAME in which query, key and value are concatenated along the first dimension.
 
 References
-[1] CLIP, SIGLIP, DINOV2: what transformers reads, models/{clip,siglip,dinov2}/ and, for DINOv2, conversion_mapping.py.
+[1] CLIP, SIGLIP, DINOV2: transformers, models/{clip,siglip,dinov2}/ and, for DINOv2, conversion_mapping.py.
 [2] DINOV2_FILE: https://github.com/facebookresearch/dinov2, dinov2/models/vision_transformer.py and layers/.
 [3] TORCHVISION: torchvision, models/vision_transformer.py.
 """
 
-CLIP = {  # "layrn" is how CLIP spells it
-    "patch.weight": "vision_model.embeddings.patch_embedding.weight",
-    "cls": "vision_model.embeddings.class_embedding",
+VISION_MODEL = {  # what CLIP and SigLIP share
     "position": "vision_model.embeddings.position_embedding.weight",
-    "pre_norm.*": "vision_model.pre_layrnorm.*",
     "blocks.N.norm1.*": "vision_model.encoder.layers.N.layer_norm1.*",
     "blocks.N.attn.q.*": "vision_model.encoder.layers.N.self_attn.q_proj.*",
     "blocks.N.attn.k.*": "vision_model.encoder.layers.N.self_attn.k_proj.*",
@@ -24,18 +21,13 @@ CLIP = {  # "layrn" is how CLIP spells it
     "blocks.N.mlp.down.*": "vision_model.encoder.layers.N.mlp.fc2.*",
     "post_norm.*": "vision_model.post_layernorm.*",
 }
-SIGLIP = {
+CLIP = VISION_MODEL | {
+    "patch.weight": "vision_model.embeddings.patch_embedding.weight",
+    "cls": "vision_model.embeddings.class_embedding",
+    "pre_norm.*": "vision_model.pre_layrnorm.*",  # CLIP's own spelling
+}
+SIGLIP = VISION_MODEL | {
     "patch.*": "vision_model.embeddings.patch_embedding.*",
-    "position": "vision_model.embeddings.position_embedding.weight",
-    "blocks.N.norm1.*": "vision_model.encoder.layers.N.layer_norm1.*",
-    "blocks.N.attn.q.*": "vision_model.encoder.layers.N.self_attn.q_proj.*",
-    "blocks.N.attn.k.*": "vision_model.encoder.layers.N.self_attn.k_proj.*",
-    "blocks.N.attn.v.*": "vision_model.encoder.layers.N.self_attn.v_proj.*",
-    "blocks.N.attn.out.*": "vision_model.encoder.layers.N.self_attn.out_proj.*",
-    "blocks.N.norm2.*": "vision_model.encoder.layers.N.layer_norm2.*",
-    "blocks.N.mlp.up.*": "vision_model.encoder.layers.N.mlp.fc1.*",
-    "blocks.N.mlp.down.*": "vision_model.encoder.layers.N.mlp.fc2.*",
-    "post_norm.*": "vision_model.post_layernorm.*",
     "head.probe": "vision_model.head.probe",
     "head.attn.q.*": "vision_model.head.attention.in_proj_*[q]",
     "head.attn.k.*": "vision_model.head.attention.in_proj_*[k]",
@@ -91,13 +83,13 @@ TORCHVISION = {
     "blocks.N.mlp.down.*": "encoder.layers.encoder_layer_N.mlp.3.*",
     "post_norm.*": "encoder.ln.*",
 }
-TORCHVISION_2022 = TORCHVISION | {  # as the first published files have it
+TORCHVISION_2022 = TORCHVISION | {  # the first published files
     "blocks.N.mlp.up.*": "encoder.layers.encoder_layer_N.mlp.linear_1.*",
     "blocks.N.mlp.down.*": "encoder.layers.encoder_layer_N.mlp.linear_2.*",
 }
 
-# Tensors that a checkpoint may hold and that are no part of the ViT; what ends in a dot begins their names.
-LEFT = {
+# Tensors in checkpoints that are not part of the ViT, by kind (`vit_checkpoints.py`). A trailing dot marks a prefix.
+IGNORED_TENSORS = {
     "clip_vision_model": ("vision_model.embeddings.position_ids",),
     "siglip_vision_model": ("vision_model.embeddings.position_ids",),
     "clip": ("vision_model.embeddings.position_ids", "text_model.", "text_projection.", "visual_projection.",
@@ -110,10 +102,10 @@ LEFT = {
 
 
 def expand(names: dict[str, str], depth: int) -> dict[str, str]:
-    """A map with N and * -> {our parameter: their tensor}."""
-    full = {}
-    for name, theirs in names.items():
-        for n in map(str, range(depth if "N" in name else 1)):
-            for kind in ("weight", "bias") if "*" in name else ("",):
-                full[name.replace("N", n).replace("*", kind)] = theirs.replace("N", n).replace("*", kind)
-    return full
+    """Fills N and * in a map: {our parameter: their tensor}."""
+    expanded = {}
+    for ours, theirs in names.items():
+        for n in map(str, range(depth if "N" in ours else 1)):
+            for kind in ("weight", "bias") if "*" in ours else ("",):
+                expanded[ours.replace("N", n).replace("*", kind)] = theirs.replace("N", n).replace("*", kind)
+    return expanded

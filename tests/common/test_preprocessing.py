@@ -1,7 +1,7 @@
-"""What preprocessor_config.json asks for, in every spelling, against transformers' own image processors [1].
+"""read_preprocessing for every spelling of preprocessor_config.json, against transformers' image processors [1].
 
-Each file is read by ours and by theirs; ours is then applied to random pictures with torchvision's resize and crop, and
-what comes out must be what their processor makes of them: same side, same place, same filter, same figures.
+Each file is read by both. Our result is applied to random images with torchvision's resize, crop and normalization;
+the output must equal that of their processor: same size, same crop, same filter, same values.
 
 [1] transformers, models/{clip,siglip,bit}/image_processing_*.py; DINOv2 is published with BiT's.
 """
@@ -13,18 +13,26 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
-from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
+from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor, image_utils
 
-from pixels import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Pixels, read_pixels
-from weights import InputError
+from common.preprocessing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    read_preprocessing,
+)
+from tests.common.helpers import refused
 
-CLIP = Pixels(24, 24)
-SIGLIP = Pixels(24, 24, True, "bicubic", HALF, HALF)
-DINOV2 = Pixels(24, 27, False, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
+CLIP = Preprocessing(24, 24)
+SIGLIP = Preprocessing(24, 24, True, "bicubic", HALF, HALF)
+DINOV2 = Preprocessing(24, 27, False, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
 NORM = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
 
 SPELLINGS = [
-    # openai's files of 2021, and what transformers writes today
+    # OpenAI's files of 2021, then those of transformers today
     (CLIPImageProcessor, CLIP, {"do_resize": True, "size": 24, "do_center_crop": True, "crop_size": 24, "resample": 3,
                                 "do_normalize": True, "feature_extractor_type": "CLIPFeatureExtractor"} | NORM),
     (CLIPImageProcessor, CLIP, {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24},
@@ -42,50 +50,49 @@ SPELLINGS = [
 ]  # fmt: skip
 
 
-def read(tmp_path: Path, default: Pixels, **fields) -> Pixels:
+def read(tmp_path: Path, default: Preprocessing, **fields) -> Preprocessing:
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(fields))
-    return read_pixels(path, default)
+    return read_preprocessing(path, default)
 
 
 @pytest.mark.parametrize("processor, default, fields", SPELLINGS)
-def test_each_spelling_means_what_transformers_reads_in_it(tmp_path, processor, default, fields):
-    """Seed 0, pictures of five aspects, tolerance 1e-5 of figures of about 1."""
-    pixels = read(tmp_path, default, **fields)
+def test_each_spelling_is_read_as_transformers_reads_it(tmp_path, processor, default, fields):
+    """Seed 0, images of five aspect ratios, tolerance 1e-5 for values of about 1."""
+    ours = read(tmp_path, default, **fields)
     theirs = processor(**{name: value for name, value in fields.items() if value is not None})
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for height, width in ((24, 24), (40, 90), (91, 41), (20, 33), (60, 60)):
-        picture = torch.randint(256, (3, height, width), generator=draw, dtype=torch.uint8)
-        expected = theirs(images=[picture], return_tensors="pt")["pixel_values"][0]
-        found = TF.resize(picture, [pixels.resize] * (2 if pixels.squash else 1),
-                          InterpolationMode(pixels.interpolation), antialias=True)  # fmt: skip
-        top, left = ((side - pixels.size) // 2 for side in found.shape[1:])
-        found = TF.crop(found, top, left, pixels.size, pixels.size) / 255
-        found = TF.normalize(found, pixels.mean, pixels.std)
+        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+        expected = theirs(images=[image], return_tensors="pt")["pixel_values"][0]
+        found = TF.resize(image, [ours.resize] * (2 if ours.squash else 1), InterpolationMode(ours.interpolation),
+                          antialias=True)  # fmt: skip
+        top, left = ((side - ours.size) // 2 for side in found.shape[1:])
+        found = TF.crop(found, top, left, ours.size, ours.size) / 255
+        found = TF.normalize(found, ours.mean, ours.std)
         assert found.shape == (3, 24, 24)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_what_a_file_leaves_out_is_the_family_s(tmp_path):
-    for default in (CLIP, SIGLIP, DINOV2, Pixels(24, 27, False, "bilinear", HALF, HALF)):
+def test_missing_fields_and_nulls_have_the_default_values(tmp_path):
+    for default in (CLIP, SIGLIP, DINOV2, Preprocessing(24, 27, False, "bilinear", HALF, HALF)):
         assert read(tmp_path, default) == default
         nulls = dict.fromkeys(["size", "crop_size", "resample", "do_resize", "do_center_crop", "image_mean"])
         assert read(tmp_path, default, **nulls) == default
 
 
-def test_the_families_statistics_are_the_published_ones():
-    """transformers, image_utils.py, which calls one half IMAGENET_STANDARD."""
-    from transformers import image_utils as theirs
+def test_mean_and_std_of_the_families_are_the_published_ones():
+    """transformers, image_utils.py; it calls HALF IMAGENET_STANDARD."""
+    assert (list(CLIP_MEAN), list(CLIP_STD)) == (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD)
+    assert list(IMAGENET_MEAN) == image_utils.IMAGENET_DEFAULT_MEAN
+    assert list(IMAGENET_STD) == image_utils.IMAGENET_DEFAULT_STD
+    assert list(HALF) == image_utils.IMAGENET_STANDARD_MEAN == image_utils.IMAGENET_STANDARD_STD
 
-    assert (list(CLIP_MEAN), list(CLIP_STD)) == (theirs.OPENAI_CLIP_MEAN, theirs.OPENAI_CLIP_STD)
-    assert (list(IMAGENET_MEAN), list(IMAGENET_STD)) == (theirs.IMAGENET_DEFAULT_MEAN, theirs.IMAGENET_DEFAULT_STD)
-    assert list(HALF) == theirs.IMAGENET_STANDARD_MEAN == theirs.IMAGENET_STANDARD_STD
 
-
-def test_another_size_scales_what_is_before_the_crop():
-    assert Pixels(224, 256).scaled(448) == Pixels(448, 512)
-    assert Pixels(224, 256).scaled(98) == Pixels(98, 112)
-    assert SIGLIP.scaled(30) == Pixels(30, 30, True, "bicubic", HALF, HALF)
+def test_scaling_keeps_the_cropped_share():
+    assert Preprocessing(224, 256).scaled(448) == Preprocessing(448, 512)
+    assert Preprocessing(224, 256).scaled(98) == Preprocessing(98, 112)
+    assert SIGLIP.scaled(30) == Preprocessing(30, 30, True, "bicubic", HALF, HALF)
 
 
 @pytest.mark.parametrize("fields, words", [
@@ -103,14 +110,12 @@ def test_another_size_scales_what_is_before_the_crop():
     ({"crop_size": {"height": 24, "width": 20}}, ["crop_size", "24", "20", "square"]),
     ({"size": 24, "crop_size": 25}, ["crop_size", "25", "24"]),
     ({"size": 24, "crop_size": 0}, ["crop_size", "0"]),
-    ({"size": 24, "do_center_crop": False}, ["do_center_crop", "squares"]),
+    ({"size": 24, "do_center_crop": False}, ["do_center_crop", "square"]),
     ({"image_std": [0.5, 0, 0.5]}, ["image_std", "above 0"]),
+    ({"image_mean": 0.5}, ["'image_mean'", "a list"]),
     ({"image_mean": [0.5]}, ["image_mean", "three numbers"]),
+    ({"image_mean": [0.5, 0.5, "0.5"]}, ["image_mean", "three numbers"]),
 ])  # fmt: skip
-def test_what_is_no_square_of_pixels_is_refused(tmp_path, fields, words):
-    with pytest.raises(InputError) as error:
+def test_unsupported_preprocessing_is_refused(tmp_path, fields, words):
+    with refused(f"{tmp_path / 'preprocessor_config.json'}: ", *words):
         read(tmp_path, CLIP, **fields)
-    text = str(error.value)
-    assert text.startswith(str(tmp_path / "preprocessor_config.json"))
-    for word in words:
-        assert word in text, text

@@ -1,10 +1,13 @@
-"""The vision tower, against transformers' CLIPVisionModel [1] on tiny random models, through real files.
+"""The ViT: every family against its own code [1, 2], with small random models in real files.
 
-Every parameter is drawn anew, norms and biases too, so that no two tensors could be mixed up unseen.
-transformers 5 writes the tensors without the prefix `vision_model.` under which CLIP checkpoints are
-published; the tests put it back and load the published layout.
+All parameters are random, so that no two tensors can be confused.
 
-[1] transformers, models/clip/modeling_clip.py
+References
+[1] transformers, models/clip/modeling_clip.py, models/siglip/modeling_siglip.py, models/dinov2/modeling_dinov2.py:
+    values, tensor names, parameter counts, interpolate_pos_encoding.
+[2] torchvision, models/vision_transformer.py: VisionTransformer, interpolate_embeddings.
+[3] Tensor names of facebookresearch's DINOv2: the table `FACEBOOK` below, from transformers' convert_dinov2_to_hf.py
+    (release 4.40), reversed.
 """
 
 import json
@@ -13,216 +16,307 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+import transformers
+from torch import nn
+from torchvision.models import vision_transformer as torchvision_vit
+from transformers import CLIPModel, CLIPVisionModel, Dinov2Model, SiglipModel, SiglipVisionModel
 
-from vit import CLIP_MEAN, CLIP_STD, ViT
-from weights import InputError
+from common.preprocessing import CLIP_MEAN, CLIP_STD, HALF, Preprocessing
+from models.vit import ViT, ViTConfig
+from tests.common.helpers import refused
+from tests.models.helpers import assert_near, change_json, write_weights
 
-# image side, patch side, width, depth, heads, width of the MLP, activation
-SIZES = [
-    (16, 8, 16, 2, 2, 24, "quick_gelu"),
-    (16, 8, 16, 2, 2, 24, "gelu"),
-    (24, 4, 24, 3, 3, 96, "quick_gelu"),
-    (20, 6, 32, 1, 8, 40, "gelu"),  # the picture is not a whole number of patches
-    (32, 32, 40, 4, 1, 16, "quick_gelu"),  # one patch, one head
-]
+VISION = {"image_size": 24, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+          "intermediate_size": 24}  # fmt: skip
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 30,
+        "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
+CROP_24 = {"size": {"shortest_edge": 24}, "crop_size": 24}  # a preprocessor_config.json for a DINOv2 of 24 pixels
+
+FACEBOOK = {
+    "embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token",
+    "embeddings.position_embeddings": "pos_embed", "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "encoder.layer": "blocks", "attention.output.dense": "attn.proj", "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma", "layernorm": "norm",
+}  # fmt: skip
 
 
-def make(folder: Path, image, patch, width, depth, heads, hidden, activation, seed=0, **fields) -> CLIPVisionModel:
-    """A random reference model, and the folder of it as published."""
-    torch.manual_seed(seed)
-    config = CLIPVisionConfig(
-        image_size=image, patch_size=patch, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
-        intermediate_size=hidden, hidden_act=activation, **fields,
-    )  # fmt: skip
-    theirs = CLIPVisionModel(config).eval().requires_grad_(False)
-    for name, parameter in theirs.named_parameters():
-        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        parameter.normal_(centre, 0.2)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    write(folder, published(theirs))
+# ------------------------------------------------------------------------------- models and files
+
+
+def randomize(model: nn.Module, seed: int) -> nn.Module:
+    """Draws every parameter: matrices that preserve the scale of their inputs, norm weights near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.eval().requires_grad_(False).named_parameters():
+        is_matrix = p.dim() > 1 and "embedding" not in name.replace("patch_embedding", "")
+        std = p[0].numel() ** -0.5 if is_matrix else 0.2
+        p.normal_(float("norm" in name and name.endswith("weight")), std, generator=generator)
+    return model
+
+
+def make_transformers(folder: Path, kind: str, seed: int = 0, **fields) -> nn.Module:
+    """Saves a random model of model_type `kind` with `save_pretrained`; returns its vision model."""
+    fields = VISION | fields
+    if kind == "clip":
+        config = transformers.CLIPConfig(text_config=TEXT | {"projection_dim": 8}, vision_config=fields)
+        model = CLIPModel(config)
+    elif kind == "siglip":
+        model = SiglipModel(transformers.SiglipConfig(text_config=TEXT, vision_config=fields))
+    elif kind == "dinov2":
+        fields = {name: value for name, value in fields.items() if name != "intermediate_size"}
+        model = Dinov2Model(transformers.Dinov2Config(**fields))
+    elif kind == "clip_vision_model":
+        model = CLIPVisionModel(transformers.CLIPVisionConfig(**fields))
+    else:
+        model = SiglipVisionModel(transformers.SiglipVisionConfig(**fields))
+    randomize(model, seed).save_pretrained(folder)
+    if kind == "dinov2":
+        (folder / "preprocessor_config.json").write_text(json.dumps(CROP_24))
+    return getattr(model, "vision_model", model)
+
+
+def make_facebook(path: Path, seed: int = 0, **fields) -> Dinov2Model:
+    """Saves a random DINOv2-S of two blocks in facebookresearch's format; returns the model of transformers."""
+    fields = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 2, "mlp_ratio": 1} | fields
+    theirs = make_transformers(path.parent / "hf", "dinov2", seed, **fields)
+    tensors = {}
+    for name, tensor in safetensors.torch.load_file(path.parent / "hf" / "model.safetensors").items():
+        for old, new in FACEBOOK.items():
+            name = name.replace(old, new)
+        tensors[name] = tensor
+    for i in range(fields["num_hidden_layers"]):
+        for kind in ("weight", "bias"):
+            parts = [tensors.pop(f"blocks.{i}.attention.attention.{x}.{kind}") for x in ("query", "key", "value")]
+            tensors[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+    torch.save(tensors, path)
     return theirs
 
 
-def published(theirs: CLIPVisionModel) -> dict[str, torch.Tensor]:
-    """The model's tensors under the names of a published checkpoint."""
-    tensors = {"vision_model." + name.removeprefix("vision_model."): t for name, t in theirs.state_dict().items()}
-    return {name: t.contiguous() for name, t in tensors.items() if not name.endswith("position_ids")}
+def make_torchvision(path: Path, seed: int = 0, image_size: int = 32, width: int = 768, heads: int = 12):
+    """Saves a random ViT of two blocks as torchvision does."""
+    theirs = torchvision_vit.VisionTransformer(image_size, 8, 2, heads, width, 40, num_classes=7)
+    torch.save(randomize(theirs, seed).state_dict(), path)
+    return theirs
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path) if path.suffix == ".pth" else safetensors.torch.load_file(path / "model.safetensors")
 
 
-def change(folder: Path, name: str, **fields) -> None:
-    """Sets fields of a JSON file; None takes them out."""
-    path = folder / name
-    content = json.loads(path.read_text()) if path.exists() else {}
-    content |= fields
-    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+def add_prefix(folder: Path) -> None:
+    """transformers 5 saves vision models without the prefix of published files; this adds it."""
+    write_weights(folder, {f"vision_model.{name}": tensor for name, tensor in read_weights(folder).items()})
 
 
-def assert_near(found: torch.Tensor, expected: torch.Tensor, within: float = 1e-5) -> None:
-    assert expected.std() > 0.1  # so the tolerance, an absolute one, means something
-    torch.testing.assert_close(found, expected, rtol=0, atol=within)
+# ------------------------------------------------------------------------------ equal outputs
 
 
-# ------------------------------------------------------------------------------ the same figures
+@torch.no_grad()
+def assert_same(ours: ViT, theirs: nn.Module, size: int, seed: int, **options) -> None:
+    """Embeddings, every block, last hidden state and pooled feature of two random images are equal within 1e-5."""
+    assert (ours.config.image_size, ours.preprocessing.size) == (size, size)
+    ours_eps, theirs_eps = ({m.eps for m in vit.modules() if isinstance(m, nn.LayerNorm)} for vit in (ours, theirs))
+    assert ours_eps == theirs_eps  # the tolerance would hide 1e-5 instead of 1e-6
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    blocks = theirs.encoder.layer if isinstance(theirs, Dinov2Model) else theirs.encoder.layers
+    states, hooks = [], [blocks[0].register_forward_pre_hook(lambda _module, inputs: states.append(inputs[0]))]
+    for block in blocks:
+        hooks.append(block.register_forward_hook(lambda _module, _inputs, output: states.append(output)))
+    if isinstance(theirs, torchvision_vit.VisionTransformer):
+        hooks.append(theirs.encoder.register_forward_hook(lambda _module, _inputs, output: states.append(output)))
+        theirs(pixels)
+        last = states.pop()
+        pooled = last[:, 0]
+    else:
+        output = theirs(pixels, **options)
+        last, pooled = output.last_hidden_state, output.pooler_output
+    for hook in hooks:
+        hook.remove()
+
+    x = ours.embed(pixels)
+    assert_near(x, states[0], min_std=0.05)
+    for block, state in zip(ours.blocks, states[1:], strict=True):
+        x = block(x)
+        assert_near(x, state, min_std=0.05)
+    assert_near(ours(pixels), last, min_std=0.05)
+    assert_near(ours.pooled(pixels), pooled, min_std=0.05)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_last_hidden_state_and_pooled_are_the_reference_s(tmp_path, size):
-    """Model seed 0, pixels seed 1, tolerance 1e-5."""
-    theirs, ours = make(tmp_path, *size), ViT.from_pretrained(tmp_path)
-    pixels = torch.randn(3, 3, size[0], size[0], generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = theirs(pixels)
-        assert_near(ours(pixels), expected.last_hidden_state)
-        assert_near(ours.pooled(pixels), expected.pooler_output)
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_pytorch_tanh", "quick_gelu"])
+@pytest.mark.parametrize("kind", ["clip_vision_model", "clip", "siglip_vision_model", "siglip", "dinov2"])
+def test_a_saved_model_equals_the_reference(tmp_path, kind, activation):
+    """Model seed 0, pixels seed 1; whole models and vision models alone, each activation and the family's own."""
+    theirs = make_transformers(tmp_path, kind, seed=0, **({"hidden_act": activation} if activation else {}))
+    assert_same(ViT.from_pretrained(tmp_path), theirs, 24, seed=1)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_every_block_gives_the_reference_s_hidden_state(tmp_path, size):
-    """Model seed 2, pixels seed 3, tolerance 1e-5, from the embeddings to the last block."""
-    theirs, ours = make(tmp_path, *size, seed=2), ViT.from_pretrained(tmp_path)
-    pixels = torch.randn(2, 3, size[0], size[0], generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        expected = theirs(pixels, output_hidden_states=True).hidden_states
-        assert len(expected) == len(ours.blocks) + 1
-        x = ours.embed(pixels)
-        assert_near(x, expected[0])
-        for block, state in zip(ours.blocks, expected[1:], strict=True):
-            x = block(x)
-            assert_near(x, state)
+@pytest.mark.parametrize("image, patch, width, depth, heads, mlp_width, activation", [
+    (16, 8, 16, 2, 2, 24, "quick_gelu"),
+    (16, 8, 16, 2, 2, 24, "gelu"),
+    (24, 4, 24, 3, 3, 96, "quick_gelu"),
+    (20, 6, 32, 1, 8, 40, "gelu"),  # the image is not a whole number of patches
+    (32, 32, 40, 4, 1, 16, "quick_gelu"),  # one patch, one head
+])  # fmt: skip
+def test_other_shapes_of_clip(tmp_path, image, patch, width, depth, heads, mlp_width, activation):
+    """Model seed 22, pixels seed 23; published tensor names."""
+    theirs = make_transformers(
+        tmp_path, "clip_vision_model", 22, image_size=image, patch_size=patch, hidden_size=width,
+        num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=mlp_width, hidden_act=activation,
+    )  # fmt: skip
+    add_prefix(tmp_path)
+    assert_same(ViT.from_pretrained(tmp_path), theirs, image, seed=23)
 
 
-def test_the_norms_epsilon_comes_from_the_config(tmp_path):
-    """Model seed 4, pixels seed 5, tolerance 1e-5; with an epsilon of 0.5 the default would be far off."""
-    theirs = make(tmp_path, *SIZES[0], seed=4, layer_norm_eps=0.5)
-    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        assert_near(ViT.from_pretrained(tmp_path)(pixels), theirs(pixels).last_hidden_state)
+@pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model"])
+def test_a_vision_model_alone_may_have_the_published_names(tmp_path, kind):
+    """Model seed 2, pixels seed 3."""
+    theirs = make_transformers(tmp_path, kind, seed=2)
+    add_prefix(tmp_path)
+    assert_same(ViT.from_pretrained(tmp_path), theirs, 24, seed=3)
 
 
-def test_what_a_config_leaves_out_is_clip_s_default(tmp_path):
-    """Model seed 6, pixels seed 7, tolerance 1e-5: QuickGELU and an epsilon of 1e-5, as in CLIPVisionConfig."""
-    theirs = make(tmp_path, *SIZES[0], seed=6)
-    change(tmp_path, "config.json", hidden_act=None, layer_norm_eps=None)
-    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        assert_near(ViT.from_pretrained(tmp_path)(pixels), theirs(pixels).last_hidden_state)
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_the_epsilon_of_the_norms_is_that_of_the_config(tmp_path, kind):
+    """Model seed 4, pixels seed 5; with an epsilon of 0.5 the default would be far off."""
+    theirs = make_transformers(tmp_path, kind, seed=4, layer_norm_eps=0.5)
+    assert_same(ViT.from_pretrained(tmp_path), theirs, 24, seed=5)
+
+
+def test_missing_fields_have_the_defaults_of_clip(tmp_path):
+    """Model seed 4, pixels seed 5: QuickGELU and an epsilon of 1e-5, as in CLIPVisionConfig."""
+    theirs = make_transformers(tmp_path, "clip_vision_model", seed=4)
+    change_json(tmp_path / "config.json", hidden_act=None, layer_norm_eps=None)
+    assert_same(ViT.from_pretrained(tmp_path), theirs, 24, seed=5)
+
+
+def test_dinov2_in_the_format_of_facebookresearch(tmp_path):
+    """Model seed 6, pixels seed 7; two blocks of ViT-S in a file without a config."""
+    theirs = make_facebook(tmp_path / "dinov2_vits14.pth", seed=6)
+    assert_same(ViT.from_pretrained(tmp_path / "dinov2_vits14.pth", image_size=24), theirs, 24, seed=7)
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+@pytest.mark.parametrize("width, heads", [(768, 12), (1024, 16), (1280, 16)])
+def test_the_format_of_torchvision(tmp_path, width, heads, old_names):
+    """Model seed 8, pixels seed 9; the widths of vit_b, vit_l and vit_h; new and old names of the MLP's layers."""
+    path = tmp_path / "vit.pth"
+    theirs = make_torchvision(path, 8, 32, width, heads)
+    if old_names:
+        write_weights(path, {name.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): tensor
+                             for name, tensor in read_weights(path).items()})  # fmt: skip
+    assert_same(ViT.from_pretrained(path), theirs, 32, seed=9)
+
+
+def test_vit_b_16_of_torchvision(tmp_path):
+    """Model seed 10, pixels seed 11; all twelve blocks at 224 pixels, and the published number of parameters."""
+    theirs = randomize(torchvision_vit.vit_b_16(), 10)
+    torch.save(theirs.state_dict(), tmp_path / "vit_b_16.pth")
+    ours = ViT.from_pretrained(tmp_path / "vit_b_16.pth")
+    assert_same(ours, theirs, 224, seed=11)
+    count = sum(p.numel() for p in ours.parameters()) + sum(p.numel() for p in theirs.heads.parameters())
+    assert count == torchvision_vit.ViT_B_16_Weights.IMAGENET1K_V1.meta["num_params"] == 86567656
+
+
+@pytest.mark.parametrize("kind, width, heads, mlp_width, patch", [
+    ("clip_vision_model", 1024, 16, 4096, 14),  # CLIP L/14
+    ("siglip_vision_model", 768, 12, 3072, 16),  # SigLIP B/16
+    ("siglip_vision_model", 1152, 16, 4304, 14),  # SigLIP so400m: heads are 72 wide
+    ("dinov2", 384, 6, 1536, 14),  # DINOv2 S/14
+])  # fmt: skip
+def test_one_block_at_full_width(tmp_path, kind, width, heads, mlp_width, patch):
+    """Model seed 12, pixels seed 13."""
+    theirs = make_transformers(
+        tmp_path, kind, seed=12, hidden_size=width, num_attention_heads=heads, intermediate_size=mlp_width,
+        patch_size=patch, image_size=2 * patch, num_hidden_layers=1,
+    )  # fmt: skip
+    assert_same(ViT.from_pretrained(tmp_path, image_size=2 * patch), theirs, 2 * patch, seed=13)
 
 
 def test_half_precision_files_load_and_compute_in_float32(tmp_path):
-    """Model seed 8, pixels seed 9, tolerance 1e-5 from the reference with its weights rounded to fp16."""
-    theirs = make(tmp_path, *SIZES[2], seed=8).half()
-    write(tmp_path, published(theirs))
+    """Model seed 8, pixels seed 9, tolerance 1e-5 to the reference with its weights rounded to fp16."""
+    theirs = make_transformers(tmp_path, "clip_vision_model", seed=8).half()
+    write_weights(tmp_path, {name: tensor.half() for name, tensor in read_weights(tmp_path).items()})
     ours = ViT.from_pretrained(tmp_path)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(9))
-    with torch.no_grad():
-        assert_near(ours(pixels), theirs.float()(pixels).last_hidden_state)
+    assert_same(ours, theirs.float(), 24, seed=9)
     assert {p.dtype for p in ViT.from_pretrained(tmp_path, torch.float16).parameters()} == {torch.float16}
 
 
-def test_position_ids_of_older_checkpoints_are_no_weights(tmp_path):
-    """Model seed 10, bit for bit."""
-    theirs = make(tmp_path, *SIZES[0], seed=10)
-    write(tmp_path, published(theirs) | {"vision_model.embeddings.position_ids": torch.arange(5)[None]})
-    found = ViT.from_pretrained(tmp_path).position
-    assert torch.equal(found, published(theirs)["vision_model.embeddings.position_embedding.weight"])
+# ------------------------------------------------------------------------------- other image sizes
 
 
-# ---------------------------------------------------------------------------------------- pixels
+@pytest.mark.parametrize("size", [8, 20, 28, 52])
+@pytest.mark.parametrize("kind", ["clip_vision_model", "siglip", "dinov2"])
+def test_positions_are_interpolated_as_the_reference_does(tmp_path, kind, size):
+    """Model seed 14, pixels seed 15; sizes below and above the model's 24."""
+    theirs = make_transformers(tmp_path, kind, seed=14)
+    options = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
+    assert_same(ViT.from_pretrained(tmp_path, image_size=size), theirs, size, seed=15, **options)
+
+
+@pytest.mark.parametrize("size", [16, 24, 56])
+def test_positions_are_interpolated_as_torchvision_does(tmp_path, size):
+    """Model seed 16, pixels seed 17; from 32 pixels."""
+    state = make_torchvision(tmp_path / "vit.pth", 16).state_dict()
+    theirs = torchvision_vit.VisionTransformer(size, 8, 2, 12, 768, 40, num_classes=7).eval()
+    theirs.load_state_dict(torchvision_vit.interpolate_embeddings(size, 8, state))
+    assert_same(ViT.from_pretrained(tmp_path / "vit.pth", image_size=size), theirs, size, seed=17)
+
+
+def test_both_formats_of_dinov2_give_the_same_positions(tmp_path):
+    """Model seed 18, bit for bit, at the default size of 224 pixels."""
+    make_facebook(tmp_path / "dinov2.pth", seed=18, patch_size=14, image_size=70)
+    (tmp_path / "hf" / "preprocessor_config.json").unlink()
+    ours, others = ViT.from_pretrained(tmp_path / "dinov2.pth"), ViT.from_pretrained(tmp_path / "hf")
+    assert ours.config.image_size == others.config.image_size == 224
+    assert torch.equal(ours.position, others.position) and len(ours.position) == 1 + 16**2
+
+
+def test_positions_are_interpolated_in_float32(tmp_path):
+    """Model seed 19, from fp32 and fp16 files: rounded to fp16 only at the end, if fp16 is requested."""
+    make_transformers(tmp_path, "siglip_vision_model", seed=19)
+    tensors = read_weights(tmp_path)
+    for dtype in (torch.float32, torch.float16):
+        write_weights(tmp_path, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+        exact = ViT.from_pretrained(tmp_path, image_size=40).position
+        half = ViT.from_pretrained(tmp_path, torch.float16, image_size=40)
+        assert exact.dtype == torch.float32 and not torch.equal(exact, exact.half().float())
+        assert {p.dtype for p in half.parameters()} == {torch.float16}
+        assert torch.equal(half.position, exact.half())
+
+
+def test_a_size_that_is_not_a_multiple_of_the_patch_size(tmp_path):
+    """Model seed 20, pixels seed 21. The model's own size, as for SigLIP so400m at 384, leaves pixels over, as in the
+    reference. A requested size is refused."""
+    theirs = make_transformers(tmp_path, "siglip", seed=20, image_size=22)
+    assert_same(ViT.from_pretrained(tmp_path), theirs, 22, seed=21)
+    for size in (26, 3, 0, -4):
+        with refused(f"{tmp_path}: image size {size}: expected a multiple of the patch size 4"):
+            ViT.from_pretrained(tmp_path, image_size=size)
+
+
+def test_resize_changes_preprocessing_and_tokens():
+    """Seed 24."""
+    torch.manual_seed(24)
+    vit = ViT(ViTConfig(16, 4, 16, 1, 2, 24, "gelu", 1e-6), HALF, HALF)
+    vit.position.requires_grad_(False)
+    vit.resize(28)
+    assert vit.config.image_size == 28 and vit.preprocessing == Preprocessing(28, 28, False, "bicubic", HALF, HALF)
+    assert vit(torch.randn(2, 3, 28, 28)).shape == (2, 1 + 7**2, 16)
+    assert not vit.position.requires_grad
+
+
+# ---------------------------------------------------------------------------------- normalization
 
 
 @pytest.mark.parametrize("mean, std", [(None, None), ([0.5, 0.4, 0.3], [0.25, 0.5, 1])])
-def test_pixels_are_normalised_by_the_published_formula(tmp_path, mean, std):
-    """(x / 255 - mean) / std a channel, CLIP's own or those of preprocessor_config.json. Seed 11, tolerance 1e-5."""
-    make(tmp_path, *SIZES[0])
+def test_frames_are_normalized_by_the_published_formula(tmp_path, mean, std):
+    """(x / 255 - mean) / std for each channel, with CLIP's values or those of preprocessor_config.json. Seed 11."""
+    make_transformers(tmp_path, "clip_vision_model")
     if mean is not None:
-        change(tmp_path, "preprocessor_config.json", image_mean=mean, image_std=std)
-    frames = torch.randint(256, (2, 5, 3, 16, 16), generator=torch.Generator().manual_seed(11), dtype=torch.uint8)
-    found = ViT.from_pretrained(tmp_path).normalise(frames)
+        change_json(tmp_path / "preprocessor_config.json", image_mean=mean, image_std=std)
+    frames = torch.randint(256, (2, 5, 3, 24, 24), generator=torch.Generator().manual_seed(11), dtype=torch.uint8)
+    found = ViT.from_pretrained(tmp_path).normalize(frames)
     assert found.dtype == torch.float32
     for channel in range(3):
         m, s = (mean or CLIP_MEAN)[channel], (std or CLIP_STD)[channel]
         assert_near(found[:, :, channel].double(), (frames[:, :, channel].double() / 255 - m) / s)
-
-
-def test_clip_s_pixel_statistics_are_the_published_ones():
-    """The figures of OpenAI's own preprocessing, clip/clip.py, _transform."""
-    assert CLIP_MEAN == (0.48145466, 0.4578275, 0.40821073)
-    assert CLIP_STD == (0.26862954, 0.26130258, 0.27577711)
-
-
-# ---------------------------------------------------------------------------------------- errors
-
-
-def refusal(folder: Path, *words: str) -> None:
-    """Loading raises an InputError of one line that holds the words."""
-    with pytest.raises(InputError) as error:
-        ViT.from_pretrained(folder)
-    text = str(error.value)
-    assert text.isprintable(), text
-    for word in words:
-        assert word in text, text
-
-
-@pytest.mark.parametrize("name", [
-    "vision_model.pre_layrnorm.bias", "vision_model.embeddings.class_embedding",
-    "vision_model.encoder.layers.1.self_attn.out_proj.weight",
-])  # fmt: skip
-def test_a_missing_tensor_is_named(tmp_path, name):
-    theirs = make(tmp_path, *SIZES[0])
-    write(tmp_path, {k: v for k, v in published(theirs).items() if k != name})
-    refusal(tmp_path, str(tmp_path / "model.safetensors"), "missing", name)
-
-
-def test_an_extra_tensor_is_named(tmp_path):
-    """A block more than the config says, and a part of the whole CLIP that the tower lacks."""
-    theirs = make(tmp_path, *SIZES[0])
-    for name in ("vision_model.encoder.layers.2.mlp.fc1.weight", "visual_projection.weight"):
-        write(tmp_path, published(theirs) | {name: torch.zeros(24, 16)})
-        refusal(tmp_path, str(tmp_path / "model.safetensors"), "unexpected", name)
-
-
-def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
-    theirs = make(tmp_path, *SIZES[0])
-    name = "vision_model.embeddings.position_embedding.weight"
-    write(tmp_path, published(theirs) | {name: torch.zeros(50, 16)})
-    refusal(tmp_path, str(tmp_path / "model.safetensors"), name, "[50, 16]", "[5, 16]")
-
-
-def test_a_config_of_another_size_is_refused(tmp_path):
-    make(tmp_path, *SIZES[0])
-    change(tmp_path, "config.json", intermediate_size=25)
-    refusal(tmp_path, str(tmp_path / "model.safetensors"), "mlp.fc1.weight", "[24, 16]", "[25, 16]")
-
-
-@pytest.mark.parametrize("field, value, words", [
-    ("model_type", "vit", ["model_type", "'vit'", "clip_vision_model", "dinov2", "torchvision"]),
-    ("model_type", None, ["'model_type'", "missing"]),
-    ("hidden_act", "relu", ["hidden_act", "'relu'"]),
-    ("patch_size", None, ["'patch_size'", "missing"]),
-    ("hidden_size", "16", ["'hidden_size'", "whole number"]),
-])  # fmt: skip
-def test_a_config_that_is_not_clip_s_is_refused(tmp_path, field, value, words):
-    make(tmp_path, *SIZES[0])
-    change(tmp_path, "config.json", **{field: value})
-    refusal(tmp_path, str(tmp_path / "config.json"), *words)
-
-
-@pytest.mark.parametrize("value", [0.5, [0.5, 0.5], [0.5, 0.5, "0.5"]])
-def test_pixel_statistics_that_are_not_three_numbers_are_refused(tmp_path, value):
-    make(tmp_path, *SIZES[0])
-    change(tmp_path, "preprocessor_config.json", image_mean=value)
-    refusal(tmp_path, str(tmp_path / "preprocessor_config.json"), "image_mean")
-
-
-def test_a_missing_folder_or_file_is_named(tmp_path):
-    refusal(tmp_path / "nowhere", str(tmp_path / "nowhere"), "expected a folder")
-    make(tmp_path, *SIZES[0])
-    (tmp_path / "model.safetensors").unlink()
-    refusal(tmp_path, str(tmp_path), "expected one of model.safetensors")

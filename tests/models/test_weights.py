@@ -1,10 +1,10 @@
-"""Public models' files, against the packages that write them [1-3], and against damage.
+"""Reading the weights of public models, against the packages that write them [1-3] and with damaged files; copy_strict.
 
-No tolerance: bits are equal or they are not. Peak memory is what the system counts, over that of the same
-process without a model. Every random choice has its seed in the test.
+Tensors must be equal to the bit. Peak memory is that of the process minus that of a process without a model. Every
+random choice has its seed in the test.
 
-[1] transformers, modeling_utils.py, `save_pretrained`; it writes safetensors files only
-[2] huggingface_hub, serialization/_torch.py, `save_torch_state_dict`: shards of either kind
+[1] transformers, modeling_utils.py, `save_pretrained`: safetensors files
+[2] huggingface_hub, serialization/_torch.py, `save_torch_state_dict`: shards in both formats
 [3] torch, serialization.py, `torch.save`: both containers
 """
 
@@ -23,13 +23,15 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from test_weights import assert_bit_equal, one_line
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import checkpoint
-from checkpoint import read_tensors, weight_files
-from weights import InputError, copy_strict, write_safetensors
+from common.errors import InputError
+from models import weights
+from models.safetensors import write_safetensors
+from models.weights import copy_strict, read_tensors, weight_files
+from tests.common.helpers import ROOT, refused
+from tests.models.helpers import assert_bit_equal
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INDEX = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}
@@ -42,12 +44,12 @@ def random_tensors(dtype=torch.float32, seed=0) -> dict[str, Tensor]:
 
 
 def tiny_model() -> nn.Module:
-    """Takes random_tensors() by their own names."""
+    """A module with the names and shapes of random_tensors()."""
     return nn.Sequential(OrderedDict(embed=nn.Embedding(7, 5), norm=nn.LayerNorm(5), out=nn.Linear(5, 3)))
 
 
 def write_shards(folder: Path, kind: str, tensors: dict[str, Tensor] | None = None, count=3) -> Path:
-    """An index and `count` shards, each some tensors that follow one another."""
+    """Writes an index and `count` shards; consecutive tensors share a shard."""
     tensors = random_tensors() if tensors is None else tensors
     folder.mkdir(exist_ok=True)
     weight_map = {name: f"part-{i * count // len(tensors)}.{kind}" for i, name in enumerate(tensors)}
@@ -58,13 +60,13 @@ def write_shards(folder: Path, kind: str, tensors: dict[str, Tensor] | None = No
     return folder / INDEX[kind]
 
 
-# ------------------------------------------------------------------- reference: who writes them
+# ---------------------------------------------------------------------- files of other packages
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shard_size", ["20KB", "1GB"])
-def test_what_transformers_saves(tmp_path, dtype, shard_size):
-    """Seed 0; the tied head has no tensor of its own in these files."""
+def test_files_of_transformers(tmp_path, dtype, shard_size):
+    """Seed 0; these files do not contain the tied head."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
                          num_attention_heads=4, tie_word_embeddings=True)  # fmt: skip
@@ -81,8 +83,8 @@ def test_what_transformers_saves(tmp_path, dtype, shard_size):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("safe", [True, False])
-def test_what_the_hub_shards(tmp_path, dtype, safe):
-    """A shared tensor stays shared in a pickle; a safetensors file cannot say that, so there is none in it."""
+def test_files_of_huggingface_hub(tmp_path, dtype, safe):
+    """A shared tensor stays shared in a pickle. Safetensors files cannot share tensors, so it is left out there."""
     tensors = random_tensors(dtype)
     if not safe:
         tensors["tied.weight"] = tensors["embed.weight"]
@@ -100,16 +102,17 @@ def test_what_the_hub_shards(tmp_path, dtype, safe):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_torch_saves(tmp_path, dtype, suffix, zipped):
-    """Of a module: an OrderedDict; parameters by themselves; views, as they were laid out."""
+def test_files_of_torch(tmp_path, dtype, suffix, zipped):
+    """A module's state dict, an OrderedDict; its parameters; views with other layouts."""
     path = tmp_path / f"w{suffix}"
     module = tiny_model().to(dtype)
     base = torch.arange(24.0).reshape(4, 6).to(dtype)
     for content in (
         module.state_dict(),
         dict(module.named_parameters()),
-        {"whole": base, "turned": base.T, "part": base[1:3], "gaps": base[:, ::2], "none": base[:0], "one": base[2, 3]},
-    ):
+        {"base": base, "transposed": base.T, "rows": base[1:3], "strided": base[:, ::2], "empty": base[:0],
+         "scalar": base[2, 3]},
+    ):  # fmt: skip
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
         found, where = read_tensors(path)
         assert where == path and weight_files(path) == [path]
@@ -118,14 +121,14 @@ def test_what_torch_saves(tmp_path, dtype, suffix, zipped):
 
 
 @pytest.mark.parametrize("extra", [{}, {"epoch": 3, "optimizer": {"state": {0: torch.ones(2)}, "lr": 0.1}}])
-@pytest.mark.parametrize("name", checkpoint.WRAPPERS)
-def test_weights_beside_a_training_state(tmp_path, name, extra):
+@pytest.mark.parametrize("name", weights.WRAPPERS)
+def test_weights_inside_a_training_checkpoint(tmp_path, name, extra):
     torch.save({name: random_tensors(), **extra}, tmp_path / "w.pt")
     assert_bit_equal(read_tensors(tmp_path / "w.pt")[0], random_tensors())
 
 
-def test_a_zip_that_another_program_packed(tmp_path):
-    """Its data begin anywhere: tensors must be aligned all the same. Compressed it is refused, not read as noise."""
+def test_a_zip_of_another_program(tmp_path):
+    """Its data is not aligned, but the tensors must be. A compressed zip, which cannot be memory-mapped, is refused."""
     torch.save(random_tensors(), tmp_path / "w.pt")
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         path = tmp_path / f"{method}.pt"
@@ -135,18 +138,17 @@ def test_a_zip_that_another_program_packed(tmp_path):
     found, _ = read_tensors(tmp_path / f"{zipfile.ZIP_STORED}.pt")
     assert_bit_equal(found, random_tensors())
     assert all(tensor.data_ptr() % tensor.itemsize == 0 for tensor in found.values())
-    with pytest.raises(InputError) as error:
+    with refused(str(path), "without compression"):
         read_tensors(path)
-    one_line(error, str(path), "without compression")
 
 
-def saved(content) -> bytes:
+def pickle_bytes(content) -> bytes:
     torch.save(content, file := io.BytesIO())
     return file.getvalue()
 
 
-def make(folder: Path, kind: str) -> Path:
-    """One of the kinds of file -> what to read."""
+def write_random_tensors(folder: Path, kind: str) -> Path:
+    """Writes random_tensors() in one of the formats; returns the path for read_tensors."""
     if kind in INDEX:
         write_shards(folder, kind)
         return folder
@@ -162,9 +164,9 @@ KINDS = ["one.safetensors", "zip.pth", "old.pth", "safetensors", "bin"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_do_not_change_and_may_be_replaced(tmp_path, kind):
-    """Writing to a tensor stays in memory; another model renamed into place does not reach one that is open."""
-    path = make(tmp_path / "a", kind)
+def test_files_stay_unchanged_and_may_be_replaced(tmp_path, kind):
+    """Writing to a tensor does not change the file; replacing the file does not change loaded tensors."""
+    path = write_random_tensors(tmp_path / "a", kind)
     before = {p: p.read_bytes() for p in weight_files(path)}
     tensors, _ = read_tensors(path)
     tensors["out.bias"].fill_(7.0)
@@ -175,11 +177,11 @@ def test_files_do_not_change_and_may_be_replaced(tmp_path, kind):
     assert_bit_equal(tensors, random_tensors() | {"out.bias": torch.full((3,), 7.0)})
 
 
-# ------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------- refused files
 
 
 class Call:
-    """Pickled as a call of `function`."""
+    """Unpickling it calls `function`."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -190,177 +192,170 @@ class Call:
 
 WIDE = torch.ones(1, 3).expand(4, 3)
 SPARSE = torch.eye(3).to_sparse()
-PICKLES = {  # what is saved, and a word of the message
+PICKLES = {  # the content, and words of the error
     "code": ({"w": torch.ones(2), "x": Call(os.mkdir, "ran")}, "mkdir; no code in it was run: use a safetensors"),
     "a module": (nn.Linear(2, 2), "torch.nn.modules.linear.Linear; no code"),
     "a tensor": (torch.ones(3), "expected {name: tensor}, or just one such under 'state_dict' or 'model', found a Ten"),
     "a list": ([torch.ones(3)], "found a list"),
-    "a number in it": ({"w": torch.ones(3), "epoch": 3}, "found a dict"),
-    "numbers for names": ({0: torch.ones(3)}, "found a dict"),
-    "nothing": ({}, "found a dict"),
-    "two of them": ({"model": {"w": torch.ones(3)}, "ema": {"w": torch.ones(3)}}, "a dict with 'model', 'ema'"),
-    "under another name": ({"teacher": {"w": torch.ones(3)}}, "a dict with 'teacher'"),
+    "a number beside a tensor": ({"w": torch.ones(3), "epoch": 3}, "found a dict"),
+    "numbers as names": ({0: torch.ones(3)}, "found a dict"),
+    "empty": ({}, "found a dict"),
+    "two state dicts": ({"model": {"w": torch.ones(3)}, "ema": {"w": torch.ones(3)}}, "a dict with 'model', 'ema'"),
+    "another key": ({"teacher": {"w": torch.ones(3)}}, "a dict with 'teacher'"),
     "overlap": ({"w": WIDE}, "'w': expected a dense tensor of numbers, found elements that overlap: shape [4, 3]"),
     "windows": ({"w": torch.ones(9).unfold(0, 3, 2)}, "shape [4, 3], strides [2, 1]"),
     "sparse": ({"w": SPARSE}, "layout torch.sparse_coo"),
     "complex": ({"w": torch.ones(2, dtype=torch.complex64)}, "torch.complex64"),
     "no data": ({"w": torch.ones(2, device="meta")}, "torch.float32 on meta"),
-    "much memory": ({"w": Call(bytearray, 2**62)}, "MemoryError"),
-    "more memory": ({"w": Call(bytearray, 2**70)}, "OverflowError"),
+    "too much memory": ({"w": Call(bytearray, 2**62)}, "MemoryError"),
+    "a huge number of bytes": ({"w": Call(bytearray, 2**70)}, "OverflowError"),
 }
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", PICKLES)
-def test_pickles_of_anything_else(tmp_path, monkeypatch, name, zipped):
+def test_pickles_of_anything_but_tensors_are_refused(tmp_path, monkeypatch, name, zipped):
     monkeypatch.chdir(tmp_path)
     content, word = PICKLES[name]
     torch.save(content, "w.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError) as error:
+    with refused("w.pt: ", word):
         read_tensors("w.pt")
-    one_line(error, "w.pt: ", word)
     assert os.listdir() == ["w.pt"]
 
 
-def test_a_torchscript_archive(tmp_path):
-    """As CLIP was first published."""
+def test_a_torchscript_archive_is_refused(tmp_path):
+    """OpenAI published CLIP in this format."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "w.pt")
-    with pytest.raises(InputError) as error:
+    with refused(str(tmp_path / "w.pt"), "TorchScript", "not run", "safetensors"):
         read_tensors(tmp_path / "w.pt")
-    one_line(error, str(tmp_path / "w.pt"), "TorchScript", "not run", "safetensors")
 
 
-def test_memory_that_no_byte_fills(tmp_path):
-    """The older container lists the keys of its storages: with an empty list torch fills none."""
+def test_uninitialized_memory_is_refused(tmp_path):
+    """The older container lists its storages. If the list is empty, torch allocates them but fills none."""
     torch.save({"w": torch.ones(4096)}, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
     content = (tmp_path / "w.pt").read_bytes()
     keys = content.rfind(b"\x80\x02]q\x00")
     (tmp_path / "w.pt").write_bytes(content[:keys] + b"\x80\x02]q\x00.")
-    assert torch.load(tmp_path / "w.pt")["w"].shape == (4096,)  # it does take it
-    with pytest.raises(InputError) as error:
+    assert torch.load(tmp_path / "w.pt")["w"].shape == (4096,)  # torch accepts it
+    with refused(str(tmp_path / "w.pt"), "expected 16384 bytes of tensors"):
         read_tensors(tmp_path / "w.pt")
-    one_line(error, str(tmp_path / "w.pt"), "expected 16384 bytes of tensors")
 
 
-INDEXES = {  # what replaces the index's weight_map, and a word of the message
+INDEXES = {  # a change of the index's weight_map, and a word of the error
     "a list": (lambda m: [], "field 'weight_map': expected an object"),
     "no tensor": (lambda m: {}, "at least one tensor"),
     "a number": (lambda m: m | {"norm.bias": 3}, "'norm.bias': expected the name of a "),
-    "up": (lambda m: {n: f"../{s}" for n, s in m.items()}, "file beside it, found '../part-0"),
-    "absolute": (lambda m: {n: f"/{s}" for n, s in m.items()}, "file beside it, found '/part-0"),
-    "a NUL": (lambda m: {n: f"\0{s}" for n, s in m.items()}, "file beside it"),
-    "the other kind": (lambda m: {n: Path(s).stem + ".pt" for n, s in m.items()}, "file beside it, found 'part-0.pt'"),
+    "parent folder": (lambda m: {n: f"../{s}" for n, s in m.items()}, "file in the same folder, found '../part-0"),
+    "absolute": (lambda m: {n: f"/{s}" for n, s in m.items()}, "file in the same folder, found '/part-0"),
+    "a NUL character": (lambda m: {n: f"\0{s}" for n, s in m.items()}, "file in the same folder"),
+    "a line break": (lambda m: {n: f"{s}\n" for n, s in m.items()}, "file in the same folder"),
+    "another suffix": (lambda m: {n: Path(s).stem + ".pt" for n, s in m.items()}, "same folder, found 'part-0.pt'"),
     "missing shard": (lambda m: m | {"x": "part-1a" + Path(m["norm.bias"]).suffix}, "shard 3 of 4 is missing"),
-    "missing tensor": (lambda m: m | {"x": m["norm.bias"]}, "lacks: x; has too: none"),
-    "surplus tensor": (lambda m: {n: s for n, s in m.items() if n != "out.weight"}, "lacks: none; has too: out.weight"),
-    "another shard": (lambda m: m | {"out.weight": m["embed.weight"]}, "lacks: out.weight; has too: none"),
-}
+    "missing tensor": (lambda m: m | {"x": m["norm.bias"]}, "missing: x; unexpected: none"),
+    "unexpected tensor": (
+        lambda m: {n: s for n, s in m.items() if n != "out.weight"}, "missing: none; unexpected: out.weight",
+    ),
+    "another shard": (lambda m: m | {"out.weight": m["embed.weight"]}, "missing: out.weight; unexpected: none"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", INDEX)
 @pytest.mark.parametrize("name", INDEXES)
-def test_indexes_that_do_not_fit(tmp_path, name, kind):
+def test_indexes_that_do_not_fit_are_refused(tmp_path, name, kind):
     index = write_shards(tmp_path / "m", kind)
     change, word = INDEXES[name]
     content = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": change(content["weight_map"])}))
-    with pytest.raises(InputError) as error:
+    with refused(str(tmp_path / "m"), word):
         read_tensors(tmp_path / "m")
-    one_line(error, str(tmp_path / "m"), word)
 
 
 @pytest.mark.parametrize("kind", INDEX)
-def test_an_error_names_the_shard(tmp_path, kind):
+def test_an_error_names_the_damaged_or_missing_shard(tmp_path, kind):
     write_shards(tmp_path, kind)
     shard = tmp_path / f"part-1.{kind}"
     shard.write_bytes(shard.read_bytes()[:-9])
-    with pytest.raises(InputError) as error:
+    with refused(str(shard)):
         read_tensors(tmp_path)
-    one_line(error, str(shard))
     shard.unlink()
     for function in (read_tensors, weight_files):
-        with pytest.raises(InputError) as error:
+        with refused(INDEX[kind], f"shard 2 of 3 is missing: expected the file part-1.{kind}"):
             function(tmp_path)
-        one_line(error, INDEX[kind], f"shard 2 of 3 is missing: expected the file part-1.{kind}")
 
 
-def test_the_order_in_a_folder(tmp_path):
-    """From the last to the first, each new one is taken; then what stands in its place and is no file is an error."""
-    assert checkpoint.IN_FOLDER[::2] == ("model.safetensors", "pytorch_model.bin")
-    for i, name in enumerate(reversed(checkpoint.IN_FOLDER)):
+def test_the_order_of_preference_in_a_folder(tmp_path):
+    """Files are added from the last to the first of the order, and each new one is read. What has the name of one, but
+    is not a file, is an error."""
+    assert weights.WEIGHT_FILE_NAMES[::2] == ("model.safetensors", "pytorch_model.bin")
+    for i, name in enumerate(reversed(weights.WEIGHT_FILE_NAMES)):
         tensors = random_tensors(seed=i)
         if name.endswith(".json"):
             write_shards(tmp_path, name.split(".")[1], tensors)
         else:
-            content = safetensors.torch.save(tensors) if name == "model.safetensors" else saved(tensors)
+            content = safetensors.torch.save(tensors) if name == "model.safetensors" else pickle_bytes(tensors)
             (tmp_path / name).write_bytes(content)
         found, where = read_tensors(tmp_path)
         assert where == tmp_path / name
         assert_bit_equal(found, tensors)
-    for place in (os.mkfifo, os.mkdir, lambda p: os.symlink("nowhere", p)):
-        for name in checkpoint.IN_FOLDER:
-            folder = tmp_path / f"{place.__name__}-{name}"
+    for create in (os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)):
+        for name in weights.WEIGHT_FILE_NAMES:
+            folder = tmp_path / f"{create.__name__}-{name}"
             folder.mkdir(exist_ok=True)
-            place(folder / name)
-            with pytest.raises(InputError) as error:
+            create(folder / name)
+            with refused(str(folder / name), "expected a file"):
                 read_tensors(folder)
-            one_line(error, str(folder / name), "expected a file")
 
 
-def test_nothing_to_read(tmp_path):
-    with pytest.raises(InputError) as error:
+def test_a_path_without_weights_is_refused(tmp_path):
+    with refused(str(tmp_path), *weights.WEIGHT_FILE_NAMES, "found none of them"):
         read_tensors(tmp_path)
-    one_line(error, str(tmp_path), *checkpoint.IN_FOLDER, "found none of them")
     for name in ("tf_model.h5", "model.onnx", "flax_model.msgpack", "consolidated.00.pth", "README.md", "a.gguf"):
         (tmp_path / name).touch()
-    with pytest.raises(InputError) as error:
+    with refused("none of them, but a.gguf, consolidated.00.pth, flax_model.msgpack"):
         weight_files(tmp_path)
-    one_line(error, "none of them, but a.gguf, consolidated.00.pth, flax_model.msgpack")
     for name in ("README.md", "a.gguf", "nowhere"):
-        with pytest.raises(InputError) as error:
+        with refused(str(tmp_path / name), "expected a model's folder or a file *.safetensors, *.bin, *.pt, *.pth"):
             read_tensors(tmp_path / name)
-        one_line(error, str(tmp_path / name), "expected a model's folder or a file *.safetensors, *.bin, *.pt, *.pth")
     for name in ("nowhere.bin", "nowhere.safetensors"):
-        with pytest.raises(InputError) as error:
+        with refused(str(tmp_path / name), "expected a file, found none"):
             read_tensors(tmp_path / name)
-        one_line(error, str(tmp_path / name), "expected a file, found none")
 
 
 def damaged(content: bytes, seed: int) -> bytes:
-    """Cut, bytes changed anywhere, in the first or in the last kilobyte, a piece lost or doubled."""
+    """Cut short; bits flipped anywhere, in the first or in the last kilobyte; a piece lost or doubled."""
     rng, content = random.Random(seed), bytearray(content)
-    way = seed % 5
-    if way == 0:
+    kind = seed % 5
+    if kind == 0:
         return bytes(content[: rng.randrange(len(content))])
-    if way == 4:
+    if kind == 4:
         start = rng.randrange(len(content))
         piece = content[start : start + rng.randrange(1, 64)]
         content[start : start + len(piece)] = piece * rng.choice([0, 2])
         return bytes(content)
-    first, last = [(0, len(content)), (0, 1000), (len(content) - 1000, len(content))][way - 1]
+    first, last = [(0, len(content)), (0, 1000), (len(content) - 1000, len(content))][kind - 1]
     for _ in range(rng.choice([1, 2, 8, 40])):
         content[rng.randrange(max(first, 0), min(last, len(content)))] ^= 1 << rng.randrange(8)
     return bytes(content)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damage_ends_in_one_line(tmp_path, kind):
-    """300 files of each kind, seeds 0 to 299: the model's names and shapes, or InputError; both must occur."""
-    path = make(tmp_path / "m", kind)
+def test_damaged_files_load_or_are_refused_in_one_line(tmp_path, kind):
+    """300 files of each format, seeds 0 to 299: the right names and shapes, or an InputError; both must occur."""
+    path = write_random_tensors(tmp_path / "m", kind)
     files = {p: p.read_bytes() for p in weight_files(path)}
     outcomes = {"loaded": 0, "refused": 0}
     for seed in range(300):
         victim = sorted(files)[seed % len(files)]
         (tmp_path / "new").write_bytes(damaged(files[victim], seed))
-        os.replace(tmp_path / "new", victim)  # shortening a mapped file in place is another matter
+        os.replace(tmp_path / "new", victim)  # a memory-mapped file must not be shortened in place
         model = tiny_model()
         try:
             tensors, where = read_tensors(path)
             copy_strict(model, tensors, {name: name for name in model.state_dict()}, where)
             assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in random_tensors().items()}
-            assert all(tensor.clone().dtype in checkpoint.DTYPE_NAMES for tensor in tensors.values())  # reads each byte
+            assert all(tensor.clone().dtype in weights.DTYPE_NAMES for tensor in tensors.values())  # reads every byte
             outcomes["loaded"] += 1
         except InputError as error:
             assert str(tmp_path) in str(error) and str(error).isprintable()
@@ -369,17 +364,117 @@ def test_damage_ends_in_one_line(tmp_path, kind):
     assert min(outcomes.values()) >= 10, outcomes
 
 
+# ----------------------------------------------------------------------------------- copy_strict
+
+
+class Small(nn.Module):
+    """Linear, norm with integer buffer, tied head, and a buffer that is not persistent."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.head = nn.Linear(4, 7, bias=False)
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+
+def source_and_names() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors for Small under other names, seed 0; the head shares the tensor of the embedding."""
+    torch.manual_seed(0)
+    tensors = {f"src.{name}": value.clone() for name, value in Small().state_dict().items()}
+    names = {name: f"src.{name}" for name in Small().state_dict()}
+    del tensors[names["head.weight"]]
+    names["head.weight"] = "src.embed.weight"
+    return tensors, names
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_copy_strict(device):
+    """Reference: torch's load_state_dict on a second module."""
+    tensors, names = source_and_names()
+    with torch.device(device):
+        module = Small()
+    module.body[0].bias.requires_grad_(False)
+    copy_strict(module, tensors, names, "f")
+    reference = Small()
+    reference.load_state_dict({name: tensors[source] for name, source in names.items()})
+    assert_bit_equal(module.state_dict(), reference.state_dict())
+    for name, value in module.state_dict().items():
+        assert value.data_ptr() == tensors[names[name]].data_ptr(), "copied"
+    assert module.head.weight is module.embed.weight
+    assert module.embed.weight.requires_grad and not module.body[0].bias.requires_grad
+    assert module.table.device.type == device
+
+
+def test_copy_strict_keeps_the_dtype_of_the_tensors():
+    tensors, names = source_and_names()
+    halves = {n: t.half() if t.is_floating_point() else t for n, t in tensors.items()}
+    module = Small()
+    copy_strict(module, halves, names, "f")
+    assert module.embed.weight.dtype == torch.float16
+    assert module.body[1].num_batches_tracked.dtype == torch.int64
+
+
+def assert_refused(tensors, names, *words, ignored=()):
+    """copy_strict raises an InputError with these words and leaves the module unchanged."""
+    module = Small()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with refused("m/model.safetensors", *words):
+        copy_strict(module, tensors, names, "m/model.safetensors", ignored)
+    assert_bit_equal(module.state_dict(), before)
+
+
+def test_copy_strict_names_missing_tensors():
+    tensors, names = source_and_names()
+    del tensors["src.body.0.bias"]
+    assert_refused(tensors, names, "missing: src.body.0.bias")
+
+
+def test_copy_strict_names_unexpected_tensors():
+    tensors, names = source_and_names()
+    tensors |= {f"extra.{i}": torch.zeros(1) for i in range(7)}
+    assert_refused(tensors, names, "unexpected: extra.0, extra.1, extra.2, extra.3, extra.4 and 2 more")
+    assert_refused(tensors, names, "unexpected: extra.6", ignored=[f"extra.{i}" for i in range(6)])
+    copy_strict(Small(), tensors, names, "f", ignored=[f"extra.{i}" for i in range(9)])
+
+
+def test_copy_strict_names_misshapen_tensors():
+    tensors, names = source_and_names()
+    tensors["src.body.0.weight"] = torch.zeros(4, 5)
+    tensors["src.body.1.num_batches_tracked"] = torch.zeros(1, dtype=torch.int64)
+    assert_refused(
+        tensors, names,
+        "src.body.0.weight is [4, 5], expected [4, 4] for body.0.weight",
+        "src.body.1.num_batches_tracked is [1], expected [] for",
+    )  # fmt: skip
+
+
+def test_copy_strict_names_integers_instead_of_floats():
+    tensors, names = source_and_names()
+    tensors["src.body.0.bias"] = tensors["src.body.0.bias"].int()
+    tensors["src.body.1.num_batches_tracked"] = torch.tensor(0.0)
+    assert_refused(tensors, names, "torch.int32, expected torch.float32", "expected torch.int64")
+
+
+def test_copy_strict_names_faults_of_the_name_map():
+    tensors, names = source_and_names()
+    del names["body.0.bias"], tensors["src.body.0.bias"]
+    assert_refused(tensors, names, "no tensor named for: body.0.bias")
+    tensors, names = source_and_names()
+    names["body.9.bias"] = "src.body.0.bias"
+    assert_refused(tensors, names, "not in the model: body.9.bias")
+
+
 # --------------------------------------------------------------------------------------- memory
 
-# Loads each file of the command line in a process of its own, as from_pretrained does, and prints
-# [peak, at the end what is not of a file] in MB, over those of a process that loads nothing.
+# Loads each file of the command line in its own process, as from_pretrained does. Prints [peak memory, memory at the
+# end that is not memory-mapped] in MB, minus those of a process that loads nothing.
 MEASURE = """
 import json, os, sys, torch
 from torch import nn
-from checkpoint import read_tensors
-from weights import copy_strict
+from models.weights import copy_strict, read_tensors
 
-def own():
+def anonymous():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024 / 1e6
 
 def load(path):
@@ -390,15 +485,15 @@ def load(path):
     del tensors
     model.to(torch.float32)
     assert sum(parameter.min().item() for parameter in model.parameters()) == 48 * 49 / 2
-    return own()
+    return anonymous()
 
 def measure(path):
     if (child := os.fork()) == 0:
-        print(load(path) if path else own(), file=open("own", "w"))
+        print(load(path) if path else anonymous(), file=open("anonymous", "w"))
         os._exit(0)
     _, status, usage = os.wait4(child, 0)
     assert status == 0, path
-    return [usage.ru_maxrss * 1024 / 1e6, float(open("own").read())]
+    return [usage.ru_maxrss * 1024 / 1e6, float(open("anonymous").read())]
 
 torch.ones(1024, dtype=torch.float16).to(torch.float32).sum()
 base = measure(None)
@@ -406,9 +501,9 @@ print(json.dumps([[a - b for a, b in zip(measure(path), base)] for path in sys.a
 """
 
 
-def test_never_two_copies_in_memory(tmp_path):
-    """48 matrices, 201 MB as fp32, 101 MB as fp16. From fp16 the model takes its 201 MB, and no more that
-    the system could not take back: the mapped file's pages go with its last tensor, so shards go one by one."""
+def test_loading_never_holds_two_copies_in_memory(tmp_path):
+    """48 matrices, 201 MB as fp32, 101 MB as fp16. Loading fp16 as fp32 needs 201 MB and memory-mapped pages, which
+    are freed with the last tensor of a file, so shard by shard."""
     paths = []
     for dtype, single in ((torch.float32, "zip.bin"), (torch.float16, "old.bin")):
         tensors = {f"{i}.weight": torch.full((1024, 1024), i + 1.0, dtype=dtype) for i in range(48)}
@@ -418,14 +513,14 @@ def test_never_two_copies_in_memory(tmp_path):
         torch.save(tensors, folder / single, _use_new_zipfile_serialization=single == "zip.bin")
         paths += [folder, folder / "one.safetensors", folder / single]
     del tensors
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", MEASURE, *map(str, paths)], cwd=tmp_path, env=environment,
                             capture_output=True, text=True, timeout=300)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    peaks, own = zip(*json.loads(result.stdout), strict=True)
+    peaks, anonymous = zip(*json.loads(result.stdout), strict=True)
     size = 48 * 4 * 1024**2 / 1e6
-    assert max(peaks[:3]) <= 1.15 * size, peaks  # fp32, of all kinds
-    assert max(own[:3]) <= 0.05 * size, own  # it lies in the file and nowhere else
-    assert max(own[3:]) <= 1.05 * size, own
+    assert max(peaks[:3]) <= 1.15 * size, peaks  # fp32, in all formats
+    assert max(anonymous[:3]) <= 0.05 * size, anonymous  # all of it is memory-mapped
+    assert max(anonymous[3:]) <= 1.05 * size, anonymous
     assert max(peaks[3], peaks[5]) <= 1.15 * size, peaks
     assert peaks[4] <= 1.6 * size, peaks
