@@ -1,86 +1,90 @@
-"""From clips to batches: each turn of a clip shows other moments of it and the next of its captions.
+"""From clips to batches: each epoch shows other frames of a clip and the next of its captions.
 
-Training draws its T moments from M > T frames kept of each clip (`cache.py`), so that a video is decoded once.
+Training samples T of the M > T frames that are cached per clip (`cache.py`), so a video is decoded only once.
 
-Letters: B clips, T frames, M candidate frames kept of a clip, S side in pixels, K captions a clip, L tokens of the
-longest caption with its EOS.
+Letters: B clips, T frames, M cached frames per clip, S side in pixels, K captions per clip, L tokens of the longest
+caption with its EOS.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from corpora import Clip, load
-from model import IGNORED, LONGEST
-from video import moments, read_frames
+from video_data.datasets import Clip
+from video_data.video import sample_positions
 
-__all__ = ["Clip", "Examples", "ahead", "collate", "load", "order", "read_frames"]
+IGNORE_INDEX = -100  # the default ignore_index of torch's cross_entropy
+
+Example = tuple[np.ndarray, list[list[int]]]  # frames (T, 3, S, S) or features (T, ...); token ids of K captions
 
 
-def clean(caption: str) -> str:
-    """A caption as it is learnt: in lower case, in single spaces, without quotes around it and a sign at its end."""
+def normalize_caption(caption: str) -> str:
+    """Lower case, single spaces, no quotes around the caption and no punctuation at its ends."""
     return " ".join(caption.lower().split()).strip(" \"'`.,;:!?")
 
 
-class Examples:
-    """Training examples by (clip, epoch): T jittered frames, or the bits of their features in bf16, and K captions as
-    target ids.
+class TrainingExamples:
+    """Training examples by (clip, epoch): T jittered frames or their features, and K captions as token ids.
 
-    Everything random is drawn from (seed, epoch, clip) alone, so it is the same whenever a run goes on.
-    The captions of a clip are dealt like cards: none comes again before all have come.
+    All randomness depends on (seed, epoch, clip) alone, so a resumed run draws the same. The captions of a clip are
+    drawn without replacement until all have been used.
     """
 
-    def __init__(self, clips: list[Clip], cache: np.ndarray, tokenizer, frames: int, captions: int, seed: int,
-                 eos_id: int):  # fmt: skip
-        self.cache, self.frames, self.k, self.seed = cache, frames, captions, seed
-        encoded = [tokenizer.encode([clean(caption) for caption in clip.captions]) for clip in clips]
-        self.ids = [[[*ids[:LONGEST], eos_id] for ids in group] for group in encoded]
-        self.cut = sum(len(ids) > LONGEST for group in encoded for ids in group)  # captions that were too long
+    def __init__(self, clips: list[Clip], cache: Sequence[np.ndarray], tokenizer, num_frames: int, num_captions: int,
+                 seed: int, eos_id: int, max_tokens: int):  # fmt: skip
+        """cache[i] holds M frames or features of clips[i]. Captions longer than `max_tokens` are truncated."""
+        self.cache, self.num_frames, self.num_captions, self.seed = cache, num_frames, num_captions, seed
+        encoded = [tokenizer.encode([normalize_caption(caption) for caption in clip.captions]) for clip in clips]
+        self.captions = [[[*ids[:max_tokens], eos_id] for ids in captions] for captions in encoded]
+        self.num_truncated = sum(len(ids) > max_tokens for captions in encoded for ids in captions)
 
-    def deal(self, clip: int, epoch: int) -> list[list[int]]:
-        """The K captions of this clip's turn in this epoch."""
-        ids, hand = self.ids[clip], []
-        for turn in range(epoch * self.k, (epoch + 1) * self.k):
-            pack, place = divmod(turn, len(ids))
-            hand.append(ids[np.random.default_rng([self.seed, 1, clip, pack]).permutation(len(ids))[place]])
-        return hand
+    def sample_captions(self, clip: int, epoch: int) -> list[list[int]]:
+        """Token ids of the K captions of this clip in this epoch."""
+        captions, sampled = self.captions[clip], []
+        for draw in range(epoch * self.num_captions, (epoch + 1) * self.num_captions):
+            cycle, i = divmod(draw, len(captions))  # each cycle goes through all captions once
+            permutation = np.random.default_rng([self.seed, 1, clip, cycle]).permutation(len(captions))
+            sampled.append(captions[permutation[i]])
+        return sampled
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, list[list[int]]]:
+    def __getitem__(self, key: tuple[int, int]) -> Example:
         clip, epoch = key
+        candidates = self.cache[clip]  # (M, ...)
         rng = np.random.default_rng([self.seed, 2, clip, epoch])
-        places = moments(self.frames, rng) * self.cache.shape[1]  # of M candidates
-        return self.cache[clip, places.astype(int)], self.deal(clip, epoch)
+        indices = (sample_positions(self.num_frames, rng) * len(candidates)).astype(int)
+        return candidates[indices], self.sample_captions(clip, epoch)
 
 
-def collate(examples: list[tuple[np.ndarray, list[list[int]]]]) -> tuple[Tensor, Tensor]:
-    """-> frames (B, T, 3, S, S) uint8 or features bf16, targets (B, K, L) padded with -100."""
-    length = max(len(ids) for _, hand in examples for ids in hand)
-    targets = [[ids + [IGNORED] * (length - len(ids)) for ids in hand] for _, hand in examples]
-    # Not torch.stack: in the thread of `ahead` it would start threads of its own, and a step would take twice as long.
+def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
+    """-> frames (B, T, 3, S, S) uint8 or features (B, T, ...) bf16, and labels (B, K, L) padded with IGNORE_INDEX."""
+    length = max(len(ids) for _, captions in examples for ids in captions)
+    labels = [[ids + [IGNORE_INDEX] * (length - len(ids)) for ids in captions] for _, captions in examples]
+    # Not torch.stack: in the thread of `prefetch` it starts threads of its own, and a step takes twice as long.
     frames = torch.from_numpy(np.stack([frames for frames, _ in examples]))
-    return frames.view(torch.bfloat16) if frames.dtype == torch.uint16 else frames, torch.tensor(targets)
+    return frames.view(torch.bfloat16) if frames.dtype == torch.uint16 else frames, torch.tensor(labels)
 
 
-def ahead(load: Callable, keys: Iterable) -> Iterator:
-    """load(key) of each key, in order; while one is used, another thread loads the next."""
-    with ThreadPoolExecutor(1) as reader:
-        last = None
+def prefetch(load: Callable, keys: Iterable) -> Iterator:
+    """load(key) for each key, in order. While one result is used, another thread loads the next."""
+    with ThreadPoolExecutor(1) as executor:
+        pending = None
         for key in keys:
-            this = reader.submit(load, key)
-            if last is not None:
-                yield last.result()
-            last = this
-        if last is not None:
-            yield last.result()
+            following = executor.submit(load, key)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
 
 
-def order(clips: int, batch: int, epochs: int, seed: int, first_step: int = 0) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (clip, epoch), each epoch shuffled anew, its last incomplete batch left out."""
-    steps = clips // batch
+def epoch_batches(num_clips: int, batch_size: int, epochs: int, seed: int,
+                  first_step: int = 0) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
+    """Batches of (clip, epoch) keys. Each epoch is shuffled anew; its last incomplete batch is dropped."""
+    steps = num_clips // batch_size
     for step in range(first_step, epochs * steps):
         epoch, i = divmod(step, steps)
-        shuffled = np.random.default_rng([seed, 3, epoch]).permutation(clips)
-        yield [(int(c), epoch) for c in shuffled[i * batch : (i + 1) * batch]]
+        permutation = np.random.default_rng([seed, 3, epoch]).permutation(num_clips)
+        yield [(int(clip), epoch) for clip in permutation[i * batch_size : (i + 1) * batch_size]]

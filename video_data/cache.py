@@ -1,325 +1,171 @@
-"""What is computed once and kept on disk: the frames of clips, and what the frozen ViT makes of them.
+"""Frames of clips and ViT features of these frames, computed once and kept on disk: one file per clip.
 
-Either is a file of rows of one shape. Each row has a key, a hash of all that the row depends on, and is good as long
-as that is the key asked for. Filling a file takes hours for a large dataset, so it goes on where it was stopped.
+    ROOT/train-32x224-1a2b3c4d/KEY                      frames (M, 3, S, S), uint8
+    ROOT/train-32x224-1a2b3c4d-features-5e6f7a8b/KEY    features (M, ...), bf16
 
-    PATH         the rows and nothing else; there only when all are good, and never written to: others may map it
-    PATH.part    the rows until then, with holes where there is none yet
-    PATH.keys    32 bytes a row, zeros for none; they tell of PATH where that is there, else of PATH.part
-    PATH.lock    beside them, held by the one process that writes
+KEY is a hash of everything that the array depends on. A file is written under a temporary name, flushed and renamed, so
+a file called KEY is complete. After a kill at any moment, the next call continues with the missing clips. Two processes
+may fill one folder at once; they do the same work twice. Before a folder is filled, files of other keys are deleted, as
+well as temporary files that are a day old. Newer ones may belong to a process that is still running.
 
-A key must tell the truth whenever the program is killed or the machine stops [1]. So the order of writes is:
-
-    1. PATH, where some of its rows are good, is copied to PATH.part; then it is removed.
-    2. Keys of other rows become zeros, before a byte of these rows is written.
-    3. Rows are written to PATH.part; now and then it is flushed to the disk, and only then come those rows' keys.
-    4. With the last key on the disk, PATH.part is renamed to PATH.
-
-Where no row is good, PATH.keys goes first and all else after it. Frames are decoded by worker processes, but only
-the process with the lock writes; a worker that outlives it can spoil nothing.
-
-Letters: M candidate frames kept of a clip, S side in pixels.
-
-[1] T. Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014.
+Letters: B clips, M candidate frames per clip, S side in pixels.
 """
 
 import hashlib
 import json
 import math
 import os
-import shutil
-import signal
-from collections import deque
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
-from multiprocessing import Pipe, Process
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from time import monotonic
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from cli import clock
-from corpora import Clip
-from download import amount, check_room
-from pixels import Pixels
-from video import plain_view, read_frames
-from weights import InputError, sync_folder
+from common.cli import format_seconds
+from common.errors import InputError
+from common.files import check_disk_space, format_bytes, replace_atomically
+from common.preprocessing import Preprocessing
+from common.workers import worker_pool
+from video_data.datasets import Clip
+from video_data.video import as_preprocessing, read_frames
 
-READING = 2  # raised when `read_frames` picks or makes frames in another way than before
-FLUSH = 1.0  # seconds between flushes; so much work at most is done again after a kill
-Made = Iterator[tuple[int, np.ndarray]]  # rows with their numbers, in any order
-
-
-# ------------------------------------------------------------------------------------ rows and keys
+READER_VERSION = 2  # to be raised when `read_frames` chooses or converts frames in another way
+REPORT_EVERY, DAY = 5, 24 * 3600  # seconds
 
 
-def _write(file: BinaryIO, offset: int, data: bytes | memoryview) -> None:
-    """All of `data` into an unbuffered file, which may take less at a time."""
-    file.seek(offset)
-    data = memoryview(data)
-    while data:
-        data = data[file.write(data) :]
+def _hash(*content) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-@contextmanager
-def _alone(lock: Path, report) -> Iterator[None]:
-    """Keeps other processes out; the system lets go of the lock whatever ends us."""
-    import fcntl  # which Windows lacks; a whole file can be used without it
+@dataclass(frozen=True)
+class ClipCache:
+    """Arrays of one shape and dtype, one per clip: cache[i] is mapped from the file folder/keys[i]."""
 
-    with open(lock, "ab") as file:
-        try:  # lockf: forked workers would share a flock, and keep it when we are killed
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # POSIX allows either
-            report(f"{lock.with_suffix('')}: waiting for another process that makes it")
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+    folder: Path
+    keys: list[str]
+    shape: tuple[int, ...]  # of one clip's array
+    dtype: type
 
+    def __len__(self) -> int:
+        return len(self.keys)
 
-def _progress(before: int, rows: int, what: str, report) -> Callable[[int], None]:
-    """A function to call with the rows made so far; it tells the time left every 5 s, then more and more seldom."""
-    begun = last = monotonic()
-    pause = 5.0
+    def __getitem__(self, i: int) -> np.memmap:
+        return np.memmap(f"{self.folder}/{self.keys[i]}", self.dtype, "r", shape=self.shape)  # 20 us; 38 us with a Path
 
-    def tell(made: int) -> None:
-        nonlocal last, pause
-        now = monotonic()
-        if now - last >= pause:
-            left = (now - begun) / made * (rows - before - made)
-            report(f"{what}: {before + made}/{rows} clips, {clock(left)} left")
-            last, pause = now, pause * 1.5
+    @property
+    def clip_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    return tell
+    def missing(self) -> list[int]:
+        """Clips whose file is absent or has the wrong size."""
+        paths = [self.folder / key for key in self.keys]
+        return [i for i, p in enumerate(paths) if not p.is_file() or p.stat().st_size != self.clip_bytes]
 
+    def write(self, i: int, array: np.ndarray) -> None:
+        """Raises InputError when the disk is full, read-only and so on."""
+        assert (array.shape, array.dtype) == (self.shape, self.dtype)
+        with replace_atomically(self.folder / self.keys[i]) as file:
+            file.write(np.ascontiguousarray(array))
 
-class _Rows:
-    """Rows of one shape and dtype in the file `path`; row i is good if it was made with keys[i]."""
-
-    def __init__(self, path: Path, keys: list[str], shape: tuple[int, ...], dtype: type):
-        path = Path(os.path.realpath(path))  # a link stays a link
-        self.path, self.part, self.index = path, *(path.with_name(path.name + end) for end in (".part", ".keys"))
-        self.shape, self.dtype = (len(keys), *shape), np.dtype(dtype)
-        self.row_bytes = math.prod(shape) * self.dtype.itemsize
-        digests = [hashlib.sha256(json.dumps([key, shape, self.dtype.str]).encode()).digest() for key in keys]
-        self.keys = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-
-    def whole(self) -> np.memmap | None:
-        """All rows, mapped; None unless all are good. Needs no lock."""
-        with suppress(FileNotFoundError), open(self.path, "rb") as file:
-            state = os.fstat(file.fileno())
-            good = state.st_size == len(self.keys) * self.row_bytes and self.index.read_bytes() == self.keys.tobytes()
-            if good and os.path.samestat(state, os.stat(self.path)):  # else the keys may tell of the next file already
-                return np.memmap(file, self.dtype, "r", shape=self.shape)
-        return None
-
-    def _good(self, file: Path) -> np.ndarray:
-        """Which rows of the file are good, bool (rows,)."""
-        with suppress(FileNotFoundError):
-            found = np.fromfile(self.index, np.uint8)
-            if found.size == self.keys.size and file.stat().st_size == len(self.keys) * self.row_bytes:
-                return (found.reshape(-1, 32) == self.keys).all(1)
-        return np.zeros(len(self.keys), bool)
-
-    def _begin(self, what: str) -> np.ndarray:
-        """Makes the part ready for rows, steps 1 and 2; -> which are good already, bool (rows,). Raises InputError."""
-        whole = self.path.exists()
-        good = self._good(self.path if whole else self.part)
-        again = not good.any()
-        needed = len(good) if whole or again else int((~good).sum())
-        check_room(self.path.parent, needed * self.row_bytes, f"{self.path}, {what}")
-        if again:
-            self.index.unlink(missing_ok=True)
-            sync_folder(self.path.parent)
-            self.path.unlink(missing_ok=True)
-            self.part.unlink(missing_ok=True)
-            with open(self.part, "xb") as file:
-                file.truncate(len(good) * self.row_bytes)
-        elif whole:
-            shutil.copyfile(self.path, self.part)
-            with open(self.part, "rb+") as file:
-                os.fsync(file.fileno())
-            self.path.unlink()
-        sync_folder(self.path.parent)  # before the keys change: they must not meet the old file again
-        with open(self.index, "wb" if again else "rb+", 0) as file:
-            _write(file, 0, np.where(good[:, None], self.keys, np.uint8(0)).tobytes())
-            os.fsync(file.fileno())
-        return good
-
-    def _confirm(self, part: BinaryIO, index: BinaryIO, numbers: list[int]) -> None:
-        """Notes the keys of rows that were written. The list is emptied."""
-        if numbers:
-            os.fsync(part.fileno())
-        for number in numbers:
-            _write(index, 32 * number, self.keys[number].tobytes())
-        numbers.clear()
-
-    def _fill(self, make: Callable[[list[int]], Made], what: str, report) -> None:
-        """Writes the rows that are missing, steps 3 and 4."""
-        good, begun = self._begin(what), monotonic()
-        tell, flushed, written = _progress(int(good.sum()), len(good), what, report), begun, []
-        with (
-            open(self.part, "rb+", 0) as part,
-            open(self.index, "rb+", 0) as index,
-            closing(make(np.flatnonzero(~good).tolist())) as rows,
-        ):
-            try:
-                for made, (number, row) in enumerate(rows, start=1):
-                    assert (row.shape, row.dtype) == (self.shape[1:], self.dtype)
-                    _write(part, number * self.row_bytes, np.ascontiguousarray(row).reshape(-1).view(np.uint8))
-                    written.append(number)
-                    if monotonic() - flushed >= FLUSH:
-                        self._confirm(part, index, written)
-                        flushed = monotonic()
-                    tell(made)
-            finally:  # whatever went wrong, a bad clip or Ctrl-C: these rows are good
-                self._confirm(part, index, written)
-            os.fsync(index.fileno())
-        os.replace(self.part, self.path)
-        sync_folder(self.path.parent)
-        report(f"{what}: {len(good)}/{len(good)} clips in {self.path}, {clock(monotonic() - begun)}")
-
-    def get(self, make: Callable[[list[int]], Made], what: str, report) -> np.memmap:
-        """All rows, mapped; `make` is given the numbers of those that are missing and yields them.
-
-        Raises InputError for want of room, and what `make` raises; rows made until then stay for the next time.
-        """
-        if (rows := self.whole()) is None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with _alone(self.path.with_name(self.path.name + ".lock"), report):
-                    if (rows := self.whole()) is None:  # another process may have made it meanwhile
-                        self._fill(make, what, report)
-                        rows = self.whole()
-            except OSError as error:
-                raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
-        assert rows is not None
-        return rows
+    def delete_others(self) -> None:
+        """Deletes files of other keys, and temporary files that are a day old."""
+        for path in set(self.folder.iterdir()) - {self.folder / key for key in self.keys}:
+            with suppress(FileNotFoundError):  # another process was faster
+                if path.suffix != ".tmp" or time.time() - path.stat().st_mtime > DAY:
+                    path.unlink()
 
 
-# ------------------------------------------------------------------------------------------- frames
+def _fill(cache: ClipCache, what: str, make: Callable[[list[int]], Iterator[int]], report: Callable) -> None:
+    """Runs make(missing clips), which writes their files and yields the number of clips done. Reports the time left.
 
-
-def _decode(pipe: Connection, parents_end: Connection, count: int, view: Pixels) -> None:
-    """A worker: paths come in, their frames (M, 3, S, S) or the InputError go out, until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parents_end.close()  # a forked copy, with which the pipe would never break
-    with suppress(EOFError, ConnectionError):
-        while True:
-            path = pipe.recv()
-            try:
-                answer = read_frames(path, count, view).numpy()
-            except InputError as error:
-                answer = error
-            pipe.send(answer)
-
-
-@contextmanager
-def _workers(number: int, *args) -> Iterator[list[Connection]]:
-    """So many processes that decode, each at the other end of a pipe; they are killed when the block ends."""
-    pipes, processes = [], []
-    # Ctrl-C is for us alone, who then kill them. What is blocked stays so in forked ones, until they ignore it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        try:
-            for _ in range(number):
-                ours, theirs = Pipe()
-                process = Process(target=_decode, args=(theirs, ours, *args), daemon=True)
-                process.start()
-                theirs.close()
-                pipes.append(ours)
-                processes.append(process)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield pipes
-    finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-
-
-def _decoded(paths: list[Path], numbers: list[int], count: int, view: Pixels, workers: int) -> Made:
-    """Frames of the clips with these numbers, as they come. Raises InputError for one that cannot be decoded.
-
-    A worker has two clips to do at a time, so that it need not wait for the next; no more frames than that pile up.
+    The rate is measured from the first yield on: the first batch also starts workers or warms up a GPU.
     """
-    if not numbers:
+    if not (missing := cache.missing()):
         return
-    todo = iter(numbers)
-    with _workers(min(workers or os.cpu_count() or 1, len(numbers)), count, view) as pipes:
-        doing = {pipe: deque() for pipe in pipes}
-
-        def give(pipe: Connection) -> None:
-            if (number := next(todo, None)) is not None:
-                doing[pipe].append(number)
-                with suppress(ConnectionError):  # a dead worker is found out below
-                    pipe.send(paths[number])
-
-        for pipe in 2 * pipes:
-            give(pipe)
-        while busy := [pipe for pipe in pipes if doing[pipe]]:
-            for pipe in wait(busy):
-                number = doing[pipe].popleft()
-                try:
-                    answer = pipe.recv()
-                except (EOFError, OSError) as error:
-                    raise InputError(f"{paths[number]}: the process that decoded it died") from error
-                if isinstance(answer, InputError):
-                    raise answer
-                give(pipe)
-                yield number, answer
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    cache.delete_others()
+    total, needed = len(missing), len(missing) * cache.clip_bytes
+    check_disk_space(cache.folder, needed, f"{cache.folder}, {what}")
+    report(f"{what}: {total} clips, {format_bytes(needed)}, go into {cache.folder}")
+    first, start_time = None, time.monotonic()
+    last_report = start_time
+    with closing(make(missing)) as counts:  # ends the workers after any exception
+        for done in counts:
+            now = time.monotonic()
+            first = first or (done, now)
+            if done > first[0] and now - last_report >= REPORT_EVERY:
+                left = (now - first[1]) / (done - first[0]) * (total - done)
+                report(f"{what}: {done}/{total} clips, {format_seconds(left)} left")
+                sys.stdout.flush()  # it may be a file
+                last_report = now
+    report(f"{what}: {total}/{total} clips in {format_seconds(time.monotonic() - start_time)}")
 
 
-def frame_keys(clips: list[Clip], count: int, view: int | Pixels) -> list[str]:
-    """What the frames kept of each clip depend on: its file, their count and the view."""
-    view, keys = plain_view(view), []
-    for clip in clips:
-        state = clip.path.stat()
-        file = clip.id, state.st_size, state.st_mtime_ns
-        keys.append(json.dumps([READING, *file, count, view.size, view.resize, view.squash, view.interpolation]))
-    return keys
+def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing: int | Preprocessing,
+                  workers: int, report: Callable = print) -> ClipCache:  # fmt: skip
+    """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S). Each clip is decoded only once.
 
-
-def cached_frames(clips: list[Clip], path: Path, count: int, view: int | Pixels, workers: int,
-                  report=print) -> np.ndarray:  # fmt: skip
-    """Decodes each clip once: M = `count` segment centres of each, uint8 (clips, M, 3, S, S), memory-mapped.
-
-    Clips whose frames `path` or what was begun of it holds already, of the same file, count and view, are not decoded
-    again, as long as they are as many clips in the same order. Raises InputError for a clip that cannot be decoded and
-    for want of room; what is done by then is kept.
+    `workers` processes decode what is missing; 0: one per core. Raises InputError for a clip that cannot be decoded, a
+    worker that dies, and lack of space. Clips that are done stay.
     """
-    view, paths = plain_view(view), [clip.path for clip in clips]
-    rows = _Rows(path, frame_keys(clips, count, view), (count, 3, view.size, view.size), np.uint8)
-    return rows.get(lambda missing: _decoded(paths, missing, count, view, workers), "frames", report)
+    preprocessing = as_preprocessing(preprocessing)
+    size = preprocessing.size
+    settings = [size, preprocessing.resize, preprocessing.squash, preprocessing.interpolation]  # of uint8 frames
+    files = [[clip.id, stat.st_size, stat.st_mtime_ns] for clip in clips for stat in [clip.path.stat()]]
+    keys = [_hash(READER_VERSION, *file, count, *settings) for file in files]
+    cache = ClipCache(root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}", keys, (count, 3, size, size), np.uint8)
+    _fill(cache, "frames", lambda missing: _decode_clips(cache, missing, clips, preprocessing, workers), report)
+    return cache
 
 
-# ----------------------------------------------------------------------------------------- features
+def _decode_clips(cache: ClipCache, missing: list[int], clips: list[Clip], preprocessing: Preprocessing,
+                  workers: int) -> Iterator[int]:  # fmt: skip
+    workers = min(workers or os.cpu_count() or 1, len(missing))
+    with worker_pool(workers) as pool:
+        paths = {}
+        try:
+            for i in missing:
+                clip_cache = replace(cache, keys=[cache.keys[i]])  # small enough to be sent to a worker
+                paths[pool.submit(_decode_clip, clip_cache, clips[i].path, preprocessing)] = clips[i].path
+            for done, future in enumerate(as_completed(paths), start=1):
+                future.result()
+                yield done
+        except BrokenProcessPool as error:
+            lost = [str(path) for future, path in paths.items() if isinstance(future.exception(), BrokenProcessPool)]
+            names = ", ".join(lost[:workers])  # tasks start in this order
+            raise InputError(f"{names}: a process that decoded one of these died") from error
 
 
-def cached_features(frames: np.ndarray, path: Path, key: str | list[str], encode, images: int,
-                    report=print) -> np.ndarray:  # fmt: skip
-    """What the frozen ViT makes of cached frames (clips, M, 3, S, S), kept once: memory-mapped bf16 (clips, M, ...).
+def _decode_clip(cache: ClipCache, path: Path, preprocessing: Preprocessing) -> None:
+    """Runs in a worker, which writes the file itself: nothing large is sent between processes."""
+    cache.write(0, read_frames(path, cache.shape[0], preprocessing).numpy())
 
-    numpy knows no bf16, so the array's type is that of its bits, uint16; `data.Examples` makes tensors of it.
 
-    encode: uint8 tensor (B, M, 3, S, S) -> bf16 tensor (B, M, ...); it is given about so many images at a time. `key`,
-    one for all clips or one for each, has to name all that a clip's features depend on: with the same key they are
-    not computed again. Raises InputError for want of room; what is done by then is kept.
+def cached_features(frames: ClipCache, key: str, encode: Callable[[torch.Tensor], torch.Tensor], images_per_batch: int,
+                    report: Callable = print) -> ClipCache:  # fmt: skip
+    """Features of the cached frames, bf16 (M, ...), as uint16: numpy has no bf16, so these are its bits.
+
+    encode: uint8 (B, M, 3, S, S) -> bf16 (B, M, ...), about `images_per_batch` images at a time. `key` names everything
+    but the frames that the features depend on. Raises InputError for lack of space. Clips that are done stay.
     """
-    shape = tuple(encode(torch.from_numpy(np.array(frames[:1]))).shape[1:])
-    rows = _Rows(path, [key] * len(frames) if isinstance(key, str) else key, shape, np.uint16)
-    batch = max(1, images // frames.shape[1])
+    shape = tuple(encode(torch.from_numpy(np.array(frames[0])[None])).shape[1:])
+    folder = frames.folder.with_name(f"{frames.folder.name}-features-{_hash(key)[:8]}")
+    cache = ClipCache(folder, [_hash(frames_key, key) for frames_key in frames.keys], shape, np.uint16)
+    batch_size = max(1, images_per_batch // frames.shape[0])
 
-    def encoded(missing: list[int]) -> Made:
-        report(f"features: {amount(len(missing) * rows.row_bytes)} go into {path}")
-        for i in range(0, len(missing), batch):
-            numbers, begun = missing[i : i + batch], monotonic()
-            features = encode(torch.from_numpy(np.asarray(frames[numbers]))).view(torch.uint16).numpy()
-            if i == batch:  # the first one takes longer
-                left = (monotonic() - begun) / len(numbers) * (len(missing) - i - len(numbers))
-                report(f"features: about {clock(left)} to go")
-            yield from zip(numbers, features, strict=True)
+    def make(missing: list[int]) -> Iterator[int]:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            features = encode(torch.from_numpy(np.stack([frames[i] for i in batch])))
+            for i, array in zip(batch, features.view(torch.uint16).numpy(), strict=True):
+                cache.write(i, array)
+            yield start + len(batch)
 
-    return rows.get(encoded, "features", report)
+    _fill(cache, "features", make, report)
+    return cache

@@ -1,12 +1,11 @@
-"""The datasets: which clips there are, what people said of each, which split it is in, and what is not as usual.
+"""The datasets: their clips, the captions of each, the splits, and deviations from the standard.
 
-    shapes    made here (`shapes.py`)
+    shapes    generated (`shapes.py`)
     msvd      1,970 clips from YouTube, about 41 captions each [1]
     msrvtt    10,000 clips, 20 captions each [2]
-    folder    anybody's own: captions.json in the folder of the videos, {split: {file: [caption, ...]}}
+    folder    your own: captions.json in the folder of the videos, {split: {file: [caption, ...]}}
 
-Captions are kept as people wrote them, for that is what the scores are computed on; `data.py` cleans those that are
-learnt.
+Captions stay as people wrote them, because metrics are computed on these. `batches.py` normalizes those for training.
 
 References
 [1] D. Chen, W. Dolan, "Collecting Highly Parallel Data for Paraphrase Evaluation", ACL 2011
@@ -22,16 +21,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import published
-import shapes
-import sources
-from sources import SPLITS, Annotations
-from weights import InputError, field, read_json
+from common.errors import InputError
+from common.json_fields import field, read_json
+from video_data import annotations, shapes
+from video_data.annotations import SPLITS, Annotations
+from video_data.layouts import LAYOUTS
 
 DATASETS = ("shapes", "msvd", "msrvtt", "folder")
 
-# Clips and captions of each split as published results have them.
-STANDARD = {
+# Clips and captions per split in published results.
+STANDARD_SIZES = {
     "msvd": {"train": (1200, 48774), "val": (100, 4290), "test": (670, 27763)},
     "msrvtt": {"train": (6513, 130260), "val": (497, 9940), "test": (2990, 59800)},
 }
@@ -39,7 +38,7 @@ STANDARD = {
 
 @dataclass(frozen=True)
 class Clip:
-    """One video file and what people said of it."""
+    """One video file and its captions."""
 
     id: str
     path: Path
@@ -47,146 +46,159 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """A dataset as it was found."""
+class VideoDataset:
+    """The splits that were read, and what was left out of them."""
 
     name: str
     splits: dict[str, list[Clip]]
-    files: tuple[Path, ...]  # that the captions and splits are from
-    missing: dict[str, int]  # clips a split without a video or a caption
-    dirty: int  # rows without a caption
+    files: tuple[Path, ...]  # the source of captions and splits
+    missing: dict[str, int]  # clips per split without a video or a caption
+    skipped: int  # rows without a caption
 
     def counts(self) -> dict[str, int]:
         return {split: len(clips) for split, clips in self.splits.items()}
 
     def differences(self) -> list[str]:
-        """What keeps scores from being compared with published ones, a line each."""
-        found = []
-        for split, clips in self.splits.items():
-            if self.missing[split]:
-                found.append(f"{split}: {self.missing[split]} clips are missing")
-            sizes = len(clips), sum(len(clip.captions) for clip in clips)
-            for what, size, usual in zip(("clips", "captions"), sizes, self._standard(split), strict=True):
-                if usual is not None and size != usual:
-                    found.append(f"{split}: {size:,} {what}, {usual:,} are standard")
-        return found
+        """Why scores are not comparable with published ones, one line each."""
+        return [f"{split}: {line}" for split in self.splits for line in self._differences(split)]
 
-    def _standard(self, split: str) -> tuple[int | None, int | None]:
-        return STANDARD.get(self.name, {}).get(split, (None, None))
+    def _differences(self, split: str) -> list[str]:
+        clips = self.splits[split]
+        lines = [f"{self.missing[split]} clips are missing"] if self.missing[split] else []
+        sizes = len(clips), sum(len(clip.captions) for clip in clips)
+        for what, size, standard in zip(("clips", "captions"), sizes, self._standard_sizes(split), strict=True):
+            if standard is not None and size != standard:
+                lines.append(f"{size:,} {what}, {standard:,} are standard")
+        return lines
 
-    def label(self, split: str) -> str:
-        """What a score's signature says of the data."""
-        mine = [line.partition(": ")[2] for line in self.differences() if line.startswith(f"{split}:")]
-        return f"data:{self.name} {split}" + (f" ({'; '.join(mine)})" if mine else "")
+    def _standard_sizes(self, split: str) -> tuple[int | None, int | None]:
+        return STANDARD_SIZES.get(self.name, {}).get(split, (None, None))
+
+    def signature(self, split: str) -> str:
+        """The part of a score's signature that describes the data."""
+        lines = self._differences(split)
+        return f"data:{self.name} {split}" + (f" ({'; '.join(lines)})" if lines else "")
 
     def __str__(self) -> str:
-        """A table of what was found, beside the standard where there is one."""
+        """A table of the splits beside the standard sizes."""
         files = ", ".join(path.name for path in self.files)
-        rows = [f"{'split':8}{'clips':>8}{'standard':>10}{'captions':>10}{'standard':>10}{'a clip':>12}{'missing':>9}"]
+        header = "split", "clips", "standard", "captions", "standard", "per clip", "missing"
+        rows = ["{:8}{:>8}{:>10}{:>10}{:>10}{:>12}{:>9}".format(*header)]
         for split, clips in self.splits.items():
-            each = sorted(len(clip.captions) for clip in clips)
-            usual = [f"{n:,}" if n is not None else "-" for n in self._standard(split)]
-            spread = f"{each[0]}-{statistics.median_low(each)}-{each[-1]}"
-            rows.append(f"{split:8}{len(clips):>8,}{usual[0]:>10}{sum(each):>10,}{usual[1]:>10}{spread:>12}"
+            sizes = sorted(len(clip.captions) for clip in clips)
+            standard = [f"{n:,}" if n is not None else "-" for n in self._standard_sizes(split)]
+            per_clip = f"{sizes[0]}-{statistics.median_low(sizes)}-{sizes[-1]}"
+            rows.append(f"{split:8}{len(clips):>8,}{standard[0]:>10}{sum(sizes):>10,}{standard[1]:>10}{per_clip:>12}"
                         f"{self.missing[split]:>9,}")  # fmt: skip
-        rows += [f"{self.dirty:,} rows without a caption were left out"] if self.dirty else []
+        rows += [f"{self.skipped:,} rows without a caption were skipped"] if self.skipped else []
         rows += [f"differs: {line}" for line in self.differences()]
-        return "\n".join([f"{self.name} from {files} (captions a clip: fewest, median, most)", *rows])
+        return "\n".join([f"{self.name} from {files} (captions per clip: minimum, median, maximum)", *rows])
 
 
-def read(dataset: str, root: Path, sizes: Sequence[int] = (6000, 200, 500), allow_missing: bool = False,
-         wanted: Sequence[str] = SPLITS) -> Corpus:  # fmt: skip
-    """The `wanted` splits of a dataset under `root`; `shapes` is made there, `sizes` clips a split, if not there yet.
+def read_dataset(name: str, root: Path, sizes: Sequence[int] = (6000, 200, 500), allow_missing: bool = False,
+                 splits: Sequence[str] = SPLITS) -> VideoDataset:  # fmt: skip
+    """The given splits of a dataset in the folder `root`. `shapes` is generated there first, `sizes` clips per split.
 
-    Raises InputError where captions or splits cannot be read or contradict each other, or a clip has no video or
-    no caption, which `allow_missing` leaves out instead.
+    Raises InputError if captions or splits cannot be read or contradict each other, or if a clip has no video or no
+    caption. With `allow_missing`, such clips are left out instead.
     """
-    if dataset not in DATASETS:
-        raise InputError(f"dataset {dataset!r}: expected one of {', '.join(DATASETS)}")
+    if name not in DATASETS:
+        raise InputError(f"dataset {name!r}: expected one of {', '.join(DATASETS)}")
     if len(sizes) != 3 or not all(type(n) is int and n > 0 for n in sizes):
         raise InputError(f"clips: {list(sizes)}, expected three whole numbers above 0")
-    if dataset == "shapes":
-        shapes.make(root, dict(zip(SPLITS, sizes, strict=True)))
+    if name == "shapes":
+        shapes.make_dataset(root, dict(zip(SPLITS, sizes, strict=True)))
     if not root.is_dir() or not any(root.iterdir()):
-        print(published.HELP[dataset], file=sys.stderr)
-        what = "nothing in it" if root.is_dir() else "none"
-        raise InputError(f"{root}: expected the folder of {dataset}, found {what}")
-    if dataset in ("shapes", "folder"):
-        known = captions_json(root / "captions.json")
-        paths = {key: path for key in known.captions if (path := root / key).is_file()}
+        print(LAYOUTS[name], file=sys.stderr)
+        found = "an empty one" if root.is_dir() else "none"
+        raise InputError(f"{root}: expected the folder of {name}, found {found}")
+    if name in ("shapes", "folder"):
+        annotated = read_captions_json(root / "captions.json")
+        paths = {clip_id: path for clip_id in annotated.captions if (path := root / clip_id).is_file()}
     else:
-        known = {"msvd": sources.msvd, "msrvtt": sources.msrvtt}[dataset](root)
-        asked = {key: known.aliases.get(key, "") for split in wanted for key in known.splits.get(split, [])}
-        paths = sources.find_videos(root, asked)
-    check_splits(known, root)
-    return corpus(dataset, root, known, paths, allow_missing, wanted)
+        annotated = {"msvd": annotations.read_msvd, "msrvtt": annotations.read_msrvtt}[name](root)
+        aliases = {clip_id: annotated.aliases.get(clip_id, "") for split in splits
+                   for clip_id in annotated.splits.get(split, [])}  # fmt: skip
+        paths = annotations.find_clip_files(root, aliases)
+    check_splits(annotated, root)
+    if not allow_missing:
+        check_complete(annotated, paths, splits, root)
+    return build_dataset(name, root, annotated, paths, splits)
 
 
-def kept_in(cache: str | Path | None, dataset: str, root: Path) -> Path:
-    """The folder for what is kept of a dataset: its own, or one in `cache` that no other dataset shares."""
+def load(name: str, root: Path, sizes: Sequence[int] = (6000, 200, 500)) -> dict[str, list[Clip]]:
+    """{split: clips} of a dataset, see `read_dataset`."""
+    return read_dataset(name, root, sizes).splits
+
+
+def cache_folder(cache: str | Path | None, dataset: str, root: Path) -> Path:
+    """The folder for a dataset's caches: .cache in its own folder, or one in `cache` that no other dataset shares."""
     if cache is None:
-        return root
+        return root / ".cache"  # hidden folders are not searched for videos
     return Path(cache) / f"{dataset}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]}"
-
-
-def load(dataset: str, root: Path, sizes: Sequence[int] = (6000, 200, 500)) -> dict[str, list[Clip]]:
-    """{split: clips} of a dataset, see `read`."""
-    return read(dataset, root, sizes).splits
 
 
 def has_word(caption: str) -> bool:
     return any(letter.isalnum() for letter in caption)
 
 
-def captions_json(path: Path) -> Annotations:
-    """{split: {file: [caption, ...]}}, files as they are called from the folder of captions.json."""
+def read_captions_json(path: Path) -> Annotations:
+    """{split: {file: [caption, ...]}}, files relative to the folder of captions.json."""
     content, captions, splits = read_json(path), {}, {}
-    if odd := sorted(content.keys() - set(SPLITS)):
-        raise InputError(f"{path}: {odd[0]!r} is no split, expected {', '.join(SPLITS)}")
+    if unexpected := sorted(content.keys() - set(SPLITS)):
+        raise InputError(f"{path}: {unexpected[0]!r} is no split, expected {', '.join(SPLITS)}")
     for split in SPLITS:
         clips = field(content, split, dict, path)
         splits[split] = list(clips)
-        for name, said in clips.items():
-            if not isinstance(said, list) or not said or not all(isinstance(c, str) and has_word(c) for c in said):
+        for name, group in clips.items():
+            if not isinstance(group, list) or not group or not all(isinstance(c, str) and has_word(c) for c in group):
                 raise InputError(f"{path}: {split}: {name!r}: expected a list of captions, each with a word in it")
             if name in captions:
-                raise InputError(f"{path}: a clip stands in two splits, for one {name!r}")
-            captions[name] = said
+                raise InputError(f"{path}: {name!r} occurs in two splits, expected one")
+            captions[name] = group
     return Annotations(splits, captions, [path])
 
 
-def check_splits(known: Annotations, root: Path) -> None:
-    """Raises InputError where a clip stands twice in the splits."""
-    where = f"{', '.join(str(path.relative_to(root)) for path in known.files)} in {root}"
-    times = Counter(key for ids in known.splits.values() for key in ids)
-    if twice := [key for key, n in times.items() if n > 1]:
-        raise InputError(f"{where}: {len(twice)} clips stand twice in the splits, for one {twice[0]!r}")
+def check_splits(annotated: Annotations, root: Path) -> None:
+    """Raises InputError if a clip occurs twice in the splits."""
+    counts = Counter(clip_id for ids in annotated.splits.values() for clip_id in ids)
+    if duplicates := [clip_id for clip_id, count in counts.items() if count > 1]:
+        files = ", ".join(str(path.relative_to(root)) for path in annotated.files)
+        raise InputError(f"{files} in {root}: {len(duplicates)} clips occur twice in the splits, "
+                         f"such as {duplicates[0]!r}")  # fmt: skip
 
 
-def corpus(dataset: str, root: Path, known: Annotations, paths: dict[str, Path], allow_missing: bool,
-           wanted: Sequence[str]) -> Corpus:  # fmt: skip
-    """Puts ids, captions and videos together."""
-    asked = [key for split in wanted for key in known.splits.get(split, [])]
-    for what, there in (("caption", known.captions), ("video", paths)):
-        gone = [key for key in asked if not there.get(key)]
-        if gone and not allow_missing:
-            hint = "--allow-missing goes on without them"
-            if len(gone) == len(asked) and there:
-                hint = f"there are of others, such as {next(iter(there))}"
-            raise InputError(f"{root}: {len(gone)} of {len(asked)} clips have no {what}: {', '.join(gone[:5])}"
-                             f"{', ...' if len(gone) > 5 else ''}; {hint}")  # fmt: skip
-    splits, missing = {}, {}
-    for split in wanted:
-        ids = known.splits.get(split, [])
-        there = [key for key in ids if known.captions.get(key) and key in paths]
-        splits[split] = [Clip(key, paths[key], tuple(known.captions[key])) for key in there]
-        missing[split] = len(ids) - len(there)
-        if not there:
-            raise InputError(f"{root}: split {split!r} is empty: of its {len(ids)} clips none is here")
-    for clip in (clip for clips in splits.values() for clip in clips):
+def check_complete(annotated: Annotations, paths: dict[str, Path], splits: Sequence[str], root: Path) -> None:
+    """Raises InputError if a clip has no caption or no video."""
+    ids = [clip_id for split in splits for clip_id in annotated.splits.get(split, [])]
+    for what, available in (("caption", annotated.captions), ("video", paths)):
+        if missing := [clip_id for clip_id in ids if not available.get(clip_id)]:
+            hint = "--allow-missing leaves them out"
+            if len(missing) == len(ids) and available:
+                hint = f"other clips have one, such as {next(iter(available))}"
+            raise InputError(f"{root}: {len(missing)} of {len(ids)} clips have no {what}: {', '.join(missing[:5])}"
+                             f"{', ...' if len(missing) > 5 else ''}; {hint}")  # fmt: skip
+
+
+def build_dataset(name: str, root: Path, annotated: Annotations, paths: dict[str, Path],
+                  splits: Sequence[str]) -> VideoDataset:  # fmt: skip
+    """Combines ids, captions and videos. Clips without a caption or a video are left out and counted.
+
+    Raises InputError for an empty split, a caption with a lone surrogate, and a video file of two clips.
+    """
+    clips, missing = {}, {}
+    for split in splits:
+        ids = annotated.splits.get(split, [])
+        clips[split] = [Clip(clip_id, paths[clip_id], tuple(annotated.captions[clip_id])) for clip_id in ids
+                        if annotated.captions.get(clip_id) and clip_id in paths]  # fmt: skip
+        missing[split] = len(ids) - len(clips[split])
+        if not clips[split]:
+            raise InputError(f"{root}: split {split!r} is empty: none of its {len(ids)} clips is present")
+    every_clip = [clip for group in clips.values() for clip in group]
+    for clip in every_clip:
         if any("\ud800" <= letter <= "\udfff" for caption in clip.captions for letter in caption):
-            raise InputError(f"{root}: a caption of {clip.id!r} holds half a character, expected Unicode text")
-    one_file = Counter(clip.path.resolve() for clips in splits.values() for clip in clips)
-    if twice := [path for path, n in one_file.items() if n > 1]:
-        raise InputError(f"{twice[0]}: is the video of {one_file[twice[0]]} clips, expected one")
-    return Corpus(dataset, splits, tuple(known.files), missing, known.dirty)
+            raise InputError(f"{root}: a caption of {clip.id!r} contains half a character, expected Unicode text")
+    counts = Counter(clip.path.resolve() for clip in every_clip)
+    if duplicates := [path for path, count in counts.items() if count > 1]:
+        raise InputError(f"{duplicates[0]}: is the video of {counts[duplicates[0]]} clips, expected one")
+    return VideoDataset(name, clips, tuple(annotated.files), missing, annotated.skipped)

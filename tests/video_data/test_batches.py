@@ -1,83 +1,113 @@
-"""Examples and batches, against counting."""
+"""Training examples and batches against enumeration."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-import data
+from video_data import batches
+from video_data.cache import ClipCache
+from video_data.datasets import Clip
 
 
-class Letters:
-    """A tokenizer of letters."""
+class CharTokenizer:
+    """One token per character."""
 
     def encode(self, texts):
         return [[ord(c) for c in text] for text in texts]
 
 
-def some_examples(captions=2) -> data.Examples:
-    clips = [data.Clip(f"{i}", Path(f"{i}.mp4"), (f"caption {i}", "another", "a third")) for i in range(3)]
+def make_examples(num_captions=2, seed=0) -> batches.TrainingExamples:
+    """3 clips with 6 cached frames of 2 x 2; all pixels of frame j of clip i are 6 i + j."""
+    clips = [Clip(f"{i}", Path(f"{i}.mp4"), (f"caption {i}", "another", "a third")) for i in range(3)]
     cache = np.arange(3 * 6, dtype=np.uint8).reshape(3, 6, 1, 1, 1) * np.ones((1, 1, 3, 2, 2), np.uint8)
-    return data.Examples(clips, cache, Letters(), 3, captions, seed=0, eos_id=7)
+    return batches.TrainingExamples(clips, cache, CharTokenizer(), 3, num_captions, seed, eos_id=7, max_tokens=40)
 
 
-def test_captions_are_dealt_like_cards():
-    """K = 2 of 3 captions: over 3 epochs each comes twice, and none again before all have come."""
-    examples = some_examples()
+def test_captions_are_sampled_without_replacement():
+    """K = 2 of 3 captions: over 3 epochs each occurs twice, and none twice before all have occurred."""
+    examples = make_examples()
     for clip in range(3):
-        dealt = [tuple(ids) for epoch in range(3) for ids in examples.deal(clip, epoch)]
-        pack = {tuple(ids) for ids in examples.ids[clip]}
-        assert set(dealt[:3]) == set(dealt[3:]) == pack and len(pack) == 3
-    assert all(ids[-1] == 7 and len(ids) <= 10 for ids in examples.ids[0])
+        sampled = [tuple(ids) for epoch in range(3) for ids in examples.sample_captions(clip, epoch)]
+        captions = {tuple(ids) for ids in examples.captions[clip]}
+        assert set(sampled[:3]) == set(sampled[3:]) == captions and len(captions) == 3
+    assert all(ids[-1] == 7 and len(ids) <= 10 for ids in examples.captions[0])
 
 
 def test_examples_and_batches():
-    """Frames out of their own segment of the candidates; rows padded with -100; the same key, the same example."""
-    examples = some_examples()
+    """Each frame comes from its own segment of the candidates. Rows are padded with -100. Examples are reproducible."""
+    examples = make_examples()
     for epoch in range(10):
         frames, _ = examples[2, epoch]
-        picked = frames[:, 0, 0, 0].tolist()
-        assert all(p in (12 + 2 * k, 13 + 2 * k) for k, p in enumerate(picked))
+        levels = frames[:, 0, 0, 0].tolist()
+        assert all(level in (12 + 2 * k, 13 + 2 * k) for k, level in enumerate(levels))
         assert np.array_equal(frames, examples[2, epoch][0])
-    frames, targets = data.collate([examples[0, 0], examples[1, 0]])
-    assert frames.shape == (2, 3, 3, 2, 2) and targets.shape[:2] == (2, 2)
-    for row, ids in zip(targets.flatten(0, 1).tolist(), examples.deal(0, 0) + examples.deal(1, 0), strict=True):
+    frames, labels = batches.collate([examples[0, 0], examples[1, 0]])
+    assert frames.shape == (2, 3, 3, 2, 2) and labels.shape[:2] == (2, 2)
+    sampled = examples.sample_captions(0, 0) + examples.sample_captions(1, 0)
+    for row, ids in zip(labels.flatten(0, 1).tolist(), sampled, strict=True):
         assert row == ids + [-100] * (len(row) - len(ids))
 
 
-def test_captions_are_cleaned_and_long_ones_cut_and_counted():
-    """40 tokens and EOS are the longest; signs inside a caption stay."""
-    texts = ('  "A man  said: hi, there!" ', "ab" * 30, "c" * 40, "d" * 41)
-    clips = [data.Clip("a", Path("a.mp4"), texts)]
-    examples = data.Examples(clips, np.zeros((1, 6, 1, 1, 1), np.uint8), Letters(), 3, 1, seed=0, eos_id=7)
-    assert ["".join(map(chr, ids[:-1])) for ids in examples.ids[0]] == [
+def test_randomness_is_the_documented_one():
+    """Frames and captions recomputed from the generators [seed, 2, clip, epoch] and [seed, 1, clip, cycle]."""
+    examples = make_examples(num_captions=1, seed=5)
+    for clip, epoch in ((0, 0), (2, 4)):
+        frames, captions = examples[clip, epoch]
+        positions = (np.arange(3) + np.random.default_rng([5, 2, clip, epoch]).uniform(0, 1, 3)) / 3
+        assert frames[:, 0, 0, 0].tolist() == [6 * clip + int(p * 6) for p in positions]
+        permutation = np.random.default_rng([5, 1, clip, epoch // 3]).permutation(3)
+        assert captions == [examples.captions[clip][permutation[epoch % 3]]]
+
+
+def test_features_of_a_cache_on_disk_become_bf16(tmp_path):
+    """The uint16 bits of 6 bf16 feature vectors."""
+    features = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cache = ClipCache(tmp_path, ["key"], (6, 5), np.uint16)
+    cache.write(0, features.view(torch.uint16).numpy())
+    clips = [Clip("a", Path("a.mp4"), ("a caption",))]
+    examples = batches.TrainingExamples(clips, cache, CharTokenizer(), 3, 1, seed=0, eos_id=7, max_tokens=40)
+    sampled, _ = batches.collate([examples[0, 0]])
+    assert sampled.dtype == torch.bfloat16 and sampled.shape == (1, 3, 5)
+    assert all(any(torch.equal(vector, f) for f in features) for vector in sampled[0])
+
+
+def test_captions_are_normalized_and_long_ones_truncated_and_counted():
+    """At most 40 tokens and EOS; punctuation inside a caption stays."""
+    captions = ('  "A man  said: hi, there!" ', "ab" * 30, "c" * 40, "d" * 41)
+    clips, cache = [Clip("a", Path("a.mp4"), captions)], np.zeros((1, 6, 1, 1, 1), np.uint8)
+    examples = batches.TrainingExamples(clips, cache, CharTokenizer(), 3, 1, seed=0, eos_id=7, max_tokens=40)
+    assert ["".join(map(chr, ids[:-1])) for ids in examples.captions[0]] == [
         "a man said: hi, there", "ab" * 20, "c" * 40, "d" * 40,
     ]  # fmt: skip
-    assert examples.cut == 2 and {ids[-1] for ids in examples.ids[0]} == {7}
+    assert examples.num_truncated == 2 and {ids[-1] for ids in examples.captions[0]} == {7}
 
 
-def test_what_is_loaded_ahead_is_what_is_loaded_one_by_one_and_at_most_one_more():
-    """The next is asked for before this one is used, none after it; an error comes where it would have come."""
-    asked = []
+def test_prefetch_keeps_the_order_and_loads_at_most_one_more():
+    """The next item is requested before this one is used, but not a second one. An error is raised in its place."""
+    requested = []
 
     def load(key: int) -> int:
-        asked.append(key)
+        requested.append(key)
         return 6 // (3 - key)
 
-    found = []
+    results = []
     with pytest.raises(ZeroDivisionError):
-        for value in data.ahead(load, range(9)):
-            found.append(value)
-            assert len(asked) <= len(found) + 1
-    assert found == [2, 3, 6] and asked[:4] == [0, 1, 2, 3]
-    assert list(data.ahead(load, [])) == [] and list(data.ahead(load, [1, 2])) == [3, 6]
+        for value in batches.prefetch(load, range(9)):
+            results.append(value)
+            assert len(requested) <= len(results) + 1
+    assert results == [2, 3, 6] and requested[:4] == [0, 1, 2, 3]
+    assert list(batches.prefetch(load, [])) == [] and list(batches.prefetch(load, [1, 2])) == [3, 6]
 
 
-def test_order_covers_every_clip_once_an_epoch_and_goes_on_in_the_middle():
-    batches = list(data.order(10, 3, 2, seed=5))
-    assert len(batches) == 6
+def test_epoch_batches_contain_each_clip_once_per_epoch_and_can_start_in_the_middle():
+    every = list(batches.epoch_batches(10, 3, 2, seed=5))
+    assert len(every) == 6
     for epoch in (0, 1):
-        keys = [key for batch in batches[3 * epoch : 3 * epoch + 3] for key in batch]
-        assert {e for _, e in keys} == {epoch} and len({c for c, _ in keys}) == 9
-    assert [c for c, _ in batches[0]] != [c for c, _ in batches[3]]
-    assert list(data.order(10, 3, 2, seed=5, first_step=4)) == batches[4:]
+        keys = [key for batch in every[3 * epoch : 3 * epoch + 3] for key in batch]
+        assert {e for _, e in keys} == {epoch} and len({clip for clip, _ in keys}) == 9
+        permutation = np.random.default_rng([5, 3, epoch]).permutation(10)
+        assert [clip for clip, _ in keys] == permutation[:9].tolist()
+    assert [clip for clip, _ in every[0]] != [clip for clip, _ in every[3]]
+    assert list(batches.epoch_batches(10, 3, 2, seed=5, first_step=4)) == every[4:]

@@ -1,29 +1,30 @@
 """The embedded dataset against geometry, its own grammar, and its own files.
 
-References: areas of the shapes by elementary geometry; time reversal (a clip to the left played
-backwards is a clip to the right); what `describe` was given, as the truth for `claims`.
+References: areas of the shapes by elementary geometry; time reversal (a motion to the left, played backwards, goes to
+the right); the scenes given to `describe` as ground truth for `parse_claims`; a hash of the first version's captions.
 """
 
 import hashlib
 import json
 import math
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
+import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import cli
-import data
-import shapes
-from weights import InputError
+import video_data
+from common.errors import InputError
+from video_data import shapes
 
+SIZES = {"train": 2, "val": 1, "test": 1}
 U = np.linspace(0, 1, shapes.FRAMES)
 
 
-def scene(seed: int) -> tuple[shapes.Shape, ...]:
+def draw_scene(seed: int) -> tuple[shapes.Shape, ...]:
     return shapes.draw_scene(np.random.default_rng(seed))
 
 
@@ -38,35 +39,35 @@ def scene(seed: int) -> tuple[shapes.Shape, ...]:
     ],
 )
 def test_coverage_has_the_area_and_the_centre_of_the_shape(kind, area):
-    """Within 2 % at radius 20 pixels, for any turn; the centre of mass within 0.1 pixel."""
+    """Within 2 % at radius 20 pixels and several angles; the centre of mass within 0.1 pixel."""
     y, x = np.mgrid[0:64, 0:64] + 0.5 - 31.3
     for angle in (0.0, 0.4, 1.9):
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-        cover = shapes.coverage(kind, u, v, np.full((1, 1), 20.0))
-        assert cover.sum() == pytest.approx(area * 400, rel=0.02)
-        assert abs((cover * x).sum() / cover.sum()) < 0.1 and abs((cover * y).sum() / cover.sum()) < 0.1
+        mask = shapes.coverage(kind, u, v, np.full((1, 1), 20.0))
+        assert mask.sum() == pytest.approx(area * 400, rel=0.02)
+        assert abs((mask * x).sum() / mask.sum()) < 0.1 and abs((mask * y).sum() / mask.sum()) < 0.1
 
 
-def test_symmetry_is_the_smallest_turn_that_shows_nothing():
-    """A turn by 360/n degrees leaves each pixel's cover within 1e-6; half of that turn does not."""
+def test_symmetry_is_the_smallest_rotation_onto_itself():
+    """A rotation by 360/n degrees keeps the coverage of each pixel within 1e-6. Half of that rotation does not."""
     y, x = np.mgrid[0:64, 0:64] + 0.5 - 32
     for kind, n in shapes.SYMMETRY.items():
-        covers = []
+        masks = []
         for angle in (0, 2 * math.pi / n, math.pi / n):
             u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-            covers.append(shapes.coverage(kind, u, v, np.full((1, 1), 15.0)))
-        assert abs(covers[0] - covers[1]).max() < 1e-6 < 0.5 < abs(covers[0] - covers[2]).max(), kind
+            masks.append(shapes.coverage(kind, u, v, np.full((1, 1), 15.0)))
+        assert abs(masks[0] - masks[1]).max() < 1e-6 < 0.5 < abs(masks[0] - masks[2]).max(), kind
 
 
-@pytest.mark.parametrize(("one", "other"), [("left", "right"), ("up", "down"), ("grow", "shrink")])
-def test_backwards_a_motion_is_its_opposite_so_no_still_tells_them_apart(one, other):
-    """20 shapes, seeds 0..19: the same stills, bit for bit, in the opposite order."""
+@pytest.mark.parametrize(("motion", "opposite"), [("left", "right"), ("up", "down"), ("grow", "shrink")])
+def test_a_reversed_motion_is_its_opposite_so_no_single_frame_tells_them_apart(motion, opposite):
+    """20 shapes, seeds 0..19: bit-identical frames in the opposite order."""
     for seed in range(20):
-        shape = replace(scene(seed)[0], motion=one, speed=1.0 if one == "grow" else 20.0)
-        there, _ = shapes.render((shape,), U, np.random.default_rng(seed))
-        back, _ = shapes.render((replace(shape, motion=other),), 1 - U, np.random.default_rng(seed))
-        assert np.array_equal(there, back)
-        assert not np.array_equal(there[0], there[-1])
+        shape = replace(draw_scene(seed)[0], motion=motion, speed=1.0 if motion == "grow" else 20.0)
+        forward, _ = shapes.render((shape,), U, np.random.default_rng(seed))
+        backward, _ = shapes.render((replace(shape, motion=opposite),), 1 - U, np.random.default_rng(seed))
+        assert np.array_equal(forward, backward)
+        assert not np.array_equal(forward[0], forward[-1])
 
 
 def test_place_size_and_angle_at_mid_clip_do_not_depend_on_the_motion():
@@ -76,122 +77,147 @@ def test_place_size_and_angle_at_mid_clip_do_not_depend_on_the_motion():
     for name in ("x", "y", "radius", "angle"):
         values = np.array([getattr(s, name) for s in drawn])
         for motion in shapes.MOTIONS:
-            mine = values[[s.motion == motion for s in drawn]]
-            assert abs(mine.mean() - values.mean()) < 4 * values.std() / len(mine) ** 0.5, (name, motion)
+            group = values[[s.motion == motion for s in drawn]]
+            assert abs(group.mean() - values.mean()) < 4 * values.std() / len(group) ** 0.5, (name, motion)
 
 
-def test_still_means_still_and_every_other_motion_changes_the_frames():
+def test_every_motion_but_still_changes_the_frames():
     for seed in range(60):
-        for shape in scene(seed):
-            _, covers = shapes.render((shape,), U, np.random.default_rng(seed))
-            change = abs(covers[0] - covers[0][:1]).max()
+        for shape in draw_scene(seed):
+            _, masks = shapes.render((shape,), U, np.random.default_rng(seed))
+            change = abs(masks[0] - masks[0][:1]).max()
             assert (change == 0) == (shape.motion == "still"), shape
 
 
-def test_claims_reads_back_what_describe_was_told():
-    """2,000 scenes, seeds 0..1999, six references each; every motion, colour, kind and wording occurs."""
+def test_parse_claims_is_the_inverse_of_describe():
+    """2,000 scenes, seeds 0..1999, six captions each. Every motion, colour, kind and phrase occurs."""
     words = set()
     for seed in range(2000):
-        told = scene(seed)
-        truth = sorted((f"{s.colour} {s.kind}", s.motion) for s in told)
-        lines = shapes.references(told, np.random.default_rng(seed))
-        assert len(set(lines)) == 6
-        for line in lines:
-            assert shapes.claims(line) == truth, line
-            words.update(line.split())
-    every = {w for pairs in shapes.MOTIONS.values() for pair in pairs for p in pair for w in p.split()}
-    assert words >= every | set(shapes.COLOURS) | set(shapes.KINDS)
+        scene = draw_scene(seed)
+        expected = sorted((f"{s.colour} {s.kind}", s.motion) for s in scene)
+        captions = shapes.reference_captions(scene, np.random.default_rng(seed))
+        assert len(set(captions)) == 6
+        for caption in captions:
+            assert shapes.parse_claims(caption) == expected, caption
+            words.update(caption.split())
+    motion_words = {w for pairs in shapes.MOTIONS.values() for pair in pairs for p in pair for w in p.split()}
+    assert words >= motion_words | set(shapes.COLOURS) | set(shapes.KINDS)
 
 
-def test_attributes_counts_bound_motions():
-    """By hand: shapes swapped in order are right, motions swapped between two shapes are wrong."""
+def test_attribute_accuracy_binds_motions_to_shapes():
+    """By hand: the order of the shapes does not matter; motions swapped between two shapes are wrong."""
     references = {str(i): ["a red circle moves left and a blue square spins"] for i in range(4)}
     references["4"] = ["a red circle moves left"]
     captions = {
-        "0": "the blue square rotates and the red circle slides to the left",  # all right
-        "1": "a red circle spins and a blue square moves left",  # motions of the wrong shapes
+        "0": "the blue square rotates and the red circle slides to the left",  # correct
+        "1": "a red circle spins and a blue square moves left",  # motions swapped
         "2": "a red circle moves left and a green square spins",  # wrong colour
         "3": "a red circle moves left",  # one shape missing
-        "4": "a red circle moves left moves right",  # two motions are none
+        "4": "a red circle moves left moves right",  # two motions for one shape
     }
-    assert shapes.attributes(references, captions) == {
+    assert shapes.attribute_accuracy(references, captions) == {
         "shapes": 3 / 5, "motion": 1 / 5, "motion_one": 0.0, "motion_two": 1 / 4,
     }  # fmt: skip
 
 
 def frame_hashes(folder, split):
-    frames = [data.read_frames(p, shapes.FRAMES, shapes.SIDE).numpy() for p in sorted((folder / split).glob("*.mp4"))]
+    paths = sorted((folder / split).glob("*.mp4"))
+    frames = [video_data.read_frames(path, shapes.FRAMES, shapes.SIDE).numpy() for path in paths]
     return [hashlib.sha256(f.tobytes()).hexdigest() for f in frames]
 
 
-def test_files_hold_what_was_drawn_once_per_seed(tmp_path):
-    """Seeds 0, 0 and 1: equal bytes of frames, splits without a common clip, PSNR above 28 dB of the drawing."""
+def test_files_contain_the_rendered_scenes_and_depend_only_on_the_seed(tmp_path):
+    """Seeds 0, 0 and 1: equal frames for equal seeds, no clip in two splits, PSNR of the codec above 28 dB."""
     sizes = {"train": 6, "val": 3, "test": 3}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        shapes.make(tmp_path / name, sizes, seed, report=lambda _: None)
+        shapes.make_dataset(tmp_path / name, sizes, seed, report=lambda _: None)
     a, b, c = ([h for split in sizes for h in frame_hashes(tmp_path / n, split)] for n in "abc")
     assert a == b and len(set(a)) == len(a) == 12 and not set(a) & set(c)
     captions = json.loads((tmp_path / "a" / "captions.json").read_text())
     assert {split: len(clips) for split, clips in captions.items()} == sizes
 
     rng = np.random.default_rng([0, 0, 2])  # the stream of train clip 2
-    drawn, _ = shapes.render(shapes.draw_scene(rng), U, rng)
-    read = data.read_frames(tmp_path / "a/train/00002.mp4", shapes.FRAMES, shapes.SIDE).numpy()
-    error = np.square(read.transpose(0, 2, 3, 1).astype(float) - drawn).mean()
+    rendered, _ = shapes.render(shapes.draw_scene(rng), U, rng)
+    read = video_data.read_frames(tmp_path / "a/train/00002.mp4", shapes.FRAMES, shapes.SIDE).numpy()
+    error = np.square(read.transpose(0, 2, 3, 1).astype(float) - rendered).mean()
     assert 10 * math.log10(255**2 / error) > 28
 
 
-def test_made_once_gone_on_with_when_cut_short_and_never_over_something_else(tmp_path, monkeypatch):
-    told = []
-    sizes = {"train": 2, "val": 1, "test": 1}
-    shapes.make(tmp_path, sizes, report=told.append)
-    first = (tmp_path / "train/00000.mp4").stat().st_mtime_ns
-    shapes.make(tmp_path, sizes, report=told.append)
-    assert (tmp_path / "train/00000.mp4").stat().st_mtime_ns == first and len(told) == 3
+def test_captions_never_change(tmp_path):
+    """SHA-256 of captions.json as the first version wrote it for seed 3."""
+    shapes.make_dataset(tmp_path, {"train": 6, "val": 3, "test": 3}, seed=3, report=lambda _: None)
+    expected = "8874b84e50ea848219162825e9df1b41aa48e32b5a4a99ec73bfb10d0c22b977"
+    assert hashlib.sha256((tmp_path / "captions.json").read_bytes()).hexdigest() == expected
+
+
+def test_a_complete_folder_is_kept_and_another_one_never_overwritten(tmp_path):
+    reports = []
+    shapes.make_dataset(tmp_path, SIZES, report=reports.append)
+    mtime = (tmp_path / "train/00000.mp4").stat().st_mtime_ns
+    shapes.make_dataset(tmp_path, SIZES, report=reports.append)
+    assert (tmp_path / "train/00000.mp4").stat().st_mtime_ns == mtime and len(reports) == 3
     with pytest.raises(InputError, match="not .*'train': 3"):
-        shapes.make(tmp_path, sizes | {"train": 3})
-    assert len(data.load("shapes", tmp_path, (2, 1, 1))["train"]) == 2
+        shapes.make_dataset(tmp_path, SIZES | {"train": 3})
+    assert len(video_data.load("shapes", tmp_path, (2, 1, 1))["train"]) == 2
 
-    cut = tmp_path / "cut"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/captions.json").write_text("precious")
+    with pytest.raises(InputError, match="something other than shapes"):
+        shapes.make_dataset(tmp_path / "other", SIZES)
+    assert (tmp_path / "other/captions.json").read_text() == "precious"
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["captions.json"]
+
+
+def slow_write_clip(path, frames, write=shapes.write_clip):
+    time.sleep(0.05)
+    write(path, frames)
+
+
+def test_an_interrupted_folder_is_made_again(tmp_path, monkeypatch):
+    """SIGKILL while clips are written; then a failure in the parent; then the folder is completed."""
+    monkeypatch.setattr(shapes, "write_clip", slow_write_clip)
+    process = multiprocessing.get_context("fork").Process(target=shapes.make_dataset, args=(tmp_path, SIZES))
+    process.start()
+    while not list(tmp_path.glob("train/*.mp4")):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert json.loads((tmp_path / "made.json").read_text())["whole"] is False
     with monkeypatch.context() as patch:
-        patch.setattr(shapes, "partial", lambda *_, **__: 1 / 0)  # stopped while it writes clips
+        patch.setattr(shapes, "partial", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            shapes.make(cut, sizes)
-    shapes.make(cut, sizes)
-    assert len(data.load("shapes", cut, (2, 1, 1))["train"]) == 2 and not list(cut.rglob("*.part*"))
-
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/captions.json").write_text("precious")
-    with pytest.raises(InputError, match="something else"):
-        shapes.make(tmp_path / "mine", sizes)
-    assert (tmp_path / "mine/captions.json").read_text() == "precious"
+            shapes.make_dataset(tmp_path, SIZES)
+    shapes.make_dataset(tmp_path, SIZES)
+    assert len(video_data.load("shapes", tmp_path, (2, 1, 1))["train"]) == 2
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        ".lock", "00000.mp4", "00000.mp4", "00000.mp4", "00001.mp4", "captions.json", "made.json",
+    ]  # fmt: skip
 
 
-def test_true_captions_are_captions_of_the_scene():
-    """Each of the 18 of 20 scenes (seed 0) is among what `describe` says of the scene in 2,000 tries."""
+def test_processes_that_make_one_folder_at_once_all_succeed(tmp_path, monkeypatch):
+    """Three processes: one writes, the others wait and find the folder complete."""
+    monkeypatch.setattr(shapes, "write_clip", slow_write_clip)
+    context = multiprocessing.get_context("fork")
+    reports = context.SimpleQueue()
+    processes = [context.Process(target=shapes.make_dataset, args=(tmp_path / "a", SIZES, 0, reports.put))
+                 for _ in range(3)]  # fmt: skip
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [reports.get() for _ in range(3)] == [f"shapes: {split} clip {n}/{n} written" for split, n in SIZES.items()]
+    assert reports.empty() and len(frame_hashes(tmp_path / "a", "train")) == 2
+
+
+def test_perfect_captions_are_captions_of_the_scene():
+    """All 18 variants for 20 scenes (seed 0) are among 2,000 captions that `describe` draws for the scene."""
     rng = np.random.default_rng(0)
     scenes = [shapes.draw_scene(rng) for _ in range(20)]
-    told = {str(i): [shapes.describe(scene, rng)] for i, scene in enumerate(scenes)}
+    references = {str(i): [shapes.describe(scene, rng)] for i, scene in enumerate(scenes)}
     possible = [{shapes.describe(scene, rng) for _ in range(2000)} for scene in scenes]
-    assert any("an orange" in texts[0] for texts in told.values())
-    for wording in range(6):
+    assert any("an orange" in texts[0] for texts in references.values())
+    for template in range(6):
         for phrase in range(3):
-            for i, caption in shapes.true_captions(told, wording, phrase).items():
+            for i, caption in shapes.perfect_captions(references, template, phrase).items():
                 assert caption in possible[int(i)]
-
-
-@pytest.mark.parametrize(("content", "word"), [("{}", "test"), ('{"test": {}}', "empty"), ("{", "JSON")])
-def test_scoring_true_captions_names_what_is_wrong_with_the_folder(tmp_path, content, word, monkeypatch, capsys):
-    (tmp_path / "captions.json").write_text(content)
-    monkeypatch.setattr(sys, "argv", ["shapes.py", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
-        cli.run(shapes.main)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.startswith("error: ") and word in said and len(said.splitlines()) == 1
-
-
-def test_it_is_a_script():
-    """Started as the README does; with --help nothing is read."""
-    done = subprocess.run([sys.executable, "shapes.py", "--help"], cwd=Path(__file__).parent.parent,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0 and "test split" in done.stdout and not done.stderr

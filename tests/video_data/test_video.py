@@ -1,7 +1,7 @@
-"""Video decoding against a plain decode of everything.
+"""Video decoding against a plain decode of all frames.
 
-References: files made here whose frame i has grey level 12 i, so that a picked frame tells its index;
-a brute-force search for the frame on screen. Levels survive the codec within 3.
+References: generated files whose frame i has grey level 12 i, so a frame's level is its index; a brute-force search for
+the displayed frame. Levels survive the codec within 3.
 """
 
 import os
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from av.stream import Disposition
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-import video
-from pixels import Pixels
-from weights import InputError
+from common.errors import InputError
+from common.preprocessing import Preprocessing
+from video_data import video
 
 STEP = 12
 EVEN = list(range(0, 80, 4))  # hundredths of a second
@@ -32,7 +32,7 @@ QUALITY = {"mpeg4": {"qmin": "2", "qmax": "2"}, "libx264": {"crf": "1"}}
 
 def write_video(path: Path, times: list[int], width=48, height=32, codec="mpeg4", rotation=0, options=None,
                 pix_fmt="yuv420p", full_range=False) -> Path:  # fmt: skip
-    """Frame i, shown from times[i] hundredths of a second on, is grey of level 12 i, its top left corner white."""
+    """Frame i, displayed from times[i] hundredths of a second on, has grey level 12 i and a white top left corner."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=100, options=QUALITY.get(codec, {}) | (options or {}))
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
@@ -50,7 +50,7 @@ def write_video(path: Path, times: list[int], width=48, height=32, codec="mpeg4"
     return path
 
 
-def levels(frames: torch.Tensor) -> list[int]:
+def frame_indices(frames: torch.Tensor) -> list[int]:
     """The index of each frame (T, 3, S, S), read from its lower right quarter."""
     size = frames.shape[-1]
     grey = frames[:, :, size // 2 :, size // 2 :].float().mean((1, 2, 3))
@@ -58,36 +58,35 @@ def levels(frames: torch.Tensor) -> list[int]:
     return (grey / STEP).round().int().tolist()
 
 
-def on_screen(times: list[float], count: int) -> list[int]:
-    """Indices of the frames shown at the centres of `count` segments, by a search through all."""
+def displayed(times: list[float], count: int) -> list[int]:
+    """Indices of the frames displayed at the centres of `count` segments, by a search through all."""
     end = times[-1] + (times[-1] - times[0]) / max(1, len(times) - 1)
-    moments = [times[0] + (end - times[0]) * (k + 0.5) / count for k in range(count)]
-    return [max([i for i, t in enumerate(times) if t <= moment + 1e-6], default=0) for moment in moments]
+    centres = [times[0] + (end - times[0]) * (k + 0.5) / count for k in range(count)]
+    return [max([i for i, t in enumerate(times) if t <= centre + 1e-6], default=0) for centre in centres]
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 20, 32])
 @pytest.mark.parametrize("times", [EVEN, [0, 1, 2, 3, 40, 41, 90, 95, 96, 97], [0]])
-def test_frames_are_those_on_screen_at_the_segment_centres(tmp_path, times, count):
+def test_frames_are_those_displayed_at_the_segment_centres(tmp_path, times, count):
     """Constant and variable rates and a single frame, against a search through all frames."""
     frames = video.read_frames(write_video(tmp_path / "a.mp4", times), count, 32)
     assert frames.dtype == torch.uint8 and frames.shape == (count, 3, 32, 32)
-    assert levels(frames) == on_screen(times, count)
+    assert frame_indices(frames) == displayed(times, count)
 
 
-def test_jittered_frames_stay_in_their_segments_and_depend_on_the_generator_alone(tmp_path):
-    """40 frames, 8 segments of 5, seeds 0..19: each frame out of its own segment, in order, not always the same."""
+def test_random_frames_stay_in_their_segments_and_depend_only_on_the_generator(tmp_path):
+    """20 frames, 5 segments of 4, seeds 0..19: each frame from its own segment, in order, not always the same."""
     path = write_video(tmp_path / "a.mp4", EVEN)
-    picks = {tuple(levels(video.read_frames(path, 5, 32, np.random.default_rng(s)))) for s in range(20)}
-    assert all(4 * k <= i < 4 * (k + 1) for pick in picks for k, i in enumerate(pick)) and len(picks) > 10
-    again = [video.read_frames(path, 5, 32, np.random.default_rng(3)) for _ in range(2)]
-    assert torch.equal(*again)
+    samples = {tuple(frame_indices(video.read_frames(path, 5, 32, np.random.default_rng(s)))) for s in range(20)}
+    assert all(4 * k <= i < 4 * (k + 1) for sample in samples for k, i in enumerate(sample)) and len(samples) > 10
+    assert torch.equal(*(video.read_frames(path, 5, 32, np.random.default_rng(3)) for _ in range(2)))
 
 
 def test_a_long_video_is_decoded_twice_to_the_same_frames(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", EVEN)
-    held = video.read_frames(path, 8, 32)
-    monkeypatch.setattr(video, "HELD_BYTES", 10_000)
-    assert torch.equal(video.read_frames(path, 8, 32), held)
+    buffered = video.read_frames(path, 8, 32)
+    monkeypatch.setattr(video, "MAX_BUFFERED_BYTES", 10_000)
+    assert torch.equal(video.read_frames(path, 8, 32), buffered)
 
 
 X264 = "bframes=3:b-adapt=0"
@@ -101,48 +100,50 @@ X264 = "bframes=3:b-adapt=0"
      ("early.mp4", X264, [t - 30 for t in EVEN]),
      ("gap.mp4", X264, [0, 1, 2, 3, 40, 41, 90, 95, 96, 97]), ("one.mp4", X264, [3]), ("p.mp4", "bframes=0", EVEN)],
 )  # fmt: skip
-def test_frames_left_undecoded_change_nothing(tmp_path, monkeypatch, name, x264, times):
-    """H.264 whose unwanted frames are skipped: bit for bit what all frames decoded give, and the search's indices.
+def test_skipped_frames_change_nothing(tmp_path, monkeypatch, name, x264, times):
+    """H.264 with unwanted frames skipped: bit-identical to decoding all frames, and the indices of the search.
 
-    MP4 shows nothing of what is earlier than 0.
+    MP4 does not display frames before time 0.
     """
     path = write_video(tmp_path / name, times, codec="libx264", options={"x264-params": x264})
     for count in (1, 4, 8, 32):
         frames, hidden = video.read_frames(path, count, 32), sum(t < 0 for t in times)
-        assert levels(frames) == [hidden + i for i in on_screen(times[hidden:], count)]
-        with video._opened(path) as opened:
-            assert video._tells_times(*opened) and video._sparing(*opened, video.moments(count, None)) is not None
+        assert frame_indices(frames) == [hidden + i for i in displayed(times[hidden:], count)]
+        with video.open_video(path) as opened:
+            positions = video.sample_positions(count, None)
+            assert video._has_display_times(*opened)
+            assert video._decode_selected(*opened, positions) is not None
         with monkeypatch.context() as patch:
-            patch.setattr(video, "_tells_times", lambda *_: False)
+            patch.setattr(video, "_has_display_times", lambda *_: False)
             assert torch.equal(video.read_frames(path, count, 32), frames)
 
 
-def test_frames_that_are_not_needed_are_not_decoded(tmp_path):
-    """Every B-frame that is not wanted, and all after the last wanted, overwritten with zeros: not a bit is changed."""
+def test_unneeded_frames_are_not_decoded(tmp_path):
+    """Zeros in every unwanted B-frame and in all frames after the last wanted one: the result is bit-identical."""
     path = write_video(tmp_path / "a.mp4", EVEN, codec="libx264", options={"x264-params": f"{X264}:b-pyramid=none"})
-    whole = video.read_frames(path, 5, 32)
-    wanted, data, spoilt = {EVEN[i] for i in on_screen(EVEN, 5)}, bytearray(path.read_bytes()), 0
+    expected = video.read_frames(path, 5, 32)
+    wanted, data, overwritten = {EVEN[i] for i in displayed(EVEN, 5)}, bytearray(path.read_bytes()), 0
     with av.open(str(path)) as container:
         packets = [p for p in container.demux(video=0) if p.size]
         hundredths = [round(100 * float(p.pts * p.time_base)) for p in packets]
     end = max(i for i, time in enumerate(hundredths) if time in wanted)
     for i, (packet, time) in enumerate(zip(packets, hundredths, strict=True)):
-        referred_to = data[packet.pos + 4] >> 5  # nal_ref_idc, after four bytes of length
-        if i and time not in wanted and (i > end or not referred_to):
+        is_reference = data[packet.pos + 4] >> 5  # nal_ref_idc, after four bytes of length
+        if i and time not in wanted and (i > end or not is_reference):
             data[packet.pos + 5 : packet.pos + packet.size] = bytes(packet.size - 5)
-            spoilt += 1
+            overwritten += 1
     path.write_bytes(data)
-    assert spoilt >= 9 and torch.equal(video.read_frames(path, 5, 32), whole)
-    with video._opened(path) as opened:
-        assert video._sparing(*opened, video.moments(5, None)) is not None
+    assert overwritten >= 9 and torch.equal(video.read_frames(path, 5, 32), expected)
+    with video.open_video(path) as opened:
+        assert video._decode_selected(*opened, video.sample_positions(5, None)) is not None
 
 
-def test_a_clip_cut_before_an_open_group(tmp_path):
-    """The packets from the second keyframe on: those shown before it refer to what is lost, and do not count."""
-    whole = write_video(tmp_path / "a.mkv", EVEN, codec="libx264",
-                        options={"x264-params": f"{X264}:open-gop=1:keyint=8:min-keyint=8"})  # fmt: skip
+def test_a_clip_that_starts_with_an_open_gop(tmp_path):
+    """The packets from the second keyframe on. Frames displayed before it refer to lost ones and are ignored."""
+    original = write_video(tmp_path / "a.mkv", EVEN, codec="libx264",
+                           options={"x264-params": f"{X264}:open-gop=1:keyint=8:min-keyint=8"})  # fmt: skip
     path = tmp_path / "b.mkv"
-    with av.open(str(whole)) as source, av.open(str(path), "w") as container:
+    with av.open(str(original)) as source, av.open(str(path), "w") as container:
         stream = container.add_stream_from_template(source.streams.video[0])
         packets = [p for p in source.demux(video=0) if p.size]
         start = [i for i, p in enumerate(packets) if p.is_keyframe][1]
@@ -152,32 +153,32 @@ def test_a_clip_cut_before_an_open_group(tmp_path):
             container.mux(packet)
     frames = plain_decode(path)
     pictures = [torch.from_numpy(frame.to_ndarray(format="rgb24"))[:, :32] for frame in frames]
-    grey = levels(torch.stack(pictures).permute(0, 3, 1, 2))
+    indices = frame_indices(torch.stack(pictures).permute(0, 3, 1, 2))
     for count in range(1, 12):
-        shown = on_screen([f.time for f in frames], count)
-        assert levels(video.read_frames(path, count, 32)) == [grey[i] for i in shown]
+        selected = displayed([f.time for f in frames], count)
+        assert frame_indices(video.read_frames(path, count, 32)) == [indices[i] for i in selected]
 
 
 @pytest.mark.parametrize("name", ["h264.avi", "mpeg4.avi", "h264.mkv"])
 def test_b_frames_come_in_order_of_display(tmp_path, name):
-    """AVI tells no times of display; what is made up for it steps back, and sorted by it frames would swap."""
+    """AVI has no display times. FFmpeg invents times that step back; sorting frames by them would swap frames."""
     codec = {"h264": "libx264", "mpeg4": "mpeg4"}[name.split(".")[0]]
     path = write_video(tmp_path / name, list(range(20)), codec=codec, options={"bf": "2"})
-    assert levels(video.read_frames(path, 20, 32)) == list(range(20))
+    assert frame_indices(video.read_frames(path, 20, 32)) == list(range(20))
 
 
 @pytest.mark.parametrize(
-    ("name", "times", "shown"),
+    ("name", "times", "effective"),
     [("none.h264", EVEN, EVEN), ("same.mkv", [7] * 20, EVEN), ("twice.mkv", [t // 8 * 8 for t in EVEN], None)],
 )  # fmt: skip
-def test_times_that_are_missing_or_told_twice(tmp_path, name, times, shown):
-    """No times at all, or the same for all: evenly apart. Of two frames with one time the later is on screen."""
+def test_times_that_are_missing_or_repeated(tmp_path, name, times, effective):
+    """No times, or the same for all frames: evenly spaced. Of two frames with one time, the later is displayed."""
     path = write_video(tmp_path / name, times, codec="libx264", options={"bf": "0"})
-    assert levels(video.read_frames(path, 8, 32)) == on_screen(shown or times, 8)
+    assert frame_indices(video.read_frames(path, 8, 32)) == displayed(effective or times, 8)
 
 
 @pytest.mark.parametrize(
-    ("name", "made"),
+    ("name", "options"),
     [("full.mp4", dict(codec="libx264", full_range=True)), ("ten.mp4", dict(codec="libx264", pix_fmt="yuv420p10le")),
      ("alpha.mov", dict(codec="qtrle", pix_fmt="argb")), ("ten-alpha.mov", dict(codec="prores_ks",
       pix_fmt="yuva444p10le")), ("fields.avi", dict(options={"flags": "+ildct+ilme"})), ("gray.mkv",
@@ -186,36 +187,36 @@ def test_times_that_are_missing_or_told_twice(tmp_path, name, times, shown):
       width=1, height=1)), ("long.mkv", dict(codec="ffv1", pix_fmt="bgr0", width=2000, height=4)), ("high.mkv",
       dict(codec="ffv1", pix_fmt="bgr0", width=4, height=2000)), ("take:1.mp4", {})],
 )  # fmt: skip
-def test_every_kind_of_picture_becomes_its_grey(tmp_path, monkeypatch, name, made):
+def test_all_pixel_formats_give_the_right_grey(tmp_path, monkeypatch, name, options):
     """Full range, 10 bits, alpha, interlaced, grey, odd and extreme sizes, a colon in the name."""
     times = EVEN[:8]
     monkeypatch.chdir(tmp_path)
-    write_video(tmp_path / name, times, **made)
-    assert levels(video.read_frames(Path(name), 4, 32)) == on_screen(times, 4)
+    write_video(tmp_path / name, times, **options)
+    assert frame_indices(video.read_frames(Path(name), 4, 32)) == displayed(times, 4)
 
 
-def test_a_size_that_changes_on_the_way(tmp_path, monkeypatch):
-    """48 x 32, then 64 x 96: all frames come; but for the second half, where frames of its size are too large."""
+def test_a_size_that_changes_within_the_video(tmp_path, monkeypatch):
+    """48 x 32, then 64 x 96: all frames are read, or only the first half if the second exceeds MAX_PIXELS."""
     parts = [write_video(tmp_path / f"{w}.h264", EVEN[:10], w, h, "libx264") for w, h in ((48, 32), (64, 96))]
     path = tmp_path / "both.h264"
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
-    assert levels(video.read_frames(path, 20, 32)) == [*range(10), *range(10)]
-    monkeypatch.setattr(video, "MOST_PIXELS", 3000)
-    assert levels(video.read_frames(path, 10, 32)) == list(range(10))
+    assert frame_indices(video.read_frames(path, 20, 32)) == [*range(10), *range(10)]
+    monkeypatch.setattr(video, "MAX_PIXELS", 3000)
+    assert frame_indices(video.read_frames(path, 10, 32)) == list(range(10))
 
 
 def boxes(data: bytes) -> list[bytes]:
-    """The boxes that an MP4 file, or a box's content, consists of."""
-    at = [0]
-    while at[-1] < len(data):
-        at.append(at[-1] + struct.unpack_from(">I", data, at[-1])[0])
-    return [data[i:j] for i, j in zip(at, at[1:], strict=False)]
+    """The boxes of an MP4 file, or of the content of a box."""
+    offsets = [0]
+    while offsets[-1] < len(data):
+        offsets.append(offsets[-1] + struct.unpack_from(">I", data, offsets[-1])[0])
+    return [data[i:j] for i, j in zip(offsets, offsets[1:], strict=False)]
 
 
-def test_a_cover_picture_is_no_video(tmp_path):
-    """A white cover, its box put before the video's, so that it is the first stream; then a cover alone."""
+def test_a_cover_picture_is_not_the_video(tmp_path):
+    """A white cover whose box is moved before the video's, so it is the first stream; then a cover without a video."""
     path = tmp_path / "a.mp4"
-    grey, white = ([np.full((32, 48, 3), level, np.uint8) for level in levels] for levels in (range(0, 60, 12), [255]))
+    grey, white = ([np.full((32, 48, 3), level, np.uint8) for level in greys] for greys in (range(0, 60, 12), [255]))
     with av.open(str(path), "w") as container:
         streams = [container.add_stream("mpeg4", rate=25), container.add_stream("mjpeg", rate=25)]
         streams[1].disposition = Disposition.attached_pic
@@ -232,82 +233,82 @@ def test_a_cover_picture_is_no_video(tmp_path):
     path.write_bytes(b"".join(moov[:8] + b"".join(inner) if box is moov else box for box in top))
     with av.open(str(path)) as container:
         assert container.streams[0].disposition == Disposition.attached_pic
-    assert levels(video.read_frames(path, 5, 32)) == list(range(5))
+    assert frame_indices(video.read_frames(path, 5, 32)) == list(range(5))
     path.write_bytes(path.read_bytes().replace(b"trak", b"free"))
     with pytest.raises(InputError, match="no video stream"):
         video.read_frames(path, 5, 32)
 
 
 def png(width: int, height: int) -> bytes:
-    """A black picture, a bit a pixel; of one that would take more than 10 MB the header and the beginning."""
+    """A black picture, one bit per pixel. Pictures above 10 MB are truncated."""
     black = bytes(min(10**7, height * (1 + width // 8)))
     parts = (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(black))
-    framed = (struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in parts)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+    chunks = (struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def test_frames_that_are_too_large_are_named_and_take_no_memory(tmp_path):
-    """65535 x 65535 in a header, 8000 x 8000, and 4 x 2000 that would become 384 x 192000; 1 GiB may be added."""
+def test_frames_that_are_too_large_are_an_error_and_take_no_memory(tmp_path):
+    """A header of 65535 x 65535; 8000 x 8000; 4 x 2000 that would become 384 x 192000; within 1 GiB more memory."""
     for size in ((65535, 65535), (8000, 8000)):
         (tmp_path / f"{size[0]}.png").write_bytes(png(*size))
     write_video(tmp_path / "high.mkv", [0], 4, 2000, codec="ffv1", pix_fmt="bgr0")
 
-    def work(name: str) -> str:
+    def read(name: str) -> str:
         with pytest.raises(InputError, match=name):
             video.read_frames(tmp_path / name, 2, 384)
-        return "named"
+        return "error"
 
-    found = apart(["65535.png", "8000.png", "high.mkv"], work, seconds=10, gibibytes=1)
-    assert list(found.values()) == ["named"] * 3
+    results = run_in_child(["65535.png", "8000.png", "high.mkv"], read, seconds=10, gibibytes=1)
+    assert list(results.values()) == ["error"] * 3
 
 
-def apart(jobs: Iterable, work: Callable[[object], str], seconds: int, gibibytes: int) -> dict[object, str]:
-    """{job: work(job)}, in a child process, so that a crash or a hang is told with its job's name.
+def run_in_child(jobs: Iterable, work: Callable[[object], str], seconds: int, gibibytes: int) -> dict[object, str]:
+    """{job: work(job)}, in a child process, so a crash or a hang is reported with its job.
 
-    Each has so many seconds; the child may take so much address space beyond what it has.
+    Each job has `seconds`. The child may add `gibibytes` to its address space.
     """
-    jobs, (out, into) = list(jobs), os.pipe()
+    jobs, (read_end, write_end) = list(jobs), os.pipe()
     child = os.fork()
     if child == 0:
-        have = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (have + gibibytes * 2**30,) * 2)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + gibibytes * 2**30,) * 2)
         for job in jobs:
             signal.alarm(seconds)
             try:
                 line = work(job)
-            except BaseException as error:  # whatever it is, the parent has to hear of it
+            except BaseException as error:  # the parent must see any error
                 line = f"raised {error!r}"
-            os.write(into, (" ".join(line.split()) + "\n").encode())
+            os.write(write_end, (" ".join(line.split()) + "\n").encode())
         os._exit(0)
-    os.close(into)
-    with open(out, encoding="utf-8") as pipe:
+    os.close(write_end)
+    with open(read_end, encoding="utf-8") as pipe:
         lines = pipe.read().splitlines()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code == 0, f"ended by {code} at {jobs[len(lines)]}"  # -14: it hung, -11: it crashed
     return dict(zip(jobs, lines, strict=True))
 
 
-def test_the_short_side_is_scaled_and_the_centre_kept(tmp_path):
-    """96 x 32 to 16: the white corner (left quarter, 24 pixels) lies outside the central 32, at no scale inside."""
+def test_the_short_side_is_resized_and_the_centre_cropped(tmp_path):
+    """96 x 32 to 16: the white corner (left quarter, 24 pixels) is outside the central 32 pixels."""
     frames = video.read_frames(write_video(tmp_path / "a.mp4", [0, 4, 8], 96, 32), 3, 16)
     assert frames.shape[-2:] == (16, 16) and frames.max() < 60
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [("empty.mp4", b"", "empty file"), ("text.mp4", b"hello, not a video\n" * 50, "cannot be read as a video"),
      ("none.mp4", None, "cannot be read as a video")],
 )  # fmt: skip
-def test_what_is_no_video_is_named_in_one_line(tmp_path, name, content, says):
+def test_a_file_that_is_no_video_is_one_line(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError) as error:
         video.read_frames(path, 8, 32)
-    assert str(path) in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_sound_without_pictures_is_named(tmp_path):
+def test_sound_without_video_is_an_error(tmp_path):
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000, layout="mono")
@@ -318,45 +319,46 @@ def test_sound_without_pictures_is_named(tmp_path):
         video.read_frames(path, 8, 32)
 
 
-def test_cut_and_flipped_files_are_decoded_or_named(tmp_path):
-    """60 damaged copies, seed 0: frames of the right shape or an InputError with the name, nothing else."""
-    whole = write_video(tmp_path / "a.mp4", EVEN).read_bytes()
+def test_damaged_files_are_decoded_or_an_error(tmp_path):
+    """60 damaged copies, seed 0: frames of the right shape, or an InputError with the name."""
+    original = write_video(tmp_path / "a.mp4", EVEN).read_bytes()
     rng = np.random.default_rng(0)
-    path, named = tmp_path / "damaged.mp4", 0
+    path, errors = tmp_path / "damaged.mp4", 0
     for i in range(60):
-        damaged = bytearray(whole[: rng.integers(1, len(whole))] if i % 2 else whole)
-        for at in rng.integers(0, len(damaged), rng.integers(1, 30)):
-            damaged[at] = rng.integers(256)
-        path.write_bytes(bytes(damaged))
+        data = bytearray(original[: rng.integers(1, len(original))] if i % 2 else original)
+        for offset in rng.integers(0, len(data), rng.integers(1, 30)):
+            data[offset] = rng.integers(256)
+        path.write_bytes(bytes(data))
         try:
             assert video.read_frames(path, 8, 32).shape == (8, 3, 32, 32)
         except InputError as error:
-            named += str(path) in str(error)
-    assert 0 < named < 60
+            errors += str(path) in str(error)
+    assert 0 < errors < 60
 
 
-@pytest.mark.parametrize("view", [
-    Pixels(48, 48), Pixels(48, 64), Pixels(48, 48, squash=True), Pixels(48, 64, interpolation="bilinear"),
+@pytest.mark.parametrize("preprocessing", [
+    Preprocessing(48, 48), Preprocessing(48, 64), Preprocessing(48, 48, squash=True),
+    Preprocessing(48, 64, interpolation="bilinear"),
 ])  # fmt: skip
 @pytest.mark.parametrize("shape", [(120, 200), (200, 120), (96, 96)])
-def test_frames_are_resized_and_cropped_as_the_view_says(view, shape):
-    """torchvision's resize with antialias, then a crop, of a smooth random picture (seed 0), within 4 of 255 levels."""
+def test_frames_are_resized_and_cropped_like_torchvision(preprocessing, shape):
+    """A smooth random picture (seed 0) against torchvision's antialiased resize and a crop, within 4 of 255 levels."""
     picture = F.interpolate(torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(0)), shape, mode="bicubic")
     picture = (picture * 200 + 20).clamp(0, 255).to(torch.uint8)[0]
-    side = [view.resize] * 2 if view.squash else view.resize
-    expected = resize(picture, side, InterpolationMode(view.interpolation), antialias=True)
-    top, left = (expected.shape[-2] - view.size) // 2, (expected.shape[-1] - view.size) // 2
-    expected = expected[:, top : top + view.size, left : left + view.size]
+    size, side = preprocessing.size, [preprocessing.resize] * (2 if preprocessing.squash else 1)
+    expected = resize(picture, side, InterpolationMode(preprocessing.interpolation), antialias=True)
+    top, left = (expected.shape[-2] - size) // 2, (expected.shape[-1] - size) // 2
+    expected = expected[:, top : top + size, left : left + size]
     frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
-    found = video.to_pixels(frame, view, video.VideoReformatter())
-    assert found.shape == (view.size, view.size, 3)
+    found = video.frame_to_rgb(frame, preprocessing, video.VideoReformatter())
+    assert found.shape == (size, size, 3)
     assert np.abs(found.transpose(2, 0, 1).astype(int) - expected.numpy().astype(int)).max() <= 4
 
 
 def plain_decode(path: Path) -> list[av.VideoFrame]:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # damage is patched up differently by several threads
+        stream.codec_context.thread_count = 1  # several threads conceal damage differently
         return [f for p in container.demux(stream) for f in decode_or_skip(p) if not f.is_corrupt]
 
 
@@ -376,19 +378,19 @@ CLIPS = ["clips/12727.mp4", "clips/av1_video.mkv", "clips/h265_10bits.mp4", "cli
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_real_clips_give_the_frames_of_a_plain_decode(real, name):
-    """Bit for bit, 1, 8 and 32 frames, in the decoder's order, the k-th shown at the k-th of the frames' own times."""
+    """1, 8 and 32 frames, bit-identical. The k-th frame in the decoder's order is displayed at the k-th sorted time."""
     frames = plain_decode(real / name)
     times = sorted(f.time for f in frames)
     for count in (1, 8, 32):
-        got = video.read_frames(real / name, count, 32).numpy()
-        for picture, i in zip(got, on_screen(times, count), strict=True):
-            expected = video.to_pixels(frames[i], Pixels(32, 32), video.VideoReformatter())
+        found = video.read_frames(real / name, count, 32).numpy()
+        for picture, i in zip(found, displayed(times, count), strict=True):
+            expected = video.frame_to_rgb(frames[i], Preprocessing(32, 32), video.VideoReformatter())
             assert np.array_equal(picture.transpose(1, 2, 0), expected)
 
 
 @pytest.mark.parametrize(("name", "quarters"), [("video_0.mov", 0), ("video_90.mov", -1), ("video_180.mov", -2)])
-def test_rotated_clips_come_upright(real, name, quarters):
-    """Against numpy's rot90 of the stored picture; the letters on the keyboard were seen to stand upright."""
+def test_rotated_clips_are_upright(real, name, quarters):
+    """Against numpy's rot90 of the stored picture. The letters on the filmed keyboard were checked by eye."""
     path = real / "clips" / name
     stored = plain_decode(path)[0].reformat(113, 64, "rgb24", interpolation="BICUBIC").to_ndarray()
     middle = stored[:, (stored.shape[1] - 64) // 2 :][:, :64]
@@ -396,75 +398,74 @@ def test_rotated_clips_come_upright(real, name, quarters):
 
 
 @pytest.mark.parametrize("name", ["WrongFile.mp4", "audio_only.mp4", "empty.mp4"])
-def test_real_bad_files_are_named(real, name):
+def test_real_bad_files_are_an_error(real, name):
     with pytest.raises(InputError, match=name):
         video.read_frames(real / "clips" / name, 8, 32)
 
 
 @pytest.mark.parametrize("name", ["clips/12727.mp4", "clips/realshort.mp4"])
 def test_damage_in_the_sound_or_after_the_last_wanted_frame_changes_nothing(real, tmp_path, name):
-    """All sound overwritten with zeros, and of the last segment the second half of its video: the same 4 frames."""
+    """Zeros in all sound packets and in the video packets after the last wanted frame: the same 4 frames."""
     data = bytearray((real / name).read_bytes())
     with av.open(str(real / name)) as container:
         packets = [(p.stream.type, p.pts, p.pos, p.size) for p in container.demux() if p.size]
     times = sorted(f.pts for f in plain_decode(real / name))
-    wanted = {times[i] for i in on_screen(times, 4)}
+    wanted = {times[i] for i in displayed(times, 4)}
     end = max(pos for kind, pts, pos, _ in packets if kind == "video" and pts in wanted)
-    spoilt = [(pos, size) for kind, _, pos, size in packets if kind == "audio" or pos > end]
-    for pos, size in spoilt:
+    overwritten = [(pos, size) for kind, _, pos, size in packets if kind == "audio" or pos > end]
+    for pos, size in overwritten:
         data[pos + 5 : pos + size] = bytes(size - 5)
     (tmp_path / "damaged.mp4").write_bytes(data)
-    assert len(spoilt) > 5
+    assert len(overwritten) > 5
     assert torch.equal(video.read_frames(tmp_path / "damaged.mp4", 4, 32), video.read_frames(real / name, 4, 32))
 
 
-FUZZED = ["av1_video.mkv", "h265_10bits.mp4", "realshort.mp4", "test.avi", "truncated.avi", "unordered.mov",
+FUZZED_CLIPS = ["av1_video.mkv", "h265_10bits.mp4", "realshort.mp4", "test.avi", "truncated.avi", "unordered.mov",
           "video_90.mov", "../msvd/YouTubeClips/WTf5EgVY5uU_124_128.avi"]  # fmt: skip
 
 
-def damaged(files: list[bytes], seed: int) -> bytes:
-    """One of the files, by turns, cut short, with bytes changed anywhere or in its first and last 4 kB, a block zeroed,
-    a block taken out, or the rest of another file put behind its beginning."""
+def damage(files: list[bytes], seed: int) -> bytes:
+    """One of the files: truncated, with random bytes anywhere or at its ends, with a block zeroed or removed, or
+    continued with the end of another file."""
     rng = np.random.default_rng(seed)
-    whole, kind = files[seed % len(files)], seed // len(files) % 6
-    data = bytearray(whole)
-    a, b = (int(x) for x in np.sort(rng.integers(0, len(whole), 2)))
+    original, kind = files[seed % len(files)], seed // len(files) % 6
+    data = bytearray(original)
+    a, b = (int(x) for x in np.sort(rng.integers(0, len(original), 2)))
     if kind == 0:
-        return whole[: b + 1]
+        return original[: b + 1]
     if kind == 1:
-        spots = rng.integers(0, len(whole), 30)
+        offsets = rng.integers(0, len(original), 30)
     elif kind == 2:
-        spots = rng.integers(-min(4096, len(whole)), min(4096, len(whole)), 20)
+        offsets = rng.integers(-min(4096, len(original)), min(4096, len(original)), 20)
     elif kind == 3:
         data[a : a + 8192] = bytes(len(data[a : a + 8192]))
         return bytes(data)
     elif kind == 4:
-        return whole[:a] + whole[b:]
+        return original[:a] + original[b:]
     else:
         other = files[rng.integers(len(files))]
-        return whole[: b + 1] + other[rng.integers(len(other)) :]
-    for spot in spots:
-        data[spot] = rng.integers(256)
+        return original[: b + 1] + other[rng.integers(len(other)) :]
+    for offset in offsets:
+        data[offset] = rng.integers(256)
     return bytes(data)
 
 
-def test_damaged_real_clips_give_frames_or_are_named(real, tmp_path):
+def test_damaged_real_clips_give_frames_or_an_error(real, tmp_path):
     """300 variants, seeds 0..299, each within 10 s and 2 GiB more: 4 frames, or one printable line with the name."""
-    names = [real / "clips" / name for name in FUZZED]
-    files = [path.read_bytes() for path in names]
+    paths = [real / "clips" / name for name in FUZZED_CLIPS]
+    files = [path.read_bytes() for path in paths]
 
-    def work(seed: int) -> str:
-        path = tmp_path / f"{seed}{names[seed % len(names)].suffix}"
-        path.write_bytes(damaged(files, seed))
+    def read(seed: int) -> str:
+        path = tmp_path / f"{seed}{paths[seed % len(paths)].suffix}"
+        path.write_bytes(damage(files, seed))
         try:
             frames = video.read_frames(path, 4, 32)
             return "frames" if frames.shape == (4, 3, 32, 32) and frames.dtype == torch.uint8 else "wrong shape"
         except InputError as error:
-            return "named" if str(path) in str(error) and str(error).isprintable() else f"says {error!r}"
+            return "error" if str(path) in str(error) and str(error).isprintable() else f"unexpected: {error!r}"
         finally:
             path.unlink()
 
-    found = apart(range(300), work, seconds=10, gibibytes=2)
-    odd = {seed: line for seed, line in found.items() if line not in ("frames", "named")}
-    assert not odd
-    assert min(list(found.values()).count(line) for line in ("frames", "named")) > 50
+    results = run_in_child(range(300), read, seconds=10, gibibytes=2)
+    assert not {seed: line for seed, line in results.items() if line not in ("frames", "error")}
+    assert min(list(results.values()).count(line) for line in ("frames", "error")) > 50
