@@ -1,4 +1,4 @@
-"""Captions a split of a run's dataset and scores it, or captions your own videos.
+"""Captions and scores a split of a run's dataset, or captions your own videos.
 
     python evaluate.py RUN [--split {val,test}] [--save predictions.json]
     python evaluate.py RUN --video a.mp4 folder/ [--save captions.jsonl]
@@ -7,90 +7,173 @@
 Letters: B clips, T frames, S side in pixels.
 """
 
+import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import cli
-import corpora
-import data
-import devices
 import metrics
-import runs
-import shapes
-from cache import cached_frames
-from decode import rules_for
-from model import Captioner
-from sources import VIDEO_ENDINGS
-from weights import InputError, field, replace_atomically
+from common import cli
+from common.errors import InputError
+from common.files import replace_atomically
+from common.json_fields import field, read_json
+from model import AdapterConfig, Captioner
+from models import hub
+from models.generation import make_generation_config
+from models.lm import CausalLM
+from models.tokenizer import load_tokenizer
+from models.vit import ViT
+from training import devices
+from training.config import upgrade_flags
+from training.run import backbone_hashes, check_checkpoint, checkpoint_path
+from video_data import datasets, shapes
+from video_data.annotations import VIDEO_SUFFIXES
+from video_data.cache import cached_frames
+from video_data.video import read_frames
+
+# ---------------------------------------------------------------------------------- loading a run
 
 
-def caption_frames(captioner: Captioner, batches: Iterator[torch.Tensor], **decoding) -> list[str]:
-    """uint8 batches (B, T, 3, S, S) -> a caption for each clip, decoded as `Captioner.caption` is told."""
-    device = next(captioner.parameters()).device
-    return [caption for frames in batches for caption in captioner.caption(frames.to(device), **decoding)]
+def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
+    """The captioner of a run's folder and its flags, from config.json, both backbones and `which`/adapter.safetensors.
+
+    Raises InputError where the folder is no run or a file in it does not fit the others.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        raise InputError(f"{run}: expected the folder of a run, with config.json in it, as train.py makes it")
+    config = read_json(path)
+    flags = upgrade_flags(field(config, "flags", dict, path))
+    vit_path, lm_path = (hub.resolve(field(flags, name, str, path)) for name in ("vit", "lm"))
+    precision = field(flags, "precision", str, path, "fp32")
+    if precision not in devices.DTYPES:
+        raise InputError(f"{path}: flags: precision is {precision!r}, expected one of {', '.join(devices.DTYPES)}")
+    fields = upgrade_flags(field(config, "adapter", dict, path))
+    adapter = AdapterConfig.from_dict(fields, f"{path}: adapter")
+    devices.select_precision(precision, torch.device("cpu"), frozen=adapter.method != "full")
+    checkpoint = checkpoint_path(run, which)
+    check_checkpoint(checkpoint, backbone_hashes(vit_path, lm_path), fields)
+    dtype = devices.DTYPES[precision]
+    vit = ViT.from_pretrained(vit_path, dtype, field(flags, "image_size", int, path, None))
+    captioner = Captioner(vit, CausalLM.from_pretrained(lm_path, dtype), load_tokenizer(lm_path), adapter)
+    captioner.load(checkpoint)
+    return captioner, flags
 
 
-def caption_split(captioner: Captioner, cache, batch: int, **decoding) -> list[str]:
-    """Captions all clips of a frame cache (clips, T, 3, S, S), which holds segment centres, `batch` clips at a time."""
-    starts = range(0, len(cache), batch)
-    return caption_frames(captioner, (torch.from_numpy(np.array(cache[i : i + batch])) for i in starts), **decoding)
+# --------------------------------------------------------------------------- captions and scores
+
+
+def caption_split(captioner: Captioner, cache: Sequence[np.ndarray], clips: Sequence[int], batch_size: int,
+                  **generation) -> list[str]:  # fmt: skip
+    """Captions the `clips`, indices into a cache of frames (T, 3, S, S), with options of `Captioner.caption`."""
+    device, captions = next(captioner.parameters()).device, []
+    for start in range(0, len(clips), batch_size):
+        frames = np.stack([cache[i] for i in clips[start : start + batch_size]])  # (B, T, 3, S, S)
+        captions += captioner.caption(torch.from_numpy(frames).to(device), **generation)
+    return captions
 
 
 def score_captions(dataset: str, references: dict[str, list[str]], captions: dict[str, str],
                    names=metrics.METRICS) -> tuple[dict[str, float], str]:  # fmt: skip
-    """Scores by name, unscaled, `shapes` also by what its captions claim; and the metrics' signature."""
+    """Scores by name, unscaled, and their signature; for `shapes` also the accuracy of what the captions claim."""
     try:
         result = metrics.score(references, captions, metrics=names)
     except metrics.InputError as error:
         raise InputError(str(error)) from error
     scores = dict(result.corpus)
     if dataset == "shapes":
-        scores |= {f"{k} right": v for k, v in shapes.attributes(references, captions).items()}
+        scores |= {f"{k} right": v for k, v in shapes.attribute_accuracy(references, captions).items()}
     return scores, result.signature
 
 
-def table(scores: dict[str, float]) -> str:
-    """Scores x100, as papers print them; shares in %."""
+def format_scores(scores: dict[str, float]) -> str:
+    """Scores times 100, as papers print them; accuracies in %."""
     return "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
 
 
-def find_videos(names: list[str]) -> list[Path]:
-    """Files as they are, folders as the videos in them by name; `-` stands for the lines of the standard input."""
-    found = []
+def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, frames: int,
+                   generation: dict) -> dict[str, str]:  # fmt: skip
+    """Captions a split of the run's dataset and prints its scores; -> {clip id: caption}."""
+    path = args.run / "config.json"
+    name, root = field(flags, "dataset", str, path), Path(args.data or field(flags, "data", str, path))
+    allow_missing = field(flags, "allow_missing", bool, path, False)
+    dataset = datasets.read_dataset(name, root, field(flags, "shapes_sizes", list, path), allow_missing, [args.split])
+    print(dataset)
+    clips, cache_root = dataset.splits[args.split], args.cache or field(flags, "cache", str, path, None)
+    cache = cached_frames(clips, datasets.cache_folder(cache_root, name, root), args.split, frames,
+                          captioner.vit.preprocessing, 0)  # fmt: skip
+    generated = caption_split(captioner, cache, range(len(clips)), args.batch_size, **generation)
+    captions = dict(zip((clip.id for clip in clips), generated, strict=True))
+    scores, signature = score_captions(name, {clip.id: list(clip.captions) for clip in clips}, captions)
+    print(f"{args.split}: {format_scores(scores)}")
+    print(f"{signature}|{dataset.signature(args.split)}")
+    return captions
+
+
+# ------------------------------------------------------------------------------- your own videos
+
+
+def expand_video_paths(names: list[str]) -> list[Path]:
+    """Files as they are, folders as the videos in them by name; `-` stands for paths on the standard input."""
+    paths = []
     for name in names:
         path = Path(name)
         if name == "-":
-            found += [Path(line) for line in sys.stdin.read().splitlines() if line.strip()]
+            paths += [Path(line) for line in sys.stdin.read().splitlines() if line.strip()]
         elif path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_ENDINGS and p.is_file())
-            if not inside:
-                raise InputError(f"{path}: a folder without a video ({', '.join(VIDEO_ENDINGS)})")
-            found += inside
+            videos = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+            if not videos:
+                raise InputError(f"{path}: expected videos in the folder ({', '.join(VIDEO_SUFFIXES)}), found none")
+            paths += videos
         else:
-            found.append(path)
-    if not found:
-        raise InputError("--video -: expected names of videos on the standard input, a line each, found none")
-    return found
+            paths.append(path)
+    if not paths:
+        raise InputError("--video -: expected paths of videos on the standard input, one a line, found none")
+    return paths
 
 
-def caption_videos(captioner: Captioner, paths: list[Path], frames: int, **decoding) -> Iterator[dict[str, str]]:
+def caption_videos(captioner: Captioner, paths: list[Path], frames: int, **generation) -> Iterator[dict[str, str]]:
     """Prints a caption or, on stderr, an error for each video, and yields it: {"video", "caption" or "error"}."""
     for path in paths:
         try:
-            pixels = data.read_frames(path, frames, captioner.vit.pixels)
+            pixels = read_frames(path, frames, captioner.vit.preprocessing)  # (T, 3, S, S)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             yield {"video": str(path), "error": str(error)}
             continue
-        caption = caption_frames(captioner, iter([pixels[None]]), **decoding)[0]
+        caption = caption_split(captioner, [pixels.numpy()], [0], 1, **generation)[0]
         print(f"{path}: {caption}", flush=True)
         yield {"video": str(path), "caption": caption}
+
+
+def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int, generation: dict) -> int:
+    """Captions the videos of --video; -> the exit code, 2 if any could not be read."""
+    rows: list[dict[str, str]] = []
+    try:
+        for row in caption_videos(captioner, expand_video_paths(args.video), frames, **generation):
+            rows.append(row)
+    finally:  # after Ctrl-C too
+        if args.save:
+            save_text(args.save, "".join(json.dumps(row) + "\n" for row in rows))
+    failed = sum("error" in row for row in rows)
+    if failed and len(rows) > 1:
+        print(f"error: {failed} of {len(rows)} videos could not be captioned", file=sys.stderr)
+    return 2 if failed else 0
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError for a path that no file can be written to."""
+    is_file = path.is_file() or not path.exists()
+    if not (is_file and path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise InputError(f"--save {path}: expected the name of a file in a folder that can be written to")
 
 
 def save_text(path: Path, text: str) -> None:
@@ -98,72 +181,49 @@ def save_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def main() -> int:
+def parse_args() -> argparse.Namespace:
     parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
-    what = parser.add_argument_group("what is captioned")
-    what.add_argument("--split", choices=["val", "test"], default="test", help="which split of the run's dataset")
-    what.add_argument("--data", help="the dataset's folder; unset: as in training")
-    what.add_argument("--cache", type=Path, help="where decoded frames are kept; unset: as in training")
-    what.add_argument("--video", nargs="+", metavar="FILE",
-                      help="your own videos instead, or folders of them; - reads their names, a line each")  # fmt: skip
-    what.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
-    what.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
-    how = parser.add_argument_group("decoding")
-    how.add_argument("--beams", type=cli.at_least(1), default=1, help="beams of the search; 1 is greedy")
-    how.add_argument("--length-penalty", type=cli.number(-10), default=1.0,
-                     help="beams' scores are divided by length to this power: the larger, the longer")  # fmt: skip
-    how.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="tokens of a caption, at least")
-    how.add_argument("--max-new-tokens", type=cli.at_least(1), default=30, help="tokens of a caption, at most")
-    out = parser.add_argument_group("output and machine")
-    out.add_argument("--save", type=Path, metavar="FILE",
-                     help="writes {id: caption} as JSON; of --video a JSON object a line")  # fmt: skip
-    out.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips of a split captioned at a time")
-    out.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first that is there")
-    args = parser.parse_args()
+    group = parser.add_argument_group("input")
+    group.add_argument("--split", choices=["val", "test"], default="test", help="which split of the run's dataset")
+    group.add_argument("--data", help="the dataset's folder; unset: as in training")
+    group.add_argument("--cache", type=Path, help="where decoded frames are stored; unset: as in training")
+    group.add_argument("--video", nargs="+", metavar="FILE",
+                       help="your own videos instead, or folders of them; - reads paths, one a line")  # fmt: skip
+    group.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
+    group.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
+    group = parser.add_argument_group("generation")
+    group.add_argument("--beams", type=cli.at_least(1), default=1, help="beams of the search; 1 is greedy")
+    group.add_argument("--length-penalty", type=cli.number(-10), default=1.0,
+                       help="scores of beams are divided by length to this power; larger values favour long captions")
+    group.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="least tokens of a caption")
+    group.add_argument("--max-new-tokens", type=cli.at_least(1), default=30, help="most tokens of a caption")
+    group = parser.add_argument_group("output and machine")
+    group.add_argument("--save", type=Path, metavar="FILE",
+                       help="writes {id: caption} as JSON; for --video one JSON object a line")  # fmt: skip
+    group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips of a split captioned at a time")
+    group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
+    return parser.parse_args()
 
-    device, _ = devices.pick_device(args.device)
+
+def main() -> int:
+    args = parse_args()
+    device, _ = devices.select_device(args.device)
     devices.keep_freed_memory()
-    captioner, config = runs.load_run(args.run, args.weights)
+    captioner, flags = load_run(args.run, args.weights)
     captioner.to(device)
-    flags = config["flags"]
     frames = args.frames or field(flags, "frames", int, args.run / "config.json")
-    decoding = {name: getattr(args, name) for name in ("beams", "length_penalty", "min_new_tokens", "max_new_tokens")}
-    rules_for(captioner.lm.config, captioner.prefix_length(frames), **decoding)  # an error, if any, before the work
-    to = args.save
-    if to and not (to.parent.is_dir() and os.access(to.parent, os.W_OK) and (to.is_file() or not to.exists())):
-        raise InputError(f"--save {to}: expected the name of a file in a folder that can be written to")
-    rows: list[dict[str, str]] = []
+    names = "beams", "length_penalty", "min_new_tokens", "max_new_tokens"
+    generation = {name: getattr(args, name) for name in names}
+    make_generation_config(captioner.lm.config, captioner.prefix_length(frames), **generation)  # fail before the work
+    if args.save:
+        check_writable(args.save)
     if args.video:
-        try:
-            for row in caption_videos(captioner, find_videos(args.video), frames, **decoding):
-                rows.append(row)
-        finally:  # Ctrl-C among them: what has been said is kept
-            if args.save:
-                save_text(args.save, "".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        where = args.run / "config.json"
-        root = Path(args.data or field(flags, "data", str, where))
-        name = field(flags, "dataset", str, where)
-        corpus = corpora.read(name, root, field(flags, "clips", list, where),
-                              field(flags, "allow_missing", bool, where, False), [args.split])  # fmt: skip
-        print(corpus)
-        cache = args.cache or field(flags, "cache", str, where, None)
-        clips, kept = corpus.splits[args.split], corpora.kept_in(cache, name, root)
-        view = captioner.vit.pixels
-        cache = cached_frames(clips, kept / f"{args.split}-{frames}x{view.size}.frames", frames, view, 0)
-        said = caption_split(captioner, cache, args.batch_size, **decoding)
-        captions = dict(zip((c.id for c in clips), said, strict=True))
-        references = {c.id: list(c.captions) for c in clips}
-        scores, signature = score_captions(flags["dataset"], references, captions)
-        print(f"{args.split}: {table(scores)}")
-        print(f"{signature}|{corpus.label(args.split)}")
-        if args.save:
-            save_text(args.save, json.dumps(captions, indent=1) + "\n")
-    failed = sum("error" in row for row in rows)
-    if failed and len(rows) > 1:
-        print(f"error: {failed} of {len(rows)} videos could not be captioned", file=sys.stderr)
-    return 2 if failed else 0
+        return evaluate_videos(captioner, args, frames, generation)
+    captions = evaluate_split(captioner, flags, args, frames, generation)
+    if args.save:
+        save_text(args.save, json.dumps(captions, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole captioner on tiny random models, against slower computations of the same.
+"""The captioner on tiny random models, against slower computations of the same.
 
 References: the loss over all positions with torch's cross_entropy and ignore_index, one caption a pass;
 greedy decoding without a cache; and the frozen models' own tensors, compared bit for bit. The tokenizer
@@ -12,17 +12,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decode import generate, naive_beam_search, naive_generate
-from lm import CausalLM, LMConfig, lm_names
-from model import IGNORED, PROMPT, AdapterConfig, Captioner
-from vit import ViT, ViTConfig, vit_names
-from weights import InputError, read_metadata, read_safetensors, sha256_of, write_safetensors
+from common.errors import InputError
+from common.files import sha256_of
+from model import PROMPT, AdapterConfig, Captioner
+from models.generation import generate, naive_beam_search, naive_generate
+from models.lm import CausalLM, LMConfig
+from models.lm_checkpoints import lm_tensor_names
+from models.safetensors import read_metadata, read_safetensors, write_safetensors
+from models.vit import ViT, ViTConfig
+from models.vit_checkpoints import clip_tensor_names
 
+IGNORE_INDEX = -100
 DEPTH, SIDE, LETTERS, EOS = 3, 16, " abcdefghijklmnopqrstuvwxyz", 2
 CONFIGS = {
-    "read": AdapterConfig(queries=5, rank=8, frames=4),
-    "write": AdapterConfig(queries=5, rank=8, frames=4, reading="write", talk=True),
-    "last two, no gate": AdapterConfig(queries=5, rank=8, frames=4, reading="write", last_blocks=2, gate="none"),
+    "no write-back": AdapterConfig(queries=5, rank=8, frames=4),
+    "write-back": AdapterConfig(queries=5, rank=8, frames=4, write_back=True, query_self_attention=True),
+    "last two, no gate": AdapterConfig(queries=5, rank=8, frames=4, write_back=True, last_blocks=2, gate="none"),
     "linear": AdapterConfig(method="linear", frames=4),
     "lora": AdapterConfig(method="lora", rank=2, frames=4),
     "full": AdapterConfig(method="full", frames=4),
@@ -43,8 +48,8 @@ class Letters:
         return ["".join(LETTERS[i - 3] if i >= 3 else "?" for i in row) for row in rows]
 
 
-def make(name: str, seed: int = 0, tied: bool = False, stirred: bool = True) -> Captioner:
-    """A captioner; if stirred, what begins at zero (gates, ways back, LoRA's B) is random instead."""
+def make(name: str, seed: int = 0, tied: bool = False, randomized: bool = True) -> Captioner:
+    """A captioner; if randomized, what starts at zero (gates, write projections, LoRA's B) is random instead."""
     torch.manual_seed(seed)
     vit = ViT(ViTConfig(image_size=SIDE, patch_size=8, width=24, depth=DEPTH, heads=3, mlp_width=32,
                         activation="quick_gelu", norm_eps=1e-5))  # fmt: skip
@@ -54,7 +59,7 @@ def make(name: str, seed: int = 0, tied: bool = False, stirred: bool = True) -> 
     captioner = Captioner(vit, lm, Letters(), CONFIGS[name])
     with torch.no_grad():
         for parameter in captioner.trained().values():
-            if stirred and not parameter.any():
+            if randomized and not parameter.any():
                 parameter.normal_(0, 0.2)
     return captioner
 
@@ -64,14 +69,15 @@ def clips(batch: int, frames: int, seed: int) -> torch.Tensor:
                          dtype=torch.uint8)  # fmt: skip
 
 
-def captions(*hands: list[str]) -> torch.Tensor:
-    """Each clip's captions -> targets (B, K, L), ending in EOS and padded."""
-    rows = [[torch.tensor([*Letters().encode(text), EOS]) for text in hand] for hand in hands]
-    flat = torch.nn.utils.rnn.pad_sequence([r for row in rows for r in row], batch_first=True, padding_value=IGNORED)
-    return flat.unflatten(0, (len(hands), -1))
+def captions(*groups: list[str]) -> torch.Tensor:
+    """Each clip's captions -> labels (B, K, L), ending in EOS and padded."""
+    rows = [[torch.tensor([*Letters().encode(text), EOS]) for text in group] for group in groups]
+    flat = [ids for row in rows for ids in row]
+    flat = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True, padding_value=IGNORE_INDEX)
+    return flat.unflatten(0, (len(groups), -1))
 
 
-TARGETS = captions(["a cat", "two dogs run", ""], ["red", "a red ball moves", "it rolls away"])
+LABELS = captions(["a cat", "two dogs run", ""], ["red", "a red ball moves", "it rolls away"])
 
 
 def bits(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -98,20 +104,20 @@ def gradients(captioner: Captioner, run) -> dict[str, torch.Tensor]:
 def test_the_loss_is_cross_entropy_over_the_whole_text(name, tied):
     """Model seed 0, frames seed 1, relative tolerance 1e-5: all positions' logits, everything but captions ignored."""
     captioner, frames = make(name, tied=tied), clips(2, 4, 1)
-    loss, count = captioner(frames, TARGETS)
-    expected, said = 0.0, 0
+    loss, count = captioner(frames, LABELS)
+    expected, expected_count = 0.0, 0
     lm = captioner.lm
-    for clip, hand in zip(frames, TARGETS, strict=True):
+    for clip, group in zip(frames, LABELS, strict=True):
         visual = captioner.encode(clip[None])  # (1, N, C)
-        for padded in hand:
+        for padded in group:
             row = padded.clone().clamp(min=EOS)
             before, prompt = torch.tensor([[1]]), torch.tensor([Letters().encode(PROMPT)])
             x = torch.cat([lm.embed(before), visual, lm.embed(prompt), lm.embed(row[None])], dim=1)
-            labels = torch.full((x.shape[1],), IGNORED)
+            labels = torch.full((x.shape[1],), IGNORE_INDEX)
             labels[-len(padded) :] = padded
-            expected = expected + F.cross_entropy(lm(x)[0, :-1], labels[1:], ignore_index=IGNORED, reduction="sum")
-            said += int((padded != IGNORED).sum())
-    assert count == said == 6 + 13 + 1 + 4 + 17 + 14
+            expected = expected + F.cross_entropy(lm(x)[0, :-1], labels[1:], ignore_index=IGNORE_INDEX, reduction="sum")
+            expected_count += int((padded != IGNORE_INDEX).sum())
+    assert count == expected_count == 6 + 13 + 1 + 4 + 17 + 14
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
@@ -120,12 +126,12 @@ def test_k_captions_in_one_pass_are_k_passes(name):
     """Model seed 2, frames seed 3. Summed losses within a relative 1e-4, gradients within 1e-5 of a tensor's largest
     (a key's bias, whose gradient is zero but for rounding: within 1e-8)."""
     captioner, frames = make(name, 2), clips(2, 4, 3)
-    together, count = captioner(frames, TARGETS)
-    apart = [captioner(frames[b : b + 1], TARGETS[b : b + 1, k : k + 1]) for b in range(2) for k in range(3)]
-    assert count == sum(n for _, n in apart)
-    torch.testing.assert_close(together, sum(loss for loss, _ in apart), rtol=1e-4, atol=0)
-    found = gradients(captioner, lambda: captioner(frames, TARGETS)[0])
-    expected = gradients(captioner, lambda: sum(captioner(frames, TARGETS[:, k : k + 1])[0] for k in range(3)))
+    together, count = captioner(frames, LABELS)
+    separate = [captioner(frames[b : b + 1], LABELS[b : b + 1, k : k + 1]) for b in range(2) for k in range(3)]
+    assert count == sum(n for _, n in separate)
+    torch.testing.assert_close(together, sum(loss for loss, _ in separate), rtol=1e-4, atol=0)
+    found = gradients(captioner, lambda: captioner(frames, LABELS)[0])
+    expected = gradients(captioner, lambda: sum(captioner(frames, LABELS[:, k : k + 1])[0] for k in range(3)))
     for key in found:
         within = 1e-5 * float(expected[key].abs().max())
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=max(within, 1e-8), msg=key)
@@ -135,25 +141,25 @@ def test_k_captions_in_one_pass_are_k_passes(name):
 def test_padding_changes_nothing(name):
     """Model seed 4, frames seed 5. The loss within a relative 1e-6, the count exactly."""
     captioner, frames = make(name, 4), clips(2, 4, 5)
-    loss, count = captioner(frames, TARGETS)
-    longer, again = captioner(frames, F.pad(TARGETS, (0, 9), value=IGNORED))
+    loss, count = captioner(frames, LABELS)
+    longer, again = captioner(frames, F.pad(LABELS, (0, 9), value=IGNORE_INDEX))
     assert again == count
     torch.testing.assert_close(longer, loss, rtol=1e-6, atol=0)
 
 
 def test_a_clip_is_encoded_once_for_all_its_captions():
     """Model seed 6, frames seed 7: one run of the ViT over the frames of both clips."""
-    captioner, runs = make("read", 6), []
+    captioner, runs = make("no write-back", 6), []
     captioner.vit.blocks[0].register_forward_hook(lambda _m, inputs, _o: runs.append(len(inputs[0])))
-    captioner(clips(2, 4, 7), TARGETS)
+    captioner(clips(2, 4, 7), LABELS)
     assert runs == [8]
 
 
 def test_the_head_runs_on_caption_positions_only():
     """Model seed 6, frames seed 7: as many rows as there are caption tokens and EOS, no padding among them."""
-    captioner, rows = make("read", 6), []
+    captioner, rows = make("no write-back", 6), []
     captioner.lm.head.register_forward_hook(lambda _m, inputs, _o: rows.append(inputs[0].shape[:-1].numel()))
-    _, count = captioner(clips(2, 4, 7), TARGETS)
+    _, count = captioner(clips(2, 4, 7), LABELS)
     assert rows == [count]
 
 
@@ -161,19 +167,19 @@ def test_the_head_runs_on_caption_positions_only():
 
 
 @pytest.mark.parametrize("name", CONFIGS.keys() - {"full"})
-def test_in_bf16_only_the_frozen_weights_are(name):
+def test_only_frozen_weights_are_bf16(name):
     """Model seed 40, frames seed 41: loss within 2 % of fp32's, gradients of the trained fp32 tensors point the same
     way (cosine above 0.95 for those whose gradient is not rounding alone)."""
-    whole, half = make(name, 40), make(name, 40)
+    full, half = make(name, 40), make(name, 40)
     frames = clips(2, 4, 41)
     half = Captioner(half.vit.bfloat16(), half.lm.bfloat16(), Letters(), CONFIGS[name])
-    half.load_state_dict(whole.state_dict())
+    half.load_state_dict(full.state_dict())
     assert {p.dtype for key, p in half.named_parameters() if key in half.trained()} == {torch.float32}
     assert {p.dtype for key, p in half.named_parameters() if key not in half.trained()} == {torch.bfloat16}
-    losses = [captioner(frames, TARGETS)[0] for captioner in (whole, half)]
+    losses = [captioner(frames, LABELS)[0] for captioner in (full, half)]
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
     assert losses[0] != losses[1] and losses[1].dtype == torch.float32
-    found, expected = (gradients(captioner, lambda c=captioner: c(frames, TARGETS)[0]) for captioner in (half, whole))
+    found, expected = (gradients(captioner, lambda c=captioner: c(frames, LABELS)[0]) for captioner in (half, full))
     largest = max(float(g.abs().max()) for g in expected.values())
     for key, gradient in expected.items():
         assert found[key].dtype == torch.float32
@@ -181,24 +187,24 @@ def test_in_bf16_only_the_frozen_weights_are(name):
             assert F.cosine_similarity(found[key].flatten(), gradient.flatten(), dim=0) > 0.95, key
 
 
-def test_kept_block_outputs_in_bf16_are_the_blocks_own():
-    """Model seed 42, frames seed 43: the loss on what was kept equals that on the frames, bit for bit."""
-    captioner = make("read", 42)
-    captioner = Captioner(captioner.vit.bfloat16(), captioner.lm.bfloat16(), Letters(), CONFIGS["read"])
+def test_the_loss_on_block_outputs_is_that_on_frames():
+    """Model seed 42, frames seed 43: in bf16 the two are equal bit for bit."""
+    captioner = make("no write-back", 42)
+    captioner = Captioner(captioner.vit.bfloat16(), captioner.lm.bfloat16(), Letters(), CONFIGS["no write-back"])
     frames = clips(2, 4, 43)
-    kept = captioner.block_outputs(frames)
-    assert kept.dtype == torch.bfloat16
-    assert captioner(kept, TARGETS)[0] == captioner(frames, TARGETS)[0]
+    outputs = captioner.block_outputs(frames)
+    assert outputs.dtype == torch.bfloat16
+    assert captioner(outputs, LABELS)[0] == captioner(frames, LABELS)[0]
 
 
 @every_config
-def test_compiling_changes_neither_names_nor_what_is_computed(name, tmp_path):
+def test_compiling_changes_neither_names_nor_results(name, tmp_path):
     """Model seed 44, frames seed 45; dynamo's capture, run eagerly. Loss and gradients within 1e-5; the same file."""
     plain, compiled, frames = make(name, 44), make(name, 44), clips(2, 4, 45)
     names = list(compiled.state_dict())
     compiled.compile_blocks(backend="eager")
-    torch.testing.assert_close(compiled(frames, TARGETS)[0], plain(frames, TARGETS)[0], rtol=1e-5, atol=0)
-    found, expected = (gradients(one, lambda one=one: one(frames, TARGETS)[0]) for one in (compiled, plain))
+    torch.testing.assert_close(compiled(frames, LABELS)[0], plain(frames, LABELS)[0], rtol=1e-5, atol=0)
+    found, expected = (gradients(one, lambda one=one: one(frames, LABELS)[0]) for one in (compiled, plain))
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5, msg=key)
     assert list(compiled.state_dict()) == names and compiled.trained().keys() == plain.trained().keys()
@@ -208,60 +214,60 @@ def test_compiling_changes_neither_names_nor_what_is_computed(name, tmp_path):
     assert compiled.caption(frames, 6) == plain.caption(frames, 6)
 
 
-# ---------------------------------------------------------------------------- what is trained, and what not
+# ---------------------------------------------------------------------------- what is trained
 
 
-def meant_to_train(name: str, captioner: Captioner) -> set[str]:
+def expected_names(name: str, captioner: Captioner) -> set[str]:
     """The trained tensors, spelled out."""
     connector = {"connector.weight", "connector.bias"}
     if name == "full":
         return set(dict(captioner.named_parameters()))
     if name == "linear":
-        return connector | {"frames"}
+        return connector | {"time_embed"}
     if name == "lora":
         layers = [f"vit.blocks.{i}.attn.{x}" for i in range(DEPTH) for x in "qv"]
-        return connector | {"frames"} | {f"{layer}.lora_{x}" for layer in layers for x in "ab"}
+        return connector | {"time_embed"} | {f"{layer}.lora_{x}" for layer in layers for x in "ab"}
     config = CONFIGS[name]
-    meant = connector | {f"adapter.{x}" for x in ("queries", "frames", "norm.weight", "norm.bias")}
+    names = connector | {f"adapter.{x}" for x in ("queries", "time_embed", "norm.weight", "norm.bias")}
     adapted = config.last_blocks or DEPTH
     for i in range(adapted):
         parts = ["norm.weight", "norm.bias", "q.weight", "kv.weight", "o.weight"]
         parts += ["gate.weight", "gate.bias"] if config.gate == "sigmoid" else []
-        parts += [f"back_{x}.weight" for x in ("q", "kv", "o")] if config.reading == "write" and i < adapted - 1 else []
-        meant |= {f"adapter.blocks.{i}.{part}" for part in parts}
-    return meant
+        parts += [f"write_{x}.weight" for x in ("q", "kv", "o")] if config.write_back and i < adapted - 1 else []
+        names |= {f"adapter.blocks.{i}.{part}" for part in parts}
+    return names
 
 
 @every_config
 @pytest.mark.parametrize("tied", [False, True])
-def test_training_changes_what_it_should_and_not_a_bit_else(name, tied):
-    """Model seed 8, frames seeds 9 to 11, from the real starting point: three steps of AdamW with weight decay.
+def test_training_changes_the_trained_tensors_and_no_bit_of_others(name, tied):
+    """Model seed 8, frames seeds 9 to 11, from the true initialisation: three steps of AdamW with weight decay.
 
-    The optimizer is given every parameter of the model, so only a missing gradient protects the frozen ones.
+    The optimizer is given every parameter of the model, so only the absence of a gradient protects the frozen ones.
     """
-    captioner = make(name, 8, tied, stirred=False)
-    meant, before = meant_to_train(name, captioner), bits(dict(captioner.named_parameters()))
-    assert captioner.trained().keys() == meant
+    captioner = make(name, 8, tied, randomized=False)
+    expected, before = expected_names(name, captioner), bits(dict(captioner.named_parameters()))
+    assert captioner.trained().keys() == expected
     optimizer = torch.optim.AdamW(captioner.parameters(), lr=1e-2, weight_decay=0.1)
     for step in range(3):
         optimizer.zero_grad()
-        loss, count = captioner(clips(2, 4, 9 + step), TARGETS)
+        loss, count = captioner(clips(2, 4, 9 + step), LABELS)
         (loss / count).backward()
-        assert {key for key, p in captioner.named_parameters() if p.grad is not None} == meant
+        assert {key for key, p in captioner.named_parameters() if p.grad is not None} == expected
         optimizer.step()
-    assert changed(captioner, before) == meant
+    assert changed(captioner, before) == expected
 
 
 def test_full_trains_every_tensor_of_both_models():
-    """Model seed 0: all but nothing; a tied head counts once."""
+    """Model seed 0: no tensor is left out; a tied head counts once."""
     for tied in (False, True):
         captioner = make("full", tied=tied)
         assert all(p.requires_grad for p in captioner.parameters())
         assert ("lm.head.weight" in captioner.trained()) != tied
-        assert {"vit.cls", "vit.post_norm.bias", "lm.embed.weight", "frames"} <= captioner.trained().keys()
+        assert {"vit.cls", "vit.post_norm.bias", "lm.embed.weight", "time_embed"} <= captioner.trained().keys()
 
 
-def backbones(folder: Path, captioner: Captioner) -> None:
+def write_backbones(folder: Path, captioner: Captioner) -> None:
     """Writes the two models of a captioner as public folders."""
     vit, lm = captioner.vit.config, captioner.lm.config
     configs = {
@@ -272,7 +278,8 @@ def backbones(folder: Path, captioner: Captioner) -> None:
                "num_attention_heads": lm.heads, "num_key_value_heads": lm.kv_heads, "head_dim": lm.head_width,
                "intermediate_size": lm.mlp_width, "max_position_embeddings": lm.max_positions},
     }  # fmt: skip
-    for name, module, names in (("vit", captioner.vit, vit_names(vit)), ("lm", captioner.lm, lm_names(lm))):
+    modules = (("vit", captioner.vit, clip_tensor_names(vit)), ("lm", captioner.lm, lm_tensor_names(lm)))
+    for name, module, names in modules:
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(configs[name]))
         tensors = {names[key]: tensor for key, tensor in module.state_dict().items() if key in names}
@@ -280,9 +287,9 @@ def backbones(folder: Path, captioner: Captioner) -> None:
 
 
 @every_config
-def test_training_on_loaded_backbones_leaves_their_files_and_the_frozen_tensors_alone(name, tmp_path):
-    """Model seed 25, frames seeds 26 to 28. Parameters lie in the files' mapped pages: `full` must not write there."""
-    backbones(tmp_path, make("linear", 25))
+def test_training_changes_no_file_of_the_backbones(name, tmp_path):
+    """Model seed 25, frames seeds 26 to 28. Parameters are mapped from the files: `full` must not write there."""
+    write_backbones(tmp_path, make("linear", 25))
     files = [tmp_path / part / "model.safetensors" for part in ("vit", "lm")]
     before = [sha256_of(file) for file in files]
     vit, lm = ViT.from_pretrained(tmp_path / "vit"), CausalLM.from_pretrained(tmp_path / "lm")
@@ -290,12 +297,13 @@ def test_training_on_loaded_backbones_leaves_their_files_and_the_frozen_tensors_
     optimizer = torch.optim.AdamW(captioner.trained().values(), lr=1e-2)
     for step in range(3):
         optimizer.zero_grad()
-        captioner(clips(2, 4, 26 + step), TARGETS)[0].backward()
+        captioner(clips(2, 4, 26 + step), LABELS)[0].backward()
         optimizer.step()
     assert [sha256_of(file) for file in files] == before
-    for file, module, names in zip(files, (vit, lm), (vit_names(vit.config), lm_names(lm.config)), strict=True):
-        stored, now = read_safetensors(file), dict(module.named_parameters())
-        equal = {torch.equal(now[key].view(torch.int32), stored[names[key]].view(torch.int32)) for key in names}
+    names_of_both = clip_tensor_names(vit.config), lm_tensor_names(lm.config)
+    for file, module, names in zip(files, (vit, lm), names_of_both, strict=True):
+        stored, current = read_safetensors(file), dict(module.named_parameters())
+        equal = {torch.equal(current[key].view(torch.int32), stored[names[key]].view(torch.int32)) for key in names}
         assert equal == {name != "full"}
 
 
@@ -309,14 +317,14 @@ def test_frozen_models_stay_in_eval_mode(name):
     assert not any(module.training for module in captioner.eval().modules())
 
 
-def test_linear_and_read_ask_the_vit_for_no_gradients():
-    """Model seed 12, frames seed 13: no activation of a ViT block is kept, although the LM's are."""
-    for name, kept in (("read", False), ("linear", False), ("lora", True), ("full", True)):
-        captioner, seen = make(name, 12), []
-        captioner.vit.blocks[-1].register_forward_hook(lambda _m, _i, output, s=seen: s.append(output.requires_grad))
-        captioner.lm.blocks[-1].register_forward_hook(lambda _m, _i, output, s=seen: s.append(output.requires_grad))
-        captioner(clips(2, 4, 13), TARGETS)
-        assert seen == [kept, True], name
+def test_which_methods_keep_activations_of_the_vit():
+    """Model seed 12, frames seed 13: linear and the adapter keep none of a ViT block; all keep those of the LM."""
+    for name, requires_grad in (("no write-back", False), ("linear", False), ("lora", True), ("full", True)):
+        captioner, outputs = make(name, 12), []
+        captioner.vit.blocks[-1].register_forward_hook(lambda _m, _i, output, s=outputs: s.append(output.requires_grad))
+        captioner.lm.blocks[-1].register_forward_hook(lambda _m, _i, output, s=outputs: s.append(output.requires_grad))
+        captioner(clips(2, 4, 13), LABELS)
+        assert outputs == [requires_grad, True], name
 
 
 # ------------------------------------------------------------------------------------- visual tokens
@@ -324,22 +332,22 @@ def test_linear_and_read_ask_the_vit_for_no_gradients():
 
 @every_config
 @pytest.mark.parametrize("frames", [1, 4, 8, 32])
-def test_a_clip_is_n_tokens_for_the_adapter_and_t_for_its_rivals(name, frames):
-    """Model seed 14, frames seed 15."""
+def test_the_number_of_visual_tokens(name, frames):
+    """Model seed 14, frames seed 15: N for the adapter, T for the other methods."""
     captioner = make(name, 14)
     count = 5 if CONFIGS[name].method == "qadapter" else frames
     assert captioner.encode(clips(2, frames, 15)).shape == (2, count, 20)
 
 
 @pytest.mark.parametrize("name", ["linear", "lora", "full"])
-def test_a_rival_s_token_is_a_frame_s_feature_and_its_vector(name):
+def test_the_visual_tokens_of_the_other_methods(name):
     """Model seed 16, frames seed 17, tolerance 1e-5: connector(pooled + E) at the embeddings' scale, frame by frame."""
     captioner, frames = make(name, 16), clips(2, 4, 17)
     found = captioner.encode(frames)
     scale = captioner.lm.embed.weight.square().mean().sqrt()
     for b in range(2):
         for t in range(4):
-            feature = captioner.vit.pooled(captioner.vit.normalise(frames[b, t : t + 1]))[0] + captioner.frames[t]
+            feature = captioner.vit.pooled(captioner.vit.normalize(frames[b, t : t + 1]))[0] + captioner.time_embed[t]
             torch.testing.assert_close(found[b, t], captioner.connector(feature) * scale, rtol=0, atol=1e-5)
 
 
@@ -350,15 +358,15 @@ def test_the_prefix_is_bos_then_visual_tokens_then_the_prompt(name):
     visual, prefix = captioner.encode(frames), captioner.prefix(frames)
     embed, prompt = captioner.lm.embed.weight, Letters().encode("a video of")
     assert prefix.shape[1] == 1 + visual.shape[1] + len(prompt)
-    for row, own in zip(prefix, visual, strict=True):
-        assert torch.equal(row, torch.cat([embed[1:2], own, embed[prompt]]))
+    for row, tokens in zip(prefix, visual, strict=True):
+        assert torch.equal(row, torch.cat([embed[1:2], tokens, embed[prompt]]))
 
 
 @every_config
 def test_captions_are_greedy_text_after_the_prefix(name):
-    """Model seed 35, frames seed 21: the naive decoder's, and each clip's is its own whatever else is in the batch.
+    """Model seed 35, frames seed 21: that of the naive decoder, and the same for each clip alone.
 
-    Clips of four colours, and attention made sharp and loud, so that the random model says something else of each.
+    Clips of four brightnesses and large attention weights, so that the random model's captions differ.
     """
     captioner, frames = make(name, 35), clips(4, 4, 21)
     for i in range(4):
@@ -383,7 +391,7 @@ def test_captions_are_greedy_text_after_the_prefix(name):
 
 
 @every_config
-def test_what_is_saved_is_what_is_loaded(name, tmp_path):
+def test_save_and_load(name, tmp_path):
     """Model seeds 22 and 23 for what is trained, one backbone; bit for bit: tensors, loss, captions, metadata."""
     ours, path, frames = make(name, 22), tmp_path / "adapter.safetensors", clips(2, 4, 24)
     ours.save(path, {"method": name})
@@ -398,12 +406,12 @@ def test_what_is_saved_is_what_is_loaded(name, tmp_path):
     other.load(path)
     assert not changed(other, bits(dict(ours.named_parameters())))
     with torch.no_grad():
-        assert torch.equal(other(frames, TARGETS)[0], ours(frames, TARGETS)[0])
+        assert torch.equal(other(frames, LABELS)[0], ours(frames, LABELS)[0])
     assert other.caption(frames) == ours.caption(frames)
     assert all(p.requires_grad for p in other.trained().values())
 
 
-def refusal(captioner: Captioner, path, *words: str) -> None:
+def assert_refused(captioner: Captioner, path, *words: str) -> None:
     """Loading raises an InputError of one line that names the file and holds the words; nothing changes."""
     before = bits(dict(captioner.named_parameters()))
     with pytest.raises(InputError) as error:
@@ -416,11 +424,11 @@ def refusal(captioner: Captioner, path, *words: str) -> None:
 
 
 @every_config
-def test_another_method_s_file_is_refused(name, tmp_path):
+def test_a_file_of_another_method_is_refused(name, tmp_path):
     for other in CONFIGS.keys() - {name}:
         path = tmp_path / f"{other}.safetensors"
         make(other).save(path, {})
-        refusal(make(name), path, "tensors")
+        assert_refused(make(name), path, "tensors")
 
 
 @every_config
@@ -428,15 +436,15 @@ def test_a_missing_extra_or_misshapen_tensor_is_refused(name, tmp_path):
     captioner, path = make(name), tmp_path / "adapter.safetensors"
     good = {key: p.detach() for key, p in captioner.trained().items()}
     write_safetensors(path, {key: t for key, t in good.items() if key != "connector.bias"})
-    refusal(captioner, path, "connector.bias")
+    assert_refused(captioner, path, "connector.bias")
     write_safetensors(path, good | {"connector.scale": torch.ones(1)})
-    refusal(captioner, path, "connector.scale")
+    assert_refused(captioner, path, "connector.scale")
     write_safetensors(path, good | {"connector.weight": torch.zeros(20, 25)})
-    refusal(captioner, path, "connector.weight", "[20, 25]", "[20, 24]")
+    assert_refused(captioner, path, "connector.weight", "[20, 25]", "[20, 24]")
 
 
 def test_a_missing_or_broken_file_is_refused(tmp_path):
-    refusal(make("linear"), tmp_path / "none.safetensors")
+    assert_refused(make("linear"), tmp_path / "none.safetensors")
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(b"\x00" * 7)
-    refusal(make("linear"), path)
+    assert_refused(make("linear"), path)

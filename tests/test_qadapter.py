@@ -1,7 +1,7 @@
-"""The Q-Adapter and LoRA, against slow plain computations and against the frozen ViT itself.
+"""The Q-Adapter and LoRA, against slow plain versions and against the frozen ViT.
 
-References: the equations in qadapter.py's docstring, as `naive_read` writes them out and as
-`plain_write` does here; eq. 3 of LoRA, https://arxiv.org/abs/2106.09685; the bits of the ViT without an
+References: the equations in qadapter.py's docstring, as `naive_gated_cross_attention` writes them out and as
+`naive_write` does here; eq. 3 of LoRA, https://arxiv.org/abs/2106.09685; the bits of the ViT without an
 adapter. ViTs are tiny and random. "Bit for bit" compares the numbers' bytes.
 """
 
@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 
 import qadapter
-from qadapter import GatedRead, LoRALinear, QAdapter, add_lora, frame_vectors, naive_read
-from vit import ViT, ViTConfig
+from models.vit import ViT, ViTConfig
+from qadapter import (
+    GatedCrossAttention,
+    LoRALinear,
+    QAdapter,
+    add_lora,
+    interpolate_time_embed,
+    naive_gated_cross_attention,
+)
 
 WIDTH, DEPTH, SIDE = 24, 4, 16
-READINGS = ["read", "write"]
+WRITE_BACK = [False, True]
 
 
 def tiny_vit(seed: int) -> ViT:
@@ -29,22 +36,22 @@ def clips(batch: int, frames: int, seed: int) -> torch.Tensor:
     return torch.randn(batch, frames, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def stir(module: torch.nn.Module, seed: int) -> None:
-    """Every parameter random, also those that begin at zero or one."""
+def randomize(module: torch.nn.Module, seed: int) -> None:
+    """Adds noise to every parameter, also to those that start at zero or one."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
 
 
-def block_outputs(vit: ViT, run) -> list[torch.Tensor]:
-    """What each block of the ViT gives while `run()` runs."""
-    seen: list[torch.Tensor] = []
-    hooks = [block.register_forward_hook(lambda _m, _i, output: seen.append(output)) for block in vit.blocks]
+def record_block_outputs(vit: ViT, run) -> list[torch.Tensor]:
+    """The outputs of the ViT's blocks while `run()` runs."""
+    outputs: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(lambda _m, _i, output: outputs.append(output)) for block in vit.blocks]
     run()
     for hook in hooks:
         hook.remove()
-    return seen
+    return outputs
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -55,41 +62,41 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "none"])
-@pytest.mark.parametrize("talk", [False, True])
+@pytest.mark.parametrize("self_attention", [False, True])
 @pytest.mark.parametrize("batch, frames, patches, queries, heads", [(2, 3, 5, 4, 2), (1, 1, 7, 1, 4), (3, 2, 1, 6, 1)])
-def test_the_fast_read_is_the_naive_one(gate, talk, batch, frames, patches, queries, heads):
+def test_the_block_equals_its_naive_version(gate, self_attention, batch, frames, patches, queries, heads):
     """Seeds 0 and 1, tolerance 1e-5; frame vectors and gate weights are random, so each term counts."""
     torch.manual_seed(0)
-    block = GatedRead(WIDTH, 8, heads, gate, write=False, talk=talk)
-    stir(block, 1)
+    block = GatedCrossAttention(WIDTH, 8, heads, gate, write_back=False, self_attention=self_attention)
+    randomize(block, 1)
     q, e = torch.randn(batch, queries, WIDTH), torch.randn(frames, WIDTH)
     z = torch.randn(batch, frames, patches, WIDTH) * 3 + 1
     found, gates, after = block(q, z, e)
     assert after is z
     assert gates.shape == (batch, queries)
-    torch.testing.assert_close(found, naive_read(block, q, z, e), rtol=0, atol=1e-5)
-    for other in (naive_read(block, q, z, e * 0), naive_read(block, q * 0.9, z, e)):
+    torch.testing.assert_close(found, naive_gated_cross_attention(block, q, z, e), rtol=0, atol=1e-5)
+    for other in (naive_gated_cross_attention(block, q, z, e * 0), naive_gated_cross_attention(block, q * 0.9, z, e)):
         assert (found - other).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 12, 10**6])
-def test_taking_some_images_at_a_time_changes_nothing(tokens, monkeypatch):
+def test_processing_images_in_chunks_changes_nothing(tokens, monkeypatch):
     """ViT seed 30, pixels seed 31, tolerance 1e-6, against all 6 images of 5 tokens at once; each once, in order."""
     vit, pixels = tiny_vit(30), clips(2, 3, 31)
     adapter = QAdapter(WIDTH, DEPTH, queries=3, rank=4, heads=2, frames=3, last_blocks=2)
-    whole = block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
+    whole = record_block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
     expected = torch.stack(whole[-2:], dim=1).unflatten(0, (2, 3))
-    monkeypatch.setitem(qadapter.TOKENS_AT_ONCE, "cpu", tokens)
-    sizes = [len(z) for z in block_outputs(vit, lambda: adapter.outputs(vit, pixels))[::DEPTH]]
-    torch.testing.assert_close(adapter.outputs(vit, pixels), expected, rtol=0, atol=1e-6)
+    monkeypatch.setitem(qadapter.VIT_TOKENS_PER_PASS, "cpu", tokens)
+    sizes = [len(z) for z in record_block_outputs(vit, lambda: adapter.block_outputs(vit, pixels))[::DEPTH]]
+    torch.testing.assert_close(adapter.block_outputs(vit, pixels), expected, rtol=0, atol=1e-6)
     assert sizes == {1: [1] * 6, 7: [1] * 6, 12: [2] * 3, 10**6: [6]}[tokens]
 
 
-def test_the_gate_hears_the_query_and_what_it_read():
-    """g = sigmoid([Q ; A] W_g + b_g), A got from the same block without its gate. Seeds 2 and 3, tolerance 1e-5."""
+def test_the_gate_sees_the_query_and_its_read():
+    """g = sigmoid([Q ; A] W_g + b_g), A from the same block without its gate. Seeds 2 and 3, tolerance 1e-5."""
     torch.manual_seed(2)
-    block = GatedRead(WIDTH, 8, 2, "sigmoid", write=False, talk=False)
-    stir(block, 3)
+    block = GatedCrossAttention(WIDTH, 8, 2, "sigmoid", write_back=False, self_attention=False)
+    randomize(block, 3)
     q, z, e = torch.randn(2, 4, WIDTH), torch.randn(2, 3, 5, WIDTH), torch.randn(3, WIDTH)
     found, gates, _ = block(q, z, e)
     layer, block.gate = block.gate, None
@@ -102,87 +109,89 @@ def test_the_gate_hears_the_query_and_what_it_read():
     torch.testing.assert_close(found, q + expected[..., None] * a, rtol=0, atol=1e-5)
 
 
-def test_gates_open_at_one_half():
-    """Seed 4, exactly: weights and bias begin at zero."""
+def test_gates_start_at_one_half():
+    """Seed 4, exactly: weights and bias start at zero."""
     torch.manual_seed(4)
-    block = GatedRead(WIDTH, 8, 2, "sigmoid", write=False, talk=False)
+    block = GatedCrossAttention(WIDTH, 8, 2, "sigmoid", write_back=False, self_attention=False)
     _, gates, _ = block(torch.randn(2, 4, WIDTH), torch.randn(2, 3, 5, WIDTH), torch.randn(3, WIDTH))
     assert torch.equal(gates, torch.full((2, 4), 0.5))
 
 
-def plain_write(block: GatedRead, queries: torch.Tensor, patches: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """Patches (T, P, D) of one clip after reading its new queries (N, D) back, a patch and a head at a time."""
+def naive_write(block: GatedCrossAttention, queries: torch.Tensor, patches: torch.Tensor,
+                time_embed: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    """Patches (T, P, D) of one clip after they read its new queries (N, D), one patch and one head at a time."""
     new = patches.clone()
-    given = block.norm(queries)  # (N, D)
-    wk, wv = block.back_kv.weight.chunk(2)
+    normed_queries = block.norm(queries)  # (N, D)
+    wk, wv = block.write_kv.weight.chunk(2)
     for t, frame in enumerate(patches):
         for p, patch in enumerate(frame):
-            x, heads = F.layer_norm(patch, patch.shape) + frames[t], []
-            for hq, hk, hv in zip(*(w.chunk(block.heads) for w in (block.back_q.weight, wk, wv)), strict=True):
-                logits = (given @ hk.T) @ (hq @ x) / len(hq) ** 0.5  # (N,)
-                heads.append(logits.softmax(-1) @ (given @ hv.T))
-            new[t, p] = patch + block.back_o.weight @ torch.cat(heads)
+            x, heads = F.layer_norm(patch, patch.shape) + time_embed[t], []
+            for hq, hk, hv in zip(*(w.chunk(block.heads) for w in (block.write_q.weight, wk, wv)), strict=True):
+                logits = (normed_queries @ hk.T) @ (hq @ x) / len(hq) ** 0.5  # (N,)
+                heads.append(logits.softmax(-1) @ (normed_queries @ hv.T))
+            new[t, p] = patch + block.write_o.weight @ torch.cat(heads)
     return new
 
 
-@pytest.mark.parametrize("talk", [False, True])
-def test_the_fast_write_is_the_plain_one(talk):
-    """Seeds 5 and 6, tolerance 1e-5: the queries' read is as without `write`, and the patches read the new queries."""
+@pytest.mark.parametrize("self_attention", [False, True])
+def test_write_back_equals_its_naive_version(self_attention):
+    """Seeds 5 and 6, tolerance 1e-5: queries change as without write-back, and the patches read the new queries."""
     torch.manual_seed(5)
-    block = GatedRead(WIDTH, 8, 2, "sigmoid", write=True, talk=talk)
-    stir(block, 6)
+    block = GatedCrossAttention(WIDTH, 8, 2, "sigmoid", write_back=True, self_attention=self_attention)
+    randomize(block, 6)
     q, z, e = torch.randn(2, 4, WIDTH), torch.randn(2, 3, 5, WIDTH), torch.randn(3, WIDTH)
     found, _, after = block(q, z, e)
-    torch.testing.assert_close(found, naive_read(block, q, z, e), rtol=0, atol=1e-5)
-    expected = torch.stack([plain_write(block, a, b, e) for a, b in zip(found, z, strict=True)])
+    torch.testing.assert_close(found, naive_gated_cross_attention(block, q, z, e), rtol=0, atol=1e-5)
+    expected = torch.stack([naive_write(block, a, b, e) for a, b in zip(found, z, strict=True)])
     assert (expected - z).abs().max() > 0.1
     torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "none"])
 @pytest.mark.parametrize("last_blocks", [0, 2])
-def test_the_whole_adapter_is_naive_reads_in_a_row(gate, last_blocks):
-    """Seeds 7 to 9, tolerance 1e-5: queries go from block to block, beside the frozen ViT's own outputs."""
+def test_the_adapter_is_a_chain_of_naive_blocks(gate, last_blocks):
+    """Seeds 7 to 9, tolerance 1e-5: the queries pass from block to block and read the outputs of the frozen ViT."""
     vit = tiny_vit(7)
     adapter = QAdapter(WIDTH, DEPTH, queries=5, rank=8, heads=2, frames=3, last_blocks=last_blocks, gate=gate)
-    stir(adapter, 8)
+    randomize(adapter, 8)
     pixels = clips(2, 3, 9)
-    outputs = block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
+    outputs = record_block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
     q = adapter.queries.expand(2, -1, -1)
     for block, z in zip(adapter.blocks, outputs[-len(adapter.blocks) :], strict=True):
-        q = naive_read(block, q, z.unflatten(0, (2, 3)), adapter.frames)
+        q = naive_gated_cross_attention(block, q, z.unflatten(0, (2, 3)), adapter.time_embed)
     torch.testing.assert_close(adapter(vit, pixels), adapter.norm(q), rtol=0, atol=1e-5)
 
 
-# --------------------------------------------------------------------------- the ViT stays what it is
+# --------------------------------------------------------------------------- the frozen ViT
 
 
-@pytest.mark.parametrize("talk", [False, True])
+@pytest.mark.parametrize("self_attention", [False, True])
 @pytest.mark.parametrize("last_blocks", [0, 1])
-def test_read_leaves_the_vit_bit_for_bit(last_blocks, talk):
+def test_without_write_back_the_vit_is_unchanged_bit_for_bit(last_blocks, self_attention):
     """Seeds 10 to 12: random adapter weights, and every block's output has the bits of the ViT run alone."""
     vit = tiny_vit(10)
-    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, last_blocks=last_blocks, talk=talk)
-    stir(adapter, 11)
+    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, last_blocks=last_blocks,
+                       self_attention=self_attention)  # fmt: skip
+    randomize(adapter, 11)
     pixels = clips(2, 3, 12)
-    alone = block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
-    beside = block_outputs(vit, lambda: adapter(vit, pixels))
+    alone = record_block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
+    beside = record_block_outputs(vit, lambda: adapter(vit, pixels))
     assert len(alone) == len(beside) == DEPTH
     assert all(map(same_bits, alone, beside))
 
 
-def test_read_asks_the_vit_for_no_gradients():
-    """Seeds 13 and 14, even of a ViT whose parameters would take them."""
+def test_without_write_back_the_vit_needs_no_gradients():
+    """Seeds 13 and 14, with a ViT whose parameters require gradients."""
     vit = tiny_vit(13).requires_grad_(True)
     adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3)
-    seen = block_outputs(vit, lambda: adapter(vit, clips(2, 3, 14)).square().sum().backward())
-    assert not any(z.requires_grad for z in seen)
+    outputs = record_block_outputs(vit, lambda: adapter(vit, clips(2, 3, 14)).square().sum().backward())
+    assert not any(z.requires_grad for z in outputs)
     assert all(p.grad is None for p in vit.parameters())
     assert all(p.grad is not None for p in adapter.parameters())
 
 
-def test_read_runs_without_gradients_when_asked():
-    """Seeds 13 and 14: under no_grad nothing of the adapter is kept either, and afterwards gradients are on again."""
+def test_no_grad_is_respected():
+    """Seeds 13 and 14: under no_grad the adapter records no graph; after it, it does again."""
     vit, adapter = tiny_vit(13), QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3)
     with torch.no_grad():
         assert not adapter(vit, clips(1, 3, 14)).requires_grad
@@ -190,81 +199,81 @@ def test_read_runs_without_gradients_when_asked():
 
 
 @pytest.mark.parametrize("last_blocks", [0, 3])
-def test_write_begins_as_the_frozen_vit_bit_for_bit(last_blocks):
+def test_write_back_starts_as_the_frozen_vit_bit_for_bit(last_blocks):
     """Seeds 15 and 16: at step 0 the blocks' outputs have the bits of the ViT run alone."""
     vit = tiny_vit(15)
-    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, last_blocks=last_blocks, reading="write")
+    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, last_blocks=last_blocks, write_back=True)
     pixels = clips(2, 3, 16)
-    alone = block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
-    adapted = block_outputs(vit, lambda: adapter(vit, pixels))
+    alone = record_block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
+    adapted = record_block_outputs(vit, lambda: adapter(vit, pixels))
     assert all(map(same_bits, alone, adapted))
 
 
-def test_write_then_changes_the_patches_of_every_deeper_block():
-    """Seeds 17 to 19: with the way back random, the first block stays and the others differ by more than 1e-3."""
+def test_write_back_changes_the_patches_of_every_deeper_block():
+    """Seeds 17 to 19: write projections random; the first block is unchanged, the others differ by over 1e-3."""
     vit = tiny_vit(17)
-    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, reading="write")
-    stir(adapter, 18)
+    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, write_back=True)
+    randomize(adapter, 18)
     pixels = clips(2, 3, 19)
-    alone = block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
-    adapted = block_outputs(vit, lambda: adapter(vit, pixels))
+    alone = record_block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
+    adapted = record_block_outputs(vit, lambda: adapter(vit, pixels))
     assert same_bits(alone[0], adapted[0])
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(alone[1:], adapted[1:], strict=True))
 
 
-def test_write_sends_gradients_through_the_vit_to_the_adapter_below():
-    """Seeds 20 to 22: a way back acts only through the patches of deeper frozen blocks, and it gets a gradient."""
+def test_write_back_sends_gradients_through_the_vit():
+    """Seeds 20 to 22: write projections act only through deeper frozen blocks, and they get gradients."""
     vit = tiny_vit(20)
-    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, reading="write")
-    stir(adapter, 21)
+    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, write_back=True)
+    randomize(adapter, 21)
     adapter(vit, clips(2, 3, 22)).pow(3).sum().backward()
     for block in adapter.blocks[:-1]:
-        for layer in (block.back_q, block.back_kv, block.back_o):
+        for layer in (block.write_q, block.write_kv, block.write_o):
             assert layer.weight.grad.abs().max() > 1e-6
     assert all(p.grad is not None for p in adapter.parameters())
     assert all(p.grad is None for p in vit.parameters())
 
 
-def test_write_learns_from_step_0_although_its_way_back_begins_at_zero():
+def test_write_back_learns_from_step_0_although_its_projection_is_zero():
     """Seeds 23 and 24: the zero projection itself gets a gradient."""
-    vit, adapter = tiny_vit(23), QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, reading="write")
+    vit, adapter = tiny_vit(23), QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, write_back=True)
     adapter(vit, clips(2, 3, 24)).pow(3).sum().backward()
-    assert all(block.back_o.weight.grad.abs().max() > 1e-6 for block in adapter.blocks[:-1])
+    assert all(block.write_o.weight.grad.abs().max() > 1e-6 for block in adapter.blocks[:-1])
 
 
 @pytest.mark.parametrize("last_blocks", [1, 2, 3, 4])
-def test_write_keeps_no_graph_below_the_first_adapted_block(last_blocks):
-    """Seeds 25 and 26: a block's output needs gradients only where an adapted block lies before it."""
+def test_write_back_keeps_no_graph_below_the_first_adapted_block(last_blocks):
+    """Seeds 25 and 26: a block's output requires gradients only behind an adapted block."""
     vit = tiny_vit(25)
-    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, last_blocks=last_blocks, reading="write")
-    seen = block_outputs(vit, lambda: adapter(vit, clips(2, 3, 26)))
-    assert [z.requires_grad for z in seen] == [i > DEPTH - last_blocks for i in range(DEPTH)]
+    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, last_blocks=last_blocks, write_back=True)
+    outputs = record_block_outputs(vit, lambda: adapter(vit, clips(2, 3, 26)))
+    assert [z.requires_grad for z in outputs] == [i > DEPTH - last_blocks for i in range(DEPTH)]
 
 
-def test_only_write_has_a_way_back_and_not_after_the_last_block():
-    adapters = [QAdapter(WIDTH, DEPTH, reading=reading) for reading in READINGS]
-    found = [[block.back_o is not None for block in adapter.blocks] for adapter in adapters]
+def test_write_projections_exist_with_write_back_except_after_the_last_block():
+    adapters = [QAdapter(WIDTH, DEPTH, write_back=write_back) for write_back in WRITE_BACK]
+    found = [[block.write_o is not None for block in adapter.blocks] for adapter in adapters]
     assert found == [[False] * 4, [True, True, True, False]]
 
 
 # ------------------------------------------------------------------------------------------ shapes
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("write_back", WRITE_BACK)
 @pytest.mark.parametrize("frames", [1, 8, 32])
-def test_the_prefix_is_n_long_however_many_frames(frames, reading):
+def test_n_tokens_for_any_number_of_frames(frames, write_back):
     """Seeds 27 and 28: made for 8 frames."""
-    vit, adapter = tiny_vit(27), QAdapter(WIDTH, DEPTH, queries=6, rank=8, frames=8, reading=reading)
+    vit, adapter = tiny_vit(27), QAdapter(WIDTH, DEPTH, queries=6, rank=8, frames=8, write_back=write_back)
     assert adapter(vit, clips(2, frames, 28)).shape == (2, 6, WIDTH)
 
 
-def test_frame_vectors_for_another_number_of_frames_lie_between_the_learned_ones():
-    """Seed 29. As many frames: the learned ones themselves. One frame: the mean of the middle two. Twice as many:
-    each learned vector's two halves, a quarter of the way to its neighbours. Tolerance 1e-6."""
+def test_frame_vectors_are_interpolated():
+    """Seed 29, tolerance 1e-6. The same number of frames: unchanged. One frame: the mean of the middle two. Twice as
+    many: a quarter of the way from each learned vector to its two neighbours."""
     e = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(29))
-    assert frame_vectors(e, 8) is e
-    torch.testing.assert_close(frame_vectors(e, 1)[0], (e[3] + e[4]) / 2, rtol=0, atol=1e-6)
-    twice = frame_vectors(e, 16)
+    assert interpolate_time_embed(e, 8) is e
+    torch.testing.assert_close(interpolate_time_embed(e, 1)[0], (e[3] + e[4]) / 2, rtol=0, atol=1e-6)
+    twice = interpolate_time_embed(e, 16)
     torch.testing.assert_close(twice[1:-1:2], 0.75 * e[:-1] + 0.25 * e[1:], rtol=0, atol=1e-6)
     torch.testing.assert_close(twice[2::2], 0.25 * e[:-1] + 0.75 * e[1:], rtol=0, atol=1e-6)
 
@@ -272,42 +281,46 @@ def test_frame_vectors_for_another_number_of_frames_lie_between_the_learned_ones
 @pytest.mark.parametrize("gate", ["sigmoid", "none"])
 @pytest.mark.parametrize("last_blocks, adapted", [(0, 4), (1, 1), (3, 3), (4, 4)])
 def test_the_last_k_blocks_are_adapted_and_report_a_mean_gate_each(last_blocks, adapted, gate):
-    """Seeds 30 to 32: an unadapted block is not looked at, gates lie in (0, 1), without a gate they are 1."""
+    """Seeds 30 to 32: other blocks are not read, gates lie in (0, 1), without a gate they are 1."""
     vit = tiny_vit(30)
     adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, last_blocks=last_blocks, gate=gate)
-    stir(adapter, 31)
-    looked_at = []
-    outputs = block_outputs(vit, lambda: vit(clips(2, 3, 32).flatten(0, 1)))
+    randomize(adapter, 31)
+    read_outputs = []
+    outputs = record_block_outputs(vit, lambda: vit(clips(2, 3, 32).flatten(0, 1)))
+    def record(_module, inputs, output) -> None:
+        read_outputs.append((inputs[1].flatten(0, 1), output[1]))
+
     for block in adapter.blocks:
-        block.register_forward_hook(lambda _m, inputs, output: looked_at.append((inputs[1].flatten(0, 1), output[1])))
+        block.register_forward_hook(record)
     adapter(vit, clips(2, 3, 32))
-    assert len(adapter.blocks) == len(looked_at) == adapted
-    assert all(map(same_bits, (z for z, _ in looked_at), outputs[DEPTH - adapted :]))
+    assert len(adapter.blocks) == len(read_outputs) == adapted
+    assert all(map(same_bits, (z for z, _ in read_outputs), outputs[DEPTH - adapted :]))
     assert not adapter.mean_gates.requires_grad
-    assert torch.equal(adapter.mean_gates, torch.stack([gates.mean() for _, gates in looked_at]))
+    assert torch.equal(adapter.mean_gates, torch.stack([gates.mean() for _, gates in read_outputs]))
     if gate == "none":
         assert torch.equal(adapter.mean_gates, torch.ones(adapted))
     else:
-        assert all(((gates > 0) & (gates < 1)).all() and gates.std() > 0.01 for _, gates in looked_at)
+        assert all(((gates > 0) & (gates < 1)).all() and gates.std() > 0.01 for _, gates in read_outputs)
 
 
-@pytest.mark.parametrize("reading", READINGS)
-def test_the_order_of_frames_matters(reading):
-    """Seeds 33 to 35: the same frames backwards give other tokens; without frame vectors they would not (1e-5)."""
-    vit, adapter = tiny_vit(33), QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=5, reading=reading)
-    stir(adapter, 34)
+@pytest.mark.parametrize("write_back", WRITE_BACK)
+def test_the_order_of_frames_matters(write_back):
+    """Seeds 33 to 35: the reversed clip gives other tokens, and the same ones without frame vectors (1e-5)."""
+    vit, adapter = tiny_vit(33), QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=5, write_back=write_back)
+    randomize(adapter, 34)
     pixels = clips(2, 5, 35)
     with torch.no_grad():
         assert (adapter(vit, pixels) - adapter(vit, pixels.flip(1))).abs().max() > 1e-2
-        adapter.frames.zero_()
+        adapter.time_embed.zero_()
         torch.testing.assert_close(adapter(vit, pixels), adapter(vit, pixels.flip(1)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("reading", READINGS)
-def test_clips_of_a_batch_do_not_see_each_other(reading):
-    """Seeds 36 to 38, tolerance 1e-5: a batch gives what its clips give alone."""
-    vit, adapter = tiny_vit(36), QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, reading=reading, talk=True)
-    stir(adapter, 37)
+@pytest.mark.parametrize("write_back", WRITE_BACK)
+def test_clips_of_a_batch_do_not_see_each_other(write_back):
+    """Seeds 36 to 38, tolerance 1e-5: a batch gives the outputs of its clips alone."""
+    vit = tiny_vit(36)
+    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=3, write_back=write_back, self_attention=True)
+    randomize(adapter, 37)
     pixels = clips(3, 3, 38)
     alone = torch.cat([adapter(vit, clip[None]) for clip in pixels])
     torch.testing.assert_close(adapter(vit, pixels), alone, rtol=0, atol=1e-5)
@@ -328,7 +341,7 @@ def test_the_queries_see_every_frame():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_lora_begins_as_its_base_layer_bit_for_bit_and_then_is_the_published_sum(bias):
+def test_lora_starts_as_its_base_layer_and_is_the_published_sum(bias):
     """x (W + B A)^T + b. Seed 41; step 0 exactly, then tolerance 1e-6 in float64."""
     torch.manual_seed(41)
     base = torch.nn.Linear(10, 7, bias=bias)
@@ -343,8 +356,8 @@ def test_lora_begins_as_its_base_layer_bit_for_bit_and_then_is_the_published_sum
     torch.testing.assert_close(lora(x), expected, rtol=0, atol=1e-6)
 
 
-def test_add_lora_puts_exactly_two_in_every_block_and_changes_nothing_yet():
-    """Seeds 42 and 43: on queries and values; the ViT's output keeps its bits."""
+def test_add_lora_replaces_queries_and_values_and_changes_nothing_at_first():
+    """Seeds 42 and 43: two layers in every block; the ViT's output is equal bit for bit."""
     vit, pixels = tiny_vit(42), clips(2, 1, 43)[:, 0]
     before, frozen = vit(pixels), {name for name, _ in vit.named_parameters()}
     add_lora(vit, 2)

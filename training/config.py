@@ -1,36 +1,48 @@
-"""What `train.py` can be told, and the flags of a run that goes on."""
+"""The flags of `train.py`, and those of a run that is resumed.
+
+Flags that were renamed since version 0.1 keep their old names, hidden; the config.json of such runs is read too.
+"""
 
 import argparse
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import cli
-import corpora
-import devices
-from weights import InputError, field, read_json
+from common import cli
+from common.errors import InputError
+from common.json_fields import field, read_json
+from training.devices import DTYPES
+from video_data.datasets import DATASETS
 
+METHODS = ("qadapter", "linear", "lora", "full")
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
-NEWER = {  # flags that older runs do not have, and what they did
-    "image_size": None, "allow_missing": None, "cache": None, "download": None, "compile": None, "precision": "fp32",
-    "save_every": None,
+RESUMABLE = {"resume", "device", "workers", "data", "cache"}  # flags that --resume allows beside it
+ADDED = {  # flags that older runs lack, and the value they had in effect
+    "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
 }  # fmt: skip
 
 
-def parse(argv: list[str] | None = None):
+def default_models(dataset: str, device: torch.device) -> tuple[str, str]:
+    """The ViT and the language model where no flag names them."""
+    return TINY if dataset == "shapes" else (CLIP, LLAMA_160M if device.type == "cpu" else TINYLLAMA)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("Trains a captioner on a dataset.")
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=corpora.DATASETS, default="shapes", help="what to train on")
+    group.add_argument("--dataset", choices=DATASETS, default="shapes", help="what to train on")
     group.add_argument("--data", type=Path, help="the dataset's folder; unset: data/DATASET")
     group.add_argument("--allow-missing", action="store_true", help="leave out clips without a video or a caption")
-    group.add_argument("--download", action="store_true", help="first fetch what is published of msvd or msrvtt")
-    group.add_argument("--cache", type=Path, help="where decoded frames are kept; unset: the dataset's folder")
-    group.add_argument("--clips", type=cli.at_least(1), nargs=3, default=[6000, 200, 500],
-                       metavar=("TRAIN", "VAL", "TEST"), help="clips that shapes is made of")  # fmt: skip
+    group.add_argument("--cache", type=Path, help="where frames are stored; unset: .cache in the dataset's folder")
+    group.add_argument("--shapes-sizes", type=cli.at_least(1), nargs=3, default=[6000, 200, 500],
+                       metavar=("TRAIN", "VAL", "TEST"), help="clips of each split of shapes")  # fmt: skip
     group.add_argument("--cache-features", action="store_true",
-                       help="run the frozen ViT once for each frame and keep what it makes of them on disk, in bf16")
+                       help="run the frozen ViT once for each frame and store its outputs on the disk, in bf16")
     group.add_argument("--frames", type=cli.at_least(1, 4096), default=8, help="frames a clip")
     group.add_argument("--captions-per-clip", type=cli.at_least(1), default=1, help="captions a clip in a step")
     group = parser.add_argument_group("model")
@@ -39,60 +51,109 @@ def parse(argv: list[str] | None = None):
     group.add_argument("--lm", help="the language model: a folder or a hub id; unset: the tiny one for shapes, else "
                        f"{TINYLLAMA} with a GPU, {LLAMA_160M} without")  # fmt: skip
     group.add_argument("--image-size", type=cli.at_least(1, 4096),
-                       help="side of the ViT's input in pixels; unset: its own")  # fmt: skip
-    group.add_argument("--method", choices=["qadapter", "linear", "lora", "full"], default="qadapter",
-                       help="what is trained")  # fmt: skip
-    group.add_argument("--reading", choices=["read", "write"], default="read", help="do patches read queries back?")
-    group.add_argument("--queries", type=cli.at_least(1), default=16, help="query tokens, and so visual tokens")
-    group.add_argument("--rank", type=cli.at_least(1), default=32, help="of the Q-Adapter's projections, of LoRA")
+                       help="side of the ViT's input in pixels; unset: the ViT's own")  # fmt: skip
+    group.add_argument("--method", choices=METHODS, default="qadapter", help="what is trained")
+    group.add_argument("--write-back", action="store_true", help="patches read the queries too")
+    group.add_argument("--queries", type=cli.at_least(1), default=16, help="query tokens, which are the visual tokens")
+    group.add_argument("--rank", type=cli.at_least(1), default=32, help="of the Q-Adapter's projections, or of LoRA")
     group.add_argument("--heads", type=cli.at_least(1), default=8, help="attention heads of the Q-Adapter")
     group.add_argument("--last-blocks", type=cli.at_least(0), default=3, help="adapt only the last so many; 0: all")
     group.add_argument("--gate", choices=["sigmoid", "none"], default="sigmoid", help="the gating layer")
-    group.add_argument("--talk", action="store_true", help="queries attend to each other too")
+    group.add_argument("--query-self-attention", action="store_true", help="queries attend to each other too")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips a step, of all processes together")
+    group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips a step, over all processes")
     group.add_argument("--epochs", type=cli.at_least(1), default=16, help="passes over the training clips")
     group.add_argument("--lr", type=cli.number(0, above=True), default=5e-3, help="peak learning rate of AdamW")
     group.add_argument("--weight-decay", type=cli.number(0), default=0.01, help="of AdamW")
     group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
-    group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, order, frames and captions")
+    group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, clip order, frames and captions")
     group = parser.add_argument_group("run and machine")
-    group.add_argument("--out", type=Path, help="the run's folder; unset: runs/DATASET-METHOD")
-    group.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with its own flags")
+    group.add_argument("--out", type=Path, help="the folder of the run; unset: runs/DATASET-METHOD")
+    group.add_argument("--resume", type=Path, metavar="RUN", help="continue this run with its own flags")
     group.add_argument("--eval-every", type=cli.at_least(1), default=4, help="epochs between validations")
-    group.add_argument("--log-every", type=cli.at_least(1), default=20, help="steps between reports")
+    group.add_argument("--log-every", type=cli.at_least(1), default=20, help="steps between log lines")
     group.add_argument("--save-every", type=cli.at_least(1), default=200, help="steps between checkpoints")
-    group.add_argument("--workers", type=cli.at_least(0), default=0, help="processes that decode; 0: one a core")
-    group.add_argument("--device", default="auto", help="cuda, mps, cpu; auto takes the first that is there")
-    group.add_argument("--precision", choices=["auto", *devices.DTYPES], default="auto",
+    group.add_argument("--workers", type=cli.at_least(0), default=0, help="processes that decode video; 0: one a core")
+    group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
+    group.add_argument("--precision", choices=["auto", *DTYPES], default="auto",
                        help="of the frozen weights; auto: bf16 where the device has instructions for it")  # fmt: skip
     group.add_argument("--compile", action="store_true", help="compile the blocks, which takes a minute or two")
-    return parser.parse_args(argv)
+    add_old_names(parser)
+    return parser
 
 
-def of_run(argv: list[str]) -> argparse.Namespace:
-    """The flags of the run that `--resume` names. Beside it only where and on what may be given anew."""
-    given = parse(argv)
-    config = given.resume / "config.json"
-    if not config.is_file():
-        raise InputError(f"{given.resume}: expected a run to go on with, with config.json and last/state.pt in it")
-    free = {"--resume", "--device", "--workers", "--data", "--cache"}
-    if odd := [word for word in argv if word.startswith("--") and word.split("=")[0] not in free]:
-        raise InputError(f"{odd[0]}: a run goes on with its own flags; beside --resume only {', '.join(sorted(free))}")
-    words, flags = [], field(read_json(config), "flags", dict, config)
-    for name in vars(given).keys() - {"resume", "out"}:
-        if name not in flags and name not in NEWER:
-            raise InputError(f"{config}: flags: expected a field {name!r}")
-        value = flags.get(name, NEWER.get(name))
-        if value is not None and value is not False:
-            words.append("--" + name.replace("_", "-"))
-            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+def add_old_names(parser: argparse.ArgumentParser) -> None:
+    """The names that flags had in version 0.1."""
+    hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument("--clips", dest="shapes_sizes", type=cli.at_least(1), nargs=3, **hidden)
+    parser.add_argument("--talk", dest="query_self_attention", action="store_true", **hidden)
+    parser.add_argument("--reading", dest="write_back", action=Reading, choices=["read", "write"], **hidden)
+
+
+class Reading(argparse.Action):
+    """`--reading write` is `--write-back`."""
+
+    def __call__(self, parser, namespace, value, option=None):
+        setattr(namespace, self.dest, value == "write")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """All flags, with --data and --out filled in. Raises InputError."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(argv)
+    if args.resume:
+        args = resume_args(args, argv)
+    args.data = args.data or Path("data") / args.dataset
+    args.out = args.out or Path(f"runs/{args.dataset}-{args.method}")
+    if args.cache_features and (args.method != "qadapter" or args.write_back):
+        raise InputError("--cache-features: needs --method qadapter without --write-back; others change the ViT's work")
+    check_out(args.out, bool(args.resume))
+    return args
+
+
+def resume_args(args: argparse.Namespace, argv: list[str]) -> argparse.Namespace:
+    """The flags of the run that --resume names, with those of RESUMABLE replaced that are given beside it."""
+    given = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
+    if refused := sorted(given - RESUMABLE):
+        allowed = ", ".join(f"--{name}" for name in sorted(RESUMABLE))
+        raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; with --resume only {allowed}")
+    path = args.resume / "config.json"
+    if not path.is_file():
+        raise InputError(f"{args.resume}: expected the folder of a run, with config.json and last/state.pt in it")
+    flags = upgrade_flags(field(read_json(path), "flags", dict, path))
+    words = []  # parsed again, so that a flag that was changed by hand is checked like any other
+    for name in sorted(vars(args).keys() - {"resume", "out"}):
+        if name not in flags:
+            raise InputError(f"{path}: flags: expected a field {name!r}")
+        words += to_words(name, flags[name])
     try:
-        return parse([*words, *argv, "--out", str(given.resume)])
+        return make_parser().parse_args([*words, *argv, "--out", str(args.resume)])
     except InputError as error:
-        raise InputError(f"{config}: flags: {error}") from error
+        raise InputError(f"{path}: flags: {error}") from error
 
 
-def backbones(dataset: str, device: torch.device) -> tuple[str, str]:
-    """ViT and language model for a dataset, unless one says which."""
-    return TINY if dataset == "shapes" else (CLIP, LLAMA_160M if device.type == "cpu" else TINYLLAMA)
+def to_words(name: str, value: Any) -> list[str]:
+    """A flag's name and value -> the words of the command line."""
+    if value is None or value is False:
+        return []
+    values = [] if value is True else value if isinstance(value, list) else [value]
+    return [f"--{name.replace('_', '-')}", *map(str, values)]
+
+
+def upgrade_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags, or the adapter's fields, of a config.json of version 0.1 -> those of today."""
+    flags = ADDED | flags if "dataset" in flags else dict(flags)
+    for old, new in (("clips", "shapes_sizes"), ("talk", "query_self_attention"), ("reading", "write_back")):
+        if old in flags:
+            value = flags.pop(old)
+            flags[new] = value == "write" if old == "reading" else value
+    return flags
+
+
+def check_out(folder: Path, resume: bool) -> None:
+    """Raises InputError where the folder is that of another run, or cannot be written to."""
+    if (folder / "config.json").exists() and not resume:
+        raise InputError(f"{folder}: holds a run already; --resume {folder} continues it, --out names another folder")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--out {folder}: cannot be written to")

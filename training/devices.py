@@ -1,10 +1,11 @@
-"""What a run computes on and in: the device, the precision of the frozen weights, compiled blocks.
+"""The device, the precision of the frozen weights, and what torch.compile and malloc need.
 
-Frozen weights may be stored in bfloat16, half the bytes of float32, where the device multiplies such numbers by
-instructions of its own; then they are also what it multiplies fastest. Trained weights stay in float32: a step of AdamW
-is often smaller than the distance to the next bfloat16, 1/256 of the number, and would be lost.
+Frozen weights are stored in bfloat16, half the size of float32, where the device has instructions for it; there bf16
+products are also the fastest. Trained weights stay in float32: a step of AdamW is often smaller than the distance to
+the next bfloat16, 1/256 of the number, and would be lost.
 """
 
+import argparse
 import ctypes
 import os
 import shutil
@@ -14,67 +15,78 @@ from pathlib import Path
 
 import torch
 
-from weights import InputError
+from common.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CPU_BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # as Linux names what x86 and Arm processors have, best first
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # Linux's names of the features of x86 and Arm CPUs, best first
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
-def pick_device(name: str = "auto") -> tuple[torch.device, str]:
-    """-> the device and why this one; `auto` takes the first of cuda, mps and cpu that is there. Raises InputError."""
-    why = "--device"
+def select_device(name: str = "auto") -> tuple[torch.device, str]:
+    """-> the device and the reason; `auto` is CUDA, else MPS, else CPU. Raises InputError."""
+    reason = "--device"
     if name == "auto" and torch.cuda.is_available():
-        name, why = "cuda", torch.cuda.get_device_name()
+        name, reason = "cuda", torch.cuda.get_device_name()
     elif name == "auto":
-        name, why = ("mps", "no CUDA") if torch.backends.mps.is_available() else ("cpu", "neither CUDA nor MPS")
+        name, reason = ("mps", "no CUDA") if torch.backends.mps.is_available() else ("cpu", "neither CUDA nor MPS")
     try:
         if torch.device(name).type == "meta":
-            raise RuntimeError("holds no numbers")
-        return torch.empty(0, device=name).device, why
+            raise RuntimeError("stores no numbers")
+        return torch.empty(0, device=name).device, reason
     except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def cpu_features(path: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What the processor says it can do; empty where the system is not Linux."""
+    """The features that the CPU reports; empty where the system is not Linux."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {word for line in lines if line.startswith(("flags", "Features")) for word in line.split(":")[1].split()}
 
 
-def pick_precision(name: str, device: torch.device, frozen: bool) -> tuple[str, str]:
-    """-> "fp32" or "bf16" for the frozen weights, and why. `frozen`: whether there are any. Raises InputError."""
+def select_precision(name: str, device: torch.device, frozen: bool) -> tuple[str, str]:
+    """-> "fp32" or "bf16" for the frozen weights, if there are any (`frozen`), and the reason. Raises InputError."""
     if not frozen:
         if name == "bf16":
-            raise InputError("--precision bf16: is for frozen weights, and --method full has none")
+            raise InputError("--precision bf16: applies to frozen weights, and --method full has none")
         return "fp32", "all weights are trained"
     if name != "auto":
         return name, "--precision"
     if device.type == "cuda":
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        feature = torch.cuda.is_bf16_supported(including_emulation=False) and "bf16 instructions"
     elif device.type == "mps":
-        has = torch.backends.mps.is_macos_or_newer(14, 0)
+        feature = torch.backends.mps.is_macos_or_newer(14, 0) and "bf16 instructions"
     else:
-        found = cpu_features()
-        has = next((feature for feature in CPU_BF16 if feature in found), None)
-    instructions = has if isinstance(has, str) else "bf16 instructions"
-    return ("bf16", f"the device has {instructions}") if has else ("fp32", "the device has no bf16 instructions")
+        features = cpu_features()
+        feature = next((flag for flag in CPU_BF16_FLAGS if flag in features), None)
+    return ("bf16", f"the device has {feature}") if feature else ("fp32", "the device has no bf16 instructions")
 
 
-def compiler_for(device: torch.device) -> None:
-    """Raises InputError if torch.compile would not find what it needs for this device."""
+def check_compiler(device: torch.device) -> None:
+    """Raises InputError if torch.compile would not find the compiler that it needs for this device."""
     if device.type == "cuda" and find_spec("triton") is None:
-        raise InputError("--compile: expected the package triton, which torch's builds for CUDA bring along")
+        raise InputError("--compile: expected the package triton, which the CUDA builds of torch include")
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise InputError(f"--compile: expected a C++ compiler, {os.environ.get('CXX', 'g++')}; CXX names another")
 
 
 def keep_freed_memory() -> None:
-    """Lets malloc keep what is freed, up to 1 GiB, for the next that asks.
+    """Lets malloc keep up to 1 GiB of freed memory for the next allocation.
 
-    glibc gives large blocks back to the system and gets them anew, zeroed page by page: of the frozen ViT's activations
-    that takes a quarter of its time.
+    glibc returns large blocks to the system and gets them again zeroed page by page, which takes a quarter of the
+    frozen ViT's time.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has no mallopt
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def setup(args: argparse.Namespace) -> torch.device:
+    """Selects the device and the precision that the flags ask for, and prints both; sets args.precision."""
+    device, device_reason = select_device(args.device)
+    args.precision, precision_reason = select_precision(args.precision, device, frozen=args.method != "full")
+    print(f"device: {device} ({device_reason}), {torch.get_num_threads()} threads; "
+          f"frozen weights in {args.precision} ({precision_reason}), trained ones in fp32")  # fmt: skip
+    if args.compile:
+        check_compiler(device)
+    keep_freed_memory()
+    return device

@@ -1,10 +1,10 @@
-"""Data parallel: processes with clips of their own that train as one. `torchrun` starts them [1]:
+"""Data parallel training: several processes that train as one. `torchrun` starts them [1]:
 
     torchrun --nproc-per-node 2 train.py ...
 
-Each process, a rank, computes the gradient of its clips' share of the loss; the shares of all ranks are added up, those
-of the trained parameters only, and every rank takes the same step. So the weights, which begin equal, stay equal
-without being sent. Rank 0 writes and prints. A process alone is a single rank, for which nothing here does anything.
+Each process, a rank, computes the gradient of its clips' share of the loss. The gradients of the trained parameters are
+summed over all ranks, and every rank takes the same step; so the weights, equal at the start, stay equal without being
+sent. Rank 0 writes and prints. A single process is a group of one rank, for which nothing here does anything.
 
 [1] https://docs.pytorch.org/docs/stable/elastic/run.html
 """
@@ -20,122 +20,128 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from weights import InputError
+from common.errors import InputError
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among `count`: its rank, and the `local` one among those of its machine."""
+class ProcessGroup:
+    """This process among `world_size`: its rank, and its rank among the processes of its machine."""
 
     rank: int = 0
-    count: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
     @contextmanager
-    def one_first(self) -> Iterator[None]:
-        """Rank 0 runs the block, then a process of each other machine, then the rest: they find on the disk, be it one
-        for all machines or not, what was made before."""
-        turn = 0 if self.rank == 0 else 1 if self.local == 0 else 2
+    def rank0_first(self) -> Iterator[None]:
+        """Rank 0 runs the block, then one process of each other machine, then the rest.
+
+        So what one process writes to the disk, shared by all machines or not, is there for those after it.
+        """
+        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
         for _ in range(turn):
-            self.wait()
+            self.barrier()
         yield
         for _ in range(turn, 2):
-            self.wait()
+            self.barrier()
 
-    def wait(self) -> None:
-        """Returns when all ranks have come here."""
-        self.add(0)
+    def barrier(self) -> None:
+        """Returns when all ranks have called it."""
+        self.all_reduce(0)
 
-    def share(self, items: Sequence) -> Sequence:
-        """Every count-th of the items; `gather` puts what was made of them in order again."""
-        return items[self.rank :: self.count]
+    def shard(self, items: Sequence) -> Sequence:
+        """This rank's items: every world_size-th. `gather_shards` restores the order."""
+        return items[self.rank :: self.world_size]
 
-    def all(self, mine: list) -> list[list]:
-        """The lists of all ranks."""
-        if self.count == 1:
-            return [mine]
-        lists: list = [None] * self.count
-        with _together():
-            dist.all_gather_object(lists, mine)
+    def all_gather(self, local: list) -> list[list]:
+        """The lists of all ranks, by rank."""
+        if self.world_size == 1:
+            return [local]
+        lists: list = [None] * self.world_size
+        with _collective():
+            dist.all_gather_object(lists, local)
         return lists
 
-    def gather(self, share: list) -> list:
-        """The shares of all ranks as one list, in the order in which `share` dealt."""
-        parts = self.all(share)
-        whole: list = [None] * sum(map(len, parts))
-        for rank, part in enumerate(parts):
-            whole[rank :: self.count] = part
-        return whole
+    def gather_shards(self, local: list) -> list:
+        """The results of all ranks as one list, in the order of the items that `shard` divided."""
+        shards = self.all_gather(local)
+        merged: list = [None] * sum(map(len, shards))
+        for rank, shard in enumerate(shards):
+            merged[rank :: self.world_size] = shard
+        return merged
 
-    def add(self, number: float) -> float:
-        """The sum of this number over the ranks. Returns only when all have called it."""
-        if self.count == 1:
+    def all_reduce(self, number: float) -> float:
+        """The sum of this number over the ranks. Returns when all have called it."""
+        if self.world_size == 1:
             return number
         total = torch.tensor(number, dtype=torch.float64)
-        with _together():
+        with _collective():
             dist.all_reduce(total)
         return total.item()
 
-    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Each gradient becomes the sum of the ranks' own, in one exchange."""
-        if self.count > 1:
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces each gradient by its sum over the ranks, in one exchange."""
+        if self.world_size > 1:
             gradients = [p.grad for p in parameters if p.grad is not None]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            with _together():
+            with _collective():
                 dist.all_reduce(flat)
             for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(total.view_as(gradient))
 
-    def spread(self, tensors: Iterable[Tensor]) -> None:
-        """Every rank's tensors become those of rank 0."""
-        if self.count > 1:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces the tensors of every rank by those of rank 0."""
+        if self.world_size > 1:
             for tensor in tensors:
-                with _together():
+                with _collective():
                     dist.broadcast(tensor.detach(), 0)
 
-    def leave(self) -> None:
-        if self.count > 1:
+    def destroy(self) -> None:
+        if self.world_size > 1:
             dist.destroy_process_group()
 
 
-_store: dist.Store | None = None  # which all ranks see, and torchrun keeps when one has died
+_store: dist.Store | None = None  # shared by all ranks; torchrun keeps it when one has died
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """An exchange between ranks; InputError if one of them is gone."""
+def _collective() -> Iterator[None]:
+    """A collective operation. Raises InputError if another rank is gone."""
     try:
         yield
     except RuntimeError as error:  # what the backends raise
         raise InputError("another process of this run has ended, or cannot be reached") from error
 
 
-def may_speak() -> bool:
-    """Whether this process is to tell of an error: of all that run together, only the first that asks."""
+def should_report_error() -> bool:
+    """Whether this process prints an error: of all ranks, only the first that asks."""
     if _store is None:
         return os.environ.get("LOCAL_RANK", "0") == "0"
-    return _store.add("spoken", 1) == 1
+    return _store.add("reported", 1) == 1
 
 
-def join(device: str) -> Ranks:
-    """This process's place, of which torchrun's environment tells; joins the others. `device` is the flag. Raises
-    InputError if torchrun started more processes than there are GPUs for."""
+def init_process_group(device: str, batch_size: int) -> ProcessGroup:
+    """Joins the other processes that torchrun started, as its environment says. The arguments are the flags.
+
+    Raises InputError if there are more processes than GPUs, or than clips in a batch.
+    """
     global _store
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
-        return Ranks()
-    ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        return ProcessGroup()
+    group = ProcessGroup(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if device not in ("auto", "cuda", "cpu"):
-        raise InputError(f"--device {device}: several processes are for cpu, or for cuda, a GPU each")
+        raise InputError(f"--device {device}: several processes need cpu, or cuda with one GPU each")
+    if batch_size < group.world_size:
+        raise InputError(f"--batch-size {batch_size}: expected at least {group.world_size}, one clip a process")
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if gpus:
         if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
-            raise InputError(f"torchrun: expected at most a process for each of this machine's {gpus} GPUs")
-        torch.cuda.set_device(ranks.local)
-    if ranks.rank:
+            raise InputError(f"torchrun: expected at most one process for each of this machine's {gpus} GPUs")
+        torch.cuda.set_device(group.local_rank)
+    if group.rank:
         sys.stdout = open(os.devnull, "w")
-    with _together():
+    with _collective():
         _store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        # A rank may wait for hours while another decodes a dataset; torchrun ends all as soon as one has died.
+        # A rank may wait for hours while another decodes a dataset; torchrun ends all ranks as soon as one has died.
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=2), store=_store,
-                                rank=ranks.rank, world_size=ranks.count)  # fmt: skip
-    return ranks
+                                rank=group.rank, world_size=group.world_size)  # fmt: skip
+    return group

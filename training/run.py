@@ -1,74 +1,80 @@
-"""A run's folder: what training leaves, and what it goes on from.
+"""The folder of a run: what training writes, and what it resumes from.
 
-    config.json   every flag, the adapter's shape, versions, seed, sha256 of both backbones, sizes of the splits
-    log.jsonl     a row a report and a row a validation; the last row is the test's
-    best/         adapter.safetensors: the trained tensors as they validated best
-    last/         adapter.safetensors, and state.pt: the optimizer, the step, the best score until then
-    test.json     the test split's captions and scores
-    lock          held by the process that trains; the system lets go of it whatever ends the process
+    config.json   every flag, the adapter's shape, versions, seed, SHA-256 of both backbones, sizes of the splits
+    log.jsonl     a row for each log line and each validation; the last row is the test's
+    best/         adapter.safetensors: the trained tensors of the best validation so far
+    last/         adapter.safetensors, and state.pt: the optimizer, the step, the best score so far
+    test.json     captions and scores of the test split
+    lock          held by the process that trains; the system releases it however the process ends
 
-Nothing else is needed to go on to the bit: which clips, frames and captions a step takes is drawn from (seed, epoch,
-clip) alone, the learning rate follows from the step, and no other part of a step is random. A folder is a run once
-config.json is there, which is written after the first checkpoint.
+Nothing else is needed to resume bit for bit: the clips, frames and captions of a step are drawn from (seed, epoch,
+clip) alone, the learning rate follows from the step, and nothing else in a step is random. A folder is a run once
+config.json exists, which is written after the first checkpoint.
 
-A checkpoint is written beside the old one and flushed to the disk, then they change places; whenever the program or
-the machine stops, one of the two is there and whole [1]. It holds no tensor of a frozen backbone but their sha256.
+A checkpoint is written beside the old one and flushed to the disk, then the two folders are renamed; whenever the
+program or the machine stops, one of the two is complete [1]. It holds the SHA-256 of the frozen backbones and no tensor
+of them.
 
 [1] T. Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014.
 """
 
+import argparse
 import json
 import os
+import platform
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
+import av
 import torch
 
-import hub
-from checkpoint import DAMAGE, weight_files
-from devices import DTYPES, pick_precision
-from lm import CausalLM
-from model import AdapterConfig, Captioner
-from tokens import load_tokenizer
-from vit import ViT
-from weights import InputError, field, read_json, read_metadata, replace_atomically, sha256_of, sync_folder
+from common.errors import InputError
+from common.files import acquire_lock, replace_atomically, sha256_of, sync_folder
+from common.json_fields import read_json
+from models.safetensors import read_metadata
+from models.weights import LOAD_ERRORS, weight_files
+from training.config import upgrade_flags
+from training.distributed import ProcessGroup
 
-# ----------------------------------------------------------------------------- checkpoints and whose they are
+# ----------------------------------------------------------------------------------- checkpoints
 
 
 def backbone_hashes(vit: Path, lm: Path) -> dict[str, str]:
-    """sha256 of every file that both backbones are read from, which a checkpoint names and cannot do without."""
+    """SHA-256 of every file that the two backbones are read from: {"vit/config.json": hex, ...}."""
     hashes = {}
-    for part, path, beside in (("vit", vit, "preprocessor_config.json"), ("lm", lm, "tokenizer.model")):
-        for file in (path / "config.json", path / beside, *weight_files(path)):
+    for part, path, extra in (("vit", vit, "preprocessor_config.json"), ("lm", lm, "tokenizer.model")):
+        for file in (path / "config.json", path / extra, *weight_files(path)):
             if file.exists():
                 hashes[f"{part}/{file.name}"] = sha256_of(file)
     return hashes
 
 
-def checkpoint(run: Path, which: str) -> Path:
-    """`run/which/adapter.safetensors`, or where that is while checkpoints change places or if that was cut short."""
+def checkpoint_path(run: Path, which: str) -> Path:
+    """`run/which/adapter.safetensors`; in `which`.old while, or after, the renaming of folders was interrupted."""
     folder, old = run / which, run / f"{which}.old"
     return (old if old.exists() and not folder.exists() else folder) / "adapter.safetensors"
 
 
-def check_checkpoint(path: Path, hashes: dict[str, str], adapter: AdapterConfig) -> None:
-    """Raises InputError, naming what differs, unless the checkpoint is of these backbones and this shape."""
+def check_checkpoint(path: Path, hashes: dict[str, str], adapter: dict) -> None:
+    """Raises InputError, naming the difference, unless the checkpoint has these backbones and this adapter's shape."""
     metadata = read_metadata(path)
     for name in sorted(hashes.keys() | {n for n in metadata if n.startswith(("vit/", "lm/"))}):
         if metadata.get(name) != hashes.get(name):
             raise InputError(f"{path}: was trained with another {name} (sha256 {str(metadata.get(name))[:12]}, "
                              f"found {str(hashes.get(name))[:12]})")  # fmt: skip
-    if metadata.get("adapter") != json.dumps(asdict(adapter)):
-        raise InputError(f"{path}: is an adapter of {metadata.get('adapter')}, its run's config.json says "
-                         f"{json.dumps(asdict(adapter))}")  # fmt: skip
+    try:
+        trained = upgrade_flags(json.loads(metadata.get("adapter", "{}")))
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: metadata field 'adapter': expected a JSON object: {error}") from error
+    if trained != adapter:
+        raise InputError(f"{path}: is an adapter of {trained}, config.json of its run says {adapter}")
 
 
-def save_checkpoint(folder: Path, captioner: Captioner, metadata: dict[str, str], state: dict | None = None) -> None:
-    """Writes the trained tensors, with a `state` also that, and puts both in the place of what `folder` held.
+def save_checkpoint(folder: Path, captioner, metadata: dict[str, str], state: dict | None = None) -> None:
+    """Replaces `folder` by the trained tensors of a Captioner and, if given, a `state` of the optimizer.
 
-    Raises InputError if the disk refuses; then the old checkpoint is where `checkpoint` says.
+    Raises InputError if the disk refuses; then the old checkpoint is where `checkpoint_path` says.
     """
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
@@ -91,7 +97,7 @@ def save_checkpoint(folder: Path, captioner: Captioner, metadata: dict[str, str]
 
 
 def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, float]:
-    """Puts the optimizer where `last/state.pt` says it was; returns the step and the best score until then."""
+    """Restores the optimizer from `last/state.pt`; -> the step and the best score until then. Raises InputError."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
@@ -99,33 +105,30 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.devic
             if moments["exp_avg"].shape != parameter.shape:
                 raise ValueError(f"a moment is {list(moments['exp_avg'].shape)}, expected {list(parameter.shape)}")
         return int(state["step"]), float(state["best"])
-    except DAMAGE as error:
-        what = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise InputError(f"{path}: not the state of this run: {what}") from error
+    except LOAD_ERRORS as error:
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise InputError(f"{path}: not the state of this run: {reason}") from error
 
 
-# ------------------------------------------------------------------------------------------- the folder
+# ------------------------------------------------------------------------------------ the folder
 
 
-def take(run: Path) -> int:
-    """Makes this process, until it ends or closes the file descriptor returned, the only one that writes to the run,
-    and clears what a killed one left. Raises InputError if another writes."""
-    import fcntl  # which Windows lacks
+def lock_run(run: Path) -> int:
+    """Makes this process the only writer of the run, until it ends or closes the descriptor that is returned.
 
-    file = os.open(run / "lock", os.O_WRONLY | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # POSIX allows either
-        os.close(file)
-        raise InputError(f"{run}: another process is training this run") from error
+    Completes or removes what a killed process left. Raises InputError if another process writes.
+    """
+    descriptor = acquire_lock(run / "lock", wait=False)
+    if descriptor is None:
+        raise InputError(f"{run}: another process is training this run")
     for which in ("best", "last"):
         if (run / f"{which}.old").exists() and not (run / which).exists():
             os.rename(run / f"{which}.old", run / which)
-        for end in (".new", ".old"):
-            shutil.rmtree(run / (which + end), ignore_errors=True)
-    for half_written in run.glob(".*.tmp"):
-        half_written.unlink()
-    return file
+        for suffix in (".new", ".old"):
+            shutil.rmtree(run / (which + suffix), ignore_errors=True)
+    for temporary in run.glob(".*.tmp"):
+        temporary.unlink()
+    return descriptor
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -133,8 +136,8 @@ def write_json(path: Path, content: dict) -> None:
         file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
 
 
-def add_row(path: Path, row: dict) -> None:
-    """A row more in the log, on the disk before a checkpoint is that comes after it."""
+def append_row(path: Path, row: dict) -> None:
+    """Appends a row to the log and flushes it, so that it is on the disk before a later checkpoint is."""
     try:
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -144,44 +147,93 @@ def add_row(path: Path, row: dict) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def keep_rows(path: Path, step: int) -> None:
-    """Cuts the log back to what training and validation wrote up to `step`; a half-written last row goes too."""
-    kept = []
+def truncate_log(path: Path, step: int) -> None:
+    """Keeps the rows of training and validation up to `step`; a half-written last row is dropped too."""
+    rows = []
     for row in path.read_text().splitlines() if path.exists() else []:
         try:
             content = json.loads(row)
         except json.JSONDecodeError:
             break
         if content["step"] <= step and "test" not in content:
-            kept.append(row + "\n")
+            rows.append(row + "\n")
     with replace_atomically(path) as file:
-        file.write("".join(kept).encode())
+        file.write("".join(rows).encode())
 
 
-def adapter_config(config: dict, path: Path) -> AdapterConfig:
-    """The field "adapter" of a run's config.json; each of its fields must be there and of its type."""
-    given = field(config, "adapter", dict, path)
-    types = {f.name: f.type for f in fields(AdapterConfig)}
-    if odd := sorted(types.keys() ^ given.keys()):
-        raise InputError(f"{path}: adapter: expected the fields {', '.join(types)}; {odd[0]!r} is missing or too much")
-    return AdapterConfig(**{name: field(given, name, kind, path) for name, kind in types.items()})
+class Run:
+    """The folder of one run, written by rank 0 only: on other ranks `log`, `save` and `finish` do nothing."""
 
+    def __init__(self, folder: Path, group: ProcessGroup, hashes: dict[str, str]):
+        self.folder, self.group, self.hashes = folder, group, hashes
+        self.lock: int | None = None
 
-def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
-    """The captioner of a run's folder, from its config, its two backbones and `which`/adapter.safetensors."""
-    where = run / "config.json"
-    if not where.is_file():
-        raise InputError(f"{run}: expected a run's folder with config.json in it, as train.py makes it")
-    config = read_json(where)
-    flags = field(config, "flags", dict, where)
-    vit, lm = (hub.local(field(flags, name, str, where)) for name in ("vit", "lm"))
-    size, precision = field(flags, "image_size", int, where, None), field(flags, "precision", str, where, "fp32")
-    if precision not in DTYPES:
-        raise InputError(f"{where}: flags: precision is {precision!r}, expected one of {', '.join(DTYPES)}")
-    shape, path, dtype = adapter_config(config, where), checkpoint(run, which), DTYPES[precision]
-    pick_precision(precision, torch.device("cpu"), frozen=shape.method != "full")
-    check_checkpoint(path, backbone_hashes(vit, lm), shape)
-    vit, tokenizer = ViT.from_pretrained(vit, dtype, size), load_tokenizer(lm)
-    captioner = Captioner(vit, CausalLM.from_pretrained(lm, dtype), tokenizer, shape)
-    captioner.load(path)
-    return captioner, config
+    def check(self, adapter: dict, counts: dict[str, int], data: Path) -> None:
+        """Raises InputError unless the run was made with these backbones, this adapter and this dataset."""
+        config = read_json(self.folder / "config.json")
+        check_checkpoint(checkpoint_path(self.folder, "last"), self.hashes, adapter)
+        if config.get("splits") != counts:
+            raise InputError(f"{data}: holds {counts}, the run was trained on {config.get('splits')}")
+
+    def _open(self) -> None:
+        """Creates and locks the folder; other ranks read it only after that."""
+        if self.group.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_run(self.folder)
+        self.group.barrier()
+
+    def create(self, captioner, optimizer: torch.optim.Optimizer, args: argparse.Namespace, dataset) -> None:
+        """Writes the checkpoint of step 0, then config.json: every flag, and the VideoDataset as it was found."""
+        self._open()
+        if self.group.rank != 0:
+            return
+        if (self.folder / "config.json").exists():
+            raise InputError(f"{self.folder}: holds a run already; --out names another folder")
+        (self.folder / "log.jsonl").unlink(missing_ok=True)
+        self.save("last", captioner, 0, optimizer)
+        sync_folder(self.folder.parent)
+        write_json(self.folder / "config.json", {
+            "flags": {name: value for name, value in vars(args).items() if name != "resume"},
+            "adapter": asdict(captioner.config), "sha256": self.hashes,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
+            "splits": dataset.counts(), "differences": dataset.differences(), "seed": args.seed,
+        })  # fmt: skip
+
+    def resume(self, captioner, optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps: int,
+               device: torch.device) -> tuple[int, float]:  # fmt: skip
+        """Restores the trained tensors and the optimizer; -> the step and the best validation score until then."""
+        self._open()
+        captioner.load(checkpoint_path(self.folder, "last"))
+        step, best = load_state(self.folder / "last" / "state.pt", optimizer, device)
+        path = self.folder / "config.json"
+        if step > steps:
+            raise InputError(f"{path}: flags: make {steps} steps, {self.folder}/last is at step {step} already")
+        if self.group.rank == 0:
+            truncate_log(self.folder / "log.jsonl", step)
+            config = read_json(path)
+            moved = config["flags"] | {"data": str(args.data), "cache": args.cache and str(args.cache)}
+            if moved != config["flags"]:
+                write_json(path, config | {"flags": moved})
+        return step, best
+
+    def log(self, row: dict) -> None:
+        if self.group.rank == 0:
+            append_row(self.folder / "log.jsonl", row)
+
+    def save(self, which: str, captioner, step: int, optimizer: torch.optim.Optimizer | None = None,
+             best: float = -1.0) -> None:  # fmt: skip
+        """Writes `best` or `last`; with an optimizer also its state, the step and the best score."""
+        if self.group.rank == 0:
+            state = None if optimizer is None else {"optimizer": optimizer.state_dict(), "step": step, "best": best}
+            save_checkpoint(self.folder / which, captioner, self.hashes | {"step": str(step)}, state)
+
+    def load_best(self, captioner) -> None:
+        """Gives every rank the trained tensors of the best validation."""
+        if self.group.rank == 0:
+            captioner.load(checkpoint_path(self.folder, "best"))
+        self.group.broadcast(captioner.trained().values())
+
+    def finish(self, scores: dict[str, float], signature: str, captions: dict[str, str]) -> None:
+        """Writes the captions and scores of the test split."""
+        if self.group.rank == 0:
+            write_json(self.folder / "test.json", {"scores": scores, "signature": signature, "captions": captions})

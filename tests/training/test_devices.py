@@ -1,4 +1,4 @@
-"""What a run computes on and in, against files that say what a processor has."""
+"""Selection of device and precision, against files in the layout of /proc/cpuinfo; malloc; the compiler."""
 
 import ctypes
 import subprocess
@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import devices
-from weights import InputError
+from common.errors import InputError
+from training import devices
 
 CPU = torch.device("cpu")
 XEON = "processor\t: 0\nmodel name\t: some\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16 amx_tile\n\nprocessor\t: 1\n"
@@ -25,45 +25,45 @@ XEON = "processor\t: 0\nmodel name\t: some\nflags\t\t: fpu avx2 avx512_bf16 amx_
     (None, ("fp32", "the device has no bf16 instructions")),
 ])  # fmt: skip
 def test_bf16_where_the_processor_has_instructions(text, expected, tmp_path, monkeypatch):
-    """Files as Linux on x86 and on Arm makes them, and none."""
+    """Files in the layout of Linux on x86 and on Arm, and no file."""
     if text is not None:
         (tmp_path / "cpuinfo").write_text(text)
-    found = devices.cpu_features(tmp_path / "cpuinfo")
-    monkeypatch.setattr(devices, "cpu_features", lambda: found)
-    assert devices.pick_precision("auto", CPU, frozen=True) == expected
+    features = devices.cpu_features(tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices, "cpu_features", lambda: features)
+    assert devices.select_precision("auto", CPU, frozen=True) == expected
     for name in ("fp32", "bf16"):
-        assert devices.pick_precision(name, CPU, frozen=True) == (name, "--precision")
-    assert devices.pick_precision("auto", CPU, frozen=False)[0] == "fp32"
+        assert devices.select_precision(name, CPU, frozen=True) == (name, "--precision")
+    assert devices.select_precision("auto", CPU, frozen=False)[0] == "fp32"
     with pytest.raises(InputError, match="--precision bf16"):
-        devices.pick_precision("bf16", CPU, frozen=False)
+        devices.select_precision("bf16", CPU, frozen=False)
 
 
 @pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
-def test_the_first_device_that_is_there_is_taken(cuda, mps, expected, monkeypatch):
-    """torch's answers are set. (A device that is not there is an InputError: tests/test_train.py.)"""
+def test_auto_is_cuda_else_mps_else_cpu(cuda, mps, expected, monkeypatch):
+    """torch's answers are set. (A device that is missing is an InputError: tests/test_evaluate.py.)"""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "empty", lambda _, device: SimpleNamespace(device=torch.device(device)))
-    device, why = devices.pick_device()
+    device, reason = devices.select_device()
     assert device.type == expected
-    assert why == {"cuda": "a GPU", "mps": "no CUDA", "cpu": "neither CUDA nor MPS"}[expected]
-    assert devices.pick_device("cpu") == (CPU, "--device")
+    assert reason == {"cuda": "a GPU", "mps": "no CUDA", "cpu": "neither CUDA nor MPS"}[expected]
+    assert devices.select_device("cpu") == (CPU, "--device")
 
 
 @pytest.mark.parametrize("name", ["meta", "meta:0", "abacus", "hpu", "privateuseone", "cpu:x", ""])
-def test_what_is_no_device_is_refused(name):
+def test_an_unknown_device_is_refused(name):
     with pytest.raises(InputError, match=f"--device {name}: ."):
-        devices.pick_device(name)
+        devices.select_device(name)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="is for glibc")
-def test_freed_memory_is_used_again():
-    """100 MB filled and freed eleven times: pages that the system zeroes again, at most 25,600 each time, or none."""
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_freed_memory_is_reused():
+    """100 MB filled and freed eleven times: the system zeroes up to 25,600 pages each time, or none of them."""
     code = """
 import resource, sys
 import torch
-import devices
+from training import devices
 if sys.argv[1] == "kept":
     devices.keep_freed_memory()
 faults = []
@@ -72,16 +72,16 @@ for _ in range(11):
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(faults[-1] - faults[0])
 """
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     run = [sys.executable, "-c", code]
-    found = {how: int(subprocess.check_output([*run, how], cwd=root)) for how in ("kept", "given back")}
-    assert found["kept"] < 1000 < found["given back"]
+    faults = {mode: int(subprocess.check_output([*run, mode], cwd=root)) for mode in ("kept", "returned")}
+    assert faults["kept"] < 1000 < faults["returned"]
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match="--compile: .*no-such-compiler"):
-        devices.compiler_for(CPU)
+        devices.check_compiler(CPU)
     monkeypatch.setattr(devices, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="--compile: .*triton"):
-        devices.compiler_for(torch.device("cuda"))
+        devices.check_compiler(torch.device("cuda"))

@@ -1,5 +1,6 @@
-"""Runs that are cut short, against the uninterrupted run of the same seed: weights, log and scores bit for bit (one
-thread). A run is killed by itself, in a forked process, at its n-th step or its n-th write to the disk.
+"""Interrupted runs, against the uninterrupted run of the same seed: weights, log and scores bit for bit (one thread).
+
+A run, in a forked process, kills itself at its n-th step or at its n-th write to the disk.
 """
 
 import builtins
@@ -15,59 +16,65 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import one_line_error, quick
 
-import runs
+import evaluate
 import train
-import weights
-from weights import InputError, read_safetensors
+from common import files
+from common.errors import InputError
+from models.safetensors import read_safetensors
+from tests.scripts import assert_one_line_error, run_forked
+from training import run as run_module
+from training.config import parse_args
+from training.inputs import cached_inputs
+from video_data.batches import epoch_batches
+from video_data.datasets import read_dataset
 
-SHORT = ["--save-every", 2]  # of 12 steps; validations are after 6 and 12
+SAVE_OFTEN = ["--save-every", 2]  # of 12 steps; validations are after 6 and 12
 
 
 @pytest.fixture(scope="session")
-def whole(flags, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "run"
-    done = quick(train, *flags, *SHORT, "--out", out)
+def uninterrupted(flags, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = run_forked(train, *flags, *SAVE_OFTEN, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
 
-def left(run: Path) -> tuple:
-    """All that a run leaves, but how fast it was."""
+def contents(run: Path) -> tuple:
+    """Everything in the folder of a run except its speed."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for row in rows:
         row.pop("clips/s", None)
-    kept = [(run / which / "adapter.safetensors").read_bytes() for which in ("best", "last")]
+    tensors = [(run / which / "adapter.safetensors").read_bytes() for which in ("best", "last")]
     state = torch.load(run / "last/state.pt", weights_only=True)
     moments = {key: value.tolist() for n, one in state["optimizer"]["state"].items() for key, value in one.items()}
     names = sorted(path.name for path in run.iterdir())
-    return rows, kept, state["step"], state["best"], moments, json.loads((run / "test.json").read_text()), names
+    return rows, tensors, state["step"], state["best"], moments, json.loads((run / "test.json").read_text()), names
 
 
-class Killed:
-    """Counts the calls of some functions in this process and its forked ones; the n-th calls `end` first."""
+class KillAtCall:
+    """Counts the calls of some functions in this process and its forks; the n-th call runs `action` first."""
 
-    def __init__(self, monkeypatch, functions: list[tuple[object, str]], n: int, end, counted: Path | None = None):
-        self.calls, self.n, self.end, self.counted = 0, n, end, counted
+    def __init__(self, monkeypatch, functions: list[tuple], n: int, action, count_file: Path | None = None):
+        self.calls, self.n, self.action, self.count_file = 0, n, action, count_file
         for owner, name in functions:
             monkeypatch.setattr(owner, name, self.counting(getattr(owner, name)))
 
     def counting(self, function):
         def call(*args, **options):
             self.calls += 1
-            if self.counted:
-                self.counted.write_bytes(str(self.calls).encode())
+            if self.count_file:
+                self.count_file.write_bytes(str(self.calls).encode())
             if self.calls == self.n:
-                self.end()
+                self.action()
             return function(*args, **options)
 
         return call
 
 
 STEPS = [(torch.optim.AdamW, "step")]
-WRITES = [(os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (weights._Target, "write"),
-          (runs, "add_row")]  # fmt: skip
+WRITES = [(os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (files._RecordingFile, "write"),
+          (run_module, "append_row")]  # fmt: skip
 
 
 def kill_self() -> None:
@@ -76,80 +83,80 @@ def kill_self() -> None:
 
 @pytest.fixture(scope="session")
 def writes(flags, tmp_path_factory) -> int:
-    """How many writes a whole run is."""
+    """The number of writes of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("count")
     with pytest.MonkeyPatch.context() as patch:
-        Killed(patch, WRITES, 0, kill_self, folder / "n")
-        assert quick(train, *flags, *SHORT, "--out", folder / "run").returncode == 0
+        KillAtCall(patch, WRITES, 0, kill_self, folder / "n")
+        assert run_forked(train, *flags, *SAVE_OFTEN, "--out", folder / "run").returncode == 0
     return int((folder / "n").read_text())
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_killed_run_goes_on_as_if_nothing_had_been(seed, flags, whole, writes, tmp_path):
+def test_a_killed_run_resumes_to_the_same_result(seed, flags, uninterrupted, writes, tmp_path):
     """SIGKILL at a random step (8 runs) or at a random write (12), every third run twice; seeds 0 to 19."""
     rng, out = random.Random(seed), tmp_path / "run"
     for turn in range(1 + (seed % 3 == 0)):
-        at, most = (STEPS, 12) if seed % 5 < 2 else (WRITES, writes)
+        functions, total = (STEPS, 12) if seed % 5 < 2 else (WRITES, writes)
         with pytest.MonkeyPatch.context() as patch:
-            Killed(patch, at, rng.randint(1, most // (1 + turn)), kill_self)
-            begun = (out / "config.json").exists()
-            done = quick(train, *(["--resume", out] if begun else [*flags, *SHORT, "--out", out]))
+            KillAtCall(patch, functions, rng.randint(1, total // (1 + turn)), kill_self)
+            started = (out / "config.json").exists()
+            done = run_forked(train, *(["--resume", out] if started else [*flags, *SAVE_OFTEN, "--out", out]))
         assert done.returncode in ({-signal.SIGKILL, 0} if turn else {-signal.SIGKILL}), done.stderr
-        assert not (out / "config.json").exists() or read_safetensors(runs.checkpoint(out, "last"))
-    begun = (out / "config.json").exists()
-    done = quick(train, *(["--resume", out] if begun else [*flags, *SHORT, "--out", out]))
+        assert not (out / "config.json").exists() or read_safetensors(run_module.checkpoint_path(out, "last"))
+    started = (out / "config.json").exists()
+    done = run_forked(train, *(["--resume", out] if started else [*flags, *SAVE_OFTEN, "--out", out]))
     assert done.returncode == 0, done.stderr
-    assert left(out) == left(whole)
+    assert contents(out) == contents(uninterrupted)
 
 
-def test_a_kill_at_each_moment_of_a_checkpoint_leaves_the_old_or_the_new(whole, tmp_path):
-    """SIGKILL before the n-th write, n = 1, 2, ..., until none is left: what is read then, and after `take`, is a whole
-    checkpoint, the old one at first and from some n on the new one."""
-    captioner, _ = runs.load_run(whole, "last")
-    old, found = (whole / "last/adapter.safetensors").read_bytes(), []
+def test_a_kill_at_each_write_of_a_checkpoint_leaves_the_old_or_the_new_one(uninterrupted, tmp_path):
+    """SIGKILL before the n-th write, n = 1, 2, ... What is read then, and after `lock_run`, is a complete checkpoint:
+    the old one up to some n, the new one from then on."""
+    captioner, _ = evaluate.load_run(uninterrupted, "last")
+    old, found = (uninterrupted / "last/adapter.safetensors").read_bytes(), []
     for n in range(1, 100):
         out = tmp_path / str(n)
-        shutil.copytree(whole, out)
+        shutil.copytree(uninterrupted, out)
         if not (child := os.fork()):
             try:
                 with pytest.MonkeyPatch.context() as patch:
-                    Killed(patch, WRITES, n, kill_self)
-                    runs.save_checkpoint(out / "last", captioner, {"new": "1"}, {"step": 99})
+                    KillAtCall(patch, WRITES, n, kill_self)
+                    run_module.save_checkpoint(out / "last", captioner, {"new": "1"}, {"step": 99})
                 os._exit(0)
             finally:
                 os._exit(1)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert ended in (-signal.SIGKILL, 0)
-        before = runs.checkpoint(out, "last")
+        before = run_module.checkpoint_path(out, "last")
         new = before.read_bytes() != old
         assert torch.load(before.with_name("state.pt"), weights_only=True)["step"] == (99 if new else 12)
-        os.close(runs.take(out))
-        after = runs.checkpoint(out, "last")
+        os.close(run_module.lock_run(out))
+        after = run_module.checkpoint_path(out, "last")
         assert after == out / "last/adapter.safetensors" and (after.read_bytes() != old) == new
-        assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+        assert {path.name for path in out.iterdir()} == {path.name for path in uninterrupted.iterdir()}
         found.append(new)
         if ended == 0:
             break
     assert n > 8 and found == sorted(found) and {*found} == {False, True}
 
 
-def test_a_checkpoint_and_a_row_are_on_the_disk_before_what_follows(whole, tmp_path, monkeypatch):
+def test_a_checkpoint_and_a_row_are_flushed_before_what_follows(uninterrupted, tmp_path, monkeypatch):
     """Each file's data, its rename, its folder; then the two folders' renames and theirs. A row: its data."""
-    captioner, _ = runs.load_run(whole, "last")
-    shutil.copytree(whole / "last", tmp_path / "last")
+    captioner, _ = evaluate.load_run(uninterrupted, "last")
+    shutil.copytree(uninterrupted / "last", tmp_path / "last")
     calls = []
     for name in ("fsync", "replace", "rename"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (calls.append(n), r(*a))[1])
-    runs.save_checkpoint(tmp_path / "last", captioner, {}, {"step": 1})
+    run_module.save_checkpoint(tmp_path / "last", captioner, {}, {"step": 1})
     assert calls == ["fsync", "replace", "fsync"] * 2 + ["rename", "rename", "fsync"]
     calls.clear()
-    runs.add_row(tmp_path / "log.jsonl", {"step": 1})
+    run_module.append_row(tmp_path / "log.jsonl", {"step": 1})
     assert calls == ["fsync"]
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(seed, flags, whole, tmp_path):
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(seed, flags, uninterrupted, tmp_path):
     """ENOSPC after a random number of bytes, from one write or from all that follow; seeds 0 to 5."""
     out, room = tmp_path / "run", random.Random(seed).randint(60_000, 200_000)  # a checkpoint and config.json: 40,000
 
@@ -163,21 +170,21 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(seed, flags, whol
             room -= size
             return super().write(data)
 
-    class Target(weights._Target, Disk):
-        """The write of `_Target` is that to `Disk`."""
+    class FullFile(files._RecordingFile, Disk):
+        """Its write is that of `Disk`."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "_Target", Target)
-        done = quick(train, *flags, *SHORT, "--out", out)
-    one_line_error(done, str(out), "No space left on device")
+        patch.setattr(files, "_RecordingFile", FullFile)
+        done = run_forked(train, *flags, *SAVE_OFTEN, "--out", out)
+    assert_one_line_error(done, str(out), "No space left on device")
     folders = {path.name for path in out.iterdir() if path.is_dir()}
     assert folders <= {"best", "last"} and read_safetensors(out / "last/adapter.safetensors")
-    assert quick(train, "--resume", out).returncode == 0
-    assert left(out) == left(whole)
+    assert run_forked(train, "--resume", out).returncode == 0
+    assert contents(out) == contents(uninterrupted)
 
 
-def test_a_log_that_cannot_be_written_is_one_line(flags, whole, tmp_path, monkeypatch):
-    """Half a row is written, then the disk is full: `--resume` ends as the whole run did."""
+def test_a_log_that_cannot_be_written_is_one_line(flags, uninterrupted, tmp_path, monkeypatch):
+    """Half a row is written, then the disk is full: `--resume` ends as the uninterrupted run did."""
     out, plain = tmp_path / "run", builtins.open
 
     class Half:
@@ -201,82 +208,84 @@ def test_a_log_that_cannot_be_written_is_one_line(flags, whole, tmp_path, monkey
         return Half(file) if full else file
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "open", half_full, raising=False)
-        one_line_error(quick(train, *flags, *SHORT, "--out", out), "log.jsonl", "No space left")
+        patch.setattr(run_module, "open", half_full, raising=False)
+        assert_one_line_error(run_forked(train, *flags, *SAVE_OFTEN, "--out", out), "log.jsonl", "No space left")
     assert not (out / "log.jsonl").read_text().endswith("\n")
-    assert quick(train, "--resume", out).returncode == 0
-    assert left(out) == left(whole)
+    assert run_forked(train, "--resume", out).returncode == 0
+    assert contents(out) == contents(uninterrupted)
 
 
-def test_a_run_has_one_writer(flags, whole, tmp_path):
-    """While the lock is held neither a run that goes on nor one that begins there changes a file."""
+def test_a_run_has_one_writer(flags, uninterrupted, tmp_path):
+    """While the lock is held, neither a resumed run nor a new one changes a file."""
     out, new = tmp_path / "run", tmp_path / "new"
-    shutil.copytree(whole, out)
+    shutil.copytree(uninterrupted, out)
     new.mkdir()
-    before = left(out)
-    files = runs.take(out), runs.take(new)
-    one_line_error(quick(train, "--resume", out), str(out), "another process")
-    one_line_error(quick(train, *flags, "--out", new), str(new), "another process")
-    for file in files:
-        os.close(file)
-    assert left(out) == before and [path.name for path in new.iterdir()] == ["lock"]
-    assert quick(train, "--resume", out).returncode == 0
+    before = contents(out)
+    locks = run_module.lock_run(out), run_module.lock_run(new)
+    assert_one_line_error(run_forked(train, "--resume", out), str(out), "another process")
+    assert_one_line_error(run_forked(train, *flags, "--out", new), str(new), "another process")
+    for lock in locks:
+        os.close(lock)
+    assert contents(out) == before and [path.name for path in new.iterdir()] == ["lock"]
+    assert run_forked(train, "--resume", out).returncode == 0
 
 
-def test_a_folder_without_config_is_no_run_yet(flags, whole, tmp_path):
-    """What a kill before config.json leaves is written over by a run that begins there, and refused to `--resume`."""
+def test_a_folder_without_config_is_no_run_yet(flags, uninterrupted, tmp_path):
+    """After a kill before config.json is written, a new run may use the folder, and `--resume` is refused."""
     out = tmp_path / "run"
-    shutil.copytree(whole, out)
+    shutil.copytree(uninterrupted, out)
     (out / "config.json").unlink()
-    one_line_error(quick(train, "--resume", out), str(out), "config.json")
-    assert quick(train, *flags, *SHORT, "--out", out).returncode == 0
-    assert left(out) == left(whole)
+    assert_one_line_error(run_forked(train, "--resume", out), str(out), "config.json")
+    assert run_forked(train, *flags, *SAVE_OFTEN, "--out", out).returncode == 0
+    assert contents(out) == contents(uninterrupted)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_clips(flags, tmp_path):
-    """Infinity among the kept features of one training clip: its first step is named, and it alone of its batch."""
-    kept = ["--cache-features", "--last-blocks", 1, "--cache", tmp_path / "kept"]
-    assert quick(train, *flags, *SHORT, *kept, "--out", tmp_path / "good").returncode == 0
-    path = next((tmp_path / "kept").rglob("*.features"))
-    features = np.memmap(path, np.uint16, "r+").reshape(12, -1)
-    features[7] = 0x7F80
-    features.flush()
-    done = quick(train, *flags, *SHORT, *kept, "--out", tmp_path / "bad")
-    batches = list(train.data.order(12, 4, 4, 0))
+    """Infinity among the cached features of training clip 7: its first step is named, and it alone of its batch."""
+    words = [*flags, *SAVE_OFTEN, "--cache-features", "--last-blocks", 1, "--cache", tmp_path / "cache"]
+    assert run_forked(train, *words, "--out", tmp_path / "good").returncode == 0
+    args = parse_args([*map(str, words), "--out", str(tmp_path / "unused")])
+    captioner, stored = evaluate.load_run(tmp_path / "good")
+    dataset = read_dataset("shapes", args.data, args.shapes_sizes)
+    hashes = run_module.backbone_hashes(Path(stored["vit"]), Path(stored["lm"]))
+    features = cached_inputs(args, dataset, captioner, hashes, torch.device("cpu"))["train"]
+    features.write(7, np.full_like(features[7], 0x7F80))  # the bits of infinity in bf16
+    done = run_forked(train, *words, "--out", tmp_path / "bad")
+    batches = list(epoch_batches(12, 4, 4, 0))
     step = next(number for number, batch in enumerate(batches, 1) if 7 in [clip for clip, _ in batch])
-    clips = json.loads((Path(flags[-1]) / "captions.json").read_text())["train"]
-    one_line_error(done, f"step {step}: the loss is nan", f"not finite: {sorted(clips)[7]}; ")
+    assert_one_line_error(done, f"step {step}: the loss is nan", f"not finite: {dataset.splits['train'][7].id}; ")
     good, bad = (torch.load(tmp_path / run / "last/state.pt", weights_only=True) for run in ("good", "bad"))
     assert good["step"] == 12 and bad["step"] == (step - 1) // 2 * 2
 
 
-def test_a_lost_half_of_a_checkpoint_is_refused(flags, whole, tmp_path):
+def test_half_a_checkpoint_is_refused(uninterrupted, tmp_path):
     out = tmp_path / "run"
-    shutil.copytree(whole, out)
+    shutil.copytree(uninterrupted, out)
     (out / "last/state.pt").unlink()
-    one_line_error(quick(train, "--resume", out), "state.pt")
-    shutil.copytree(whole, tmp_path / "other")
+    assert_one_line_error(run_forked(train, "--resume", out), "state.pt")
+    shutil.copytree(uninterrupted, tmp_path / "other")
     (tmp_path / "other/last/adapter.safetensors").unlink()
-    one_line_error(quick(train, "--resume", tmp_path / "other"), "adapter.safetensors")
+    assert_one_line_error(run_forked(train, "--resume", tmp_path / "other"), "adapter.safetensors")
 
 
-def test_a_run_that_is_past_its_end_is_refused(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    config = json.loads((whole / "config.json").read_text())
+def test_a_run_past_its_last_step_is_refused(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    config = json.loads((uninterrupted / "config.json").read_text())
     config["flags"]["epochs"] = 2
     (tmp_path / "run/config.json").write_text(json.dumps(config))
-    one_line_error(quick(train, "--resume", tmp_path / "run"), "config.json: flags: make 6 steps", "step 12")
-    assert (tmp_path / "run/log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+    done = run_forked(train, "--resume", tmp_path / "run")
+    assert_one_line_error(done, "config.json: flags: make 6 steps", "step 12")
+    assert (tmp_path / "run/log.jsonl").read_bytes() == (uninterrupted / "log.jsonl").read_bytes()
 
 
-def test_a_damaged_state_is_refused(flags, whole, tmp_path):
-    """Nothing in it; 40 times three random bytes changed (seeds 0 to 39), which may also do no harm; another shape."""
-    good, optimizer = (whole / "last/state.pt").read_bytes(), None
-    captioner, _ = runs.load_run(whole, "last")
+def test_a_damaged_state_is_refused(uninterrupted, tmp_path):
+    """40 times three random bytes changed (seeds 0 to 39), which may do no harm; empty and cut files; another shape."""
+    good, optimizer = (uninterrupted / "last/state.pt").read_bytes(), None
+    captioner, _ = evaluate.load_run(uninterrupted, "last")
 
     def load(content: bytes) -> None:
         (tmp_path / "state.pt").write_bytes(content)
-        runs.load_state(tmp_path / "state.pt", optimizer, torch.device("cpu"))
+        run_module.load_state(tmp_path / "state.pt", optimizer, torch.device("cpu"))
 
     for seed in range(40):
         optimizer = torch.optim.AdamW(captioner.trained().values(), fused=True)
@@ -295,20 +304,20 @@ def test_a_damaged_state_is_refused(flags, whole, tmp_path):
         load(good)
 
 
-def test_a_run_goes_on_with_data_that_moved(flags, whole, tmp_path):
-    """`--data` beside `--resume` is what the run's config says from then on."""
-    shutil.copytree(whole, tmp_path / "run")
+def test_a_run_resumes_with_data_that_moved(flags, uninterrupted, tmp_path):
+    """`--data` beside `--resume` is stored in config.json."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.copytree(flags[-1], tmp_path / "moved", copy_function=shutil.copy2)
-    assert quick(train, "--resume", tmp_path / "run", "--data", tmp_path / "moved").returncode == 0
+    assert run_forked(train, "--resume", tmp_path / "run", "--data", tmp_path / "moved").returncode == 0
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["flags"]["data"] == str(tmp_path / "moved")
-    assert left(tmp_path / "run")[:-2] == left(whole)[:-2]
+    assert contents(tmp_path / "run")[:-2] == contents(uninterrupted)[:-2]
 
 
-def test_a_precision_that_is_none_is_refused(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
+def test_an_unknown_precision_is_refused(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
     config["flags"]["precision"] = "fp8"
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="config.json: flags: precision is 'fp8'"):
-        runs.load_run(tmp_path / "run")
+        evaluate.load_run(tmp_path / "run")

@@ -1,0 +1,102 @@
+"""How tests run the project's scripts: in an interpreter of their own, or in forked copies of this process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from common import cli
+from training import distributed
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+TIMEOUT = 120  # seconds
+
+
+def run_python(*words, **options) -> subprocess.CompletedProcess:
+    """Runs a script in a new interpreter, in the root of the repository."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, **options)
+
+
+def fork_script(script, words: Sequence, out, err, environment: dict) -> int:
+    """Starts a script in a fork of this process, which has imported everything already; -> its process id."""
+    if not (child := os.fork()):
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))
+        sys.argv = [script.__name__, *map(str, words)]
+        os.environ.update(environment)
+        os.chdir(ROOT)
+        warnings.simplefilter("error")
+        code = 1
+        try:
+            cli.run(script.main, distributed.should_report_error)
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def wait_for(children: list[int]) -> list[int]:
+    """The exit codes of processes. 5 seconds after one has failed, those that still run are killed."""
+    codes, deadline = {}, time.monotonic() + TIMEOUT
+    try:
+        while len(codes) < len(children):
+            for child in children:
+                if child not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
+                    codes[child] = os.waitstatus_to_exitcode(ended[1])
+                    deadline = min(deadline, time.monotonic() + 5) if codes[child] else deadline
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
+    finally:
+        for child in children:
+            if child not in codes:
+                os.kill(child, signal.SIGKILL)
+                codes[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return [codes[child] for child in children]
+
+
+def run_forked(script, *words, environments: Sequence[dict] = ({},),
+               meanwhile: Callable[[list[int]], None] | None = None) -> subprocess.CompletedProcess:  # fmt: skip
+    """Runs a script in a forked process, or in one for each environment at the same time.
+
+    `meanwhile` is called with the process ids. -> the first exit code that is not 0, and the output of all.
+    """
+    with TemporaryFile("w+b", buffering=0) as out, TemporaryFile("w+b", buffering=0) as err:
+        children = [fork_script(script, words, out, err, environment) for environment in environments]
+        try:
+            if meanwhile:
+                meanwhile(children)
+        finally:
+            codes = wait_for(children)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return subprocess.CompletedProcess([script.__name__, *words], next(filter(None, codes), 0), *texts)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2, no traceback, and last on stderr one line with these words."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert lines[-1].startswith("error: ") and all(word in lines[-1] for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def read_log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

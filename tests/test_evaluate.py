@@ -1,0 +1,120 @@
+"""Evaluation as a user runs it: a split of a run's dataset, and the user's own videos.
+
+References: the scores and captions that training wrote; `Captioner.caption` called with the same options.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from common.errors import InputError
+from tests.scripts import assert_one_line_error, run_forked, run_python
+from video_data.cache import cached_frames
+from video_data.datasets import cache_folder, read_dataset
+
+
+def test_the_scores_are_those_of_training(finished_run, tmp_path):
+    done = run_forked(evaluate, finished_run, "--save", tmp_path / "p.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    test = json.loads((finished_run / "test.json").read_text())
+    assert json.loads((tmp_path / "p.json").read_text()) == test["captions"]
+    assert f"CIDEr {100 * test['scores']['CIDEr']:.1f}" in done.stdout and test["signature"] in done.stdout
+
+
+def test_the_flags_of_generation_reach_the_decoder(finished_run, tmp_path):
+    """A split's captions with each flag are those of `Captioner.caption`; some differ from the greedy ones."""
+    captioner, flags = evaluate.load_run(finished_run)
+    root = Path(flags["data"])
+    clips = read_dataset("shapes", root, flags["shapes_sizes"], splits=["test"]).splits["test"]
+    cache = cached_frames(clips, cache_folder(None, "shapes", root), "test", 8, captioner.vit.preprocessing, 1)
+    frames = torch.from_numpy(np.stack([cache[i] for i in range(6)]))
+    greedy, differs = captioner.caption(frames), set()
+    for options in ({"beams": 3, "length_penalty": -2.0}, {"min_new_tokens": 7, "max_new_tokens": 9}):
+        words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+        done = run_forked(evaluate, finished_run, "--save", tmp_path / "p.json", "--device", "cpu", *words)
+        assert done.returncode == 0, done.stderr
+        found = list(json.loads((tmp_path / "p.json").read_text()).values())
+        assert found == captioner.caption(frames, **options)
+        differs.add(found != greedy)
+    assert True in differs
+
+
+def test_videos_good_and_bad(finished_run, flags, tmp_path):
+    """Ten files, two of them bad: eight captions, two errors, exit code 2."""
+    clips = sorted((Path(flags[-1]) / "test").glob("*.mp4"))
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.mp4").write_bytes(clips[i % len(clips)].read_bytes())
+    (folder / "3bad.mp4").write_bytes(b"")
+    (folder / "5bad.mp4").write_bytes(b"not a video")
+    done = run_forked(evaluate, finished_run, "--video", folder, "--save", tmp_path / "c.json")
+    assert_one_line_error(done, "2 of 10 videos")
+    assert len(done.stdout.splitlines()) == 8 and "3bad.mp4" in done.stderr and "5bad.mp4" in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "c.json").read_text().splitlines()]
+    assert [Path(row["video"]) for row in rows] == sorted(folder.iterdir())
+    assert [f"{row['video']}: {row['caption']}" for row in rows if "caption" in row] == done.stdout.splitlines()
+    assert [Path(row["video"]).name for row in rows if "error" in row] == ["3bad.mp4", "5bad.mp4"]
+    names = f"{folder}/0.mp4\n\n{folder}/1.mp4\n"
+    done = run_python("evaluate.py", finished_run, "--video", "-", "--frames", 3, input=names)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+
+
+def test_real_videos_are_captioned_or_named(finished_run, real):
+    """Every file of clips/ and of MSVD: 16 are captioned; the empty one, the text and the sound are named."""
+    done = run_forked(evaluate, finished_run, "--video", real / "clips", real / "msvd/YouTubeClips")
+    assert_one_line_error(done, "3 of 19 videos")
+    assert len(done.stdout.splitlines()) == 16
+    assert all(name in done.stderr for name in ("WrongFile.mp4", "audio_only.mp4", "empty.mp4"))
+
+
+def test_a_run_of_version_0_1_is_read(finished_run, tmp_path):
+    """Its flags, its adapter's fields and the names of its tensors were others; the captions stay the same."""
+    from models.safetensors import read_metadata, read_safetensors, write_safetensors
+
+    def old_fields(fields: dict) -> dict:
+        fields = dict(fields)
+        fields["talk"] = fields.pop("query_self_attention")
+        return fields | {"reading": "write" if fields.pop("write_back") else "read"}
+
+    config = json.loads((finished_run / "config.json").read_text())
+    flags, adapter = old_fields(config["flags"]), old_fields(config["adapter"])
+    flags["clips"] = flags.pop("shapes_sizes")
+    path = finished_run / "best/adapter.safetensors"
+    tensors = {name.replace("time_embed", "frames"): tensor for name, tensor in read_safetensors(path).items()}
+    assert "adapter.frames" in tensors
+    (tmp_path / "best").mkdir()
+    metadata = read_metadata(path) | {"adapter": json.dumps(adapter)}
+    write_safetensors(tmp_path / "best/adapter.safetensors", tensors, metadata)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"flags": flags, "adapter": adapter}))
+    done = run_forked(evaluate, tmp_path, "--save", tmp_path / "p.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    test = json.loads((finished_run / "test.json").read_text())
+    assert json.loads((tmp_path / "p.json").read_text()) == test["captions"]
+
+
+def test_each_user_error_is_one_line(finished_run, tmp_path, monkeypatch):
+    """In this process, where `cli.run` would turn the InputError into exit code 2; two of them as a user sees them."""
+
+    def refused(words, *expected: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        with pytest.raises(InputError) as error:
+            evaluate.main()
+        assert str(error.value).isprintable() and all(word in str(error.value) for word in expected), error.value
+
+    assert_one_line_error(run_python("evaluate.py", tmp_path / "gone"), "gone", "config.json")
+    assert_one_line_error(run_forked(evaluate, finished_run, "--video", tmp_path / "gone.mp4"), "gone.mp4")
+    refused([finished_run, "--device", "abacus"], "abacus")
+    refused([finished_run, "--save", tmp_path / "gone/p.json"], "gone/p.json")
+    refused([finished_run, "--save", tmp_path], str(tmp_path), "name of a file")
+    refused([finished_run, "--beams", 0], "--beams", "at least 1")
+    refused([finished_run, "--length-penalty", "nan"], "--length-penalty", "nan")
+    refused([finished_run, "--length-penalty", 11], "length_penalty", "11")
+    refused([finished_run, "--beams", 400], "beams: 400", "399")
+    refused([finished_run, "--min-new-tokens", 31], "min_new_tokens: 31", "30")
+    refused([finished_run, "--max-new-tokens", 2000], "2000 new tokens", "256")
