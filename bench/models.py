@@ -1,86 +1,62 @@
-"""Benchmarks of models for `bench.py`: the same random weights in transformers' classes and in ours, by turns.
+"""Benchmarks of models: the same random weights in transformers' classes and in ours, in alternation.
 
-Both run on the threads that torch takes, after one turn each that does not count. A ratio is theirs / ours in wall
-time, the median of as many as there are turns; above 1 it speaks for ours.
+Outputs are compared first. Both run with torch's default number of threads.
+
+Letters: B rows, S positions of a prefix.
 """
 
 import copy
 import json
-import statistics
 import tempfile
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from devices import DTYPES
+from bench.processes import ROOT
+from bench.timing import compare_in_turns
+from models.generation import generate
+from models.lm import CausalLM
+from models.vit import ViT
+from training.devices import DTYPES
 
-CONFIGS = Path(__file__).resolve().parent / "tests/configs"
-
-
-def by_turns(what: str, ours, theirs, repeats: int, warm: bool = False, **figures) -> dict:
-    """Unless both are `warm` already, one turn each does not count."""
-    times = []
-    for _ in range(repeats + (not warm)):
-        pair = []
-        for function in (theirs, ours):
-            begun = time.perf_counter()
-            function()
-            pair.append(time.perf_counter() - begun)
-        times.append(pair)
-    times = times[-repeats:]
-    ratios = sorted(a / b for a, b in times)
-    return {
-        "what": what, "wall s": statistics.median(b for _, b in times), "runs": repeats,
-        "theirs, wall s": statistics.median(a for a, _ in times), "ratio": statistics.median(ratios),
-        "ratios from": ratios[0], "to": ratios[-1],
-    } | figures  # fmt: skip
+CONFIGS = ROOT / "tests/models/configs"
+MAX_NEW_TOKENS = 30
 
 
-def assert_alike(found: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
-    """In fp32 within 1e-4 of the outputs' spread; in bf16, where the order of sums decides, on average no farther from
-    the fp32 outputs `exact` of the same weights than theirs, and a tenth."""
-    if found.dtype == torch.float32:
-        far = (found - theirs).abs().max() / theirs.std()
-        assert far < 1e-4, f"outputs differ by {far:.2g} of their spread"
-    ours_off, theirs_off = ((x.float() - exact).abs().mean() for x in (found, theirs))
-    assert ours_off <= 1.1 * theirs_off + 1e-4 * exact.std(), f"off by {ours_off:.2g}, theirs by {theirs_off:.2g}"
+def assert_outputs_agree(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """In fp32: within 1e-4 of the standard deviation of the outputs.
+
+    In bf16, where the order of sums matters: on average at most a tenth farther from the fp32 outputs `exact` of the
+    same weights than theirs are.
+    """
+    if ours.dtype == torch.float32:
+        error = (ours - theirs).abs().max() / theirs.std()
+        assert error < 1e-4, f"outputs differ by {error:.2g} of their standard deviation"
+    our_error, their_error = ((x.float() - exact).abs().mean() for x in (ours, theirs))
+    limit = 1.1 * their_error + 1e-4 * exact.std()
+    assert our_error <= limit, f"our mean error is {our_error:.2g}, theirs is {their_error:.2g}"
 
 
-# ------------------------------------------------------------------------------------- one pass
+# --------------------------------------------------------------------------------- forward passes
 
 
-def clip_b16(dtype: str):
-    """-> theirs, ours: random models of CLIP ViT-B/16's shape."""
+def make_clip_b16(dtype: str) -> tuple[nn.Module, ViT]:
+    """-> theirs, ours: random models of the shape of CLIP ViT-B/16."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    from vit import ViT
-
     torch.manual_seed(0)
-    published = json.loads((CONFIGS / "clip-vit-base-patch16.json").read_text())["vision_config"]
-    theirs = CLIPVisionModel(CLIPVisionConfig(**published)).eval().requires_grad_(False).to(DTYPES[dtype])
+    config = CLIPVisionConfig(**json.loads((CONFIGS / "clip-vit-base-patch16.json").read_text())["vision_config"])
+    theirs = CLIPVisionModel(config).eval().requires_grad_(False).to(DTYPES[dtype])
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = ViT.from_pretrained(folder, DTYPES[dtype]).eval().requires_grad_(False)
     return theirs, ours
 
 
-def vit_row(dtype: str, repeats: int) -> dict:
-    """CLIP ViT-B/16, 16 frames."""
-    theirs, ours = clip_b16(dtype)
-    pixels = torch.randn(16, 3, 224, 224).to(DTYPES[dtype])
-    mine, other = ours(pixels), theirs(pixels).last_hidden_state
-    assert_alike(mine, other, theirs.float()(pixels.float()).last_hidden_state)
-    theirs.to(DTYPES[dtype])
-    return by_turns(f"ViT-B/16, 16 frames, {dtype}", lambda: ours(pixels), lambda: theirs(pixels), repeats)
-
-
-def llama_160m(dtype: str):
-    """-> theirs, ours: random models of Llama-160m's shape whose logits spread like a trained model's."""
+def make_llama_160m(dtype: str) -> tuple[nn.Module, CausalLM]:
+    """-> theirs, ours: random models of the shape of Llama-160m, with logits that vary like a trained model's."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from lm import CausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(**json.loads((CONFIGS / "llama-160m.json").read_text()))
@@ -91,27 +67,37 @@ def llama_160m(dtype: str):
     theirs.lm_head.weight.normal_(0, 0.12)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        # Read again, not .to(bf16), which would round the rotary frequencies too.
+        # Loaded again: .to(bf16) would also round the rotary frequencies.
         theirs = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval().requires_grad_(False)
         ours = CausalLM.from_pretrained(folder, DTYPES[dtype]).requires_grad_(False)
     return theirs, ours
 
 
+def vit_row(dtype: str, repeats: int) -> dict:
+    """CLIP ViT-B/16 on 16 frames."""
+    theirs, ours = make_clip_b16(dtype)
+    pixels = torch.randn(16, 3, 224, 224).to(DTYPES[dtype])
+    outputs = ours(pixels), theirs(pixels).last_hidden_state
+    assert_outputs_agree(*outputs, theirs.float()(pixels.float()).last_hidden_state)
+    theirs.to(DTYPES[dtype])
+    return compare_in_turns(f"ViT-B/16, 16 frames, {dtype}", lambda: ours(pixels), lambda: theirs(pixels), repeats)
+
+
 def lm_row(dtype: str, repeats: int) -> dict:
     """Logits of 8 texts of 64 tokens."""
-    theirs, ours = llama_160m(dtype)
+    theirs, ours = make_llama_160m(dtype)
     ids = torch.randint(0, 32000, (8, 64), generator=torch.Generator().manual_seed(1))
 
-    def mine():
+    def our_logits() -> Tensor:
         return ours(ours.embed(ids))
 
-    def other():
+    def their_logits() -> Tensor:
         return theirs(ids, use_cache=False).logits
 
-    found, expected = mine(), other()
-    assert_alike(found, expected, theirs.float()(ids).logits)
+    outputs = our_logits(), their_logits()
+    assert_outputs_agree(*outputs, theirs.float()(ids).logits)
     theirs.to(DTYPES[dtype])
-    return by_turns(f"Llama-160m, logits of 8 x 64 tokens, {dtype}", mine, other, repeats)
+    return compare_in_turns(f"Llama-160m, logits of 8 x 64 tokens, {dtype}", our_logits, their_logits, repeats)
 
 
 def compare_vit(repeats: int) -> list[dict]:
@@ -122,65 +108,63 @@ def compare_lm(repeats: int) -> list[dict]:
     return [lm_row(dtype, repeats) for dtype in DTYPES]
 
 
-# ------------------------------------------------------------------------------------- decoding
+# ------------------------------------------------------------------------------------- generation
 
 
-def draw_eos(theirs, ours, spread: float) -> None:
-    """Draws EOS's row of both heads; the larger its spread, the more texts end early."""
-    row = torch.randn(ours.config.width, generator=torch.Generator().manual_seed(0)) * spread
+def randomize_eos(theirs: nn.Module, ours: CausalLM, std: float) -> None:
+    """Sets the row of EOS in both heads to random values; the larger their std, the more texts end early."""
+    row = torch.randn(ours.config.width, generator=torch.Generator().manual_seed(0)) * std
     for head in (theirs.lm_head, ours.head):
         head.weight[ours.config.eos_id] = row
 
 
-def beam_scores(lm, prefix: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
-    """What beam search makes as large as it can: each text's log-probability a token, EOS among them."""
+def mean_log_probability(lm: CausalLM, prefix: Tensor, texts: list[list[int]]) -> Tensor:
+    """The score that beam search maximises, averaged over texts: log-probability per token, EOS included."""
     scores = []
-    for x, ids in zip(prefix.to(lm.embed.weight.dtype), rows, strict=True):
-        target = torch.tensor([*ids, lm.config.eos_id][:30])
-        logits = lm(torch.cat([x, lm.embed(target[:-1])])[None])[0, len(x) - 1 :]
-        scores.append(-F.cross_entropy(logits, target))
-    return torch.stack(scores)
+    for x, ids in zip(prefix.to(lm.embed.weight.dtype), texts, strict=True):
+        labels = torch.tensor([*ids, lm.config.eos_id][:MAX_NEW_TOKENS])
+        logits = lm(torch.cat([x, lm.embed(labels[:-1])])[None])[0, len(x) - 1 :]
+        scores.append(-F.cross_entropy(logits, labels))
+    return torch.stack(scores).mean()
 
 
-def decoding_row(theirs, ours, dtype: str, texts: int, beams: int, repeats: int) -> dict:
-    """At most 30 new tokens after each of as many prefixes of 24 embeddings as there are `texts`.
+def generation_row(theirs: nn.Module, ours: CausalLM, dtype: str, rows: int, beams: int, repeats: int) -> dict:
+    """At most 30 new tokens after each of B = `rows` prefixes of S = 24 embeddings.
 
-    All token ids must be equal, but those of beams in bf16: there the two add up in another order, so that sooner or
-    later another token is ahead. How many texts are equal is told, and the mean score in fp32 has to be as good within
-    5 %.
+    All token ids must be equal, except with beams in bf16: the two add in different orders, so at some point another
+    token has the best score. There the mean score in fp32 must be at most 5 % worse than theirs.
     """
-    from decode import generate
-
     eos = ours.config.eos_id
-    prefix = torch.randn(texts, 24, 768, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
-    asked = {"attention_mask": torch.ones(texts, 24, dtype=torch.long), "do_sample": False, "num_beams": beams,
-             "max_new_tokens": 30, "eos_token_id": eos, "pad_token_id": eos}  # fmt: skip
+    prefix = torch.randn(rows, 24, 768, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])  # (B, S, C)
+    options = {"attention_mask": torch.ones(rows, 24, dtype=torch.long), "do_sample": False, "num_beams": beams,
+               "max_new_tokens": MAX_NEW_TOKENS, "eos_token_id": eos, "pad_token_id": eos}  # fmt: skip
 
-    def mine():
-        return generate(ours, prefix, 30, beams=beams)
+    def our_texts() -> list[list[int]]:
+        return generate(ours, prefix, MAX_NEW_TOKENS, beams=beams)
 
-    def other():
-        rows = theirs.generate(inputs_embeds=prefix, **asked).tolist()
-        return [row[: row.index(eos)] if eos in row else row for row in rows]
+    def their_texts() -> list[list[int]]:
+        texts = theirs.generate(inputs_embeds=prefix, **options).tolist()
+        return [ids[: ids.index(eos)] if eos in ids else ids for ids in texts]
 
-    found, expected = mine(), other()
-    equal = sum(a == b for a, b in zip(found, expected, strict=True))
-    if equal < texts:
-        assert (dtype, beams) == ("bf16", 5), f"{beams} beams, {dtype}: only {equal} of {texts} texts are equal"
+    texts, expected = our_texts(), their_texts()
+    equal = sum(a == b for a, b in zip(texts, expected, strict=True))
+    if equal < rows:
+        assert dtype == "bf16" and beams > 1, f"{beams} beams, {dtype}: only {equal} of {rows} texts are equal"
         exact = copy.deepcopy(ours).float()
-        a, b = (beam_scores(exact, prefix, rows).mean() for rows in (found, expected))
-        assert a >= b - 0.05 * b.abs(), f"{beams} beams, {dtype}: mean score {a:.3f}, theirs {b:.3f}"
-    lengths = sorted(map(len, found))
-    what = f"Llama-160m, {beams} beams, {texts} texts of {lengths[0]} to {lengths[-1]} tokens, {dtype}"
-    return by_turns(what, mine, other, repeats, warm=True, equal=f"{equal} of {texts}")
+        our_score, their_score = (mean_log_probability(exact, prefix, group) for group in (texts, expected))
+        limit = their_score - 0.05 * their_score.abs()
+        assert our_score >= limit, f"{beams} beams, {dtype}: mean score {our_score:.3f}, theirs {their_score:.3f}"
+    lengths = sorted(map(len, texts))
+    what = f"Llama-160m, {beams} beams, {rows} texts of {lengths[0]} to {lengths[-1]} tokens, {dtype}"
+    return compare_in_turns(what, our_texts, their_texts, repeats, warm_up=False, equal=f"{equal} of {rows}")
 
 
-def compare_decoding(repeats: int) -> list[dict]:
-    """Greedy and five beams, without early ends and with; five beams also of fewer texts at a time."""
+def compare_generation(repeats: int) -> list[dict]:
+    """Greedy search and five beams, for texts that do not end early and for texts that do."""
     rows = []
     for dtype in DTYPES:
-        models = llama_160m(dtype)
-        for spread, kinds in ((0.12, ((16, 1), (16, 5), (8, 5))), (0.4, ((16, 1), (16, 5)))):
-            draw_eos(*models, spread)
-            rows += [decoding_row(*models, dtype, texts, beams, repeats) for texts, beams in kinds]
+        theirs, ours = make_llama_160m(dtype)
+        for eos_std, sizes in ((0.12, ((16, 1), (16, 5), (8, 5))), (0.4, ((16, 1), (16, 5)))):
+            randomize_eos(theirs, ours, eos_std)
+            rows += [generation_row(theirs, ours, dtype, texts, beams, repeats) for texts, beams in sizes]
     return rows

@@ -1,0 +1,1 @@
+"""The two tiny models of the demo, and the script that makes them."""

@@ -1,0 +1,66 @@
+"""Benchmark of reading video: T frames of a clip through `read_frames` beside plain PyAV.
+
+PyAV decodes and converts every frame, then takes those at the same times; the pixels must be equal. Each turn opens the
+file and uses one thread.
+
+Letters: T frames, H, W height and width of a video's frames, S side of the frames returned.
+"""
+
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from bench.measure import compare_in_turns
+from video_data.video import as_preprocessing, decode_frames, frame_to_rgb, frames_at, read_frames, sample_positions
+
+T, S = 16, 224
+CLIPS = ("clips/12727.mp4", "clips/walk.mkv", "clips/realshort.mp4", "msvd/YouTubeClips/*.avi")  # in QADAPTER_REAL
+
+
+def make_clip(path: Path) -> None:
+    """Writes an H.264 clip of ten seconds with B-frames: a smooth random image that moves."""
+    height, width = 360, 640
+    coarse = np.random.default_rng(0).integers(0, 256, (10, 36, 3), np.uint8)
+    smooth = av.VideoFrame.from_ndarray(coarse, format="rgb24").reformat(2 * width, height, interpolation="BICUBIC")
+    image = smooth.to_ndarray()  # (H, 2W, 3)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width = height, width
+        for i in range(300):
+            window = np.ascontiguousarray(image[:, 2 * i : 2 * i + width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(window, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def read_with_pyav(path: Path, indices: list[int]) -> np.ndarray:
+    """Converts every frame, then selects: uint8 (T, 3, S, S)."""
+    preprocessing, reformatter = as_preprocessing(S), VideoReformatter()
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        frames = [frame_to_rgb(frame, preprocessing, reformatter) for frame in container.decode(video=0)]
+    return np.ascontiguousarray(np.stack([frames[i] for i in indices]).transpose(0, 3, 1, 2))
+
+
+def reading_row(path: Path, repeats: int) -> dict:
+    """"frames/s" counts the T frames that are returned."""
+    times = sorted(time for time, _ in decode_frames(path))
+    indices = frames_at(times, sample_positions(T, None))
+    ours, theirs = partial(read_frames, path, T, S), partial(read_with_pyav, path, indices)
+    assert np.array_equal(ours().numpy(), theirs()), f"{path}: the pixels differ from PyAV's"
+    row = compare_in_turns(f"{path.name}, {T} of {len(times)} frames at {S}, 1 thread", ours, theirs, repeats)
+    return row | {"frames/s": T / row["wall s"]}
+
+
+def compare_reading(repeats: int) -> list[dict]:
+    """Real clips where the environment variable QADAPTER_REAL names a folder of them, else one that is made."""
+    if real := os.environ.get("QADAPTER_REAL"):
+        return [reading_row(path, repeats) for pattern in CLIPS for path in sorted(Path(real).glob(pattern))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "made.mp4")
+        make_clip(path)
+        return [reading_row(path, repeats)]
