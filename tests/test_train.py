@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -141,10 +142,11 @@ def test_cached_features_are_block_outputs(finished_run, flags, tmp_path):
         with torch.no_grad():
             expected = vit(vit.normalize(torch.from_numpy(np.array(frames[3]))).to(dtype))  # (16, P, D)
         hashes = backbone_hashes(Path(stored["vit"]), Path(stored["lm"]))
-        encoded, block_outputs = [], captioner.block_outputs
-        captioner.block_outputs = lambda batch: encoded.append(len(batch)) or block_outputs(batch)
-        features = cached_inputs(args, dataset, captioner, hashes, torch.device("cpu"))["train"]
-        assert encoded == [1]  # one clip, for the shape; the others are in the cache
+        with pytest.MonkeyPatch.context() as patch:
+            encode = Mock(side_effect=captioner.block_outputs)
+            patch.setattr(captioner, "block_outputs", encode)
+            features = cached_inputs(args, dataset, captioner, hashes, torch.device("cpu"))["train"]
+        assert [len(call.args[0]) for call in encode.call_args_list] == [1]  # for the shape; the rest is in the cache
         found = torch.from_numpy(np.array(features[3])).view(torch.bfloat16)[:, 0]  # (16, P, D)
         torch.testing.assert_close(found, expected.bfloat16(), rtol=2**-7, atol=1e-2 if precision == "bf16" else 1e-6)
     for more in (("--write-back",), ("--method", "linear")):
