@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import metrics
 from common import cli
 from common.errors import InputError
 from common.files import replace_atomically
-from common.json_fields import field, read_json
+from common.json_fields import field, write_json
 from model import AdapterConfig, Captioner
 from models import hub
 from models.generation import make_generation_config
@@ -29,11 +30,13 @@ from models.lm import CausalLM
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from training import devices
-from training.config import upgrade_flags
+from training.config import read_run_config, rename_fields
+from training.distributed import ProcessGroup
 from training.run import backbone_hashes, check_checkpoint, checkpoint_path
-from video_data import datasets, shapes
+from video_data import shapes
 from video_data.annotations import VIDEO_SUFFIXES
 from video_data.cache import cached_frames
+from video_data.datasets import VideoDataset, cache_folder, read_dataset
 from video_data.video import read_frames
 
 # ---------------------------------------------------------------------------------- loading a run
@@ -45,19 +48,16 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     Raises InputError where the folder is no run or a file in it does not fit the others.
     """
     path = run / "config.json"
-    if not path.is_file():
-        raise InputError(f"{run}: expected the folder of a run, with config.json in it, as train.py makes it")
-    config = read_json(path)
-    flags = upgrade_flags(field(config, "flags", dict, path))
+    config, flags = read_run_config(run)
     vit_path, lm_path = (hub.resolve(field(flags, name, str, path)) for name in ("vit", "lm"))
-    precision = field(flags, "precision", str, path, "fp32")
+    precision = field(flags, "precision", str, path)
     if precision not in devices.DTYPES:
         raise InputError(f"{path}: flags: precision is {precision!r}, expected one of {', '.join(devices.DTYPES)}")
-    fields = upgrade_flags(field(config, "adapter", dict, path))
-    adapter = AdapterConfig.from_dict(fields, f"{path}: adapter")
-    devices.select_precision(precision, torch.device("cpu"), frozen=adapter.method != "full")
+    adapter = AdapterConfig.from_dict(rename_fields(field(config, "adapter", dict, path)), f"{path}: adapter")
+    if adapter.method == "full" and precision != "fp32":
+        raise InputError(f"{path}: flags: precision is {precision!r}, expected 'fp32' with method full")
     checkpoint = checkpoint_path(run, which)
-    check_checkpoint(checkpoint, backbone_hashes(vit_path, lm_path), fields)
+    check_checkpoint(checkpoint, backbone_hashes(vit_path, lm_path), asdict(adapter))
     dtype = devices.DTYPES[precision]
     vit = ViT.from_pretrained(vit_path, dtype, field(flags, "image_size", int, path, None))
     captioner = Captioner(vit, CausalLM.from_pretrained(lm_path, dtype), load_tokenizer(lm_path), adapter)
@@ -68,12 +68,12 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
 # --------------------------------------------------------------------------- captions and scores
 
 
-def caption_split(captioner: Captioner, cache: Sequence[np.ndarray], clips: Sequence[int], batch_size: int,
+def caption_split(captioner: Captioner, cache: Sequence[np.ndarray], indices: Sequence[int], batch_size: int,
                   **generation) -> list[str]:  # fmt: skip
-    """Captions the `clips`, indices into a cache of frames (T, 3, S, S), with options of `Captioner.caption`."""
+    """Captions clips of a cache of frames (T, 3, S, S), with options of `Captioner.caption`."""
     device, captions = next(captioner.parameters()).device, []
-    for start in range(0, len(clips), batch_size):
-        frames = np.stack([cache[i] for i in clips[start : start + batch_size]])  # (B, T, 3, S, S)
+    for start in range(0, len(indices), batch_size):
+        frames = np.stack([cache[i] for i in indices[start : start + batch_size]])  # (B, T, 3, S, S)
         captions += captioner.caption(torch.from_numpy(frames).to(device), **generation)
     return captions
 
@@ -96,22 +96,35 @@ def format_scores(scores: dict[str, float]) -> str:
     return "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
 
 
+def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, cache: Sequence[np.ndarray],
+                      batch_size: int, group: ProcessGroup, metric_names=metrics.METRICS,
+                      **generation) -> tuple[dict[str, str], dict[str, float], str]:  # fmt: skip
+    """-> captions of a split by clip id, their scores, the scores' signature. Each process captions its share."""
+    clips, training = dataset.splits[split], captioner.training
+    captioner.eval()
+    shard = group.shard(range(len(clips)))
+    local = caption_split(captioner, cache, shard, max(1, batch_size // group.world_size), **generation)
+    captioner.train(training)
+    references = {clip.id: list(clip.captions) for clip in clips}
+    captions = dict(zip(references, group.gather_shards(local), strict=True))
+    scores, signature = score_captions(dataset.name, references, captions, metric_names)
+    return captions, scores, f"{signature}|{dataset.signature(split)}"
+
+
 def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, frames: int,
                    generation: dict) -> dict[str, str]:  # fmt: skip
     """Captions a split of the run's dataset and prints its scores; -> {clip id: caption}."""
     path = args.run / "config.json"
-    name, root = field(flags, "dataset", str, path), Path(args.data or field(flags, "data", str, path))
-    allow_missing = field(flags, "allow_missing", bool, path, False)
-    dataset = datasets.read_dataset(name, root, field(flags, "shapes_sizes", list, path), allow_missing, [args.split])
+    name, root = field(flags, "dataset", str, path), args.data or Path(field(flags, "data", str, path))
+    sizes, allow_missing = field(flags, "shapes_sizes", list, path), field(flags, "allow_missing", bool, path)
+    dataset = read_dataset(name, root, sizes, allow_missing, [args.split])
     print(dataset)
-    clips, cache_root = dataset.splits[args.split], args.cache or field(flags, "cache", str, path, None)
-    cache = cached_frames(clips, datasets.cache_folder(cache_root, name, root), args.split, frames,
-                          captioner.vit.preprocessing, 0)  # fmt: skip
-    generated = caption_split(captioner, cache, range(len(clips)), args.batch_size, **generation)
-    captions = dict(zip((clip.id for clip in clips), generated, strict=True))
-    scores, signature = score_captions(name, {clip.id: list(clip.captions) for clip in clips}, captions)
+    cache_root = cache_folder(args.cache or field(flags, "cache", str, path, None), name, root)
+    cache = cached_frames(dataset.splits[args.split], cache_root, args.split, frames, captioner.vit.preprocessing, 0)
+    captions, scores, signature = caption_and_score(captioner, dataset, args.split, cache, args.batch_size,
+                                                    ProcessGroup(), **generation)  # fmt: skip
     print(f"{args.split}: {format_scores(scores)}")
-    print(f"{signature}|{dataset.signature(args.split)}")
+    print(signature)
     return captions
 
 
@@ -133,12 +146,13 @@ def expand_video_paths(names: list[str]) -> list[Path]:
         else:
             paths.append(path)
     if not paths:
-        raise InputError("--video -: expected paths of videos on the standard input, one a line, found none")
+        raise InputError("--video -: expected paths of videos on the standard input, one per line, found none")
     return paths
 
 
 def caption_videos(captioner: Captioner, paths: list[Path], frames: int, **generation) -> Iterator[dict[str, str]]:
     """Prints a caption or, on stderr, an error for each video, and yields it: {"video", "caption" or "error"}."""
+    device = next(captioner.parameters()).device
     for path in paths:
         try:
             pixels = read_frames(path, frames, captioner.vit.preprocessing)  # (T, 3, S, S)
@@ -146,20 +160,21 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int, **gener
             print(f"error: {error}", file=sys.stderr)
             yield {"video": str(path), "error": str(error)}
             continue
-        caption = caption_split(captioner, [pixels.numpy()], [0], 1, **generation)[0]
+        caption = captioner.caption(pixels[None].to(device), **generation)[0]
         print(f"{path}: {caption}", flush=True)
         yield {"video": str(path), "caption": caption}
 
 
 def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int, generation: dict) -> int:
     """Captions the videos of --video; -> the exit code, 2 if any could not be read."""
-    rows: list[dict[str, str]] = []
+    paths, rows = expand_video_paths(args.video), []
     try:
-        for row in caption_videos(captioner, expand_video_paths(args.video), frames, **generation):
+        for row in caption_videos(captioner, paths, frames, **generation):
             rows.append(row)
     finally:  # after Ctrl-C too
-        if args.save:
-            save_text(args.save, "".join(json.dumps(row) + "\n" for row in rows))
+        if args.save and rows:
+            with replace_atomically(args.save) as file:
+                file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
     failed = sum("error" in row for row in rows)
     if failed and len(rows) > 1:
         print(f"error: {failed} of {len(rows)} videos could not be captioned", file=sys.stderr)
@@ -176,20 +191,15 @@ def check_writable(path: Path) -> None:
         raise InputError(f"--save {path}: expected the name of a file in a folder that can be written to")
 
 
-def save_text(path: Path, text: str) -> None:
-    with replace_atomically(path) as file:
-        file.write(text.encode())
-
-
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
     group = parser.add_argument_group("input")
     group.add_argument("--split", choices=["val", "test"], default="test", help="which split of the run's dataset")
-    group.add_argument("--data", help="the dataset's folder; unset: as in training")
+    group.add_argument("--data", type=Path, help="the dataset's folder; unset: as in training")
     group.add_argument("--cache", type=Path, help="where decoded frames are stored; unset: as in training")
     group.add_argument("--video", nargs="+", metavar="FILE",
-                       help="your own videos instead, or folders of them; - reads paths, one a line")  # fmt: skip
+                       help="your own videos instead, or folders of them; - reads paths, one per line")  # fmt: skip
     group.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
     group.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
     group = parser.add_argument_group("generation")
@@ -200,7 +210,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--max-new-tokens", type=cli.at_least(1), default=30, help="most tokens of a caption")
     group = parser.add_argument_group("output and machine")
     group.add_argument("--save", type=Path, metavar="FILE",
-                       help="writes {id: caption} as JSON; for --video one JSON object a line")  # fmt: skip
+                       help="writes {id: caption} as JSON; for --video one JSON object per line")  # fmt: skip
     group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips of a split captioned at a time")
     group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
     return parser.parse_args()
@@ -208,6 +218,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
+    if args.save:
+        check_writable(args.save)
     device, _ = devices.select_device(args.device)
     devices.keep_freed_memory()
     captioner, flags = load_run(args.run, args.weights)
@@ -216,13 +228,11 @@ def main() -> int:
     names = "beams", "length_penalty", "min_new_tokens", "max_new_tokens"
     generation = {name: getattr(args, name) for name in names}
     make_generation_config(captioner.lm.config, captioner.prefix_length(frames), **generation)  # fail before the work
-    if args.save:
-        check_writable(args.save)
     if args.video:
         return evaluate_videos(captioner, args, frames, generation)
     captions = evaluate_split(captioner, flags, args, frames, generation)
     if args.save:
-        save_text(args.save, json.dumps(captions, indent=1) + "\n")
+        write_json(args.save, captions)
     return 0
 
 

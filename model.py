@@ -2,12 +2,12 @@
 
     BOS | N visual tokens | "a video of" | caption | EOS        the language model's input
 
-The visual tokens are connector(LN(Q)), scaled to the size of a word embedding (`--method qadapter`). The other
-methods make one visual token a frame, connector(pooled feature + frame vector), with the ViT frozen (`linear`), with
-LoRA in its attention (`lora`), or with everything trained (`full`).
+The visual tokens are connector(LN(Q)), scaled to the root mean square of the word embeddings (`--method qadapter`).
+The other methods make one visual token per frame, connector(pooled feature + frame vector), with the ViT frozen
+(`linear`), with LoRA in its attention (`lora`), or with everything trained (`full`).
 
 Letters: B clips, T frames, S side in pixels, D ViT width, Q the Q-Adapter's queries, C width of the language model,
-V vocabulary, N visual tokens, p tokens of the prompt, P = 1+N+p positions before a caption, K captions a clip,
+V vocabulary, N visual tokens, p tokens of the prompt, P = 1+N+p positions before a caption, K captions per clip,
 L tokens of the longest caption with its EOS.
 """
 
@@ -29,6 +29,7 @@ from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from qadapter import QAdapter, add_lora, init_time_embed, interpolate_time_embed
 
+# For users: the parts can be imported from here, too.
 __all__ = ["AdapterConfig", "Captioner", "CausalLM", "ViT", "generate", "load_tokenizer"]
 
 PROMPT = "a video of"
@@ -51,26 +52,47 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, values: dict, where: str) -> "AdapterConfig":
-        """Raises InputError, which `where` begins, unless exactly these fields are given, each of its type."""
+        """Fields that are missing keep their defaults: older runs lack the newest ones.
+
+        Raises an InputError that starts with `where` for unexpected fields and for values of another type.
+        """
         types = {f.name: f.type for f in fields(cls)}
-        if mismatched := sorted(types.keys() ^ values.keys()):
-            raise InputError(f"{where}: expected the fields {', '.join(types)}; differs in {mismatched[0]!r}")
-        return cls(**{name: field(values, name, kind, where) for name, kind in types.items()})
+        if unexpected := sorted(values.keys() - types.keys()):
+            raise InputError(f"{where}: expected the fields {', '.join(types)}, found {unexpected[0]!r}")
+        return cls(**{name: field(values, name, types[name], where) for name in values})
 
 
-def packed_attention_inputs(start: int, k: int, length: int, device: torch.device) -> dict[str, Tensor]:
-    """Inputs of `CausalLM.hidden` for k texts of `length` tokens, packed in one row after a shared prefix of `start`.
+def packed_attention_inputs(prefix_length: int, k: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    """Inputs of `CausalLM.hidden` for k texts of `length` tokens, packed in one row of s tokens after a shared prefix.
 
     Each token has the position that it would have in a row of its own, and sees the prefix and its own text:
-    `positions` (start + k*length,), `visible` (1, start + k*length, start + k*length). A single text needs neither.
+    `positions` (s,), `visible` (1, s, s). A single text needs neither.
     """
     if k == 1:
         return {}
-    text = torch.cat([torch.full((start,), -1), torch.arange(k).repeat_interleave(length)]).to(device)
-    place = torch.arange(start + length, device=device)
-    positions = torch.cat([place[:start], place[start:].repeat(k)])
-    same_text = (text == text[:, None]) | (text == -1)
-    return {"positions": positions, "visible": (same_text & (positions <= positions[:, None]))[None]}
+    prefix_ids, text_ids = torch.full((prefix_length,), -1), torch.arange(k).repeat_interleave(length)
+    segment_ids = torch.cat([prefix_ids, text_ids]).to(device)  # (s,)
+    position_ids = torch.arange(prefix_length + length, device=device)
+    positions = torch.cat([position_ids[:prefix_length], position_ids[prefix_length:].repeat(k)])  # (s,)
+    same_segment = (segment_ids == segment_ids[:, None]) | (segment_ids == -1)  # (s, s)
+    return {"positions": positions, "visible": (same_segment & (positions <= positions[:, None]))[None]}
+
+
+def make_adapter(vit: ViT, config: AdapterConfig) -> QAdapter:
+    """The Q-Adapter of a config. Raises InputError where it does not fit the ViT."""
+    if config.rank % config.heads:
+        raise InputError(f"--rank {config.rank}: expected a multiple of --heads {config.heads}")
+    if config.last_blocks > vit.config.depth:
+        raise InputError(f"--last-blocks {config.last_blocks}: the ViT has {vit.config.depth} blocks")
+    return QAdapter(vit.config.width, vit.config.depth, config.queries, config.rank, config.heads, config.frames,
+                    config.last_blocks, config.gate, config.write_back, config.query_self_attention)  # fmt: skip
+
+
+def current_name(name: str) -> str:
+    """A tensor's name in a file of version 0.1 -> its name today."""
+    if name in ("frames", "adapter.frames"):
+        return name.replace("frames", "time_embed")
+    return name.replace(".back_", ".write_") if name.startswith("adapter.blocks.") else name
 
 
 class Captioner(nn.Module):
@@ -97,13 +119,13 @@ class Captioner(nn.Module):
         self.connector = nn.Linear(width, lm.config.width)
         nn.init.normal_(self.connector.weight, std=width**-0.5)
         nn.init.zeros_(self.connector.bias)
-        # The language model expects inputs of the size of its embeddings; the connector need not learn that.
+        # The language model expects inputs as large as its embeddings; the connector need not learn that.
         self.register_buffer("prefix_scale", lm.embedding_rms(), persistent=False)
         self.prompt_ids = tokenizer.encode(PROMPT)
-        # The token that training texts began with; some public configs name another one.
+        # The tokenizer's BOS is the one the language model was trained with; some public configs name another.
         self.bos_id = tokenizer.bos_id() if tokenizer.bos_id() >= 0 else lm.config.bos_id
         prefix_length = self.prefix_length(config.frames)
-        if (positions := prefix_length + MAX_CAPTION_TOKENS + 1) > lm.config.max_positions:
+        if (positions := prefix_length + MAX_CAPTION_TOKENS) > lm.config.max_positions:  # EOS is not fed back
             visual = prefix_length - 1 - len(self.prompt_ids)
             raise InputError(f"{visual} visual tokens need {positions} positions, the language model has "
                              f"{lm.config.max_positions}")  # fmt: skip
@@ -129,34 +151,31 @@ class Captioner(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def prefix_length(self, frames: int) -> int:
-        """Positions before a caption: BOS, one visual token a query or a frame, the prompt."""
+        """Positions before a caption: BOS, one visual token per query or frame, the prompt."""
         return 1 + (self.config.queries if self.adapter is not None else frames) + len(self.prompt_ids)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> visual tokens (B, N, C)."""
         if frames.dtype != torch.uint8:
-            return self.connector(self.adapter.read(frames.to(self.dtype))) * self.prefix_scale
-        pixels = self.vit.normalize(frames).to(self.dtype)
-        if self.adapter is not None:
-            x = self.adapter(self.vit, pixels)  # (B, N, D)
+            x = self.adapter.read(frames.to(self.dtype))  # (B, N, D)
+        elif self.adapter is not None:
+            x = self.adapter(self.vit, self.vit.normalize(frames).to(self.dtype))  # (B, N, D)
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.method != "linear"):
-                pooled = self.vit.pooled(pixels.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B, T, D)
+            images = self.vit.normalize(frames).to(self.dtype).flatten(0, 1)  # (B*T, 3, S, S)
+            pooled = self.vit.pooled(images).unflatten(0, frames.shape[:2])  # (B, T, D)
             x = pooled + interpolate_time_embed(self.time_embed, frames.shape[1])
         return self.connector(x) * self.prefix_scale
 
     def block_outputs(self, frames: Tensor) -> Tensor:
-        """Frames uint8 (B, T, 3, S, S) -> the frozen ViT's outputs that the adapter reads, bf16 (B, T, L, P, D).
-
-        Here L is the number of adapted blocks and P that of tokens a frame. Without write-back only.
-        """
+        """Frames uint8 (B, T, 3, S, S) -> outputs of the frozen blocks that the adapter reads, without write-back: bf16
+        (B, T, adapted blocks, tokens per frame, D)."""
         return self.adapter.block_outputs(self.vit, self.vit.normalize(frames).to(self.dtype)).bfloat16()
 
     def prefix(self, frames: Tensor) -> Tensor:
         """Embeddings of BOS, visual tokens and prompt (B, 1+N+p, C)."""
         visual = self.encode(frames)
         ids = torch.tensor([self.bos_id, *self.prompt_ids], device=frames.device)
-        text = self.lm.embed(ids).expand(len(frames), -1, -1)
+        text = self.lm.embed(ids).expand(len(frames), -1, -1)  # (B, 1+p, C)
         return torch.cat([text[:, :1], visual.to(text.dtype), text[:, 1:]], dim=1)
 
     def forward(self, frames: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -168,23 +187,24 @@ class Captioner(nn.Module):
         """
         k, length = labels.shape[1:]
         prefix = self.prefix(frames)  # (B, P, C)
-        start = prefix.shape[1]
+        prefix_length = prefix.shape[1]
         captions = self.lm.embed(labels[:, :, :-1].clamp(min=0))  # (B, K, L-1, C)
         x = torch.cat([prefix, captions.flatten(1, 2)], dim=1)  # (B, P + K(L-1), C)
         # On a CPU the backward pass of fused attention can take 2.7 times as long in bf16 as that of plain attention.
         plain = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            x = self.lm_hidden(x, **packed_attention_inputs(start, k, length - 1, x.device))
-        first = x[:, None, start - 1 : start].expand(-1, k, -1, -1)  # predicts the first token of each caption
-        x = torch.cat([first, x[:, start:].unflatten(1, (k, length - 1))], dim=2)  # (B, K, L, C)
-        is_label = labels >= 0
-        logits = self.lm.head(x[is_label]).float()  # (labels, V)
-        return F.cross_entropy(logits, labels[is_label], reduction="sum"), int(is_label.sum())
+            x = self.lm_hidden(x, **packed_attention_inputs(prefix_length, k, length - 1, x.device))
+        # The last position of the prefix predicts the first token of each caption.
+        first = x[:, None, prefix_length - 1 : prefix_length].expand(-1, k, -1, -1)  # (B, K, 1, C)
+        x = torch.cat([first, x[:, prefix_length:].unflatten(1, (k, length - 1))], dim=2)  # (B, K, L, C)
+        mask = labels >= 0
+        logits = self.lm.head(x[mask]).float()  # (labels, V)
+        return F.cross_entropy(logits, labels[mask], reduction="sum"), int(mask.sum())
 
     @torch.no_grad()
     def caption(self, frames: Tensor, max_new_tokens: int = 30, min_new_tokens: int = 0, beams: int = 1,
                 length_penalty: float = 1.0) -> list[str]:  # fmt: skip
-        """Frames uint8 (B, T, 3, S, S) -> one caption a clip; greedy with one beam, see `models.generation`."""
+        """Frames uint8 (B, T, 3, S, S) -> one caption per clip; greedy with one beam, see `models.generation`."""
         options = max_new_tokens, min_new_tokens, beams, length_penalty
         make_generation_config(self.lm.config, self.prefix_length(frames.shape[1]), *options)  # fails before the ViT
         return self.tokenizer.decode(generate(self.lm, self.prefix(frames), *options))
@@ -203,7 +223,7 @@ class Captioner(nn.Module):
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Writes the trained tensors, and nothing else, as a safetensors file."""
-        write_safetensors(path, dict(self.trained()), metadata)
+        write_safetensors(path, self.trained(), metadata)
 
     def load(self, path: Path) -> None:
         """Reads what `save` wrote. Raises InputError unless names and shapes are exactly those of `trained()`."""
@@ -217,20 +237,3 @@ class Captioner(nn.Module):
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
-
-
-def make_adapter(vit: ViT, config: AdapterConfig) -> QAdapter:
-    """The Q-Adapter of a config. Raises InputError where it does not fit the ViT."""
-    if config.rank % config.heads:
-        raise InputError(f"--rank {config.rank}: expected a multiple of --heads {config.heads}")
-    if config.last_blocks > vit.config.depth:
-        raise InputError(f"--last-blocks {config.last_blocks}: the ViT has {vit.config.depth} blocks")
-    return QAdapter(vit.config.width, vit.config.depth, config.queries, config.rank, config.heads, config.frames,
-                    config.last_blocks, config.gate, config.write_back, config.query_self_attention)  # fmt: skip
-
-
-def current_name(name: str) -> str:
-    """A tensor's name in a file of version 0.1 -> its name today."""
-    if name in ("frames", "adapter.frames"):
-        return name.replace("frames", "time_embed")
-    return name.replace(".back_", ".write_") if name.startswith("adapter.blocks.") else name

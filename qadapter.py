@@ -4,7 +4,7 @@ This is our reading of the abstract of [1], the only part of that paper we could
 flow alongside the blocks of the ViT. After each adapted block they attend to all patches of all frames at
 once, and a gating layer decides, query by query, how much of what they read is kept:
 
-    X  = LN(Z) + E_t                                  Z: the block's output, E: one vector a frame;
+    X  = LN(Z) + E_t                                  Z: the block's output, E: one vector per frame;
                                                       this LN has no scale and no shift
     A  = softmax((LN(Q) W_q)(X W_k)^T / sqrt(d)) (X W_v) W_o
     g  = sigmoid([Q ; A] W_g + b_g)                   the gating layer
@@ -14,8 +14,9 @@ By default Z is not changed, so the ViT needs no gradients. With write-back the 
 queries, through a projection that starts at zero: deeper frozen blocks then work on adapted patches, and
 gradients pass through the ViT.
 
-Letters: B clips, T frames of S x S pixels, P tokens a frame (class token and patches), D ViT width,
-N queries, L adapted blocks, r rank, h heads, d = r/h; n and m count any queries and keys.
+Letters: B clips, T frames of S x S pixels, P tokens per frame (class token and patches), D ViT width,
+N queries Q, Q_L after the last block, A what they read, L adapted blocks, r rank, h heads, d = r/h;
+n and m count any queries and keys, T' is another number of frames.
 
 References
 [1] Q-Adapter, https://arxiv.org/abs/2510.10022 (abstract only).
@@ -47,7 +48,8 @@ def init_time_embed(frames: int, width: int) -> Tensor:
     """Initial frame vectors: time from -1 to 1 along one random direction -> (T, D).
 
     Their scale is that of LN(Z), not a ViT's usual 0.02: frames must be told apart from the first step on. Along a
-    ramp one direction of W_k makes a head early or late, and the difference of two such heads is motion.
+    ramp, one direction of W_k makes a head attend to early or to late frames; the difference of two such heads is
+    motion.
     """
     return torch.linspace(-1, 1, frames)[:, None] * torch.randn(width)
 
@@ -83,19 +85,20 @@ class GatedCrossAttention(nn.Module):
     def forward(self, queries: Tensor, patches: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, D), patches (B, T, P, D), frame vectors (T, D) -> new queries, gates (B, N), patches.
 
-        Tensors of T*P rows keep the dtype of the patches; everything else is float32.
+        Tensors of T*P rows and width D keep the dtype of the patches. Those of width r or 2r become float32 when the
+        frame vectors are added, and everything else is float32.
         """
         x = F.layer_norm(patches, patches.shape[-1:])  # no scale: W_k and W_v would learn it again
         # (LN(Z) + E) W = LN(Z) W + E W: this sum is r wide, not D
         kv = self.kv(x) + self.kv(time_embed)[:, None]  # (B, T, P, 2r)
         kv = kv.flatten(1, 2)  # (B, T*P, 2r)
-        normed_queries = self.norm(queries)
+        normed_queries = self.norm(queries)  # (B, N, D)
         if self.self_attention:
             kv = torch.cat([kv, self.kv(normed_queries)], dim=1)  # (B, T*P+N, 2r)
         read = self.o(multi_head_attention(self.q(normed_queries), *kv.chunk(2, dim=-1), self.heads))  # (B, N, D)
         gates = queries.new_ones(queries.shape[:2])  # (B, N)
         if self.gate is not None:
-            gates = self.gate(torch.cat([queries, read], dim=-1)).sigmoid().squeeze(-1)
+            gates = self.gate(torch.cat([queries, read], dim=-1)).sigmoid().squeeze(-1)  # (B, N)
         queries = queries + gates[..., None] * read
         if self.write_q is not None:
             patches = self.write(x, queries, patches, time_embed)
@@ -106,27 +109,30 @@ class GatedCrossAttention(nn.Module):
         q = (self.write_q(x) + self.write_q(time_embed)[:, None]).flatten(1, 2)  # (B, T*P, r)
         kv = self.write_kv(self.norm(queries))  # (B, N, 2r)
         read = multi_head_attention(q, *kv.chunk(2, dim=-1), self.heads)  # (B, T*P, r)
-        return patches + self.write_o(read.to(x.dtype)).view_as(patches)
+        return patches + self.write_o(read.to(x.dtype)).view_as(patches)  # (B, T, P, D)
 
 
 def naive_gated_cross_attention(block: GatedCrossAttention, queries: Tensor, patches: Tensor,
                                 time_embed: Tensor) -> Tensor:  # fmt: skip
-    """The four equations of the docstring, one clip and one head at a time; slow, for reading."""
+    """The four equations at the top of this file, one clip and one head at a time: slow, for reading.
+
+    -> the new queries (B, N, D), without write-back.
+    """
     outputs = []
     for q, z in zip(queries, patches, strict=True):  # (N, D), (T, P, D)
         x = (F.layer_norm(z, z.shape[-1:]) + time_embed[:, None]).flatten(0, 1)  # (T*P, D)
         normed_q = block.norm(q)
         if block.self_attention:
             x = torch.cat([x, normed_q])  # (T*P+N, D)
-        wk, wv = block.kv.weight.chunk(2)
+        wk, wv = block.kv.weight.chunk(2)  # (r, D) each
         heads = []
         for hq, hk, hv in zip(*(w.chunk(block.heads) for w in (block.q.weight, wk, wv)), strict=True):
-            logits = (normed_q @ hq.T) @ (x @ hk.T).T / len(hq) ** 0.5  # (N, T*P)
+            logits = (normed_q @ hq.T) @ (x @ hk.T).T / len(hq) ** 0.5  # (N, T*P); hq, hk, hv: (d, D)
             heads.append(logits.softmax(-1) @ (x @ hv.T))  # (N, d)
         a = torch.cat(heads, -1) @ block.o.weight.T  # (N, D)
-        g = torch.sigmoid(block.gate(torch.cat([q, a], -1))) if block.gate is not None else 1
+        g = torch.sigmoid(block.gate(torch.cat([q, a], -1))) if block.gate is not None else 1  # (N, 1)
         outputs.append(q + g * a)
-    return torch.stack(outputs)
+    return torch.stack(outputs)  # (B, N, D)
 
 
 class QAdapter(nn.Module):
@@ -155,7 +161,7 @@ class QAdapter(nn.Module):
 
     @torch.no_grad()
     def block_outputs(self, vit: nn.Module, pixels: Tensor) -> Tensor:
-        """Normalised pixels (B, T, 3, S, S) -> the frozen outputs of the adapted blocks (B, T, L, P, D).
+        """Normalized pixels (B, T, 3, S, S) -> the frozen outputs of the adapted blocks (B, T, L, P, D).
 
         The ViT processes the images in chunks: all at once would need more memory and, on a CPU, a quarter more time.
         """
@@ -197,7 +203,7 @@ class QAdapter(nn.Module):
         return self.norm(queries)
 
     def forward(self, vit: nn.Module, pixels: Tensor) -> Tensor:
-        """Normalised pixels (B, T, 3, S, S) -> LN(Q_L), (B, N, D), whatever T is."""
+        """Normalized pixels (B, T, 3, S, S) -> LN(Q_L), (B, N, D), whatever T is."""
         return self.read_and_write(vit, pixels) if self.write_back else self.read(self.block_outputs(vit, pixels))
 
 

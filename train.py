@@ -4,7 +4,7 @@ A run is a folder (`training/run.py`), and `--resume RUN` continues it bit for b
 the highest CIDEr on the validation split; the test split is scored once, after training. `torchrun --nproc-per-node 2
 train.py ...` trains the same with two processes (`training/distributed.py`).
 
-Letters: B clips of this process in a batch, T frames, S side in pixels, K captions a clip, L tokens of the longest
+Letters: B clips of this process in a batch, T frames, S side in pixels, K captions per clip, L tokens of the longest
 caption.
 """
 
@@ -15,10 +15,9 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-import metrics
 from common import cli
 from common.errors import InputError
-from evaluate import caption_split, format_scores, score_captions
+from evaluate import caption_and_score, format_scores
 from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
 from models import hub
 from models.lm import CausalLM
@@ -36,17 +35,21 @@ from video_data.batches import TrainingExamples, collate, epoch_batches, prefetc
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up, the peak for half of all steps, then half a cosine down to zero."""
+    """Linear warm-up, the peak until half of all steps, then half a cosine down to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1)))
 
 
 def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) -> tuple[Captioner, dict[str, str]]:
-    """The captioner that the flags describe, and the SHA-256 of its frozen backbones' files."""
-    vit, lm = default_models(args.dataset, device)
-    args.vit, args.lm = vit if args.vit is None else args.vit, lm if args.lm is None else args.lm
-    with group.rank0_first():  # one process downloads
+    """The captioner that the flags describe, and the SHA-256 of its frozen backbones' files.
+
+    Stores the names of both models in args; a hub id gets its commit.
+    """
+    default_vit, default_lm = default_models(args.dataset, device)
+    args.vit = default_vit if args.vit is None else args.vit
+    args.lm = default_lm if args.lm is None else args.lm
+    with group.rank0_first():  # one process of each machine downloads
         vit_path, lm_path = hub.resolve(args.vit, check=check_vit_config), hub.resolve(args.lm, check=load_tokenizer)
     args.vit, args.lm = hub.pin_revision(args.vit, vit_path), hub.pin_revision(args.lm, lm_path)
     dtype = devices.DTYPES[args.precision]
@@ -77,19 +80,6 @@ def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner,
     names = ", ".join(sum(group.all_gather(local), [])) or "none"
     raise InputError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; clips whose own loss is "
                      f"not finite: {names}; last/ is unchanged")  # fmt: skip
-
-
-def caption_and_score(captioner: Captioner, dataset: datasets.VideoDataset, split: str, cache, batch_size: int,
-                      group: distributed.ProcessGroup, names=metrics.METRICS):  # fmt: skip
-    """-> captions of a split by clip id, their scores, the scores' signature. Each process captions its share."""
-    captioner.eval()
-    clips = dataset.splits[split]
-    local = caption_split(captioner, cache, group.shard(range(len(clips))), max(1, batch_size // group.world_size))
-    captioner.train()
-    references = {clip.id: list(clip.captions) for clip in clips}
-    captions = dict(zip(references, group.gather_shards(local), strict=True))
-    scores, signature = score_captions(dataset.name, references, captions, names)
-    return captions, scores, f"{signature}|{dataset.signature(split)}"
 
 
 def main() -> int:
@@ -129,9 +119,9 @@ def main() -> int:
     trained = captioner.trained()
     optimizer = torch.optim.AdamW(trained.values(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay,
                                   fused=True)  # fmt: skip
-    step, best = 0, -1.0
+    step, best_cider = 0, -1.0
     if args.resume:
-        step, best = run.resume(captioner, optimizer, args, steps, device)
+        step, best_cider = run.resume(captioner, optimizer, args, steps, device)
         print(f"resuming after step {step}")
     else:
         run.create(captioner, optimizer, args, dataset)
@@ -171,13 +161,13 @@ def main() -> int:
                                                      ("BLEU", "ROUGE_L", "CIDEr"))  # fmt: skip
                     run.log({"step": step, "val": scores})
                     print(f"val at step {step}: {format_scores(scores)}", flush=True)
-                    if scores["CIDEr"] > best:
-                        best = scores["CIDEr"]
+                    if scores["CIDEr"] > best_cider:
+                        best_cider = scores["CIDEr"]
                         run.save("best", captioner, step)
 
             stop = group.all_reduce(len(interrupts)) > 0
             if validate or stop or step % args.save_every == 0:
-                run.save("last", captioner, step, optimizer, best)
+                run.save("last", captioner, step, optimizer, best_cider)
             if stop:
                 group.barrier()  # torchrun ends all processes when one has ended
                 print(f"\nstopped after step {step}; --resume {run.folder} continues")

@@ -118,7 +118,7 @@ def acquire_lock(path: Path, wait: bool) -> int | None:
 
 
 def check_disk_space(folder: Path, needed: int, what: str) -> None:
-    """Raises InputError, which `what` begins, where the disk of `folder` has fewer than `needed` bytes free."""
+    """Raises an InputError that starts with `what` if the disk of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(f"{what}: needs {format_bytes(needed)}, the disk of {folder} has {format_bytes(free)} free")

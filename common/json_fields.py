@@ -7,7 +7,7 @@ from reprlib import repr as short  # at most a line, however long or deep the va
 from typing import Any
 
 from common.errors import InputError
-from common.files import open_to_read
+from common.files import open_to_read, replace_atomically
 
 REQUIRED = object()
 TYPE_NAMES = {
@@ -26,7 +26,7 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in UTF-8 bytes. Raises InputError, which `where` begins, for anything else."""
+    """The JSON object in UTF-8 bytes. Raises an InputError that starts with `where` for anything else."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_reject_duplicates)
     # ValueError: not UTF-8, not JSON (the message has line and column), a number of 5000 digits.
@@ -44,6 +44,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
         return parse_object(file.read(), str(path))
 
 
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object atomically. Raises InputError when the disk refuses."""
+    with replace_atomically(path) as file:
+        file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
+
+
 def field(
     config: dict[str, Any], name: str, kind: type, where: str | Path, default: Any = REQUIRED
 ) -> Any:
@@ -51,7 +57,7 @@ def field(
 
     A whole number is accepted as a float and returned as one. true and false are not numbers. Without
     a default the field is required; with one, null counts as absent, as in public configs.
-    Raises InputError, which `where` begins: the file, or the file and the part of it.
+    Raises an InputError that starts with `where`: the file, or the file and the part of it.
     """
     value = config.get(name)
     if value is None and default is not REQUIRED:

@@ -133,7 +133,7 @@ def score(
     """Scores one caption per video against its references.
 
     references: {id: [str, ...]}; hypotheses: {id: str} or {id: [str]}. tokenizer: "ptb", or "none" for captions that
-    are already tokenised and are split at spaces. meteor_data: folder of METEOR's tables. strict: missing tables raise
+    are already tokenized and are split at spaces. meteor_data: folder of METEOR's tables. strict: missing tables raise
     an error. subset: videos without a hypothesis are left out instead of raising an error. metrics: which of METRICS
     to compute; METEOR's tables are only read for METEOR. names: what error messages call the two inputs. progress:
     called as progress(text, done, total) during METEOR, and as progress(text) before its tables are compiled.

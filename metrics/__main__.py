@@ -111,7 +111,7 @@ def parse_arguments(argv):
         "--tokenizer",
         choices=TOKENIZERS,
         default="ptb",
-        help="ptb (what papers use), or none for captions that are already tokenised",
+        help="ptb (what papers use), or none for captions that are already tokenized",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, unscaled")
     parser.add_argument("--per-video", metavar="FILE", help="write each video's scores as CSV")

@@ -2,7 +2,7 @@
 
 A caption is four vectors of count times idf, one for each n. The idf of an n-gram comes from the scored videos. So a
 score depends on the whole set, and a set of one video scores 0. CIDEr-D clips the hypothesis' counts to the
-reference's and penalises a difference in length.
+reference's and penalizes a difference in length.
 
 Behaviour of pycocoevalcap, kept here: the length of a caption is its number of *bigrams*, which only changes the
 distance from an empty caption, whose similarity is 0 anyway. A caption of fewer than four words has no 4-grams, so

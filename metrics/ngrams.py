@@ -60,7 +60,7 @@ def sum_by_index(index, values, size):
 
 
 def count_ngrams(references, hypotheses):
-    """NgramCounts (n = 1..4) of tokenised captions.
+    """NgramCounts (n = 1..4) of tokenized captions.
 
     references: for each video a list of str; hypotheses: for each video one str. Words come from `str.split()`, so a
     no-break space separates words, as in pycocoevalcap.

@@ -3,7 +3,7 @@
 The scorers in `bleu.py`, `rouge.py` and `cider.py` compute the same numbers with arrays and bit masks; tests hold the
 two versions equal. Constants and conventions are those of pycocoevalcap, the code of [5], which caption papers use.
 
-Input of every function: tokenised captions, words separated by spaces. references: for each video a list of str;
+Input of every function: tokenized captions, words separated by spaces. references: for each video a list of str;
 hypotheses: for each video one str. Every function returns (corpus score, list of scores per video).
 
 References
@@ -116,13 +116,13 @@ def document_frequencies(references):
     return frequencies
 
 
-def tf_idf(caption, n, frequencies, videos):
+def tf_idf(caption, n, frequencies, num_videos):
     """[4] g^n, the vector of one caption: n-gram -> count * ln(videos / document frequency).
 
     The idf is of the scored set. Counts are not divided by the caption's length: the cosine cancels it.
     """
     counts = count_ngrams(caption.split(), n)
-    return {ngram: count * (log(videos) - log(max(1, frequencies[ngram]))) for ngram, count in counts.items()}
+    return {ngram: count * (log(num_videos) - log(max(1, frequencies[ngram]))) for ngram, count in counts.items()}
 
 
 def norm(vector):

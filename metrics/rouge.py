@@ -38,7 +38,7 @@ def lcs_length(masks, length, words):
 
 
 def score_video(references, hypothesis):
-    """ROUGE-L, 0..1, of one tokenised hypothesis (str) against its references (list of str)."""
+    """ROUGE-L, 0..1, of one tokenized hypothesis (str) against its references (list of str)."""
     words = hypothesis.split(" ")
     masks = position_masks(words)
     precision = recall = 0.0
@@ -53,6 +53,6 @@ def score_video(references, hypothesis):
 
 
 def score(references, hypotheses):
-    """ROUGE-L of tokenised captions, for each video a list of str and one str: (mean, per-video scores (V,))."""
+    """ROUGE-L of tokenized captions, for each video a list of str and one str: (mean, per-video scores (V,))."""
     per_video = np.array([score_video(r, h) for r, h in zip(references, hypotheses, strict=True)])
     return float(np.mean(per_video)), per_video

@@ -197,7 +197,7 @@ class CausalLM(nn.Module):
 
         With a cache, x follows the cached positions. Attention is causal, unless the caller gives the `positions` (S,)
         of x and `visible` (B, S, slots): True where a position of x attends to a slot of the cache (without a cache: to
-        a position of x). Raises InputError beyond config.max_positions.
+        a position of x). Without positions, raises InputError beyond config.max_positions.
         """
         config, cached = self.config, 0 if cache is None else len(cache)
         if positions is None:

@@ -65,6 +65,16 @@ def test_videos_good_and_bad(finished_run, flags, tmp_path):
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
 
 
+def test_a_saved_file_stays_where_nothing_is_captioned(finished_run, tmp_path):
+    """An empty folder, and an empty list of paths: one line, and the captions of an earlier call are still there."""
+    (tmp_path / "c.json").write_text("old")
+    (tmp_path / "empty").mkdir()
+    for words, text in (([tmp_path / "empty"], "found none"), (["-"], "found none")):
+        done = run_python("evaluate.py", finished_run, "--video", *words, "--save", tmp_path / "c.json", input="")
+        assert_one_line_error(done, text)
+        assert (tmp_path / "c.json").read_text() == "old"
+
+
 def test_real_videos_are_captioned_or_named(finished_run, real):
     """Every file of clips/ and of MSVD: 16 are captioned; the empty one, the text and the sound are named."""
     done = run_forked(evaluate, finished_run, "--video", real / "clips", real / "msvd/YouTubeClips")

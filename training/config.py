@@ -15,14 +15,14 @@ from common import cli
 from common.errors import InputError
 from common.json_fields import field, read_json
 from training.devices import DTYPES
-from video_data.datasets import DATASETS
+from video_data.datasets import DATASETS, DEFAULT_SIZES
 
 METHODS = ("qadapter", "linear", "lora", "full")
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
-RESUMABLE = {"resume", "device", "workers", "data", "cache"}  # flags that --resume allows beside it
-ADDED = {  # flags that older runs lack, and the value they had in effect
+ALLOWED_WITH_RESUME = {"resume", "device", "workers", "data", "cache"}
+DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had in effect
     "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
 }  # fmt: skip
 
@@ -32,6 +32,21 @@ def default_models(dataset: str, device: torch.device) -> tuple[str, str]:
     return TINY if dataset == "shapes" else (CLIP, LLAMA_160M if device.type == "cpu" else TINYLLAMA)
 
 
+class Reading(argparse.Action):
+    """`--reading write` is `--write-back`."""
+
+    def __call__(self, parser, namespace, value, option=None):
+        setattr(namespace, self.dest, value == "write")
+
+
+def add_old_names(parser: argparse.ArgumentParser) -> None:
+    """The names that flags had in version 0.1."""
+    hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument("--clips", dest="shapes_sizes", type=cli.at_least(1), nargs=3, **hidden)
+    parser.add_argument("--talk", dest="query_self_attention", action="store_true", **hidden)
+    parser.add_argument("--reading", dest="write_back", action=Reading, choices=["read", "write"], **hidden)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("Trains a captioner on a dataset.")
     group = parser.add_argument_group("data")
@@ -39,12 +54,12 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--data", type=Path, help="the dataset's folder; unset: data/DATASET")
     group.add_argument("--allow-missing", action="store_true", help="leave out clips without a video or a caption")
     group.add_argument("--cache", type=Path, help="where frames are stored; unset: .cache in the dataset's folder")
-    group.add_argument("--shapes-sizes", type=cli.at_least(1), nargs=3, default=[6000, 200, 500],
+    group.add_argument("--shapes-sizes", type=cli.at_least(1), nargs=3, default=list(DEFAULT_SIZES),
                        metavar=("TRAIN", "VAL", "TEST"), help="clips of each split of shapes")  # fmt: skip
     group.add_argument("--cache-features", action="store_true",
                        help="run the frozen ViT once for each frame and store its outputs on the disk, in bf16")
-    group.add_argument("--frames", type=cli.at_least(1, 4096), default=8, help="frames a clip")
-    group.add_argument("--captions-per-clip", type=cli.at_least(1), default=1, help="captions a clip in a step")
+    group.add_argument("--frames", type=cli.at_least(1, 4096), default=8, help="frames per clip")
+    group.add_argument("--captions-per-clip", type=cli.at_least(1), default=1, help="captions per clip in a step")
     group = parser.add_argument_group("model")
     group.add_argument("--vit", help="the ViT: a folder, a .pth file or a hub id; unset: the tiny one for shapes, else "
                        f"{CLIP}")  # fmt: skip
@@ -60,8 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--last-blocks", type=cli.at_least(0), default=3, help="adapt only the last so many; 0: all")
     group.add_argument("--gate", choices=["sigmoid", "none"], default="sigmoid", help="the gating layer")
     group.add_argument("--query-self-attention", action="store_true", help="queries attend to each other too")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips a step, over all processes")
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips per step, over all processes")
     group.add_argument("--epochs", type=cli.at_least(1), default=16, help="passes over the training clips")
     group.add_argument("--lr", type=cli.number(0, above=True), default=5e-3, help="peak learning rate of AdamW")
     group.add_argument("--weight-decay", type=cli.number(0), default=0.01, help="of AdamW")
@@ -73,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--eval-every", type=cli.at_least(1), default=4, help="epochs between validations")
     group.add_argument("--log-every", type=cli.at_least(1), default=20, help="steps between log lines")
     group.add_argument("--save-every", type=cli.at_least(1), default=200, help="steps between checkpoints")
-    group.add_argument("--workers", type=cli.at_least(0), default=0, help="processes that decode video; 0: one a core")
+    group.add_argument("--workers", type=cli.at_least(0), default=0, help="processes that decode; 0: one per core")
     group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
     group.add_argument("--precision", choices=["auto", *DTYPES], default="auto",
                        help="of the frozen weights; auto: bf16 where the device has instructions for it")  # fmt: skip
@@ -82,45 +97,50 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_old_names(parser: argparse.ArgumentParser) -> None:
-    """The names that flags had in version 0.1."""
-    hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-    parser.add_argument("--clips", dest="shapes_sizes", type=cli.at_least(1), nargs=3, **hidden)
-    parser.add_argument("--talk", dest="query_self_attention", action="store_true", **hidden)
-    parser.add_argument("--reading", dest="write_back", action=Reading, choices=["read", "write"], **hidden)
+def check_out(folder: Path, resume: bool) -> None:
+    """Raises InputError where the folder is that of another run, or cannot be written to."""
+    if (folder / "config.json").exists() and not resume:
+        raise InputError(f"{folder}: holds a run already; --resume {folder} continues it, --out names another folder")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--out {folder}: cannot be written to")
 
 
-class Reading(argparse.Action):
-    """`--reading write` is `--write-back`."""
+def to_words(name: str, value: Any) -> list[str]:
+    """A flag's name and value -> the words of the command line."""
+    if value is None or value is False:
+        return []
+    values = [] if value is True else value if isinstance(value, list) else [value]
+    return [f"--{name.replace('_', '-')}", *map(str, values)]
 
-    def __call__(self, parser, namespace, value, option=None):
-        setattr(namespace, self.dest, value == "write")
+
+def rename_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Flags, or the adapter's fields, under the names of version 0.1 -> under those of today."""
+    fields = dict(fields)
+    for old, new in (("clips", "shapes_sizes"), ("talk", "query_self_attention"), ("reading", "write_back")):
+        if old in fields:
+            value = fields.pop(old)
+            fields[new] = value == "write" if old == "reading" else value
+    return fields
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """All flags, with --data and --out filled in. Raises InputError."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_args(argv)
-    if args.resume:
-        args = resume_args(args, argv)
-    args.data = args.data or Path("data") / args.dataset
-    args.out = args.out or Path(f"runs/{args.dataset}-{args.method}")
-    if args.cache_features and (args.method != "qadapter" or args.write_back):
-        raise InputError("--cache-features: needs --method qadapter without --write-back; others change the ViT's work")
-    check_out(args.out, bool(args.resume))
-    return args
+def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """-> config.json of a run, and its flags with those that older runs lack. Raises InputError."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise InputError(f"{run}: expected the folder of a run, with config.json and last/state.pt in it")
+    config = read_json(path)
+    return config, rename_fields(DEFAULTS_IN_OLDER_RUNS | field(config, "flags", dict, path))
 
 
 def resume_args(args: argparse.Namespace, argv: list[str]) -> argparse.Namespace:
-    """The flags of the run that --resume names, with those of RESUMABLE replaced that are given beside it."""
+    """The flags of the run that --resume names, with those of ALLOWED_WITH_RESUME replaced that are given beside it."""
     given = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
-    if refused := sorted(given - RESUMABLE):
-        allowed = ", ".join(f"--{name}" for name in sorted(RESUMABLE))
+    if refused := sorted(given - ALLOWED_WITH_RESUME):
+        allowed = ", ".join(f"--{name}" for name in sorted(ALLOWED_WITH_RESUME))
         raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; with --resume only {allowed}")
     path = args.resume / "config.json"
-    if not path.is_file():
-        raise InputError(f"{args.resume}: expected the folder of a run, with config.json and last/state.pt in it")
-    flags = upgrade_flags(field(read_json(path), "flags", dict, path))
+    _, flags = read_run_config(args.resume)
     words = []  # parsed again, so that a flag that was changed by hand is checked like any other
     for name in sorted(vars(args).keys() - {"resume", "out"}):
         if name not in flags:
@@ -132,28 +152,15 @@ def resume_args(args: argparse.Namespace, argv: list[str]) -> argparse.Namespace
         raise InputError(f"{path}: flags: {error}") from error
 
 
-def to_words(name: str, value: Any) -> list[str]:
-    """A flag's name and value -> the words of the command line."""
-    if value is None or value is False:
-        return []
-    values = [] if value is True else value if isinstance(value, list) else [value]
-    return [f"--{name.replace('_', '-')}", *map(str, values)]
-
-
-def upgrade_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags, or the adapter's fields, of a config.json of version 0.1 -> those of today."""
-    flags = ADDED | flags if "dataset" in flags else dict(flags)
-    for old, new in (("clips", "shapes_sizes"), ("talk", "query_self_attention"), ("reading", "write_back")):
-        if old in flags:
-            value = flags.pop(old)
-            flags[new] = value == "write" if old == "reading" else value
-    return flags
-
-
-def check_out(folder: Path, resume: bool) -> None:
-    """Raises InputError where the folder is that of another run, or cannot be written to."""
-    if (folder / "config.json").exists() and not resume:
-        raise InputError(f"{folder}: holds a run already; --resume {folder} continues it, --out names another folder")
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--out {folder}: cannot be written to")
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """All flags, with --data and --out filled in. Raises InputError."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(argv)
+    if args.resume:
+        args = resume_args(args, argv)
+    args.data = args.data or Path("data") / args.dataset
+    args.out = args.out or Path(f"runs/{args.dataset}-{args.method}")
+    if args.cache_features and (args.method != "qadapter" or args.write_back):
+        raise InputError("--cache-features: expected --method qadapter without --write-back: only that reads features")
+    check_out(args.out, bool(args.resume))
+    return args

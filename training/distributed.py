@@ -22,6 +22,17 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 
+_store: dist.Store | None = None  # shared by all ranks; torchrun keeps it when one has died
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """A collective operation. Raises InputError if another rank is gone."""
+    try:
+        yield
+    except RuntimeError as error:  # what the backends raise
+        raise InputError("another process of this run has ended, or cannot be reached") from error
+
 
 @dataclass(frozen=True)
 class ProcessGroup:
@@ -100,18 +111,6 @@ class ProcessGroup:
             dist.destroy_process_group()
 
 
-_store: dist.Store | None = None  # shared by all ranks; torchrun keeps it when one has died
-
-
-@contextmanager
-def _collective() -> Iterator[None]:
-    """A collective operation. Raises InputError if another rank is gone."""
-    try:
-        yield
-    except RuntimeError as error:  # what the backends raise
-        raise InputError("another process of this run has ended, or cannot be reached") from error
-
-
 def should_report_error() -> bool:
     """Whether this process prints an error: of all ranks, only the first that asks."""
     if _store is None:
@@ -133,6 +132,8 @@ def init_process_group(device: str, batch_size: int) -> ProcessGroup:
     if batch_size < group.world_size:
         raise InputError(f"--batch-size {batch_size}: expected at least {group.world_size}, one clip a process")
     gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "auto" and not gpus and torch.backends.mps.is_available():
+        raise InputError("--device auto: would be mps here, and several processes need --device cpu")
     if gpus:
         if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
             raise InputError(f"torchrun: expected at most one process for each of this machine's {gpus} GPUs")

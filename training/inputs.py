@@ -1,7 +1,6 @@
 """The cached inputs of a run: the frames of every split, and for training the frozen ViT's outputs in their place."""
 
 import argparse
-import json
 
 import torch
 
@@ -25,7 +24,7 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
 
     train = frames("train", max(CANDIDATE_FRAMES, 2 * args.frames))
     if args.cache_features:
-        key = json.dumps([hashes, args.precision, captioner.adapter.first])
+        key = [hashes, args.precision, captioner.adapter.first]
         train = cached_features(train, key, lambda batch: captioner.block_outputs(batch.to(device)).cpu(),
                                 args.batch_size * args.frames)  # fmt: skip
     return {"train": train, "val": frames("val", args.frames), "test": frames("test", args.frames)}

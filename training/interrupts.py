@@ -9,9 +9,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def deferred_interrupts(repeatable: bool, compiling: bool) -> Iterator[list[int]]:
-    """Within the block a first signal is only added to the list that is returned; after it signals interrupt at once.
+    """Inside the block, a first signal is only appended to the yielded list. After it, signals interrupt at once.
 
-    A second signal within the block interrupts too, unless `repeatable`: torchrun sends its processes a signal that
+    A second signal inside the block interrupts too, unless `repeatable`: torchrun sends its processes a signal that
     they have received from the terminal already. While `compiling`, the compiler's processes receive the signal too,
     and what they raise then counts as an interrupt.
     """
@@ -30,5 +30,5 @@ def deferred_interrupts(repeatable: bool, compiling: bool) -> Iterator[list[int]
         if compiling and received:
             raise KeyboardInterrupt from None
         raise
-    for number in SIGNALS:
+    for number in SIGNALS:  # not in a `finally`: after an exception the process ends, and no signal may disturb that
         signal.signal(number, signal.default_int_handler)

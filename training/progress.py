@@ -21,7 +21,7 @@ class Progress:
         self.last_time += time.monotonic() - start
 
     def update(self, step: int) -> tuple[float, str]:
-        """-> clips a second since the last call, and a line with it, the time since the start and the time left."""
+        """-> clips per second since the last call, and a line with it, the time since the start and the time left."""
         now = time.monotonic()
         speed = (step - self.last_step) * self.batch_size / (now - self.last_time)
         left = (self.steps - step) * self.batch_size / speed

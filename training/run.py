@@ -31,10 +31,10 @@ import torch
 
 from common.errors import InputError
 from common.files import acquire_lock, replace_atomically, sha256_of, sync_folder
-from common.json_fields import read_json
+from common.json_fields import parse_object, read_json, write_json
 from models.safetensors import read_metadata
 from models.weights import LOAD_ERRORS, weight_files
-from training.config import upgrade_flags
+from training.config import rename_fields
 from training.distributed import ProcessGroup
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -63,11 +63,8 @@ def check_checkpoint(path: Path, hashes: dict[str, str], adapter: dict) -> None:
         if metadata.get(name) != hashes.get(name):
             raise InputError(f"{path}: was trained with another {name} (sha256 {str(metadata.get(name))[:12]}, "
                              f"found {str(hashes.get(name))[:12]})")  # fmt: skip
-    try:
-        trained = upgrade_flags(json.loads(metadata.get("adapter", "{}")))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: metadata field 'adapter': expected a JSON object: {error}") from error
-    if trained != adapter:
+    trained = rename_fields(parse_object(metadata.get("adapter", "{}").encode(), f"{path}: metadata field 'adapter'"))
+    if not trained.items() <= adapter.items():  # older checkpoints lack the newest fields
         raise InputError(f"{path}: is an adapter of {trained}, config.json of its run says {adapter}")
 
 
@@ -129,11 +126,6 @@ def lock_run(run: Path) -> int:
     for temporary in run.glob(".*.tmp"):
         temporary.unlink()
     return descriptor
-
-
-def write_json(path: Path, content: dict) -> None:
-    with replace_atomically(path) as file:
-        file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -201,7 +193,10 @@ class Run:
 
     def resume(self, captioner, optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps: int,
                device: torch.device) -> tuple[int, float]:  # fmt: skip
-        """Restores the trained tensors and the optimizer; -> the step and the best validation score until then."""
+        """Restores the trained tensors and the optimizer; -> the step and the best validation score until then.
+
+        Locks the folder, drops later rows of the log, and stores a new --data or --cache.
+        """
         self._open()
         captioner.load(checkpoint_path(self.folder, "last"))
         step, best = load_state(self.folder / "last" / "state.pt", optimizer, device)

@@ -1,4 +1,5 @@
-"""Frames of clips and ViT features of these frames, computed once and kept on disk: one file per clip.
+"""Frames of clips, and their features (the ViT's hidden states after the adapted blocks): computed once and kept on the
+disk, one file per clip.
 
     ROOT/train-32x224-1a2b3c4d/KEY                      frames (M, 3, S, S), uint8
     ROOT/train-32x224-1a2b3c4d-features-5e6f7a8b/KEY    features (M, ...), bf16
@@ -23,6 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ from common.workers import worker_pool
 from video_data.datasets import Clip
 from video_data.video import as_preprocessing, read_frames
 
-READER_VERSION = 2  # to be raised when `read_frames` chooses or converts frames in another way
+READER_VERSION = 2  # raise this when `read_frames` chooses or converts frames differently
 REPORT_EVERY, DAY = 5, 24 * 3600  # seconds
 
 
@@ -107,21 +109,9 @@ def _fill(cache: ClipCache, what: str, make: Callable[[list[int]], Iterator[int]
     report(f"{what}: {total}/{total} clips in {format_seconds(time.monotonic() - start_time)}")
 
 
-def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing: int | Preprocessing,
-                  workers: int, report: Callable = print) -> ClipCache:  # fmt: skip
-    """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S). Each clip is decoded only once.
-
-    `workers` processes decode what is missing; 0: one per core. Raises InputError for a clip that cannot be decoded, a
-    worker that dies, and lack of space. Clips that are done stay.
-    """
-    preprocessing = as_preprocessing(preprocessing)
-    size = preprocessing.size
-    settings = [size, preprocessing.resize, preprocessing.squash, preprocessing.interpolation]  # of uint8 frames
-    files = [[clip.id, stat.st_size, stat.st_mtime_ns] for clip in clips for stat in [clip.path.stat()]]
-    keys = [_hash(READER_VERSION, *file, count, *settings) for file in files]
-    cache = ClipCache(root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}", keys, (count, 3, size, size), np.uint8)
-    _fill(cache, "frames", lambda missing: _decode_clips(cache, missing, clips, preprocessing, workers), report)
-    return cache
+def _decode_clip(cache: ClipCache, path: Path, preprocessing: Preprocessing) -> None:
+    """Runs in a worker, which writes the file itself: nothing large is sent between processes."""
+    cache.write(0, read_frames(path, cache.shape[0], preprocessing).numpy())
 
 
 def _decode_clips(cache: ClipCache, missing: list[int], clips: list[Clip], preprocessing: Preprocessing,
@@ -142,17 +132,29 @@ def _decode_clips(cache: ClipCache, missing: list[int], clips: list[Clip], prepr
             raise InputError(f"{names}: a process that decoded one of these died") from error
 
 
-def _decode_clip(cache: ClipCache, path: Path, preprocessing: Preprocessing) -> None:
-    """Runs in a worker, which writes the file itself: nothing large is sent between processes."""
-    cache.write(0, read_frames(path, cache.shape[0], preprocessing).numpy())
+def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing: int | Preprocessing,
+                  workers: int, report: Callable = print) -> ClipCache:  # fmt: skip
+    """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S). Each clip is decoded only once.
+
+    `workers` processes decode what is missing; 0: one per core. Raises InputError for a clip that cannot be decoded, a
+    worker that dies, and lack of space. Clips that are done stay.
+    """
+    preprocessing = as_preprocessing(preprocessing)
+    size = preprocessing.size
+    settings = [size, preprocessing.resize, preprocessing.squash, preprocessing.interpolation]  # of uint8 frames
+    files = [[clip.id, stat.st_size, stat.st_mtime_ns] for clip in clips for stat in [clip.path.stat()]]
+    keys = [_hash(READER_VERSION, *file, count, *settings) for file in files]
+    cache = ClipCache(root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}", keys, (count, 3, size, size), np.uint8)
+    _fill(cache, "frames", lambda missing: _decode_clips(cache, missing, clips, preprocessing, workers), report)
+    return cache
 
 
-def cached_features(frames: ClipCache, key: str, encode: Callable[[torch.Tensor], torch.Tensor], images_per_batch: int,
+def cached_features(frames: ClipCache, key: Any, encode: Callable[[torch.Tensor], torch.Tensor], images_per_batch: int,
                     report: Callable = print) -> ClipCache:  # fmt: skip
     """Features of the cached frames, bf16 (M, ...), as uint16: numpy has no bf16, so these are its bits.
 
-    encode: uint8 (B, M, 3, S, S) -> bf16 (B, M, ...), about `images_per_batch` images at a time. `key` names everything
-    but the frames that the features depend on. Raises InputError for lack of space. Clips that are done stay.
+    encode: uint8 (B, M, 3, S, S) -> bf16 (B, M, ...), about `images_per_batch` images at a time. `key` (JSON) names
+    all that the features depend on except the frames. Raises InputError for lack of space. Clips that are done stay.
     """
     shape = tuple(encode(torch.from_numpy(np.array(frames[0])[None])).shape[1:])
     folder = frames.folder.with_name(f"{frames.folder.name}-features-{_hash(key)[:8]}")

@@ -27,7 +27,9 @@ from video_data import annotations, shapes
 from video_data.annotations import SPLITS, Annotations
 from video_data.layouts import LAYOUTS
 
-DATASETS = ("shapes", "msvd", "msrvtt", "folder")
+READERS = {"msvd": annotations.read_msvd, "msrvtt": annotations.read_msrvtt}  # of annotation files
+DATASETS = ("shapes", *READERS, "folder")
+DEFAULT_SIZES = (6000, 200, 500)  # clips of each split of shapes
 
 # Clips and captions per split in published results.
 STANDARD_SIZES = {
@@ -93,42 +95,6 @@ class VideoDataset:
         rows += [f"{self.skipped:,} rows without a caption were skipped"] if self.skipped else []
         rows += [f"differs: {line}" for line in self.differences()]
         return "\n".join([f"{self.name} from {files} (captions per clip: minimum, median, maximum)", *rows])
-
-
-def read_dataset(name: str, root: Path, sizes: Sequence[int] = (6000, 200, 500), allow_missing: bool = False,
-                 splits: Sequence[str] = SPLITS) -> VideoDataset:  # fmt: skip
-    """The given splits of a dataset in the folder `root`. `shapes` is generated there first, `sizes` clips per split.
-
-    Raises InputError if captions or splits cannot be read or contradict each other, or if a clip has no video or no
-    caption. With `allow_missing`, such clips are left out instead.
-    """
-    if name not in DATASETS:
-        raise InputError(f"dataset {name!r}: expected one of {', '.join(DATASETS)}")
-    if len(sizes) != 3 or not all(type(n) is int and n > 0 for n in sizes):
-        raise InputError(f"clips: {list(sizes)}, expected three whole numbers above 0")
-    if name == "shapes":
-        shapes.make_dataset(root, dict(zip(SPLITS, sizes, strict=True)))
-    if not root.is_dir() or not any(root.iterdir()):
-        print(LAYOUTS[name], file=sys.stderr)
-        found = "an empty one" if root.is_dir() else "none"
-        raise InputError(f"{root}: expected the folder of {name}, found {found}")
-    if name in ("shapes", "folder"):
-        annotated = read_captions_json(root / "captions.json")
-        paths = {clip_id: path for clip_id in annotated.captions if (path := root / clip_id).is_file()}
-    else:
-        annotated = {"msvd": annotations.read_msvd, "msrvtt": annotations.read_msrvtt}[name](root)
-        aliases = {clip_id: annotated.aliases.get(clip_id, "") for split in splits
-                   for clip_id in annotated.splits.get(split, [])}  # fmt: skip
-        paths = annotations.find_clip_files(root, aliases)
-    check_splits(annotated, root)
-    if not allow_missing:
-        check_complete(annotated, paths, splits, root)
-    return build_dataset(name, root, annotated, paths, splits)
-
-
-def load(name: str, root: Path, sizes: Sequence[int] = (6000, 200, 500)) -> dict[str, list[Clip]]:
-    """{split: clips} of a dataset, see `read_dataset`."""
-    return read_dataset(name, root, sizes).splits
 
 
 def cache_folder(cache: str | Path | None, dataset: str, root: Path) -> Path:
@@ -202,3 +168,39 @@ def build_dataset(name: str, root: Path, annotated: Annotations, paths: dict[str
     if duplicates := [path for path, count in counts.items() if count > 1]:
         raise InputError(f"{duplicates[0]}: is the video of {counts[duplicates[0]]} clips, expected one")
     return VideoDataset(name, clips, tuple(annotated.files), missing, annotated.skipped)
+
+
+def read_dataset(name: str, root: Path, sizes: Sequence[int] = DEFAULT_SIZES, allow_missing: bool = False,
+                 splits: Sequence[str] = SPLITS) -> VideoDataset:  # fmt: skip
+    """The given splits of a dataset in the folder `root`. `shapes` is generated there first, `sizes` clips per split.
+
+    Raises InputError if captions or splits cannot be read or contradict each other, or if a clip has no video or no
+    caption. With `allow_missing`, such clips are left out instead.
+    """
+    if name not in DATASETS:
+        raise InputError(f"dataset {name!r}: expected one of {', '.join(DATASETS)}")
+    if len(sizes) != 3 or not all(type(n) is int and n > 0 for n in sizes):
+        raise InputError(f"shapes_sizes: {list(sizes)}, expected three whole numbers above 0")
+    if name == "shapes":
+        shapes.make_dataset(root, dict(zip(SPLITS, sizes, strict=True)))
+    if not root.is_dir() or not any(root.iterdir()):
+        print(LAYOUTS[name], file=sys.stderr)
+        found = "an empty one" if root.is_dir() else "none"
+        raise InputError(f"{root}: expected the folder of {name}, found {found}")
+    if name in ("shapes", "folder"):
+        annotated = read_captions_json(root / "captions.json")
+        paths = {clip_id: path for clip_id in annotated.captions if (path := root / clip_id).is_file()}
+    else:
+        annotated = READERS[name](root)
+        aliases = {clip_id: annotated.aliases.get(clip_id, "") for split in splits
+                   for clip_id in annotated.splits.get(split, [])}  # fmt: skip
+        paths = annotations.find_clip_files(root, aliases)
+    check_splits(annotated, root)
+    if not allow_missing:
+        check_complete(annotated, paths, splits, root)
+    return build_dataset(name, root, annotated, paths, splits)
+
+
+def load(name: str, root: Path, sizes: Sequence[int] = DEFAULT_SIZES) -> dict[str, list[Clip]]:
+    """{split: clips} of a dataset, see `read_dataset`."""
+    return read_dataset(name, root, sizes).splits

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.errors import InputError
-from training.config import make_parser, parse_args, upgrade_flags
+from training.config import DEFAULTS_IN_OLDER_RUNS, make_parser, parse_args, read_run_config, rename_fields
 
 
 @pytest.mark.parametrize("old, new", [
@@ -17,16 +17,14 @@ def test_old_names_of_flags_are_accepted_and_hidden(old, new):
     assert not old or old[0] not in make_parser().format_help()
 
 
-def test_flags_of_version_0_1_are_upgraded():
-    """Renamed flags and fields; flags that did not exist yet get the value they had in effect."""
-    old = {"dataset": "shapes", "clips": [1, 2, 3], "reading": "write", "talk": False}
-    new = upgrade_flags(old)
-    assert (new["shapes_sizes"], new["write_back"], new["query_self_attention"]) == ([1, 2, 3], True, False)
-    assert new["precision"] == "fp32" and new["save_every"] == 200 and not {"clips", "reading", "talk"} & new.keys()
-    assert upgrade_flags(new) == new
-    assert upgrade_flags({"queries": 4, "reading": "read", "talk": True}) == {
-        "queries": 4, "write_back": False, "query_self_attention": True,
-    }  # fmt: skip
+def test_fields_of_version_0_1_are_renamed(tmp_path):
+    """Flags and the adapter's fields; flags that did not exist yet get the value they had in effect."""
+    old = {"queries": 4, "reading": "write", "talk": True, "clips": [1, 2, 3]}
+    new = {"queries": 4, "write_back": True, "query_self_attention": True, "shapes_sizes": [1, 2, 3]}
+    assert rename_fields(old) == new and rename_fields(new) == new
+    assert rename_fields({"reading": "read"}) == {"write_back": False}
+    (tmp_path / "config.json").write_text(json.dumps({"flags": old}))
+    assert read_run_config(tmp_path)[1] == DEFAULTS_IN_OLDER_RUNS | new
 
 
 def test_a_resumed_run_keeps_its_flags(tmp_path):

@@ -209,7 +209,7 @@ def test_the_layout_of_a_folder(tmp_path):
 @pytest.mark.parametrize("sizes", [["x", 1, 1], [1, 1], [1, 1, 0], [1, 1, True]])
 def test_invalid_sizes_are_an_error_before_anything_is_written(tmp_path, sizes):
     """A run's config.json may have been edited by hand."""
-    with pytest.raises(InputError, match="clips: .* expected three whole numbers"):
+    with pytest.raises(InputError, match="shapes_sizes: .* expected three whole numbers"):
         datasets.read_dataset("shapes", tmp_path / "shapes", sizes)
     assert not list(tmp_path.iterdir())
 
