@@ -86,41 +86,34 @@ class StillHeads(nn.Module):
         self.geometry = nn.Linear(VIT.width, 5)
         self.presence = nn.Linear(VIT.width, len(COLOURS) * len(KINDS))
 
-    def forward(self, tokens: Tensor, classes: Tensor, geometry: Tensor, presence: Tensor) -> tuple[Tensor, dict]:
-        """Tokens (n, P, D) and the targets of `draw_still` -> the loss, and figures for the log."""
+    def forward(self, tokens: Tensor, classes: Tensor, geometry: Tensor, presence: Tensor) -> Tensor:
+        """Tokens (n, P, D) and the targets of `draw_still` -> the loss."""
         patches, covered = tokens[:, 1:], classes[..., 0] != NO_SHAPE  # (n, P-1, D), (n, P-1)
-        colour, kind = self.colour(patches), self.kind(patches)  # (n, P-1, classes)
-        predicted, target = self.geometry(patches[covered]), geometry[covered]  # (covered patches, 5)
-        losses = [
-            F.cross_entropy(colour.flatten(0, 1), classes[..., 0].flatten() + 1),
-            F.cross_entropy(kind.flatten(0, 1), classes[..., 1].flatten() + 1),
-            4 * F.mse_loss(predicted, target),
-            20 * F.binary_cross_entropy_with_logits(self.presence(tokens[:, 0]), presence),
-        ]
-        accuracy = (kind.argmax(-1) == classes[..., 1] + 1)[covered].float().mean()
-        error = (predicted[:, :2] - target[:, :2]).abs().mean() * VIT.patch_size
-        return sum(losses), {"kind accuracy": accuracy.item(), "centre error, px": error.item()}
+        return (
+            F.cross_entropy(self.colour(patches).flatten(0, 1), classes[..., 0].flatten() + 1)
+            + F.cross_entropy(self.kind(patches).flatten(0, 1), classes[..., 1].flatten() + 1)
+            + 4 * F.mse_loss(self.geometry(patches[covered]), geometry[covered])
+            + 20 * F.binary_cross_entropy_with_logits(self.presence(tokens[:, 0]), presence)
+        )
 
 
-def train(name: str, modules: list[nn.Module], compute_loss: Callable[[], tuple[Tensor, dict[str, float]]],
-          steps: int, peak_lr: float) -> None:  # fmt: skip
-    """AdamW with warm-up and cosine decay. `compute_loss` draws a batch, returns its loss and figures for the log."""
-    parameters = [p for module in modules for p in module.parameters()]
+def train(name: str, parameters: list[nn.Parameter], compute_loss: Callable[[], Tensor], steps: int,
+          peak_lr: float) -> None:  # fmt: skip
+    """AdamW with warm-up and cosine decay. `compute_loss` draws a batch and returns its loss."""
     optimizer = torch.optim.AdamW(parameters, peak_lr, betas=(0.9, 0.98), weight_decay=0.05)
     start_time = time.monotonic()
     for step in range(steps):
         scale = min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * scale
-        loss, figures = compute_loss()
+        loss = compute_loss()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
-            columns = "  ".join(f"{key} {value:.3f}" for key, value in figures.items())
             elapsed = cli.format_seconds(time.monotonic() - start_time)
-            print(f"{name} step {step}/{steps}  loss {loss.item():.4f}  {columns}  {elapsed}", flush=True)
+            print(f"{name} step {step}/{steps}  loss {loss.item():.4f}  {elapsed}", flush=True)
 
 
 def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: int) -> None:
@@ -137,12 +130,12 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
         nn.init.zeros_(block.mlp.down.weight)
     generator = torch.Generator().manual_seed(seed)
 
-    def compute_loss() -> tuple[Tensor, dict[str, float]]:
+    def compute_loss() -> Tensor:
         rows = torch.randint(count, (batch_size,), generator=generator)
         tokens = vit.post_norm(vit(vit.normalize(images[rows])))  # (n, P, D)
         return heads(tokens, *(target[rows] for target in targets))
 
-    train("vit", [vit, heads], compute_loss, steps, peak_lr=1e-3)
+    train("vit", [*vit.parameters(), *heads.parameters()], compute_loss, steps, peak_lr=1e-3)
     config = {
         "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": VIT.activation,
         "hidden_size": VIT.width, "image_size": VIT.image_size, "intermediate_size": VIT.mlp_width,
@@ -185,13 +178,12 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
         nn.init.zeros_(block.down.weight)
     data, num_documents = LMTrainingData(tokenizer, documents, rng, seed), max(1, batch_size // 4)
 
-    def compute_loss() -> tuple[Tensor, dict[str, float]]:
+    def compute_loss() -> Tensor:
         document_loss = data.document_loss(lm, num_documents)
         caption_loss = data.caption_loss(lm, batch_size - num_documents)
-        figures = {"documents": document_loss.item(), "captions": caption_loss.item()}
-        return (document_loss + 3 * caption_loss) / 4, figures
+        return (document_loss + 3 * caption_loss) / 4
 
-    train("lm", [lm], compute_loss, steps, peak_lr=4e-3)
+    train("lm", list(lm.parameters()), compute_loss, steps, peak_lr=4e-3)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": lm.config.vocab, "hidden_size": LM.width, "num_hidden_layers": LM.depth,

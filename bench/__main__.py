@@ -2,12 +2,6 @@
 
 Where another tool computes the same, its output is compared with ours before any figure is printed. A ratio is theirs /
 ours; above 1, ours needs less. The output is a JSON object for the machine and one for each row of figures.
-
-    metrics                  the scorers beside pycocoevalcap, each in its own process      scorers.py
-    vit, lm, decode-text     models beside transformers, in alternation                     models.py
-    loading                  peak memory of loading weights                                 models.py
-    decode                   reading video beside PyAV, in alternation                      video.py
-    train, cost              a training step beside transformers and peft                   training_step.py
 """
 
 import json
@@ -34,19 +28,15 @@ BENCHMARKS = {  # name -> a function of the number of repeats that returns rows 
 PACKAGES = ("numpy", "torch", "transformers", "peft", "pycocoevalcap", "av")
 
 
-def describe_machine() -> dict:
-    cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[:1]
-    machine = {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-    return machine | {name: version(name) for name in PACKAGES}
-
-
 def main() -> None:
     parser = cli.Parser("Measures this project beside tools that compute the same.")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, default=list(BENCHMARKS),
                         help="which benchmarks to run")  # fmt: skip
     parser.add_argument("--repeats", type=cli.at_least(1), default=3, help="runs of each; the median counts")
     args = parser.parse_args()
-    print(json.dumps(describe_machine()))
+    cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[:1]
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
+    print(json.dumps(machine | {name: version(name) for name in PACKAGES}), flush=True)
     for name in args.only:
         with new_process() as pool:  # none inherits the memory of another
             for row in pool.submit(BENCHMARKS[name], args.repeats).result():

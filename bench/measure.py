@@ -1,5 +1,6 @@
-"""Measures wall time, and the peak memory of processes."""
+"""Measures wall time of functions in turns, and CPU time and memory of a function in a new process."""
 
+import os
 import re
 import statistics
 import time
@@ -18,12 +19,6 @@ def elapsed(function: Callable) -> float:
     return time.perf_counter() - start
 
 
-def median_seconds(function: Callable, runs: int) -> float:
-    """The median time of `runs` calls, after one call to warm up."""
-    function()
-    return statistics.median(elapsed(function) for _ in range(runs))
-
-
 def compare_in_turns(what: str, ours: Callable, theirs: Callable, repeats: int) -> dict:
     """A row of figures. Both functions are called in turns, and each turn has a ratio. Call them before, to warm up."""
     times = [(elapsed(theirs), elapsed(ours)) for _ in range(repeats)]
@@ -38,11 +33,19 @@ def new_process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, get_context("spawn"))
 
 
-def reset_peak_memory() -> None:
-    """Sets the peak memory of this process to its current memory."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> float:
-    """The peak resident memory of this process in MiB. (`ru_maxrss` can be that of the parent before exec.)"""
+def peak_memory(reset: bool = False) -> float:
+    """The peak resident memory of this process in MiB; `reset` first sets it to the current memory."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    # Not ru_maxrss, which can be that of the parent before exec.
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+def measure(function: Callable, *args) -> tuple[object, dict[str, float]]:
+    """For a new process. -> the result of a function, its CPU seconds and the MiB by which it raises the peak memory.
+
+    CPU time includes child processes, memory does not.
+    """
+    memory, cpu = peak_memory(reset=True), sum(os.times()[:4])
+    result = function(*args)
+    return result, {"CPU s": sum(os.times()[:4]) - cpu, "MB": peak_memory() - memory}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import metrics
 from common import cli
-from common.errors import InputError
 from common.json_fields import field, read_json
 from video_data import shapes
 
@@ -18,14 +17,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/shapes"), help="the folder of the dataset")
     path = parser.parse_args().folder / "captions.json"
     references = field(read_json(path), "test", dict, path)
-    if not references:
-        raise InputError(f"{path}: split 'test' is empty, expected {{file: [caption, ...]}}")
     rows = []
     for i, templates in enumerate(zip(shapes.ONE_SHAPE, shapes.TWO_SHAPES, strict=True)):
         for j, verbs in enumerate(shapes.MOTIONS["up"]):
-            captions = shapes.perfect_captions(references, i, j)
-            cider = metrics.score(references, captions, metrics=("CIDEr",)).corpus["CIDEr"]
-            rows.append((cider, f"{' | '.join(templates)}, {' or '.join(verbs)}"))
+            scores = metrics.score(references, shapes.perfect_captions(references, i, j), metrics=("CIDEr",))
+            rows.append((scores.corpus["CIDEr"], f"{' | '.join(templates)}, {' or '.join(verbs)}"))
     for cider, wording in sorted(rows, reverse=True):
         print(f"CIDEr {100 * cider:.1f}  {wording}")
 

@@ -1,196 +1,163 @@
-"""Benchmarks of a training step: 2 clips of 8 frames, 4 captions each, frozen weights in bf16, trained weights in fp32.
+"""Benchmarks of a training step beside a captioner made of transformers' models and peft's LoRA.
 
-`python -m bench.training_step KIND` is a process that takes steps of one kind (`make_step`), one for each line on its
-standard input.
+Both sides have CLIP ViT-B/16 and Llama-160m with the same random weights, frozen in bf16, and a connector. With LoRA in
+the ViT's attention theirs is the same model as `--method lora`, so loss and gradients are compared first. With LoRA in
+the language model theirs has less to do: its ViT runs without gradients. Its frames are normalized beforehand, and each
+caption has a row of its own.
 
-Letters: B clips, T frames, K captions a clip.
+Letters: B clips, T frames, K captions a clip, L tokens of a caption, S side in pixels, R = B*K rows, C width of the
+language model.
 """
 
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from functools import cache
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.peft_captioner import (
-    B,
-    K,
-    PeftCaptioner,
-    T,
-    assert_same_model,
-    make_backbones,
-    make_batch,
-    make_captioner,
-    peft_batch,
-)
-from bench.processes import ROOT, peak_memory
-from bench.timing import elapsed, median_seconds, summarize_ratios
-from model import Captioner
+from bench.measure import compare_in_turns, elapsed, new_process, peak_memory
+from bench.models import assert_close, make_clip_b16, make_llama_160m
+from model import AdapterConfig, Captioner
+from models.lm import CausalLM
+from models.vit import ViT
 from training.devices import keep_freed_memory
+from video_data.batches import IGNORE_INDEX
 
-KINDS = ("peft vit", "peft lm", "ours qadapter", "ours lora", "ours qadapter compiled")
-PAIRS = (("ours qadapter", "peft vit"), ("ours lora", "peft vit"), ("ours qadapter", "peft lm"),
-         ("ours qadapter compiled", "ours qadapter"))  # fmt: skip
-
-
-def make_optimizer(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=fused)
+B, T, K, L, S, RANK = 2, 8, 4, 15, 224, 32
+TOKENIZER = SimpleNamespace(bos_id=lambda: 1, encode=lambda text: [10, 11, 12])  # what a captioner needs of one
+KINDS = ("ours qadapter", "ours lora", "peft vit", "peft lm")
+PAIRS = (("ours qadapter", "peft vit"), ("ours lora", "peft vit"), ("ours qadapter", "peft lm"))
 
 
-def our_step(captioner: Captioner, optimizer: torch.optim.Optimizer, frames: Tensor, labels: Tensor) -> float:
-    """As in train.py."""
-    loss_sum, tokens = captioner(frames, labels)
-    loss = loss_sum / tokens
-    optimizer.zero_grad(set_to_none=True)
+def make_batch(clips: int = B, frames: int = T, captions: int = K) -> tuple[Tensor, Tensor]:
+    """-> random frames uint8 (B, T, 3, S, S) and labels (B, K, L)."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (clips, frames, 3, S, S), generator=generator, dtype=torch.uint8)
+    return pixels, torch.randint(3, 32000, (clips, captions, L), generator=generator)
+
+
+def make_peft_batch(vit: ViT, frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Our batch -> theirs: normalized pixels (R, T, 3, S, S), labels (R, L)."""
+    pixels = vit.normalize(frames).to(vit.position.dtype)
+    return pixels.repeat_interleave(labels.shape[1], 0), labels.flatten(0, 1)
+
+
+def make_captioner(vit: ViT, lm: CausalLM, method: str, queries: int = 16) -> Captioner:
+    return Captioner(vit, lm, TOKENIZER, AdapterConfig(method, rank=RANK, frames=T, queries=queries))
+
+
+class PeftCaptioner(nn.Module):
+    """Theirs. The model `adapted`, "vit" or "lm", has LoRA in its queries and values."""
+
+    def __init__(self, vit: nn.Module, lm: nn.Module, adapted: str):
+        from peft import LoraConfig, get_peft_model
+
+        super().__init__()
+        self.adapted, self.vit, self.lm = adapted, vit, lm
+        lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"])
+        setattr(self, adapted, get_peft_model(getattr(self, adapted), lora))
+        self.connector = nn.Linear(768, 768)
+        self.time_embed = nn.Parameter(torch.zeros(T, 768))
+        self.prefix_scale = lm.get_input_embeddings().weight.float().square().mean().sqrt()
+        self.prefix_ids = torch.tensor([TOKENIZER.bos_id(), *TOKENIZER.encode("")])
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """Pixels (R, T, 3, S, S), labels (R, L) -> the mean loss of a token, and 1; of `Captioner` sum and count."""
+        with torch.set_grad_enabled(self.adapted == "vit"):
+            pooled = self.vit(pixel_values=pixels.flatten(0, 1)).pooler_output.unflatten(0, pixels.shape[:2])
+        visual = self.connector(pooled.float() + self.time_embed) * self.prefix_scale  # (R, T, C)
+        embed = self.lm.get_input_embeddings()
+        prefix = embed(self.prefix_ids).expand(len(pixels), -1, -1)
+        x = torch.cat([prefix[:, :1], visual.to(prefix.dtype), prefix[:, 1:], embed(labels)], dim=1)
+        labels = F.pad(labels, (x.shape[1] - labels.shape[1], 0), value=IGNORE_INDEX)
+        return self.lm(inputs_embeds=x, labels=labels, use_cache=False).loss, 1
+
+
+def assert_same_model() -> None:
+    """In fp32, one clip with 2 captions: loss and gradients are the same, ours and theirs with LoRA in the ViT."""
+    (their_vit, vit), (their_lm, lm) = make_clip_b16("fp32"), make_llama_160m("fp32")
+    captioner, peft = make_captioner(vit, lm, "lora"), PeftCaptioner(their_vit, their_lm, "vit")
+    pairs = [(captioner.time_embed, peft.time_embed), (captioner.connector.weight, peft.connector.weight),
+             (captioner.connector.bias, peft.connector.bias)]  # fmt: skip
+    for block, layer in zip(vit.blocks, peft.vit.base_model.model.encoder.layers, strict=True):
+        for ours, theirs in (block.attn.q, layer.self_attn.q_proj), (block.attn.v, layer.self_attn.v_proj):
+            pairs += [(ours.lora_a, theirs.lora_A.default.weight), (ours.lora_b, theirs.lora_B.default.weight)]
+    for ours, theirs in pairs:
+        ours.data += 0.02 * torch.randn_like(ours)  # so that no LoRA is zero
+        theirs.data.copy_(ours)
+    batch = make_batch(clips=1, captions=2)
+    loss_sum, tokens = captioner(*batch)
+    (loss_sum / tokens).backward()
+    loss, _ = peft(*make_peft_batch(vit, *batch))
     loss.backward()
-    nn.utils.clip_grad_norm_(captioner.trained().values(), 1.0)
-    optimizer.step()
-    return loss.item()
+    assert_close("loss", loss_sum / tokens, loss, 1e-5)
+    for ours, theirs in pairs:
+        assert_close(f"gradient of {list(ours.shape)}", ours.grad, theirs.grad, 1e-3)
 
 
-def peft_step(peer: PeftCaptioner, optimizer: torch.optim.Optimizer, pixels: Tensor, labels: Tensor) -> float:
-    loss = peer(pixels, labels)
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
-    return loss.item()
+def make_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """-> a function that takes a training step as train.py does."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-4, fused=True)
+
+    def step() -> None:
+        loss_sum, tokens = model(*batch)
+        optimizer.zero_grad()
+        (loss_sum / tokens).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step
 
 
-# ------------------------------------------------------------------- steps in processes of their own
+@cache
+def make_step_of_kind(kind: str) -> Callable[[], None]:
+    """A step in bf16; `kind` is "ours METHOD" or "peft vit|lm"."""
+    (their_vit, vit), (their_lm, lm) = make_clip_b16("bf16"), make_llama_160m("bf16")
+    side, name = kind.split()
+    if side == "peft":
+        return make_step(PeftCaptioner(their_vit, their_lm, name), make_peft_batch(vit, *make_batch()))
+    keep_freed_memory()
+    return make_step(make_captioner(vit, lm, name), make_batch())
 
 
-def make_step(kind: str) -> Callable[[], float]:
-    """-> a function that takes one training step, in bf16. kind: "ours METHOD [compiled]" or "peft vit|lm"."""
-    whose, method, *compiled = kind.split()
-    if whose == "ours":
-        keep_freed_memory()
-        captioner = make_captioner(*make_backbones("bf16"), method)
-        if compiled:
-            captioner.compile_blocks()
-        return partial(our_step, captioner, make_optimizer(captioner, fused=True), *make_batch())
-    captioner = make_captioner(*make_backbones("bf16"), "lora")
-    peer = PeftCaptioner(captioner, "bf16", method)
-    return partial(peft_step, peer, make_optimizer(peer, fused=False), *peft_batch(captioner, *make_batch()))
-
-
-def serve_steps(kind: str) -> None:
-    step = make_step(kind)
-    for _ in sys.stdin:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak memory to the current memory
-        print("loss", step(), flush=True)
-
-
-class StepProcess:
-    """A process that takes a training step of one kind whenever it is called."""
-
-    def __init__(self, kind: str):
-        command = [sys.executable, "-m", "bench.training_step", kind]
-        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def __call__(self) -> None:
-        print(file=self.process.stdin, flush=True)
-        if not self.process.stdout.readline().startswith("loss"):
-            sys.exit("error: the measured process failed; its message is above")
-
-    def stop(self) -> float:
-        """Ends the process; -> its peak memory since the start of the last step, in MiB."""
-        peak = peak_memory(self.process.pid)
-        self.process.kill()
-        self.process.communicate()
-        return peak
+def take_step(kind: str) -> float:
+    """-> the peak memory of this process during a step, in MiB."""
+    step = make_step_of_kind(kind)
+    peak_memory(reset=True)
+    step()
+    return peak_memory()
 
 
 def compare_training(repeats: int) -> list[dict]:
-    """Steps of each kind in alternation, each kind in its own process; then the fractions of the machine's rate."""
+    """Steps of each pair in alternation, each kind in its own process."""
     assert_same_model()
-    processes = {kind: StepProcess(kind) for kind in KINDS}
-    turns = [{kind: elapsed(step) for kind, step in processes.items()} for _ in range(repeats + 1)]
-    times = {kind: [turn[kind] for turn in turns[1:]] for kind in KINDS}  # the first turn warms up
-    peaks = {kind: process.stop() for kind, process in processes.items()}
+    pools = {kind: new_process() for kind in KINDS}
+    steps = {kind: lambda kind=kind: pools[kind].submit(take_step, kind).result() for kind in KINDS}
+    for _ in range(2):  # the first turn warms up
+        memory = {kind: step() for kind, step in steps.items()}
     rows = []
     for ours, theirs in PAIRS:
-        row = {"what": f"a step, {ours} / {theirs}"} | summarize_ratios(times[ours], times[theirs])
-        rows.append(row | {
-            "captions/s": B * K / row["wall s"], "theirs, captions/s": B * K / row["theirs, wall s"],
-            "MB": peaks[ours], "theirs, MB": peaks[theirs], "MB / theirs": peaks[ours] / peaks[theirs],
-        })  # fmt: skip
-    keep_freed_memory()
-    return rows + utilization_rows(repeats)
-
-
-# ---------------------------------------------------------------------------- utilization and cost
-
-
-def matmul_rate(dtype: torch.dtype = torch.bfloat16) -> float:
-    """Floating-point operations per second of the fastest of three square matrix products."""
-    rates = []
-    for n in (1024, 2048, 4096):
-        a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-        rates.append(2 * n**3 / median_seconds(lambda a=a, b=b: a @ b, 7))
-    return max(rates)
-
-
-def count_operations(function) -> int:
-    """Additions and multiplications in all matrix products of a call, including those of attention."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # other kernels are not counted
-        function()
-    return counter.get_total_flops()
-
-
-def utilization_rows(repeats: int) -> list[dict]:
-    """The fraction of the machine's rate of bf16 products that the frozen ViT, a step, and a step on cached block
-    outputs reach. Rate and times are measured in alternation."""
-    captioner = make_captioner(*make_backbones("bf16"))
-    frames, labels = make_batch()
-    optimizer = make_optimizer(captioner, fused=True)
-    pixels = captioner.vit.normalize(frames).to(captioner.dtype)
-    outputs = captioner.block_outputs(frames)
-    parts = {
-        "the frozen ViT": lambda: captioner.adapter.block_outputs(captioner.vit, pixels),
-        "a step": lambda: our_step(captioner, optimizer, frames, labels),
-        "a step on cached block outputs": lambda: our_step(captioner, optimizer, outputs, labels),
-    }
-    operations = {name: count_operations(function) for name, function in parts.items()}
-    rates, times = [], {name: [] for name in parts}
-    for _ in range(repeats):
-        rates.append(matmul_rate())
-        for name, function in parts.items():
-            times[name].append(median_seconds(function, 3))
-    rows = []
-    for name in parts:
-        fractions = sorted(operations[name] / seconds / rate for seconds, rate in zip(times[name], rates, strict=True))
-        rows.append({"what": f"{name}, {B} clips, bf16", "wall s": statistics.median(times[name]),
-                     "TFLOP": operations[name] / 1e12, "fraction of the rate": statistics.median(fractions),
-                     "min fraction": fractions[0], "max fraction": fractions[-1],
-                     "rate, TFLOP/s": rates[-1] / 1e12})  # fmt: skip
+        row = compare_in_turns(f"a step, {ours} beside {theirs}", steps[ours], steps[theirs], repeats)
+        rates = {"captions/s": B * K / row["wall s"], "theirs, captions/s": B * K / row["theirs, wall s"]}
+        rows.append(row | rates | {"MB": memory[ours], "theirs, MB": memory[theirs]})
     return rows
 
 
 def measure_cost(repeats: int) -> list[dict]:
-    """The time of a step with one clip as frames, queries or captions grow, and the cost of each additional one."""
+    """The time of a step with one clip as frames, queries or captions grow."""
     keep_freed_memory()
-    backbones, rows = make_backbones("bf16"), []
-    for name, values in (("frame", (1, 2, 4, 8, 16, 32, 64)), ("query", (1, 4, 16, 64)), ("caption", (1, 4, 16))):
-        previous = None
+    vit, lm = make_clip_b16("bf16")[1], make_llama_160m("bf16")[1]
+    rows = []
+    for name, values in (("frames", (1, 2, 4, 8, 16, 32, 64)), ("queries", (1, 4, 16, 64)), ("captions", (1, 4, 16))):
         for value in values:
-            counts = {"frame": T, "query": 16, "caption": K} | {name: value}
-            captioner = make_captioner(*backbones, queries=counts["query"])
-            batch = make_batch(1, counts["frame"], counts["caption"])
-            step = partial(our_step, captioner, make_optimizer(captioner, fused=True), *batch)
-            row = {"what": f"a step, {value} {name}", "ms": 1e3 * median_seconds(step, max(3, repeats))}
-            if previous:
-                row[f"ms per additional {name}"] = (row["ms"] - previous[1]) / (value - previous[0])
-            previous = value, row["ms"]
-            rows.append(row)
+            counts = {"frames": T, "queries": 16, "captions": K} | {name: value}
+            captioner = make_captioner(vit, lm, "qadapter", counts["queries"])
+            step = make_step(captioner, make_batch(1, counts["frames"], counts["captions"]))
+            step()  # warms up
+            seconds = statistics.median(elapsed(step) for _ in range(max(3, repeats)))
+            rows.append({"what": f"a step, {value} {name}", "ms": 1e3 * seconds})
     return rows
-
-
-if __name__ == "__main__":
-    serve_steps(sys.argv[1])
