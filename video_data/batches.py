@@ -6,13 +6,14 @@ Letters: B clips, T frames, M cached frames per clip, S side in pixels, K captio
 caption with its EOS.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from video_data.cache import ClipCache
 from video_data.datasets import Clip
 from video_data.video import sample_positions
 
@@ -33,7 +34,7 @@ class TrainingExamples:
     drawn without replacement until all have been used.
     """
 
-    def __init__(self, clips: list[Clip], cache: Sequence[np.ndarray], tokenizer, num_frames: int, num_captions: int,
+    def __init__(self, clips: list[Clip], cache: ClipCache, tokenizer, num_frames: int, num_captions: int,
                  seed: int, eos_id: int, max_tokens: int):  # fmt: skip
         """cache[i] holds M frames or features of clips[i]. Captions longer than `max_tokens` are truncated."""
         self.cache, self.num_frames, self.num_captions, self.seed = cache, num_frames, num_captions, seed
@@ -52,10 +53,9 @@ class TrainingExamples:
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
         clip, epoch = key
-        candidates = self.cache[clip]  # (M, ...)
         rng = np.random.default_rng([self.seed, 2, clip, epoch])
-        indices = (sample_positions(self.num_frames, rng) * len(candidates)).astype(int)
-        return candidates[indices], self.sample_captions(clip, epoch)
+        indices = (sample_positions(self.num_frames, rng) * self.cache.shape[0]).astype(int)
+        return self.cache.read(clip, indices), self.sample_captions(clip, epoch)
 
 
 def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:

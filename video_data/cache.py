@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
@@ -58,7 +58,16 @@ class ClipCache:
         return len(self.keys)
 
     def __getitem__(self, i: int) -> np.memmap:
-        return np.memmap(f"{self.folder}/{self.keys[i]}", self.dtype, "r", shape=self.shape)  # 20 us; 38 us with a Path
+        return np.memmap(f"{self.folder}/{self.keys[i]}", self.dtype, "r", shape=self.shape)
+
+    def read(self, i: int, indices: Sequence[int]) -> np.ndarray:
+        """cache[i][indices], read into memory: for a training step twice as fast as mapping 64 files."""
+        rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        with open(f"{self.folder}/{self.keys[i]}", "rb", buffering=0) as file:
+            for row, index in zip(rows, indices, strict=True):
+                file.seek(int(index) * row.nbytes)
+                file.readinto(row)
+        return rows
 
     @property
     def clip_bytes(self) -> int:

@@ -18,16 +18,19 @@ class CharTokenizer:
         return [[ord(c) for c in text] for text in texts]
 
 
-def make_examples(num_captions=2, seed=0) -> batches.TrainingExamples:
+def make_examples(folder: Path, num_captions=2, seed=0) -> batches.TrainingExamples:
     """3 clips with 6 cached frames of 2 x 2; all pixels of frame j of clip i are 6 i + j."""
     clips = [Clip(f"{i}", Path(f"{i}.mp4"), (f"caption {i}", "another", "a third")) for i in range(3)]
-    cache = np.arange(3 * 6, dtype=np.uint8).reshape(3, 6, 1, 1, 1) * np.ones((1, 1, 3, 2, 2), np.uint8)
+    cache = ClipCache(folder, ["0", "1", "2"], (6, 3, 2, 2), np.uint8)
+    for i in range(3):
+        levels = np.arange(6 * i, 6 * i + 6, dtype=np.uint8)
+        cache.write(i, levels[:, None, None, None] * np.ones((3, 2, 2), np.uint8))
     return batches.TrainingExamples(clips, cache, CharTokenizer(), 3, num_captions, seed, eos_id=7, max_tokens=40)
 
 
-def test_captions_are_sampled_without_replacement():
+def test_captions_are_sampled_without_replacement(tmp_path):
     """K = 2 of 3 captions: over 3 epochs each occurs twice, and none twice before all have occurred."""
-    examples = make_examples()
+    examples = make_examples(tmp_path)
     for clip in range(3):
         sampled = [tuple(ids) for epoch in range(3) for ids in examples.sample_captions(clip, epoch)]
         captions = {tuple(ids) for ids in examples.captions[clip]}
@@ -35,9 +38,9 @@ def test_captions_are_sampled_without_replacement():
     assert all(ids[-1] == 7 and len(ids) <= 10 for ids in examples.captions[0])
 
 
-def test_examples_and_batches():
+def test_examples_and_batches(tmp_path):
     """Each frame comes from its own segment of the candidates. Rows are padded with -100. Examples are reproducible."""
-    examples = make_examples()
+    examples = make_examples(tmp_path)
     for epoch in range(10):
         frames, _ = examples[2, epoch]
         levels = frames[:, 0, 0, 0].tolist()
@@ -50,9 +53,9 @@ def test_examples_and_batches():
         assert row == ids + [-100] * (len(row) - len(ids))
 
 
-def test_randomness_is_the_documented_one():
+def test_randomness_is_the_documented_one(tmp_path):
     """Frames and captions recomputed from the generators [seed, 2, clip, epoch] and [seed, 1, clip, cycle]."""
-    examples = make_examples(num_captions=1, seed=5)
+    examples = make_examples(tmp_path, num_captions=1, seed=5)
     for clip, epoch in ((0, 0), (2, 4)):
         frames, captions = examples[clip, epoch]
         positions = (np.arange(3) + np.random.default_rng([5, 2, clip, epoch]).uniform(0, 1, 3)) / 3
@@ -76,7 +79,7 @@ def test_features_of_a_cache_on_disk_become_bf16(tmp_path):
 def test_captions_are_normalized_and_long_ones_truncated_and_counted():
     """At most 40 tokens and EOS; punctuation inside a caption stays."""
     captions = ('  "A man  said: hi, there!" ', "ab" * 30, "c" * 40, "d" * 41)
-    clips, cache = [Clip("a", Path("a.mp4"), captions)], np.zeros((1, 6, 1, 1, 1), np.uint8)
+    clips, cache = [Clip("a", Path("a.mp4"), captions)], ClipCache(Path("unused"), ["key"], (6, 1), np.uint8)
     examples = batches.TrainingExamples(clips, cache, CharTokenizer(), 3, 1, seed=0, eos_id=7, max_tokens=40)
     assert ["".join(map(chr, ids[:-1])) for ids in examples.captions[0]] == [
         "a man said: hi, there", "ab" * 20, "c" * 40, "d" * 40,
