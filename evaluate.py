@@ -168,6 +168,8 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int, **gener
 def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int, generation: dict) -> int:
     """Captions the videos of --video; -> the exit code, 2 if any could not be read."""
     paths, rows = expand_video_paths(args.video), []
+    if args.save and any(args.save.resolve() == path.resolve() for path in paths):
+        raise InputError(f"--save {args.save}: is one of the videos, expected another file")
     try:
         for row in caption_videos(captioner, paths, frames, **generation):
             rows.append(row)
@@ -184,8 +186,10 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
 # ------------------------------------------------------------------------------- the command line
 
 
-def check_writable(path: Path) -> None:
-    """Raises InputError for a path that no file can be written to."""
+def check_save(path: Path, run: Path) -> None:
+    """Raises InputError for a path that no file can be written to, and for the files of the run."""
+    if path.resolve() in {(run / name).resolve() for name in ("config.json", "log.jsonl", "test.json", "lock")}:
+        raise InputError(f"--save {path}: is a file of the run, expected another one")
     is_file = path.is_file() or not path.exists()
     if not (is_file and path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise InputError(f"--save {path}: expected the name of a file in a folder that can be written to")
@@ -193,11 +197,11 @@ def check_writable(path: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
+    parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
     group = parser.add_argument_group("input")
     group.add_argument("--split", choices=["val", "test"], default="test", help="which split of the run's dataset")
-    group.add_argument("--data", type=Path, help="the dataset's folder; unset: as in training")
-    group.add_argument("--cache", type=Path, help="where decoded frames are stored; unset: as in training")
+    group.add_argument("--data", type=cli.path, help="the dataset's folder; unset: as in training")
+    group.add_argument("--cache", type=cli.path, help="where decoded frames are stored; unset: as in training")
     group.add_argument("--video", nargs="+", metavar="FILE",
                        help="your own videos instead, or folders of them; - reads paths, one per line")  # fmt: skip
     group.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
@@ -209,7 +213,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="least tokens of a caption")
     group.add_argument("--max-new-tokens", type=cli.at_least(1), default=30, help="most tokens of a caption")
     group = parser.add_argument_group("output and machine")
-    group.add_argument("--save", type=Path, metavar="FILE",
+    group.add_argument("--save", type=cli.path, metavar="FILE",
                        help="writes {id: caption} as JSON; for --video one JSON object per line")  # fmt: skip
     group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips of a split captioned at a time")
     group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
@@ -219,7 +223,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     if args.save:
-        check_writable(args.save)
+        check_save(args.save, args.run)
     device, _ = devices.select_device(args.device)
     devices.keep_freed_memory()
     captioner, flags = load_run(args.run, args.weights)

@@ -2,8 +2,11 @@
 
 import argparse
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from common.errors import InputError
 
@@ -23,10 +26,11 @@ def at_least(least: int, most: int = 2**31) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or not least <= int(text[:12]) <= most:
-            limit = f" and at most {most}" if most < 2**31 else ""
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}{limit}, found {text!r}")
-        return int(text)
+        value = int(text) if re.fullmatch("-?[0-9]{1,18}", text) else None
+        if value is None or not least <= value <= most:
+            limit = "" if value is not None and value < least else f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}{limit}, found {text!r:.40}")
+        return value
 
     return parse
 
@@ -41,10 +45,17 @@ def number(least: float, above: bool = False) -> Callable[[str], float]:
             value = float("nan")
         if not (value > least if above else value >= least) or value == float("inf"):
             kind = "above" if above else "of at least"
-            raise argparse.ArgumentTypeError(f"expected a number {kind} {least:g}, found {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a finite number {kind} {least:g}, found {text!r:.40}")
         return value
 
     return parse
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path. Path("") would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found ''")
+    return Path(text)
 
 
 def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lambda: True) -> None:
@@ -69,6 +80,7 @@ def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lamb
         code, message = 2, f"error: {error.filename or 'input or output'}: {error.strerror or error}"
     if message and should_report():
         print(message, file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not interrupt the exit
     sys.exit(code)
 
 

@@ -122,6 +122,11 @@ def test_each_user_error_is_one_line(finished_run, tmp_path, monkeypatch):
     refused([finished_run, "--device", "abacus"], "abacus")
     refused([finished_run, "--save", tmp_path / "gone/p.json"], "gone/p.json")
     refused([finished_run, "--save", tmp_path], str(tmp_path), "name of a file")
+    refused([finished_run, "--save", finished_run / "config.json"], "config.json", "a file of the run")
+    video = tmp_path / "v.mp4"
+    video.write_bytes(b"video")
+    refused([finished_run, "--video", video, "--save", video], "v.mp4", "one of the videos")
+    assert video.read_bytes() == b"video"
     refused([finished_run, "--beams", 0], "--beams", "at least 1")
     refused([finished_run, "--length-penalty", "nan"], "--length-penalty", "nan")
     refused([finished_run, "--length-penalty", 11], "length_penalty", "11")

@@ -349,6 +349,7 @@ def test_each_user_error_is_one_line(finished_run, flags, backbones, tmp_path, m
     refused([*flags, "--out", finished_run], str(finished_run), "--resume")
     refused(["--resume", tmp_path / "gone"], "gone", "state.pt")
     refused([*flags, "--out", "/dev/null/x"], "--out /dev/null/x")
+    refused([*flags, "--out", ""], "--out", "expected a path")
     refused([*flags, *out, "--vit", ""], "expected a folder")
     refused([*flags, *out, "--image-size", 800000], "--image-size", "4096")
     assert not (tmp_path / "none").exists()

@@ -51,9 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("Trains a captioner on a dataset.")
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, default="shapes", help="what to train on")
-    group.add_argument("--data", type=Path, help="the dataset's folder; unset: data/DATASET")
+    group.add_argument("--data", type=cli.path, help="the dataset's folder; unset: data/DATASET")
     group.add_argument("--allow-missing", action="store_true", help="leave out clips without a video or a caption")
-    group.add_argument("--cache", type=Path, help="where frames are stored; unset: .cache in the dataset's folder")
+    group.add_argument("--cache", type=cli.path, help="where frames are stored; unset: .cache in the dataset's folder")
     group.add_argument("--shapes-sizes", type=cli.at_least(1), nargs=3, default=list(DEFAULT_SIZES),
                        metavar=("TRAIN", "VAL", "TEST"), help="clips of each split of shapes")  # fmt: skip
     group.add_argument("--cache-features", action="store_true",
@@ -83,8 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
     group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, clip order, frames and captions")
     group = parser.add_argument_group("run and machine")
-    group.add_argument("--out", type=Path, help="the folder of the run; unset: runs/DATASET-METHOD")
-    group.add_argument("--resume", type=Path, metavar="RUN", help="continue this run with its own flags")
+    group.add_argument("--out", type=cli.path, help="the folder of the run; unset: runs/DATASET-METHOD")
+    group.add_argument("--resume", type=cli.path, metavar="RUN", help="continue this run with its own flags")
     group.add_argument("--eval-every", type=cli.at_least(1), default=4, help="epochs between validations")
     group.add_argument("--log-every", type=cli.at_least(1), default=20, help="steps between log lines")
     group.add_argument("--save-every", type=cli.at_least(1), default=200, help="steps between checkpoints")
@@ -110,8 +110,10 @@ def to_words(name: str, value: Any) -> list[str]:
     """A flag's name and value -> the words of the command line."""
     if value is None or value is False:
         return []
-    values = [] if value is True else value if isinstance(value, list) else [value]
-    return [f"--{name.replace('_', '-')}", *map(str, values)]
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [flag] if value is True else [f"{flag}={value}"]  # with "=", a value may begin with a dash
 
 
 def rename_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -22,9 +22,14 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
     def frames(split: str, count: int) -> ClipCache:
         return cached_frames(dataset.splits[split], root, split, count, preprocessing, args.workers)
 
-    train = frames("train", max(CANDIDATE_FRAMES, 2 * args.frames))
+    caches = {
+        "train": frames("train", max(CANDIDATE_FRAMES, 2 * args.frames)),
+        "val": frames("val", args.frames), "test": frames("test", args.frames),
+    }  # fmt: skip
     if args.cache_features:
         key = [hashes, args.precision, captioner.adapter.first]
-        train = cached_features(train, key, lambda batch: captioner.block_outputs(batch.to(device)).cpu(),
-                                args.batch_size * args.frames)  # fmt: skip
-    return {"train": train, "val": frames("val", args.frames), "test": frames("test", args.frames)}
+        caches["train"] = cached_features(
+            caches["train"], key, lambda batch: captioner.block_outputs(batch.to(device)).cpu(),
+            args.batch_size * args.frames,
+        )  # fmt: skip
+    return caches

@@ -66,7 +66,8 @@ class ClipCache:
         with open(f"{self.folder}/{self.keys[i]}", "rb", buffering=0) as file:
             for row, index in zip(rows, indices, strict=True):
                 file.seek(int(index) * row.nbytes)
-                file.readinto(row)
+                if file.readinto(row) != row.nbytes:
+                    raise InputError(f"{file.name}: was cut short; it is made again by the next call")
         return rows
 
     @property
@@ -88,7 +89,7 @@ class ClipCache:
         """Deletes files of other keys, and temporary files that are a day old."""
         for path in set(self.folder.iterdir()) - {self.folder / key for key in self.keys}:
             with suppress(FileNotFoundError):  # another process was faster
-                if path.suffix != ".tmp" or time.time() - path.stat().st_mtime > DAY:
+                if path.is_file() and (path.suffix != ".tmp" or time.time() - path.stat().st_mtime > DAY):
                     path.unlink()
 
 

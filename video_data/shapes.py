@@ -328,7 +328,7 @@ def _is_complete(root: Path, settings: dict) -> bool:
         raise InputError(f"{root}: contains something other than shapes; give an empty or new folder")
     found = read_json(made) if made.exists() else {}
     if found.get("whole") and found != settings | {"whole": True}:
-        expected = f"{settings['sizes']} of {settings['seed']}"
+        expected = f"{settings['sizes']} of seed {settings['seed']}"
         raise InputError(f"{root}: contains {found.get('sizes')} clips of seed {found.get('seed')}, not {expected}; "
                          "give another folder or delete this one")  # fmt: skip
     return bool(found.get("whole"))

@@ -1,6 +1,7 @@
 """Flags: today's names, those of version 0.1, and the flags of a run that is resumed."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,7 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
     args = vars(parse_args(words))
     flags = {name: value for name, value in args.items() if name != "resume"}
     path = tmp_path / "config.json"
+    flags["data"] = args["data"] = Path("-odd")  # a name that begins with a dash
     path.write_text(json.dumps({"flags": flags}, default=str))
     resume = ["--resume", str(tmp_path)]
     resumed = parse_args([*resume, "--workers", "2"])

@@ -86,6 +86,9 @@ def test_arrays_are_stored_as_raw_bytes_and_mapped_read_only(tmp_path):
     assert not stored[1].flags.writeable and stored.missing() == [0, 2] and len(stored) == 3
     (tmp_path / "c").write_bytes(bytes(11))
     assert stored.missing() == [0, 2]
+    assert stored.read(1, [1, 0, 1]).tolist() == [[1, 3, 5], [0, 2, 4], [1, 3, 5]]
+    with pytest.raises(InputError, match="c: was cut short"):
+        stored.read(2, [0, 1])
     with pytest.raises(FileNotFoundError):
         stored[0]
     with pytest.raises(IndexError):
@@ -96,11 +99,12 @@ def test_files_of_other_keys_are_deleted_but_not_fresh_temporary_files(tmp_path)
     """A temporary file may belong to a running process; after a day, it is left over from a kill."""
     stored = ClipCache(tmp_path, ["a"], (2,), np.uint8)
     stored.write(0, np.zeros(2, np.uint8))
+    (tmp_path / "folder").mkdir()
     for name in ("b", ".a.1.tmp", ".a.2.tmp"):
         (tmp_path / name).touch()
     os.utime(tmp_path / ".a.1.tmp", (0, time.time() - cache.DAY - 60))
     stored.delete_others()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.2.tmp", "a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.2.tmp", "a", "folder"]
 
 
 # ------------------------------------------------------------------------------------------ frames

@@ -1,0 +1,61 @@
+"""The command line: argument types, exit codes. References: the strings and codes that are written here."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from common import cli
+from tests.scripts import ROOT
+
+
+@pytest.mark.parametrize("text, value", [
+    ("0", 0), ("17", 17), ("-3", None), ("0x1", None), ("", None), ("--5", None), ("-0000000000005", None),
+    ("99999999999999999999", None), ("1.5", None),
+])  # fmt: skip
+def test_whole_numbers(text, value):
+    if value is not None:
+        assert cli.at_least(0)(text) == value
+        return
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number of at least 0"):
+        cli.at_least(0)(text)
+
+
+def test_the_limit_is_named_where_it_is_the_reason():
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 1 and at most 40"):
+        cli.at_least(1, 40)("41")
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 1, found"):
+        cli.at_least(1, 40)("0")
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "1e999", "-1", "x"])
+def test_numbers_are_finite(text):
+    assert cli.number(0)("0.5") == 0.5
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a finite number"):
+        cli.number(0)(text)
+
+
+def test_an_empty_path_is_refused():
+    assert str(cli.path("a/b")) == "a/b"
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a path"):
+        cli.path("")
+
+
+@pytest.mark.parametrize("statement, code, message", [
+    ("return 3", 3, ""), ("raise InputError('x: y')", 2, "error: x: y\n"),
+    ("raise KeyboardInterrupt", 130, "stopped\n"), ("open('/none/x')", 2, "error: /none/x: No such file or directory\n"),
+])  # fmt: skip
+def test_exit_codes_and_messages(statement, code, message):
+    """SIGINT while the process exits changes neither."""
+    script = f"""
+import atexit, os, signal
+from common import cli
+from common.errors import InputError
+def main():
+    {statement}
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+cli.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, message)
