@@ -44,7 +44,8 @@ def test_an_empty_path_is_refused():
 
 @pytest.mark.parametrize("statement, code, message", [
     ("return 3", 3, ""), ("raise InputError('x: y')", 2, "error: x: y\n"),
-    ("raise KeyboardInterrupt", 130, "stopped\n"), ("open('/none/x')", 2, "error: /none/x: No such file or directory\n"),
+    ("raise KeyboardInterrupt", 130, "stopped\n"),
+    ("open('/none/x')", 2, "error: /none/x: No such file or directory\n"),
 ])  # fmt: skip
 def test_exit_codes_and_messages(statement, code, message):
     """SIGINT while the process exits changes neither."""
