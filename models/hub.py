@@ -206,8 +206,9 @@ def _download_files(files: dict, weights: list[str], folder: Path, base_url: str
     def download(name: str) -> None:
         _download(f"{base_url}/{quote(name)}", folder / name, *files[name], report)
 
-    tokenizer = "tokenizer.model" if "tokenizer.model" in files else "tokenizer.json"  # the latter only for its error
-    configs = [name for name in ("config.json", "preprocessor_config.json", tokenizer) if name in files]
+    tokenizer = ("tokenizer.model",) if "tokenizer.model" in files else ("tokenizer.json", "tokenizer_config.json")
+    names = ("config.json", "generation_config.json", "preprocessor_config.json", *tokenizer)
+    configs = [name for name in names if name in files]
     if weights[0].endswith(".index.json"):
         download(weights[0])
         shards = list(read_index(folder / weights[0]))

@@ -1,6 +1,7 @@
 """The language model: a causal transformer and its key-value cache.
 
-One class for three families. Mistral [4] is a Llama [1] whose blocks attend within a sliding window. Gemma 3 [5]
+One class for five families. Mistral [4] is a Llama [1] whose blocks attend within a sliding window. Qwen 2 [6] has
+biases in the projections of queries, keys and values; Qwen 3 [7] normalizes queries and keys instead. Gemma 3 [5]
 mixes local blocks, which have a window, with global ones; it also normalizes queries, keys and the outputs of
 attention and MLP, uses GELU instead of SiLU in its gated MLP, and scales its embeddings.
 
@@ -12,6 +13,8 @@ References
 [3] Grouped queries, https://arxiv.org/abs/2305.13245
 [4] https://arxiv.org/abs/2310.06825; modeling_mistral.py
 [5] https://arxiv.org/abs/2503.19786; modeling_gemma3.py
+[6] https://arxiv.org/abs/2407.10671; modeling_qwen2.py
+[7] https://arxiv.org/abs/2505.09388; modeling_qwen3.py
 """
 
 from dataclasses import dataclass
@@ -43,12 +46,14 @@ class LMConfig:
     norm_eps: float
     max_positions: int
     tied: bool
-    bos_id: int
+    bos_id: int | None  # None: texts have no first token of their own
     eos_id: int
     other_eos_ids: tuple[int, ...] = ()  # some models have several tokens that end a text
     rope_scaling: RopeScaling | None = None
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # queries and keys are normalized, head by head
     window: int | None = None  # of local blocks, in positions: the query's own and those before it
     local: tuple[bool, ...] = ()  # whether each block is local; (): all are global
     local_theta: float | None = None  # rope_theta of local blocks, which are not scaled; None: as in global blocks
@@ -137,12 +142,13 @@ class LMAttention(nn.Module):
         super().__init__()
         self.index, self.d = index, config.head_width
         self.scale = (config.query_scalar or config.head_width) ** -0.5
-        self.q = nn.Linear(config.width, config.heads * self.d, config.attention_bias)
-        self.k = nn.Linear(config.width, config.kv_heads * self.d, config.attention_bias)
-        self.v = nn.Linear(config.width, config.kv_heads * self.d, config.attention_bias)
-        self.o = nn.Linear(config.heads * self.d, config.width, config.attention_bias)
-        self.q_norm = GemmaRMSNorm(self.d, config.norm_eps) if config.gemma else nn.Identity()
-        self.k_norm = GemmaRMSNorm(self.d, config.norm_eps) if config.gemma else nn.Identity()
+        self.q = nn.Linear(config.width, config.heads * self.d, config.qkv_bias)
+        self.k = nn.Linear(config.width, config.kv_heads * self.d, config.qkv_bias)
+        self.v = nn.Linear(config.width, config.kv_heads * self.d, config.qkv_bias)
+        self.o = nn.Linear(config.heads * self.d, config.width, config.o_bias)
+        norm = GemmaRMSNorm if config.gemma else RMSNorm
+        self.q_norm = norm(self.d, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = norm(self.d, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, self.d)).transpose(1, 2) for f in (self.q, self.k, self.v))

@@ -1,11 +1,13 @@
 """Public language models: their config.json and the names of their tensors, as `lm.py` needs them.
 
-Three families, in the format of transformers: `llama`, `mistral`, and the text models of Gemma 3, `gemma3_text`.
+Five families, in the format of transformers: `llama`, `mistral`, `qwen2`, `qwen3`, and the text models of Gemma 3,
+`gemma3_text`.
 Both spellings of rotary embeddings are read: transformers 4 writes `rope_theta`, `rope_scaling` and Gemma's
 `rope_local_base_freq` side by side, transformers 5 puts all of them into `rope_parameters`.
 
 References
-[1] transformers: configuration_llama.py, configuration_mistral.py, configuration_gemma3.py
+[1] transformers: configuration_llama.py, configuration_mistral.py, configuration_qwen2.py, configuration_qwen3.py,
+    configuration_gemma3.py
 """
 
 from pathlib import Path
@@ -16,7 +18,12 @@ from common.errors import InputError
 from common.json_fields import bounded, field, read_json
 from models.rope import RopeScaling, read_rope_scaling
 
-# The values of fields that a family's config leaves out; null counts as left out.
+QWEN = dict(
+    max_position_embeddings=32768, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=None, tie_word_embeddings=False,
+    rope_theta=1e4, num_attention_heads=32, num_key_value_heads=32, sliding_window=4096, max_window_layers=28,
+)  # fmt: skip
+
+# The values of fields that a family's config leaves out; null counts as left out, except for token ids and windows.
 DEFAULTS = {
     "llama": dict(
         max_position_embeddings=2048, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
@@ -26,6 +33,8 @@ DEFAULTS = {
         max_position_embeddings=131072, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=False, rope_theta=1e4, num_key_value_heads=8, sliding_window=4096,
     ),
+    "qwen2": QWEN,
+    "qwen3": QWEN | dict(head_dim=128),
     "gemma3_text": dict(
         max_position_embeddings=131072, rms_norm_eps=1e-6, bos_token_id=2, eos_token_id=1,
         tie_word_embeddings=True, rope_theta=1e6, rope_local_base_freq=1e4, num_attention_heads=8,
@@ -40,6 +49,8 @@ SUPPORTED = {
     "mistral": dict(
         hidden_act="silu", partial_rotary_factor=1.0, attention_bias=False, mlp_bias=False, layer_types=None,
     ),
+    "qwen2": dict(hidden_act="silu", partial_rotary_factor=1.0, mlp_bias=False),
+    "qwen3": dict(hidden_act="silu", partial_rotary_factor=1.0, mlp_bias=False),
     "gemma3_text": dict(
         hidden_activation="gelu_pytorch_tanh", partial_rotary_factor=1.0, attn_logit_softcapping=None,
         final_logit_softcapping=None, use_bidirectional_attention=False, tie_word_embeddings=True, mlp_bias=False,
@@ -69,9 +80,10 @@ def read_lm_config(path: Path) -> dict[str, Any]:
     head_width = _at_least_one({"head_dim": width // heads} | config, "head_dim", path)
     if head_width % 2:
         raise InputError(f"{path}: heads are {head_width} wide, rotary embeddings need an even width")
-    bos_id, eos_id, *other_eos_ids = _token_ids(config, vocab, path)
+    bos_id, (eos_id, *other_eos_ids) = _token_ids(published, kind, vocab, path)
     rope_theta, rope_scaling, local_theta = _rope(config, kind, path)
     window, local = _windows(published, config, kind, depth, path)
+    attention_bias = field(config, "attention_bias", bool, path, False)
     query_scalar = bounded(config, "query_pre_attn_scalar", float, path, 1e-3, 1e9) if kind == "gemma3_text" else None
     return dict(
         vocab=vocab, width=width, depth=depth, heads=heads, kv_heads=kv_heads, head_width=head_width,
@@ -79,9 +91,9 @@ def read_lm_config(path: Path) -> dict[str, Any]:
         norm_eps=bounded(config, "rms_norm_eps", float, path, 0, 1),
         tied=field(config, "tie_word_embeddings", bool, path),
         bos_id=bos_id, eos_id=eos_id, other_eos_ids=tuple(other_eos_ids),
-        attention_bias=field(config, "attention_bias", bool, path, False),
+        qkv_bias=attention_bias or kind == "qwen2", o_bias=attention_bias and kind != "qwen2",
         mlp_bias=field(config, "mlp_bias", bool, path, False),
-        window=window, local=local, local_theta=local_theta,
+        qk_norm=kind in ("qwen3", "gemma3_text"), window=window, local=local, local_theta=local_theta,
         gemma=kind == "gemma3_text", query_scalar=query_scalar,
     )  # fmt: skip
 
@@ -94,13 +106,31 @@ def _theta(config: dict[str, Any], path: Path) -> float:
     return bounded(config, "rope_theta", float, path, 1.01, 1e12)
 
 
-def _token_ids(config: dict[str, Any], vocab: int, path: Path) -> list[int]:
-    """BOS, then every EOS: public configs give one EOS or a list."""
-    eos = config["eos_token_id"]
-    ids = [config["bos_token_id"], *(eos if isinstance(eos, list) else [eos])]
-    if len(ids) < 2 or any(type(i) is not int or not 0 <= i < vocab for i in ids):
-        raise InputError(f"{path}: bos_token_id is {config['bos_token_id']!r}, eos_token_id is {short(eos)}, expected "
-                         f"whole numbers below vocab_size {vocab}")  # fmt: skip
+def _token_ids(published: dict[str, Any], kind: str, vocab: int, path: Path) -> tuple[int | None, list[int]]:
+    """BOS, None if there is none, and every EOS.
+
+    The EOS of a generation_config.json beside config.json count if config.json has none, or if they are several; they
+    then follow that of config.json.
+    """
+    config = DEFAULTS[kind] | published  # null is no token, not the default
+    bos = None if config["bos_token_id"] is None else bounded(config, "bos_token_id", int, path, 0, vocab - 1)
+    eos, generation_eos = _eos_ids(published, vocab, path), []
+    if (generation := path.with_name("generation_config.json")).is_file():
+        generation_eos = _eos_ids(read_json(generation), vocab, generation)
+    if not eos or len(generation_eos) > 1:
+        eos = list(dict.fromkeys(eos + generation_eos))
+    if not (eos := eos or _eos_ids(config, vocab, path)):
+        raise InputError(f"{path}: field 'eos_token_id' is missing, here and in generation_config.json, expected a "
+                         "whole number")  # fmt: skip
+    return bos, eos
+
+
+def _eos_ids(config: dict[str, Any], vocab: int, path: Path) -> list[int]:
+    """One id or a list; null or missing: []."""
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if value == [] or any(type(i) is not int or not 0 <= i < vocab for i in ids):
+        raise InputError(f"{path}: eos_token_id is {short(value)}, expected whole numbers below vocab_size {vocab}")
     return ids
 
 
@@ -124,20 +154,30 @@ def _rope(config: dict[str, Any], kind: str, path: Path) -> tuple[float, RopeSca
 
 def _windows(published: dict[str, Any], config: dict[str, Any], kind: str, depth: int,
              path: Path) -> tuple[int | None, tuple[bool, ...]]:  # fmt: skip
-    """The window of local blocks, in positions, and for each block whether it is local."""
+    """The window of local blocks, in positions, and for each block whether it is local. Without a window: None, ()."""
     if kind == "llama":
         return None, ()
-    if kind == "mistral":
-        if "sliding_window" in published and published["sliding_window"] is None:  # here null means no window
-            return None, ()
-        return _at_least_one(config, "sliding_window", path), (True,) * depth
-    period = _at_least_one(config, "sliding_window_pattern", path)
-    types = ["sliding_attention" if i % period else "full_attention" for i in range(1, depth + 1)]
+    has_window = kind == "gemma3_text" or published.get("sliding_window", 0) is not None  # Gemma: null is the default
+    if kind == "gemma3_text":
+        period = _at_least_one(config, "sliding_window_pattern", path)
+        local = [i % period > 0 for i in range(1, depth + 1)]
+    elif kind == "mistral":
+        local = [has_window] * depth
+    else:
+        has_window = has_window and field(config, "use_sliding_window", bool, path, False)
+        first = bounded(config, "max_window_layers", int, path, 0, 2**24)
+        local = [has_window and i >= first for i in range(depth)]
+    types = ["sliding_attention" if is_local else "full_attention" for is_local in local]
     types = field(config, "layer_types", list, path, types)
     if len(types) != depth or any(t not in ("sliding_attention", "full_attention") for t in types):
         raise InputError(f"{path}: layer_types: expected {depth} times sliding_attention or full_attention, found "
                          f"{short(types)}")  # fmt: skip
-    return _at_least_one(config, "sliding_window", path), tuple(t == "sliding_attention" for t in types)
+    local = tuple(t == "sliding_attention" for t in types)
+    if not has_window:
+        if any(local):
+            raise InputError(f"{path}: layer_types has sliding_attention, expected full_attention without a window")
+        return None, ()
+    return _at_least_one(config, "sliding_window", path), local
 
 
 def lm_tensor_names(config) -> dict[str, str]:
@@ -149,13 +189,15 @@ def lm_tensor_names(config) -> dict[str, str]:
         "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj", "norm2": "post_attention_layernorm",
         "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
     }  # fmt: skip
+    if config.qk_norm:
+        pairs |= {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
     if config.gemma:
         pairs |= {
-            "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
             "norm1_out": "post_attention_layernorm", "norm2": "pre_feedforward_layernorm",
             "norm2_out": "post_feedforward_layernorm",
         }  # fmt: skip
-    biased = ["attn.q", "attn.k", "attn.v", "attn.o"] * config.attention_bias + ["gate", "up", "down"] * config.mlp_bias
+    biased = ["attn.q", "attn.k", "attn.v"] * config.qkv_bias + ["attn.o"] * config.o_bias
+    biased += ["gate", "up", "down"] * config.mlp_bias
     for i in range(config.depth):
         names |= {f"blocks.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight" for ours, theirs in pairs.items()}
         names |= {f"blocks.{i}.{ours}.bias": f"model.layers.{i}.{pairs[ours]}.bias" for ours in biased}

@@ -167,16 +167,27 @@ def assert_downloaded() -> None:
 
 
 def test_the_files_of_a_model_are_downloaded_and_no_others(server):
-    files = MODEL | {"tokenizer.model": b"t", "preprocessor_config.json": b"{}"}
-    server.publish(files | {"README.md": b"#", "pytorch_model.bin": b"x", "tokenizer.json": b"y", "onnx/a.bin": b"z"})
+    files = MODEL | {"tokenizer.model": b"t", "preprocessor_config.json": b"{}", "generation_config.json": b"g"}
+    others = {"README.md": b"#", "pytorch_model.bin": b"x", "tokenizer.json": b"y", "onnx/a.bin": b"z"}
+    server.publish(files | others | {"tokenizer_config.json": b"c", "vocab.json": b"v"})
     lines = []
     folder = hub.resolve(REPO, report=lines.append)
     assert folder == model_folder()
     assert {name: (folder / name).read_bytes() for name in visible_files(folder)} == files
     expected = [LISTING + "?blobs=true"] + [f"/{REPO}/resolve/{COMMIT}/{name}" for name in files]
     assert sorted(server.paths()) == sorted(expected)
-    assert len(lines) == 1 and all(word in lines[0] for word in (REPO, COMMIT, "4 files", "300.0 kB"))
+    assert len(lines) == 1 and all(word in lines[0] for word in (REPO, COMMIT, "5 files", "300.0 kB"))
     assert (folder.parent / "refs" / "main").read_text() == COMMIT
+
+
+def test_without_a_sentencepiece_model_tokenizer_json_is_downloaded(server):
+    files = MODEL | {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}", "generation_config.json": b"{}"}
+    server.publish(files | {"merges.txt": b"m", "special_tokens_map.json": b"s"})
+
+    def check(folder: Path) -> None:
+        assert visible_files(folder) == sorted(files.keys() - {"model.safetensors"})
+
+    assert visible_files(hub.resolve(REPO, check=check)) == sorted(files)
 
 
 def test_a_complete_model_needs_no_network(server):

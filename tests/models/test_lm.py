@@ -4,7 +4,8 @@ A case is a config.json as published. transformers reads the same file and compu
 its parameters are random, those of norms too, so that no two tensors can be confused; they are saved to a file, which
 our model loads. Inputs are longer than every window and than the pretraining length of scaled models.
 
-[1] transformers: models/llama, models/mistral and models/gemma3, modeling_rope_utils.py, masking_utils.py
+[1] transformers: models/llama, models/mistral, models/qwen2, models/qwen3 and models/gemma3, modeling_rope_utils.py,
+    masking_utils.py
 """
 
 import json
@@ -27,6 +28,9 @@ LLAMA = dict(
     hidden_act="silu", rope_theta=1000.0,
 )  # fmt: skip
 MISTRAL = LLAMA | dict(model_type="mistral", sliding_window=7)
+QWEN2 = LLAMA | dict(model_type="qwen2", bos_token_id=None, eos_token_id=2, head_dim=8, sliding_window=7)
+QWEN3 = QWEN2 | dict(model_type="qwen3", head_dim=16)
+WINDOW = dict(use_sliding_window=True, num_hidden_layers=3, max_window_layers=2)
 GEMMA = dict(
     model_type="gemma3_text", vocab_size=50, hidden_size=36, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=1, head_dim=16, intermediate_size=40, max_position_embeddings=64, rms_norm_eps=1e-5,
@@ -71,6 +75,18 @@ CASES = {
     "mistral, no window": MISTRAL | dict(sliding_window=None),
     "mistral, default window": {name: value for name, value in MISTRAL.items() if name != "sliding_window"},
     "mistral, llama3": MISTRAL | dict(rope_scaling=LLAMA3, tie_word_embeddings=True),
+    "qwen2": QWEN2,
+    "qwen2, tied": QWEN2 | dict(tie_word_embeddings=True, num_key_value_heads=1, use_sliding_window=False),
+    "qwen2, window": QWEN2 | WINDOW,
+    "qwen2, no window": QWEN2 | WINDOW | dict(sliding_window=None),
+    "qwen2, layer_types": QWEN2 | WINDOW | dict(layer_types=["sliding_attention", *["full_attention"] * 2]),
+    "qwen2, attention_bias": QWEN2 | dict(attention_bias=True),  # a field that is not of this family
+    "qwen2, new": new_spelling(QWEN2, rope_type="linear", factor=2.5, rope_theta=700.0),
+    "qwen3": QWEN3,
+    "qwen3, tied": QWEN3 | dict(tie_word_embeddings=True, hidden_size=20, rms_norm_eps=0.5),
+    "qwen3, window": QWEN3 | WINDOW,
+    "qwen3, biases": QWEN3 | dict(attention_bias=True),
+    "qwen3, new": new_spelling(QWEN3, rope_type="default", rope_theta=700.0),
     "gemma": GEMMA,
     "gemma, layer_types": GEMMA | dict(layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
     "gemma, new": new_spelling(
@@ -88,7 +104,7 @@ CASES = {
     "gemma, all global": GEMMA | dict(layer_types=["full_attention"] * 3),
 }
 every_case = pytest.mark.parametrize("case", CASES)
-every_family = pytest.mark.parametrize("case", ["llama", "mistral", "gemma"])
+every_family = pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
 
 
 def make(folder: Path, config: dict, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -243,7 +259,7 @@ def test_windows_limit_which_positions_reach_the_output(tmp_path, case):
     assert reached.tolist() == ([False] * 17 + [True] * 13 if case == "mistral" else [True] * 30)
 
 
-@pytest.mark.parametrize("case", ["llama", "llama, grouped, tied", "mistral", "gemma"])
+@pytest.mark.parametrize("case", ["llama", "llama, grouped, tied", "mistral", "qwen2", "qwen3, tied", "gemma"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_files_load_and_compute_in_float32(tmp_path, case, dtype):
     """Model seed 8, token ids seed 9, tolerance 1e-5 to the reference with rounded weights."""
@@ -281,10 +297,11 @@ def test_embedding_rms(tmp_path, case):
     torch.testing.assert_close(lm.embedding_rms(), expected.detach(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tinyllama-1.1b", "gemma-3-270m"])
+@pytest.mark.parametrize("name", ["tinyllama-1.1b", "smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-3-270m"])
 def test_one_block_of_a_public_model_at_full_width(tmp_path, name):
     """Model seed 12, token ids seed 13, tolerance 1e-5. Gemma's first block is local: 512 of 530 positions."""
-    config = json.loads((CONFIGS / f"{name}.json").read_text()) | dict(num_hidden_layers=1, vocab_size=200)
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    config |= dict(num_hidden_layers=1, vocab_size=200, bos_token_id=1, eos_token_id=2)
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:1]
     theirs = make(tmp_path, config, seed=12)

@@ -4,7 +4,8 @@ References: transformers, which reads the same config.json; the parameter counts
 of published shapes are counted on the meta device.
 
 [1] https://huggingface.co/TinyLlama/TinyLlama-1.1B-Chat-v1.0, JackFram/llama-160m, meta-llama/Llama-3.2-1B,
-    mistralai/Mistral-7B-v0.1, google/gemma-3-270m, google/gemma-3-1b-it: "Model size" and the index files
+    mistralai/Mistral-7B-v0.1, google/gemma-3-270m, google/gemma-3-1b-it, HuggingFaceTB/SmolLM2-135M,
+    Qwen/Qwen2.5-0.5B, Qwen/Qwen3-0.6B: "Model size" and the index files
 """
 
 import json
@@ -21,17 +22,31 @@ from models.tokenizer import load_tokenizer
 from models.vit import ViT, ViTConfig
 from tests.common.helpers import ROOT, refused
 from tests.models.helpers import CONFIGS, write_weights
-from tests.models.test_lm import GEMMA, LLAMA, LLAMA3, MISTRAL, make, new_spelling, published_tensors
+from tests.models.test_lm import (
+    GEMMA,
+    LLAMA,
+    LLAMA3,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    WINDOW,
+    make,
+    new_spelling,
+    published_tensors,
+)
 
 PARAMETERS = {
     "tinyllama-1.1b": 1_100_048_384,
     "llama-160m": 162_417_408,
     "llama-3.2-1b-instruct": 1_235_814_400,
     "mistral-7b-v0.1": 7_241_732_096,
+    "smollm2-135m": 134_515_008,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
     "gemma-3-270m": 268_098_176,
     "gemma-3-1b-it": 999_885_952,
 }
-FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "gemma": GEMMA}
+FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "gemma": GEMMA}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -80,13 +95,15 @@ def test_a_public_config_is_read_as_transformers_reads_it(name):
 
 @every_family
 def test_missing_fields_have_the_defaults_of_transformers(tmp_path, family):
-    """A config of nothing but the sizes, which have no defaults."""
+    """A config of nothing but the sizes, which have no defaults, and Qwen's EOS, which has none either."""
     sizes = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
     config = {name: FAMILIES[family][name] for name in sizes}
-    config |= {"num_attention_heads": 8, "hidden_size": 64, "num_hidden_layers": 12}
+    heads = {"num_attention_heads": 8} if "qwen" not in family else {"eos_token_id": 7}
+    config |= heads | {"hidden_size": 64, "num_hidden_layers": 30}
     ours, theirs = read(tmp_path, config), AutoConfig.from_pretrained(tmp_path)
     assert (ours.heads, ours.kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
-    assert (ours.head_width, ours.norm_eps) == (theirs.head_dim, theirs.rms_norm_eps)
+    assert ours.head_width == getattr(theirs, "head_dim", 64 // theirs.num_attention_heads)
+    assert ours.norm_eps == theirs.rms_norm_eps
     assert (ours.max_positions, ours.tied) == (theirs.max_position_embeddings, theirs.tie_word_embeddings)
     assert (ours.bos_id, ours.eos_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
     assert ours.window == getattr(theirs, "sliding_window", None)
@@ -97,7 +114,12 @@ def test_missing_fields_have_the_defaults_of_transformers(tmp_path, family):
         assert ours.local_theta == rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
     assert ours.rope_theta == rope["rope_theta"] and ours.rope_scaling is None
-    assert not ours.attention_bias and not ours.mlp_bias
+    assert ours.qkv_bias == (family == "qwen2") and not ours.o_bias and not ours.mlp_bias
+    if "qwen" in family:
+        windowed = read(tmp_path, config | {"use_sliding_window": True})
+        types = AutoConfig.from_pretrained(tmp_path).layer_types
+        assert windowed.window == 4096 and windowed.local == tuple(kind == "sliding_attention" for kind in types)
+        assert sum(windowed.local) == 2
 
 
 def test_the_default_q_adapter_trains_less_than_1_4_percent_of_public_backbones():
@@ -116,9 +138,9 @@ def test_the_default_q_adapter_trains_less_than_1_4_percent_of_public_backbones(
 # ---------------------------------------------------------------------------------------- configs
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gemma2", "qwen2", "gpt2"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma2", "qwen2_moe", "gpt2"])
 def test_another_family_is_refused_with_the_supported_ones(tmp_path, kind):
-    with refused(str(tmp_path / "config.json"), repr(kind), "llama, mistral, gemma3_text"):
+    with refused(str(tmp_path / "config.json"), repr(kind), "llama, mistral, qwen2, qwen3, gemma3_text"):
         read(tmp_path, LLAMA | {"model_type": kind})
 
 
@@ -149,6 +171,15 @@ def test_another_family_is_refused_with_the_supported_ones(tmp_path, kind):
     ("mistral", {"attention_bias": True}, ("attention_bias is True",)),
     ("mistral", {"layer_types": ["full_attention"] * 2}, ("layer_types",)),
     ("mistral", {"hidden_act": "gelu"}, ("hidden_act is 'gelu'",)),
+    ("qwen2", {"eos_token_id": None}, ("'eos_token_id'", "generation_config.json")),
+    ("qwen2", {"use_sliding_window": 1}, ("'use_sliding_window'", "true or false")),
+    ("qwen2", WINDOW | {"max_window_layers": -1}, ("max_window_layers is -1",)),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 2}, ("layer_types", "without a window")),
+    ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ("'yarn'",)),
+    ("qwen3", {"layer_types": ["full_attention"]}, ("layer_types", "2 times")),
+    ("qwen3", {"hidden_act": "gelu"}, ("hidden_act is 'gelu'",)),
+    ("qwen3", {"mlp_bias": True}, ("mlp_bias is True",)),
+    ("qwen3", {"head_dim": 7}, ("7 wide", "even")),
     ("gemma", {"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping is 50.0",)),
     ("gemma", {"final_logit_softcapping": 30.0}, ("final_logit_softcapping is 30.0",)),
     ("gemma", {"use_bidirectional_attention": True}, ("use_bidirectional_attention is True",)),
@@ -192,6 +223,34 @@ def test_several_eos_tokens_keep_their_order(tmp_path):
     assert (several.eos_id, several.eos_ids) == (7, (7, 3, 9))
 
 
+def test_eos_tokens_of_generation_config(tmp_path):
+    """They count if config.json has none, or if they are several."""
+    other = tmp_path / "generation_config.json"
+    llama = {name: value for name, value in LLAMA.items() if name != "eos_token_id"}
+    for config, generation, expected in [
+        (llama, {}, (2,)),  # the family's default
+        (llama, {"eos_token_id": 7}, (7,)),
+        (llama | {"eos_token_id": None}, {"eos_token_id": 7}, (7,)),
+        (llama | {"eos_token_id": 3}, {"eos_token_id": 7}, (3,)),
+        (llama | {"eos_token_id": 3}, {"eos_token_id": [7, 3]}, (3, 7)),
+        (llama | {"eos_token_id": [5, 3]}, {"eos_token_id": [7, 3, 4]}, (5, 3, 7, 4)),
+        (llama | {"eos_token_id": [5, 3]}, {"eos_token_id": None}, (5, 3)),
+        (QWEN2 | {"eos_token_id": None}, {"eos_token_id": [9, 8]}, (9, 8)),
+    ]:
+        other.write_text(json.dumps(generation))
+        assert read(tmp_path, config).eos_ids == expected
+    for eos in (50, -1, "2", [], [True], [[2]]):
+        other.write_text(json.dumps({"eos_token_id": eos}))
+        with refused(str(other), "eos_token_id is", "below vocab_size 50"):
+            read(tmp_path, LLAMA)
+
+
+def test_null_means_no_bos(tmp_path):
+    """Unlike a missing field, which means the family's default."""
+    for config, expected in ((LLAMA, 1), (LLAMA | {"bos_token_id": None}, None), (QWEN2, None)):
+        assert read(tmp_path, config).bos_id == AutoConfig.from_pretrained(tmp_path).bos_token_id == expected
+
+
 def test_null_means_no_window_for_mistral(tmp_path):
     """Unlike a missing field, which means 4096."""
     config = read(tmp_path, MISTRAL | {"sliding_window": None})
@@ -210,7 +269,8 @@ def test_both_spellings_of_gemma_give_one_config(tmp_path):
 @pytest.fixture
 def saved(tmp_path, family):
     """A folder with a model of the family, and its tensors."""
-    biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+    biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {"attention_bias": family == "qwen3"}
+    biases = {} if family == "mistral" else biases
     return tmp_path, published_tensors(make(tmp_path, FAMILIES[family] | biases))
 
 

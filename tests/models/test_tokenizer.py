@@ -1,6 +1,7 @@
-"""The tokenizer, against sentencepiece: with the tiny backbone's model and two models trained here on a few words.
+"""Loading a tokenizer, and sentencepiece's: with the tiny backbone's model and two models trained here on a few words.
 
-One of the latter marks the first word of a text, as Llama's does; the other marks only spaces, as Gemma's does.
+One of the latter marks the first word of a text, as Llama's does; the other marks only spaces, as Gemma's does. The
+reference is sentencepiece. `test_bpe.py` tests the tokenizers that tokenizer.json describes.
 """
 
 import io
@@ -10,8 +11,10 @@ import shutil
 import pytest
 import sentencepiece
 
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.tokenizer import SentencePieceTokenizer, load_tokenizer
 from tests.common.helpers import ROOT, refused
+from tests.models.helpers import change_json
+from tests.models.test_bpe import change, make_tokenizer_json
 from tests.models.test_lm import LLAMA
 
 TINY_LM = ROOT / "backbones" / "tiny-lm"
@@ -34,7 +37,7 @@ def train_processor(marks_first_word: bool) -> sentencepiece.SentencePieceProces
 def test_encoded_texts_continue_other_texts(marks_first_word):
     """The ids of a text are those it has after other words, and decode to the same text."""
     processor = train_processor(marks_first_word)
-    tokenizer = Tokenizer(processor)
+    tokenizer = SentencePieceTokenizer(processor)
     rows = tokenizer.encode(TEXTS)
     assert [tokenizer.encode(text) for text in TEXTS] == rows
     for text, ids in zip(TEXTS, rows, strict=True):
@@ -54,7 +57,7 @@ def test_a_model_that_cannot_continue_a_text_is_refused(tmp_path):
 
 
 def test_ids_beyond_the_vocabulary_are_skipped():
-    tokenizer = Tokenizer(train_processor(True))
+    tokenizer = SentencePieceTokenizer(train_processor(True))
     ids = tokenizer.encode("a dog runs")
     assert tokenizer.decode([[26, *ids[:2], 99, *ids[2:]], [26]]) == ["a dog runs", ""]
 
@@ -76,25 +79,82 @@ def test_the_tiny_backbone_encodes_as_sentencepiece_does():
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
-    with refused("tokenizer.model: expected a sentencepiece model, found none"):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    with refused(f"{tmp_path}: expected tokenizer.model or tokenizer.json, found neither"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with refused("tokenizer.model: not a sentencepiece model"):
-        load_tokenizer(tmp_path)
+    for name, words in (("tokenizer.json", "expected JSON in UTF-8"), ("tokenizer.model", "not a sentencepiece model")):
+        (tmp_path / name).write_bytes(b"not a model")
+        with refused(f"{tmp_path / name}: {words}"):
+            load_tokenizer(tmp_path)
 
 
-def test_another_kind_of_tokenizer_is_refused_with_alternatives(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with refused("tokenizer.model: ", " only tokenizer.json: use ", "TinyLlama", "Gemma 3"):
-        load_tokenizer(tmp_path)
-
-
-def test_a_tokenizer_with_more_pieces_than_the_model_has_tokens_is_refused(tmp_path):
-    """The tiny backbone's tokenizer of 448 pieces with a config.json of 448, 500 and 447 tokens."""
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    """The tiny backbone's tokenizer of 448 pieces with a config.json of 448, 500 and 447 tokens; and a BPE."""
     shutil.copy(TINY_LM / "tokenizer.model", tmp_path)
     for vocab in (448, 500):
         (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": vocab}))
         assert len(load_tokenizer(tmp_path)) == 448
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 447}))
-    with refused("tokenizer.model: has 448 pieces, expected at most the 447 tokens"):
+    with refused("tokenizer.model: has 448 tokens, expected at most the 447 of its config.json"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(make_tokenizer_json("tiny Qwen")))
+    assert len(load_tokenizer(tmp_path)) == 406
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 405}))
+    with refused("tokenizer.json: has 406 tokens, expected at most the 405 of its config.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_model_is_preferred(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 448}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(make_tokenizer_json("tiny Qwen")))
+    ids = load_tokenizer(tmp_path).encode("a red circle")
+    shutil.copy(TINY_LM / "tokenizer.model", tmp_path)
+    assert load_tokenizer(tmp_path).encode("a red circle") == load_tokenizer(TINY_LM).encode("a red circle") != ids
+
+
+# --------------------------------------------------------------------------------------------- BOS
+
+
+def test_bos_of_a_sentencepiece_model(tmp_path):
+    """That of config.json counts only if the model has none."""
+    for bos_in_model, bos_in_config, expected in ((1, 5, 1), (-1, 5, 5), (-1, None, -1)):
+        (tmp_path / "tokenizer.model").write_bytes(train_model(bos_id=bos_in_model))
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"bos_token_id": bos_in_config}))
+        assert load_tokenizer(tmp_path).bos_id() == expected
+
+
+def test_bos_of_a_bpe(tmp_path):
+    """The post-processor's, else that of tokenizer_config.json, else, without this file, that of config.json."""
+    config, settings = tmp_path / "config.json", tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(LLAMA | {"vocab_size": 500, "bos_token_id": 5}))
+    llama = make_tokenizer_json("tiny Llama 3")
+    template = llama["post_processor"]["processors"][1]
+    first, image = (token["id"] for token in llama["added_tokens"] if token["content"] in ("<|endoftext|>", "<image>"))
+
+    def load(post_processor) -> int:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(change(llama, ("post_processor",), post_processor)))
+        return load_tokenizer(tmp_path).bos_id()
+
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    assert [load(each) for each in (llama["post_processor"], template, byte_level, None)] == [first, first, 5, 5]
+    config.write_text(json.dumps(LLAMA | {"vocab_size": 500, "bos_token_id": None}))
+    assert [load(template), load(None)] == [first, -1]
+    change_json(config, bos_token_id=5)
+    for bos_token, expected in (("<image>", image), ({"content": "<image>", "lstrip": False}, image), (None, -1)):
+        settings.write_text(json.dumps({"bos_token": bos_token, "add_bos_token": False}))
+        assert [load(template), load(byte_level)] == [first, expected]
+    settings.write_text("{}")
+    assert load(None) == -1
+    for bos_token in ("<s>", 5, {}, [], "a"):
+        settings.write_text(json.dumps({"bos_token": bos_token}))
+        with refused(f"{settings}: bos_token is", "expected an added token of tokenizer.json"):
+            load(None)
+
+
+@pytest.mark.parametrize("name, bos_id", [("llama3.2", 128000), ("qwen2.5", -1), ("qwen3", -1)])
+def test_bos_of_public_tokenizers(real, tmp_path, name, bos_id):
+    """Qwen's config.json names 151643, with which no text begins."""
+    shutil.copytree(real / "tokenizers" / name, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 151936, "bos_token_id": 151643}))
+    assert load_tokenizer(tmp_path).bos_id() == bos_id
