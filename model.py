@@ -1,13 +1,13 @@
 """The captioner: a frozen ViT, an adapter, a connector, a frozen causal language model.
 
-    BOS | N visual tokens | "a video of" | caption | EOS        the language model's input
+    BOS | N visual tokens | "a video of" | caption | EOS        the language model's input; Qwen has no BOS
 
 The visual tokens are connector(LN(Q)), scaled to the root mean square of the word embeddings (`--method qadapter`).
 The other methods make one visual token per frame, connector(pooled feature + frame vector), with the ViT frozen
 (`linear`), with LoRA in its attention (`lora`), or with everything trained (`full`).
 
 Letters: B clips, T frames, S side in pixels, D ViT width, Q the Q-Adapter's queries, C width of the language model,
-V vocabulary, N visual tokens, p tokens of the prompt, P = 1+N+p positions before a caption, K captions per clip,
+V vocabulary, N visual tokens, p tokens of the prompt, P positions before a caption, K captions per clip,
 L tokens of the longest caption with its EOS.
 """
 
@@ -122,11 +122,10 @@ class Captioner(nn.Module):
         # The language model expects inputs as large as its embeddings; the connector need not learn that.
         self.register_buffer("prefix_scale", lm.embedding_rms(), persistent=False)
         self.prompt_ids = tokenizer.encode(PROMPT)
-        # The tokenizer's BOS is the one the language model was trained with; some public configs name another.
-        self.bos_id = tokenizer.bos_id() if tokenizer.bos_id() >= 0 else lm.config.bos_id
+        self.bos_ids = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
         prefix_length = self.prefix_length(config.frames)
         if (positions := prefix_length + MAX_CAPTION_TOKENS) > lm.config.max_positions:  # EOS is not fed back
-            visual = prefix_length - 1 - len(self.prompt_ids)
+            visual = prefix_length - len(self.bos_ids) - len(self.prompt_ids)
             raise InputError(f"{visual} visual tokens need {positions} positions, the language model has "
                              f"{lm.config.max_positions}")  # fmt: skip
         self.lm_hidden = lm.hidden  # or a compiled version of it
@@ -152,7 +151,8 @@ class Captioner(nn.Module):
 
     def prefix_length(self, frames: int) -> int:
         """Positions before a caption: BOS, one visual token per query or frame, the prompt."""
-        return 1 + (self.config.queries if self.adapter is not None else frames) + len(self.prompt_ids)
+        visual = self.config.queries if self.adapter is not None else frames
+        return len(self.bos_ids) + visual + len(self.prompt_ids)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> visual tokens (B, N, C)."""
@@ -172,11 +172,12 @@ class Captioner(nn.Module):
         return self.adapter.block_outputs(self.vit, self.vit.normalize(frames).to(self.dtype)).bfloat16()
 
     def prefix(self, frames: Tensor) -> Tensor:
-        """Embeddings of BOS, visual tokens and prompt (B, 1+N+p, C)."""
+        """Embeddings of BOS, visual tokens and prompt (B, P, C)."""
         visual = self.encode(frames)
-        ids = torch.tensor([self.bos_id, *self.prompt_ids], device=frames.device)
-        text = self.lm.embed(ids).expand(len(frames), -1, -1)  # (B, 1+p, C)
-        return torch.cat([text[:, :1], visual.to(text.dtype), text[:, 1:]], dim=1)
+        ids = torch.tensor([*self.bos_ids, *self.prompt_ids], device=frames.device)
+        text = self.lm.embed(ids).expand(len(frames), -1, -1)  # (B, P-N, C)
+        bos, prompt = text.split([len(self.bos_ids), len(self.prompt_ids)], dim=1)
+        return torch.cat([bos, visual.to(text.dtype), prompt], dim=1)
 
     def forward(self, frames: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         """Frames (B, T, 3, S, S), or their block outputs, and K captions each: ids (B, K, L), padded with -100.

@@ -22,7 +22,7 @@ OF_USERS = {  # annotations, models and captions that readers have
     "train_list.txt", "val_list.txt", "test_list.txt", "msvd_data.zip", "MSRVTT_data.json",
     "train_val_videodatainfo.json", "test_videodatainfo.json", "captions.json", "refs.json", "predictions.json",
     "config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.model",
-    "tokenizer.json",
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json",
 }  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # by runpy

@@ -362,6 +362,15 @@ def test_the_prefix_is_bos_then_visual_tokens_then_the_prompt(name):
         assert torch.equal(row, torch.cat([embed[1:2], tokens, embed[prompt]]))
 
 
+def test_without_bos_the_visual_tokens_come_first():
+    """Model seed 18, frames seed 19, bit for bit: Qwen's tokenizers have no BOS."""
+    captioner, frames = make("linear", 18), clips(2, 4, 19)
+    expected, captioner.bos_ids = captioner.prefix(frames)[:, 1:], []
+    assert torch.equal(captioner.prefix(frames), expected)
+    assert captioner.prefix_length(4) == expected.shape[1]
+    assert captioner(frames, LABELS)[0].isfinite()
+
+
 @every_config
 def test_captions_are_greedy_text_after_the_prefix(name):
     """Model seed 35, frames seed 21: that of the naive decoder, and the same for each clip alone.

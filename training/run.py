@@ -39,15 +39,15 @@ from training.distributed import ProcessGroup
 
 # ----------------------------------------------------------------------------------- checkpoints
 
+ADDED_IN_0_3 = "generation_config.json"  # read since then; older checkpoints do not have its hash
+
 
 def backbone_hashes(vit: Path, lm: Path) -> dict[str, str]:
     """SHA-256 of every file that the two backbones are read from: {"vit/config.json": hex, ...}."""
-    hashes = {}
-    for part, path, extra in (("vit", vit, "preprocessor_config.json"), ("lm", lm, "tokenizer.model")):
-        for file in (path / "config.json", path / extra, *weight_files(path)):
-            if file.exists():
-                hashes[f"{part}/{file.name}"] = sha256_of(file)
-    return hashes
+    tokenizer = ("tokenizer.model",) if (lm / "tokenizer.model").exists() else ("tokenizer.json", "tokenizer_config.json")
+    names = {"vit": ("config.json", "preprocessor_config.json"), "lm": ("config.json", ADDED_IN_0_3, *tokenizer)}
+    return {f"{part}/{file.name}": sha256_of(file) for part, path in (("vit", vit), ("lm", lm))
+            for file in (*(path / name for name in names[part]), *weight_files(path)) if file.exists()}  # fmt: skip
 
 
 def checkpoint_path(run: Path, which: str) -> Path:
@@ -60,6 +60,8 @@ def check_checkpoint(path: Path, hashes: dict[str, str], adapter: dict) -> None:
     """Raises InputError, naming the difference, unless the checkpoint has these backbones and this adapter's shape."""
     metadata = read_metadata(path)
     for name in sorted(hashes.keys() | {n for n in metadata if n.startswith(("vit/", "lm/"))}):
+        if name == f"lm/{ADDED_IN_0_3}" and name not in metadata:
+            continue
         if metadata.get(name) != hashes.get(name):
             raise InputError(f"{path}: was trained with another {name} (sha256 {str(metadata.get(name))[:12]}, "
                              f"found {str(hashes.get(name))[:12]})")  # fmt: skip
