@@ -46,7 +46,7 @@ class AdapterConfig:
     rank: int = 32
     heads: int = 8
     last_blocks: int = 3  # 0: all
-    gate: str = "sigmoid"  # sigmoid | none
+    gate: str = "normed"  # normed | sigmoid | none
     query_self_attention: bool = False
     frames: int = 8
 

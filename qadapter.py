@@ -7,12 +7,13 @@ once, and a gating layer decides, query by query, how much of what they read is 
     X  = LN(Z) + E_t                                  Z: the block's output, E: one vector per frame;
                                                       this LN has no scale and no shift
     A  = softmax((LN(Q) W_q)(X W_k)^T / sqrt(d)) (X W_v) W_o
-    g  = sigmoid([Q ; A] W_g + b_g)                   the gating layer
+    g  = sigmoid([LN(Q) ; LN(A)] W_g + b_g)           the gating layer
     Q <- Q + g * A
 
-By default Z is not changed, so the ViT needs no gradients. With write-back the patches also read the gated
-queries, through a projection that starts at zero: deeper frozen blocks then work on adapted patches, and
-gradients pass through the ViT.
+The gate reads normalized vectors, so that its logits grow neither with the width of the ViT nor with the size
+of a read (`gate` "normed"; "sigmoid" reads Q and A as they are). By default Z is not changed, so the ViT needs
+no gradients. With write-back the patches also read the gated queries, through a projection that starts at
+zero: deeper frozen blocks then work on adapted patches, and gradients pass through the ViT.
 
 Letters: B clips, T frames of S x S pixels, P tokens per frame (class token and patches), D ViT width,
 N queries Q, Q_L after the last block, A what they read, L adapted blocks, r rank, h heads, d = r/h;
@@ -71,7 +72,8 @@ class GatedCrossAttention(nn.Module):
         self.q = CastLinear(width, rank, bias=False)
         self.kv = CastLinear(width, 2 * rank, bias=False)
         self.o = CastLinear(rank, width, bias=False)
-        self.gate = nn.Linear(2 * width, 1) if gate == "sigmoid" else None
+        self.normed_gate = gate == "normed"
+        self.gate = nn.Linear(2 * width, 1) if gate != "none" else None
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)  # every gate starts at one half
             nn.init.zeros_(self.gate.bias)
@@ -98,7 +100,8 @@ class GatedCrossAttention(nn.Module):
         read = self.o(multi_head_attention(self.q(normed_queries), *kv.chunk(2, dim=-1), self.heads))  # (B, N, D)
         gates = queries.new_ones(queries.shape[:2])  # (B, N)
         if self.gate is not None:
-            gates = self.gate(torch.cat([queries, read], dim=-1)).sigmoid().squeeze(-1)  # (B, N)
+            pair = (normed_queries, F.layer_norm(read, read.shape[-1:])) if self.normed_gate else (queries, read)
+            gates = self.gate(torch.cat(pair, dim=-1)).sigmoid().squeeze(-1)  # (B, N)
         queries = queries + gates[..., None] * read
         if self.write_q is not None:
             patches = self.write(x, queries, patches, time_embed)
@@ -130,7 +133,8 @@ def naive_gated_cross_attention(block: GatedCrossAttention, queries: Tensor, pat
             logits = (normed_q @ hq.T) @ (x @ hk.T).T / len(hq) ** 0.5  # (N, T*P); hq, hk, hv: (d, D)
             heads.append(logits.softmax(-1) @ (x @ hv.T))  # (N, d)
         a = torch.cat(heads, -1) @ block.o.weight.T  # (N, D)
-        g = torch.sigmoid(block.gate(torch.cat([q, a], -1))) if block.gate is not None else 1  # (N, 1)
+        pair = [normed_q, F.layer_norm(a, a.shape[-1:])] if block.normed_gate else [q, a]
+        g = torch.sigmoid(block.gate(torch.cat(pair, -1))) if block.gate is not None else 1  # (N, 1)
         outputs.append(q + g * a)
     return torch.stack(outputs)  # (B, N, D)
 
@@ -139,12 +143,12 @@ class QAdapter(nn.Module):
     """Queries, frame vectors and one gated block per adapted ViT block.
 
     width, depth: D and the number of blocks of the ViT. queries N, rank r (a multiple of heads), frames T.
-    last_blocks: how many of the last blocks are adapted; 0 means all. gate: sigmoid | none.
+    last_blocks: how many of the last blocks are adapted; 0 means all. gate: normed | sigmoid | none.
     write_back: patches read the queries too. self_attention: the queries are among their own keys [2].
     """
 
     def __init__(self, width: int, depth: int, queries: int = 16, rank: int = 32, heads: int = 8,
-                 frames: int = 8, last_blocks: int = 0, gate: str = "sigmoid", write_back: bool = False,
+                 frames: int = 8, last_blocks: int = 0, gate: str = "normed", write_back: bool = False,
                  self_attention: bool = False):  # fmt: skip
         super().__init__()
         self.write_back = write_back
@@ -157,7 +161,7 @@ class QAdapter(nn.Module):
             for i in range(self.first, depth)
         )
         self.norm = nn.LayerNorm(width)
-        self.mean_gates: Tensor | None = None  # (L,), of the last forward pass
+        self.gates: Tensor | None = None  # (L, B, N), of the last forward pass
 
     @torch.no_grad()
     def block_outputs(self, vit: nn.Module, pixels: Tensor) -> Tensor:
@@ -180,27 +184,33 @@ class QAdapter(nn.Module):
     def read(self, outputs: Tensor) -> Tensor:
         """Block outputs (B, T, L, P, D), just computed or from a cache -> LN(Q_L), (B, N, D). Without write-back."""
         time_embed = interpolate_time_embed(self.time_embed, outputs.shape[1])  # (T, D)
-        queries, mean_gates = self.queries.expand(len(outputs), -1, -1), []  # (B, N, D)
+        queries, all_gates = self.queries.expand(len(outputs), -1, -1), []  # (B, N, D)
         for block, z in zip(self.blocks, outputs.unbind(2), strict=True):  # (B, T, P, D)
             queries, gates, _ = block(queries, z, time_embed)
-            mean_gates.append(gates.detach().mean())
-        self.mean_gates = torch.stack(mean_gates)
+            all_gates.append(gates.detach())
+        self.gates = torch.stack(all_gates)
         return self.norm(queries)
 
     def read_and_write(self, vit: nn.Module, pixels: Tensor) -> Tensor:
         """Like `read`, with write-back: each ViT block works on what the queries wrote before it."""
         batch, frames = pixels.shape[:2]
         time_embed = interpolate_time_embed(self.time_embed, frames)  # (T, D)
-        queries, mean_gates = self.queries.expand(batch, -1, -1), []  # (B, N, D)
+        queries, all_gates = self.queries.expand(batch, -1, -1), []  # (B, N, D)
         z = vit.embed(pixels.flatten(0, 1))  # (B*T, P, D)
         for i, block in enumerate(vit.blocks):
             z = block(z)  # below the first adapted block nothing requires gradients, so no activation is kept
             if i >= self.first:
                 queries, gates, z = self.blocks[i - self.first](queries, z.unflatten(0, (batch, frames)), time_embed)
                 z = z.flatten(0, 1)
-                mean_gates.append(gates.detach().mean())
-        self.mean_gates = torch.stack(mean_gates)
+                all_gates.append(gates.detach())
+        self.gates = torch.stack(all_gates)
         return self.norm(queries)
+
+    def gate_statistics(self) -> dict[str, list[float]]:
+        """Of the last forward pass, per adapted block: the mean gate, and the share of saturated gates (below 0.02 or
+        above 0.98), which hardly get a gradient."""
+        saturated = (self.gates < 0.02) | (self.gates > 0.98)
+        return {"gates": self.gates.mean((1, 2)).tolist(), "saturated": saturated.float().mean((1, 2)).tolist()}
 
     def forward(self, vit: nn.Module, pixels: Tensor) -> Tensor:
         """Normalized pixels (B, T, 3, S, S) -> LN(Q_L), (B, N, D), whatever T is."""

@@ -28,6 +28,7 @@ from training import devices, distributed
 from training.config import default_models, parse_args
 from training.inputs import cached_inputs
 from training.interrupts import deferred_interrupts
+from training.optimizer import make_optimizer, set_learning_rate
 from training.progress import Progress
 from training.run import Run, backbone_hashes
 from video_data import datasets
@@ -57,6 +58,14 @@ def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) 
     config = AdapterConfig(args.method, args.write_back, args.queries, args.rank, args.heads, args.last_blocks,
                            args.gate, args.query_self_attention, args.frames)  # fmt: skip
     return Captioner(vit, lm, load_tokenizer(lm_path), config).to(device), backbone_hashes(vit_path, lm_path)
+
+
+def format_gates(gates: dict[str, list[float]]) -> str:
+    """"gates 0.37 0.68 0.81  ", and a warning where almost every gate is saturated: then little more is learned."""
+    if not gates or min(gates["gates"]) == 1:  # without a gate
+        return ""
+    warning = "  almost all saturated, try a lower --lr" if min(gates["saturated"]) > 0.9 else ""
+    return f"gates {' '.join(f'{mean:.2f}' for mean in gates['gates'])}{warning}  "
 
 
 def load_examples(args, clips: list[datasets.Clip], cache, captioner: Captioner) -> TrainingExamples:
@@ -117,8 +126,7 @@ def main() -> int:
 
     # 3. Optimizer, and the step to start from
     trained = captioner.trained()
-    optimizer = torch.optim.AdamW(trained.values(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay,
-                                  fused=True)  # fmt: skip
+    optimizer = make_optimizer(trained, args.lr_scaling, args.weight_decay)
     step, best_cider = 0, -1.0
     if args.resume:
         step, best_cider = run.resume(captioner, optimizer, args, steps, device)
@@ -133,8 +141,7 @@ def main() -> int:
     with deferred_interrupts(repeatable=group.world_size > 1, compiling=args.compile) as interrupts:
         for clips, frames, labels in batches:
             lr = learning_rate(step, steps, args.warmup, args.lr)
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = lr
+            set_learning_rate(optimizer, lr)
 
             frames, labels = frames.to(device), labels.to(device)
             loss_sum, tokens = captioner(frames, labels)
@@ -150,9 +157,9 @@ def main() -> int:
 
             if step % args.log_every == 0 or step == steps:
                 speed, timing = progress.update(step)
-                gates = {} if captioner.adapter is None else {"gates": captioner.adapter.mean_gates.tolist()}
+                gates = {} if captioner.adapter is None else captioner.adapter.gate_statistics()
                 run.log({"step": step, "loss": loss, "lr": lr, "clips/s": speed} | gates)
-                print(f"step {step}/{steps}  loss {loss:.3f}  lr {lr:.1e}  {timing}", flush=True)
+                print(f"step {step}/{steps}  loss {loss:.3f}  lr {lr:.1e}  {format_gates(gates)}{timing}", flush=True)
 
             validate = step % (steps_per_epoch * args.eval_every) == 0 or step == steps
             if validate:

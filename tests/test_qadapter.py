@@ -61,7 +61,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 # ----------------------------------------------------------------------------------- the equations
 
 
-@pytest.mark.parametrize("gate", ["sigmoid", "none"])
+@pytest.mark.parametrize("gate", ["normed", "sigmoid", "none"])
 @pytest.mark.parametrize("self_attention", [False, True])
 @pytest.mark.parametrize("batch, frames, patches, queries, heads", [(2, 3, 5, 4, 2), (1, 1, 7, 1, 4), (3, 2, 1, 6, 1)])
 def test_the_block_equals_its_naive_version(gate, self_attention, batch, frames, patches, queries, heads):
@@ -92,10 +92,12 @@ def test_processing_images_in_chunks_changes_nothing(tokens, monkeypatch):
     assert sizes == {1: [1] * 6, 7: [1] * 6, 12: [2] * 3, 10**6: [6]}[tokens]
 
 
-def test_the_gate_sees_the_query_and_its_read():
-    """g = sigmoid([Q ; A] W_g + b_g), A from the same block without its gate. Seeds 2 and 3, tolerance 1e-5."""
+@pytest.mark.parametrize("gate", ["normed", "sigmoid"])
+def test_the_gate_sees_the_query_and_its_read(gate):
+    """g = sigmoid([LN(Q) ; LN(A)] W_g + b_g), or without LN, A from the same block without its gate. Seeds 2 and 3,
+    tolerance 1e-5."""
     torch.manual_seed(2)
-    block = GatedCrossAttention(WIDTH, 8, 2, "sigmoid", write_back=False, self_attention=False)
+    block = GatedCrossAttention(WIDTH, 8, 2, gate, write_back=False, self_attention=False)
     randomize(block, 3)
     q, z, e = torch.randn(2, 4, WIDTH), torch.randn(2, 3, 5, WIDTH), torch.randn(3, WIDTH)
     found, gates, _ = block(q, z, e)
@@ -103,7 +105,8 @@ def test_the_gate_sees_the_query_and_its_read():
     ungated, ones, _ = block(q, z, e)
     assert torch.equal(ones, torch.ones(2, 4))
     a = ungated - q
-    expected = torch.sigmoid(torch.cat([q, a], -1) @ layer.weight[0] + layer.bias)
+    pair = [block.norm(q), F.layer_norm(a, (WIDTH,))] if gate == "normed" else [q, a]
+    expected = torch.sigmoid(torch.cat(pair, -1) @ layer.weight[0] + layer.bias)
     assert expected.std() > 0.01
     torch.testing.assert_close(gates, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(found, q + expected[..., None] * a, rtol=0, atol=1e-5)
@@ -295,10 +298,14 @@ def test_the_last_k_blocks_are_adapted_and_report_a_mean_gate_each(last_blocks, 
     adapter(vit, clips(2, 3, 32))
     assert len(adapter.blocks) == len(read_outputs) == adapted
     assert all(map(same_bits, (z for z, _ in read_outputs), outputs[DEPTH - adapted :]))
-    assert not adapter.mean_gates.requires_grad
-    assert torch.equal(adapter.mean_gates, torch.stack([gates.mean() for _, gates in read_outputs]))
+    assert not adapter.gates.requires_grad
+    assert torch.equal(adapter.gates, torch.stack([gates for _, gates in read_outputs]))
+    statistics = adapter.gate_statistics()
+    assert statistics["gates"] == pytest.approx([gates.mean().item() for gates in adapter.gates])
+    saturated = [((gates < 0.02) | (gates > 0.98)).float().mean().item() for gates in adapter.gates]
+    assert statistics["saturated"] == pytest.approx(saturated)
     if gate == "none":
-        assert torch.equal(adapter.mean_gates, torch.ones(adapted))
+        assert torch.equal(adapter.gates, torch.ones_like(adapter.gates))
     else:
         assert all(((gates > 0) & (gates < 1)).all() and gates.std() > 0.01 for _, gates in read_outputs)
 

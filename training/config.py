@@ -24,6 +24,7 @@ TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "
 ALLOWED_WITH_RESUME = {"resume", "device", "workers", "data", "cache"}
 DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had in effect
     "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
+    "lr_scaling": "none",
 }  # fmt: skip
 
 
@@ -73,12 +74,15 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--rank", type=cli.at_least(1), default=32, help="of the Q-Adapter's projections, or of LoRA")
     group.add_argument("--heads", type=cli.at_least(1), default=8, help="attention heads of the Q-Adapter")
     group.add_argument("--last-blocks", type=cli.at_least(0), default=3, help="adapt only the last so many; 0: all")
-    group.add_argument("--gate", choices=["sigmoid", "none"], default="sigmoid", help="the gating layer")
+    group.add_argument("--gate", choices=["normed", "sigmoid", "none"], default="normed",
+                       help="the gating layer: a sigmoid of normalized or of plain inputs")  # fmt: skip
     group.add_argument("--query-self-attention", action="store_true", help="queries attend to each other too")
     group = parser.add_argument_group("optimization")
     group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips per step, over all processes")
     group.add_argument("--epochs", type=cli.at_least(1), default=16, help="passes over the training clips")
     group.add_argument("--lr", type=cli.number(0, above=True), default=5e-3, help="peak learning rate of AdamW")
+    group.add_argument("--lr-scaling", choices=["fan-in", "none"], default="fan-in",
+                       help="scale the learning rate of a matrix with 1 / fan_in, so that one --lr fits every width")
     group.add_argument("--weight-decay", type=cli.number(0), default=0.01, help="of AdamW")
     group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
     group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, clip order, frames and captions")

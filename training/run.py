@@ -44,7 +44,8 @@ ADDED_IN_0_3 = "generation_config.json"  # read since then; older checkpoints do
 
 def backbone_hashes(vit: Path, lm: Path) -> dict[str, str]:
     """SHA-256 of every file that the two backbones are read from: {"vit/config.json": hex, ...}."""
-    tokenizer = ("tokenizer.model",) if (lm / "tokenizer.model").exists() else ("tokenizer.json", "tokenizer_config.json")
+    has_model = (lm / "tokenizer.model").exists()
+    tokenizer = ["tokenizer.model"] if has_model else ["tokenizer.json", "tokenizer_config.json"]
     names = {"vit": ("config.json", "preprocessor_config.json"), "lm": ("config.json", ADDED_IN_0_3, *tokenizer)}
     return {f"{part}/{file.name}": sha256_of(file) for part, path in (("vit", vit), ("lm", lm))
             for file in (*(path / name for name in names[part]), *weight_files(path)) if file.exists()}  # fmt: skip
@@ -99,7 +100,8 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.devic
     """Restores the optimizer from `last/state.pt`; -> the step and the best score until then. Raises InputError."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
+        # The groups are ours: those of version 0.2 were one, of the same tensors in the same order.
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         for parameter, moments in optimizer.state.items():
             if moments["exp_avg"].shape != parameter.shape:
                 raise ValueError(f"a moment is {list(moments['exp_avg'].shape)}, expected {list(parameter.shape)}")
