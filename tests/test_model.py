@@ -232,7 +232,7 @@ def expected_names(name: str, captioner: Captioner) -> set[str]:
     adapted = config.last_blocks or DEPTH
     for i in range(adapted):
         parts = ["norm.weight", "norm.bias", "q.weight", "kv.weight", "o.weight"]
-        parts += ["gate.weight", "gate.bias"] if config.gate == "sigmoid" else []
+        parts += ["gate.weight", "gate.bias"] if config.gate != "none" else []
         parts += [f"write_{x}.weight" for x in ("q", "kv", "o")] if config.write_back and i < adapted - 1 else []
         names |= {f"adapter.blocks.{i}.{part}" for part in parts}
     return names

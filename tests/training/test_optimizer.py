@@ -6,6 +6,7 @@ from torch import nn
 
 from qadapter import QAdapter
 from training.optimizer import lr_scale, make_optimizer, set_learning_rate
+from training.run import load_state
 
 
 @pytest.mark.parametrize("width", [128, 384, 1152])
@@ -49,3 +50,16 @@ def test_without_scaling_it_is_adamw():
             optimizer.step()
         weights.append(layer.weight)
     assert weights[0].equal(weights[1])
+
+
+def test_the_state_of_version_0_2_is_restored(tmp_path):
+    """There the optimizer had one group, of the same tensors in the same order: the moments are equal bit for bit."""
+    layer = nn.Linear(300, 4)
+    old = torch.optim.AdamW(layer.parameters(), 0.01, fused=True)
+    layer(torch.ones(1, 300)).sum().backward()
+    old.step()
+    torch.save({"optimizer": old.state_dict(), "step": 7, "best": 0.5}, tmp_path / "state.pt")
+    new = make_optimizer(dict(layer.named_parameters()), "fan-in", 0.0)
+    assert load_state(tmp_path / "state.pt", new, torch.device("cpu")) == (7, 0.5)
+    for parameter in layer.parameters():
+        assert all(new.state[parameter][name].equal(old.state[parameter][name]) for name in ("exp_avg", "exp_avg_sq"))
