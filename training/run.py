@@ -39,14 +39,14 @@ from training.distributed import ProcessGroup
 
 # ----------------------------------------------------------------------------------- checkpoints
 
-ADDED_IN_0_3 = "generation_config.json"  # read since then; older checkpoints do not have its hash
+GENERATION_CONFIG = "generation_config.json"
 
 
 def backbone_hashes(vit: Path, lm: Path) -> dict[str, str]:
     """SHA-256 of every file that the two backbones are read from: {"vit/config.json": hex, ...}."""
     has_model = (lm / "tokenizer.model").exists()
     tokenizer = ["tokenizer.model"] if has_model else ["tokenizer.json", "tokenizer_config.json"]
-    names = {"vit": ("config.json", "preprocessor_config.json"), "lm": ("config.json", ADDED_IN_0_3, *tokenizer)}
+    names = {"vit": ("config.json", "preprocessor_config.json"), "lm": ("config.json", GENERATION_CONFIG, *tokenizer)}
     return {f"{part}/{file.name}": sha256_of(file) for part, path in (("vit", vit), ("lm", lm))
             for file in (*(path / name for name in names[part]), *weight_files(path)) if file.exists()}  # fmt: skip
 
@@ -61,8 +61,8 @@ def check_checkpoint(path: Path, hashes: dict[str, str], adapter: dict) -> None:
     """Raises InputError, naming the difference, unless the checkpoint has these backbones and this adapter's shape."""
     metadata = read_metadata(path)
     for name in sorted(hashes.keys() | {n for n in metadata if n.startswith(("vit/", "lm/"))}):
-        if name == f"lm/{ADDED_IN_0_3}" and name not in metadata:
-            continue
+        if name == f"lm/{GENERATION_CONFIG}" and name not in metadata:
+            continue  # read since version 0.3: older checkpoints do not have its hash
         if metadata.get(name) != hashes.get(name):
             raise InputError(f"{path}: was trained with another {name} (sha256 {str(metadata.get(name))[:12]}, "
                              f"found {str(hashes.get(name))[:12]})")  # fmt: skip
