@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import metrics
 from common import cli
@@ -35,6 +34,7 @@ from training.distributed import ProcessGroup
 from training.run import backbone_hashes, check_checkpoint, checkpoint_path
 from video_data import shapes
 from video_data.annotations import VIDEO_SUFFIXES
+from video_data.batches import to_tensor
 from video_data.cache import cached_frames
 from video_data.datasets import VideoDataset, cache_folder, read_dataset
 from video_data.video import read_frames
@@ -70,11 +70,13 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
 
 def caption_split(captioner: Captioner, cache: Sequence[np.ndarray], indices: Sequence[int], batch_size: int,
                   **generation) -> list[str]:  # fmt: skip
-    """Captions clips of a cache of frames (T, 3, S, S), with options of `Captioner.caption`."""
+    """Captions clips of a cache of frames (T, 3, S, S) or features, with options of `Captioner.caption`."""
     device, captions = next(captioner.parameters()).device, []
+    time_left = cli.TimeLeft("captions", len(indices))
     for start in range(0, len(indices), batch_size):
-        frames = np.stack([cache[i] for i in indices[start : start + batch_size]])  # (B, T, 3, S, S)
-        captions += captioner.caption(torch.from_numpy(frames).to(device), **generation)
+        frames = to_tensor(np.stack([cache[i] for i in indices[start : start + batch_size]]))  # (B, T, ...)
+        captions += captioner.caption(frames.to(device), **generation)
+        time_left.update(len(captions))
     return captions
 
 
@@ -207,7 +209,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
     group.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
     group = parser.add_argument_group("generation")
-    group.add_argument("--beams", type=cli.at_least(1), default=1, help="beams of the search; 1 is greedy")
+    group.add_argument("--beams", type=cli.at_least(1), help="beams of the search; 1 is greedy; unset: as in training")
     group.add_argument("--length-penalty", type=cli.number(-10), default=1.0,
                        help="scores of beams are divided by length to this power; larger values favour long captions")
     group.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="least tokens of a caption")
@@ -229,6 +231,7 @@ def main() -> int:
     captioner, flags = load_run(args.run, args.weights)
     captioner.to(device)
     frames = args.frames or field(flags, "frames", int, args.run / "config.json")
+    args.beams = args.beams or field(flags, "beams", int, args.run / "config.json")
     names = "beams", "length_penalty", "min_new_tokens", "max_new_tokens"
     generation = {name: getattr(args, name) for name in names}
     make_generation_config(captioner.lm.config, captioner.prefix_length(frames), **generation)  # fail before the work

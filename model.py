@@ -8,7 +8,7 @@ The other methods make one visual token per frame, connector(pooled feature + fr
 
 Letters: B clips, T frames, S side in pixels, D ViT width, Q the Q-Adapter's queries, C width of the language model,
 V vocabulary, N visual tokens, p tokens of the prompt, P positions before a caption, K captions per clip,
-L tokens of the longest caption with its EOS.
+L tokens of the longest caption with its EOS, n tokens of all captions.
 """
 
 from contextlib import nullcontext
@@ -34,6 +34,7 @@ __all__ = ["AdapterConfig", "Captioner", "CausalLM", "ViT", "generate", "load_to
 
 PROMPT = "a video of"
 MAX_CAPTION_TOKENS = 40  # longer training captions are truncated
+LOGITS_PER_CHUNK = 2**25  # of the loss: 128 MB in float32
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,36 @@ class AdapterConfig:
         if unexpected := sorted(values.keys() - types.keys()):
             raise InputError(f"{where}: expected the fields {', '.join(types)}, found {unexpected[0]!r}")
         return cls(**{name: field(values, name, types[name], where) for name in values})
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies without waiting for a GPU. That takes pinned memory: other memory is copied after all queued work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class FrozenHeadCrossEntropy(torch.autograd.Function):
+    """Cross-entropy behind a frozen head, summed: hidden states (n, C) and ids (n,) -> float32 ().
+
+    The logits of all n tokens never exist at once: with 262,144 words they take 1 MB a token. They are computed in
+    chunks, and the gradient with respect to the hidden states in the same pass, so that no chunk is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ids: Tensor, head: nn.Module, vocab: int) -> Tensor:
+        chunk_size, total, gradients = max(1, LOGITS_PER_CHUNK // vocab), x.new_zeros((), dtype=torch.float32), []
+        for chunk, chunk_ids in zip(x.split(chunk_size), ids.split(chunk_size), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
+                loss = F.cross_entropy(head(chunk).float(), chunk_ids, reduction="sum")
+            if ctx.needs_input_grad[0]:
+                gradients += torch.autograd.grad(loss, chunk)
+            total += loss.detach()
+        ctx.gradient = torch.cat(gradients) if gradients else None  # (n, C)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple:
+        return ctx.gradient * grad_output, None, None, None
 
 
 def packed_attention_inputs(prefix_length: int, k: int, length: int, device: torch.device) -> dict[str, Tensor]:
@@ -121,8 +152,10 @@ class Captioner(nn.Module):
         nn.init.zeros_(self.connector.bias)
         # The language model expects inputs as large as its embeddings; the connector need not learn that.
         self.register_buffer("prefix_scale", lm.embedding_rms(), persistent=False)
-        self.prompt_ids = tokenizer.encode(PROMPT)
-        self.bos_ids = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
+        bos_ids = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
+        # Buffers, not lists: a tensor made from a list would be copied to a GPU at each step, which waits for the GPU.
+        self.register_buffer("bos_ids", torch.tensor(bos_ids, dtype=torch.long), persistent=False)
+        self.register_buffer("prompt_ids", torch.tensor(tokenizer.encode(PROMPT)), persistent=False)
         prefix_length = self.prefix_length(config.frames)
         if (positions := prefix_length + MAX_CAPTION_TOKENS) > lm.config.max_positions:  # EOS is not fed back
             visual = prefix_length - len(self.bos_ids) - len(self.prompt_ids)
@@ -173,23 +206,23 @@ class Captioner(nn.Module):
 
     def prefix(self, frames: Tensor) -> Tensor:
         """Embeddings of BOS, visual tokens and prompt (B, P, C)."""
-        visual = self.encode(frames)
-        ids = torch.tensor([*self.bos_ids, *self.prompt_ids], device=frames.device)
-        text = self.lm.embed(ids).expand(len(frames), -1, -1)  # (B, P-N, C)
-        bos, prompt = text.split([len(self.bos_ids), len(self.prompt_ids)], dim=1)
-        return torch.cat([bos, visual.to(text.dtype), prompt], dim=1)
+        visual = self.encode(frames)  # (B, N, C)
+        bos, prompt = (self.lm.embed(ids).expand(len(frames), -1, -1) for ids in (self.bos_ids, self.prompt_ids))
+        return torch.cat([bos, visual.to(prompt.dtype), prompt], dim=1)
 
-    def forward(self, frames: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    def forward(self, frames: Tensor, labels: Tensor) -> Tensor:
         """Frames (B, T, 3, S, S), or their block outputs, and K captions each: ids (B, K, L), padded with -100.
 
-        Returns the cross-entropy summed over all caption tokens and EOS, and their number. A clip is encoded once for
-        its K captions, and its prefix is read once: the captions follow it in one row. The head runs on caption
-        positions only.
+        Returns the cross-entropy summed over all caption tokens and EOS. A clip is encoded once for its K captions, and
+        its prefix is read once: the captions follow it in one row. The head runs on caption positions only. The labels
+        are on the CPU, where the positions are found without waiting for a GPU.
         """
         k, length = labels.shape[1:]
+        positions = (labels >= 0).flatten().nonzero().squeeze(1)  # (n,)
+        positions, ids = to_device(positions, frames.device), to_device(labels, frames.device)
         prefix = self.prefix(frames)  # (B, P, C)
         prefix_length = prefix.shape[1]
-        captions = self.lm.embed(labels[:, :, :-1].clamp(min=0))  # (B, K, L-1, C)
+        captions = self.lm.embed(ids[:, :, :-1].clamp(min=0))  # (B, K, L-1, C)
         x = torch.cat([prefix, captions.flatten(1, 2)], dim=1)  # (B, P + K(L-1), C)
         # On a CPU the backward pass of fused attention can take 2.7 times as long in bf16 as that of plain attention.
         plain = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
@@ -198,14 +231,16 @@ class Captioner(nn.Module):
         # The last position of the prefix predicts the first token of each caption.
         first = x[:, None, prefix_length - 1 : prefix_length].expand(-1, k, -1, -1)  # (B, K, 1, C)
         x = torch.cat([first, x[:, prefix_length:].unflatten(1, (k, length - 1))], dim=2)  # (B, K, L, C)
-        mask = labels >= 0
-        logits = self.lm.head(x[mask]).float()  # (labels, V)
-        return F.cross_entropy(logits, labels[mask], reduction="sum"), int(mask.sum())
+        x, ids = x.flatten(0, 2)[positions], ids.flatten()[positions]  # (n, C), (n,)
+        if self.config.method == "full":
+            return F.cross_entropy(self.lm.head(x).float(), ids, reduction="sum")
+        return FrozenHeadCrossEntropy.apply(x, ids, self.lm.head, self.lm.config.vocab)
 
     @torch.no_grad()
     def caption(self, frames: Tensor, max_new_tokens: int = 30, min_new_tokens: int = 0, beams: int = 1,
                 length_penalty: float = 1.0) -> list[str]:  # fmt: skip
-        """Frames uint8 (B, T, 3, S, S) -> one caption per clip; greedy with one beam, see `models.generation`."""
+        """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> one caption per clip; greedy with one beam, see
+        `models.generation`."""
         options = max_new_tokens, min_new_tokens, beams, length_penalty
         make_generation_config(self.lm.config, self.prefix_length(frames.shape[1]), *options)  # fails before the ViT
         return self.tokenizer.decode(generate(self.lm, self.prefix(frames), *options))

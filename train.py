@@ -29,6 +29,8 @@ from training.config import default_models, parse_args
 from training.inputs import cached_inputs
 from training.interrupts import deferred_interrupts
 from training.optimizer import make_optimizer, set_learning_rate
+from training.plan import schedule_warnings
+from training.presets import epochs_of_passes
 from training.progress import Progress
 from training.run import Run, backbone_hashes
 from video_data import datasets
@@ -61,11 +63,14 @@ def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) 
 
 
 def format_gates(gates: dict[str, list[float]]) -> str:
-    """"gates 0.37 0.68 0.81  ", and a warning where almost every gate is saturated: then little more is learned."""
+    """"gates 0.37 0.68 0.81 (0 3 0 % saturated)  ", per block, and a warning where almost every gate is saturated: then
+    little more is learned."""
     if not gates or min(gates["gates"]) == 1:  # without a gate
         return ""
+    means = " ".join(f"{mean:.2f}" for mean in gates["gates"])
+    shares = " ".join(f"{100 * share:.0f}" for share in gates["saturated"])
     warning = "  almost all saturated, try a lower --lr" if min(gates["saturated"]) > 0.9 else ""
-    return f"gates {' '.join(f'{mean:.2f}' for mean in gates['gates'])}{warning}  "
+    return f"gates {means} ({shares} % saturated){warning}  "
 
 
 def load_examples(args, clips: list[datasets.Clip], cache, captioner: Captioner) -> TrainingExamples:
@@ -77,6 +82,29 @@ def load_examples(args, clips: list[datasets.Clip], cache, captioner: Captioner)
     return examples
 
 
+def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, tokens: int,
+                         micro_batch_size: int | None) -> Tensor:  # fmt: skip
+    """Adds the gradient of a batch's loss, its sum over all labels / tokens, one micro-batch after another.
+
+    -> the loss, still on the device. Only one micro-batch is in the device's memory at once.
+    """
+    device, size = next(captioner.parameters()).device, micro_batch_size or len(frames)
+    total = torch.zeros((), device=device)
+    for micro_frames, micro_labels in zip(frames.split(size), labels.split(size), strict=True):
+        loss = captioner(micro_frames.to(device, non_blocking=True), micro_labels) / tokens
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def seconds_per_step(captioner: Captioner, frames: Tensor, labels: Tensor, micro_batch_size: int | None) -> float:
+    """The time of a step on this batch, without the optimizer: the second of two, since the first also warms up."""
+    for _ in range(2):
+        start_time = time.monotonic()
+        accumulate_gradients(captioner, frames, labels, 1, micro_batch_size).item()
+    return time.monotonic() - start_time
+
+
 @torch.no_grad()
 def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner, batch: tuple,
                  group: distributed.ProcessGroup) -> None:  # fmt: skip
@@ -84,7 +112,8 @@ def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner,
     if math.isfinite(loss + grad_norm):
         return
     clips, frames, labels = batch
-    losses = [captioner(frames[i : i + 1], labels[i : i + 1])[0] for i in range(len(clips))]
+    device = next(captioner.parameters()).device
+    losses = [captioner(frames[i : i + 1].to(device), labels[i : i + 1]) for i in range(len(clips))]
     local = [clip for clip, clip_loss in zip(clips, losses, strict=True) if not clip_loss.isfinite()]
     names = ", ".join(sum(group.all_gather(local), [])) or "none"
     raise InputError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; clips whose own loss is "
@@ -101,13 +130,20 @@ def main() -> int:
 
     # 2. Data and model
     with group.rank0_first():
-        dataset = datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing)
+        dataset = datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing,
+                                        workers=args.workers)  # fmt: skip
     print(dataset)
     train_clips = dataset.splits["train"]
     steps_per_epoch = len(train_clips) // args.batch_size
     if steps_per_epoch == 0:
         raise InputError(f"--batch-size {args.batch_size}: the dataset has only {len(train_clips)} training clips")
+    num_captions = sum(len(clip.captions) for clip in train_clips)
+    args.epochs = args.epochs or epochs_of_passes(args.passes, num_captions, len(train_clips), args.captions_per_clip)
+    args.passes = None  # what is stored of a run are its epochs
     steps = args.epochs * steps_per_epoch
+    passes = steps * args.batch_size * args.captions_per_clip / num_captions
+    print(f"training: {steps:,} steps of {args.batch_size} clips with {args.captions_per_clip} captions each, "
+          f"{args.epochs} epochs, {passes:.1f} passes over the captions")  # fmt: skip
     captioner, hashes = load_captioner(args, device, group)
     run = Run(args.out, group, hashes)
     if args.resume:
@@ -122,35 +158,60 @@ def main() -> int:
     def load_batch(batch: list[tuple[int, int]]) -> tuple[list[str], Tensor, Tensor]:
         """This process's share of a batch of (clip, epoch): ids, frames (B, T, 3, S, S), labels (B, K, L)."""
         local_batch = group.shard(batch)
-        return [train_clips[clip].id for clip, _ in local_batch], *collate([examples[key] for key in local_batch])
+        frames, labels = collate([examples[key] for key in local_batch])
+        if device.type == "cuda":
+            frames = frames.pin_memory()  # is copied to the GPU while the GPU computes
+        return [train_clips[clip].id for clip, _ in local_batch], frames, labels
 
     # 3. Optimizer, and the step to start from
     trained = captioner.trained()
     optimizer = make_optimizer(trained, args.lr_scaling, args.weight_decay)
     step, best_cider = 0, -1.0
     if args.resume:
-        step, best_cider = run.resume(captioner, optimizer, args, steps, device)
+        step, best_cider, elapsed = run.resume(captioner, optimizer, args, steps, device)
+        start_time -= elapsed
         print(f"resuming after step {step}")
     else:
         run.create(captioner, optimizer, args, dataset)
     group.broadcast(trained.values())
 
+    def validate() -> float:
+        """Scores the validation split; the captions go into RUN/val/STEP.json. -> CIDEr."""
+        captions, scores, signature = caption_and_score(captioner, dataset, "val", inputs["val"], args.batch_size,
+                                                        group, ("BLEU", "ROUGE_L", "CIDEr"))  # fmt: skip
+        run.log({"step": step, "val": scores, "elapsed": progress.elapsed()})
+        run.save_captions(f"val/{step}.json", captions, scores, signature)
+        print(f"val at step {step}: {format_scores(scores)}")
+        for clip in dataset.splits["val"][:2]:
+            print(f"  {clip.id}: {captions[clip.id]}")
+        return scores["CIDEr"]
+
     # 4. The loop
     batches = prefetch(load_batch, epoch_batches(len(train_clips), args.batch_size, args.epochs, args.seed, step))
-    progress = Progress(step, steps, args.batch_size, start_time)
+    steps_between = steps_per_epoch * args.eval_every
+    validation_steps = [*range(steps_between, steps, steps_between), steps]
+    test_ratio = args.beams * len(dataset.splits["test"]) / len(dataset.splits["val"])
+    progress = Progress(step, validation_steps, args.batch_size, start_time, test_ratio)
+    if step == 0:
+        with progress.validation():
+            validate()
+        with progress.paused():
+            _, frames, labels = load_batch(next(epoch_batches(len(train_clips), args.batch_size, 1, args.seed)))
+            seconds = steps * seconds_per_step(captioner, frames, labels, args.micro_batch_size)
+        for line in schedule_warnings(passes, seconds):
+            print(f"warning: {line}")
     with deferred_interrupts(repeatable=group.world_size > 1, compiling=args.compile) as interrupts:
         for clips, frames, labels in batches:
             lr = learning_rate(step, steps, args.warmup, args.lr)
             set_learning_rate(optimizer, lr)
 
-            frames, labels = frames.to(device), labels.to(device)
-            loss_sum, tokens = captioner(frames, labels)
-            tokens = group.all_reduce(tokens)  # the loss is a mean over the tokens of all processes
+            tokens = group.all_reduce(int((labels >= 0).sum()))  # the loss is a mean over the tokens of all processes
             optimizer.zero_grad(set_to_none=True)
-            (loss_sum / tokens).backward()
+            loss = accumulate_gradients(captioner, frames, labels, tokens, args.micro_batch_size)
             group.all_reduce_gradients(trained.values())
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
-            loss = group.all_reduce(loss_sum.item() / tokens)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the only time that a step waits for a GPU
+            loss = group.all_reduce(loss)
             check_finite(step + 1, loss, grad_norm, captioner, (clips, frames, labels), group)
             optimizer.step()
             step += 1
@@ -158,22 +219,19 @@ def main() -> int:
             if step % args.log_every == 0 or step == steps:
                 speed, timing = progress.update(step)
                 gates = {} if captioner.adapter is None else captioner.adapter.gate_statistics()
-                run.log({"step": step, "loss": loss, "lr": lr, "clips/s": speed} | gates)
-                print(f"step {step}/{steps}  loss {loss:.3f}  lr {lr:.1e}  {format_gates(gates)}{timing}", flush=True)
+                row = {"step": step, "loss": loss, "lr": lr, "clips/s": speed, "elapsed": progress.elapsed()}
+                run.log(row | gates)
+                print(f"step {step}/{steps}  loss {loss:.3f}  lr {lr:.1e}  {format_gates(gates)}{timing}")
 
-            validate = step % (steps_per_epoch * args.eval_every) == 0 or step == steps
-            if validate:
-                with progress.paused():
-                    _, scores, _ = caption_and_score(captioner, dataset, "val", inputs["val"], args.batch_size, group,
-                                                     ("BLEU", "ROUGE_L", "CIDEr"))  # fmt: skip
-                    run.log({"step": step, "val": scores})
-                    print(f"val at step {step}: {format_scores(scores)}", flush=True)
-                    if scores["CIDEr"] > best_cider:
-                        best_cider = scores["CIDEr"]
-                        run.save("best", captioner, step)
+            if step in validation_steps:
+                with progress.validation():
+                    cider = validate()
+                if cider > best_cider:
+                    best_cider = cider
+                    run.save("best", captioner, step)
 
             stop = group.all_reduce(len(interrupts)) > 0
-            if validate or stop or step % args.save_every == 0:
+            if step in validation_steps or stop or step % args.save_every == 0:
                 run.save("last", captioner, step, optimizer, best_cider)
             if stop:
                 group.barrier()  # torchrun ends all processes when one has ended
@@ -182,13 +240,14 @@ def main() -> int:
 
     # 5. The test split, once, with the best weights
     run.load_best(captioner)
-    captions, scores, signature = caption_and_score(captioner, dataset, "test", inputs["test"], args.batch_size, group)
-    run.log({"step": step, "test": scores})
-    run.finish(scores, signature, captions)
+    captions, scores, signature = caption_and_score(captioner, dataset, "test", inputs["test"], args.batch_size, group,
+                                                    beams=args.beams)  # fmt: skip
+    run.log({"step": step, "test": scores, "elapsed": progress.elapsed()})
+    run.save_captions("test.json", captions, scores, signature)
     for clip in dataset.splits["test"][:5]:
         print(f"\n{clip.path}\n  caption    {captions[clip.id]}\n  reference  {clip.captions[0]}")
     print(f"\ntest: {format_scores(scores)}\n{signature}")
-    print(f"run: {run.folder}, {cli.format_seconds(time.monotonic() - start_time)}")
+    print(f"run: {run.folder}, {cli.format_seconds(progress.elapsed())}")
     group.destroy()
     return 0
 

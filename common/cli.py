@@ -1,14 +1,17 @@
-"""The command line: argument types, one-line errors with exit code 2, times in minutes and seconds."""
+"""The command line: argument types, one-line errors with exit code 2, the time that a job still takes."""
 
 import argparse
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import InputError
+
+REPORT_EVERY = 5  # seconds
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,9 +64,10 @@ def path(text: str) -> Path:
 def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lambda: True) -> None:
     """Runs a script. Its exit code is that of main; 2 after an InputError, 130 after Ctrl-C.
 
-    `should_report` decides whether this process prints the error: of several processes one is enough.
+    `should_report` decides whether this process prints the error: of several processes one is enough. Each line of the
+    output is flushed, so that a log file has it at once.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # file names need not be UTF-8
     sys.stderr.reconfigure(errors="backslashreplace")
     code, message = 0, ""
     try:
@@ -89,3 +93,27 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class TimeLeft:
+    """Reports how many clips of a job are done and how long the rest takes, at most every REPORT_EVERY seconds.
+
+    The rate is measured from the first update on: before it, workers start or a GPU warms up. An update must follow
+    each equal piece of work, such as a batch, or a clip of each worker.
+    """
+
+    def __init__(self, what: str, total: int, report: Callable[[str], None] = print):
+        self.what, self.total, self.report = what, total, report
+        self.first: tuple[int, float] | None = None  # clips done, time
+        self.last_report = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """`done` clips of `total` are done."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done, now
+        elif now - self.last_report >= REPORT_EVERY:
+            seconds_per_clip = (now - self.first[1]) / (done - self.first[0])
+            left = format_seconds(seconds_per_clip * (self.total - done))
+            self.report(f"{self.what}: {done}/{self.total} clips, {left} left")
+            self.last_report = now

@@ -148,9 +148,9 @@ class ViT(nn.Module):
 
     def normalize(self, frames: Tensor) -> Tensor:
         """uint8 frames (..., 3, S, S) -> float32, normalized with the model's mean and standard deviation."""
-        std = torch.tensor(self.preprocessing.std, device=frames.device)[:, None, None] * 255
-        mean = torch.tensor(self.preprocessing.mean, device=frames.device)[:, None, None] * 255
-        return (frames.float() - mean) / std
+        channels = frames.float().unbind(-3)  # numbers, not tensors: copying one to a GPU would wait for the GPU
+        statistics = zip(channels, self.preprocessing.mean, self.preprocessing.std, strict=True)
+        return torch.stack([(x - 255 * mean) / (255 * std) for x, mean, std in statistics], dim=-3)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Normalized pixels (n, 3, S, S) -> class token, if any, and patches, with position embeddings (n, P, D)."""

@@ -68,7 +68,7 @@ def test_the_files_and_the_output_of_a_run(finished_run):
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 13))
     assert all(len(row["gates"]) == 2 and row["clips/s"] > 0 and row["lr"] >= 0 for row in steps)
-    assert [row["step"] for row in rows if "val" in row] == [6, 12]
+    assert [row["step"] for row in rows if "val" in row] == [0, 6, 12]
     for which in ("best", "last"):
         names = set(read_safetensors(finished_run / which / "adapter.safetensors"))
         assert names and all(n.startswith(("adapter.", "connector.")) for n in names)
@@ -96,6 +96,46 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished_run,
     runs = (finished_run, tmp_path / "same", tmp_path / "other")
     weights = [(run / "last/adapter.safetensors").read_bytes() for run in runs]
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_gates_that_are_almost_all_saturated_are_reported():
+    """Two blocks; the warning needs both of them saturated. Without a gate nothing is printed."""
+    gates = {"gates": [0.371, 0.006], "saturated": [0.0, 0.951]}
+    assert train.format_gates(gates) == "gates 0.37 0.01 (0 95 % saturated)  "
+    assert "almost all saturated" in train.format_gates(gates | {"saturated": [0.91, 0.951]})
+    assert train.format_gates({"gates": [1.0, 1.0], "saturated": [1.0, 1.0]}) == train.format_gates({}) == ""
+
+
+def test_validation_captions_are_stored_and_two_are_printed(finished_run):
+    """Each val/STEP.json has all captions and the scores of that step's log row; two captions are in the output."""
+    rows = {row["step"]: row["val"] for row in read_log(finished_run) if "val" in row}
+    output = (finished_run / "stdout.txt").read_text()
+    for step, scores in rows.items():
+        stored = json.loads((finished_run / f"val/{step}.json").read_text())
+        assert stored["scores"] == scores and len(stored["captions"]) == 4
+        assert all(f"  {name}: {caption}" in output for name, caption in list(stored["captions"].items())[:2])
+    assert sorted(path.name for path in (finished_run / "val").iterdir()) == sorted(f"{step}.json" for step in rows)
+
+
+def test_micro_batches_train_as_the_whole_batch(finished_run, flags, tmp_path):
+    """Reference: the run with whole batches of 4 clips; micro-batches of 3 clips and 1: losses within 1e-5."""
+    out = tmp_path / "micro"
+    done = run_forked(train, *flags, "--out", out, "--micro-batch-size", 3)
+    assert done.returncode == 0, done.stderr
+    losses = [[row["loss"] for row in read_log(run) if "loss" in row] for run in (finished_run, out)]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0, atol=1e-5)
+
+
+def test_passes_over_the_captions_make_the_epochs(flags, tmp_path):
+    """12 clips of 6 captions, 2 a clip in an epoch: 0.7 passes are round(0.7 * 72 / 24) = 2 epochs. Less than a pass
+    is said before the first step. Both flags at once are refused."""
+    words = [*flags[: flags.index("--epochs")], *flags[flags.index("--epochs") + 2 :]]
+    done = run_forked(train, *words, "--passes", 0.7, "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    warning = "warning: the run sees only 0.67 of a pass over the training captions"
+    assert warning in done.stdout and done.stdout.index(warning) < done.stdout.index("step 1/6")
+    assert json.loads((tmp_path / "r/config.json").read_text())["flags"]["epochs"] == 2
+    assert_one_line_error(run_forked(train, *flags, "--passes", 2, "--out", tmp_path / "n"), "--passes")
 
 
 @pytest.mark.parametrize("method", ["linear", "lora", "full"])
@@ -138,16 +178,16 @@ def test_cached_features_are_block_outputs(finished_run, flags, tmp_path):
         args = parse_args([*map(str, words), "--out", str(tmp_path / "unused")])
         dataset = read_dataset("shapes", args.data, args.shapes_sizes)
         clips, root = dataset.splits["train"], cache_folder(None, "shapes", args.data)
-        frames = cached_frames(clips, root, "train", 16, vit.preprocessing, 1)
+        frames = cached_frames(clips, root, "train", 8, vit.preprocessing, 1)
         with torch.no_grad():
-            expected = vit(vit.normalize(torch.from_numpy(np.array(frames[3]))).to(dtype))  # (16, P, D)
+            expected = vit(vit.normalize(torch.from_numpy(np.array(frames[3]))).to(dtype))  # (8, P, D)
         hashes = backbone_hashes(Path(stored["vit"]), Path(stored["lm"]))
         with pytest.MonkeyPatch.context() as patch:
             encode = Mock(side_effect=captioner.block_outputs)
             patch.setattr(captioner, "block_outputs", encode)
             features = cached_inputs(args, dataset, captioner, hashes, torch.device("cpu"))["train"]
-        assert [len(call.args[0]) for call in encode.call_args_list] == [1]  # for the shape; the rest is in the cache
-        found = torch.from_numpy(np.array(features[3])).view(torch.bfloat16)[:, 0]  # (16, P, D)
+        assert [len(call.args[0]) for call in encode.call_args_list] == [1, 1]  # for the shape; the rest is in the cache
+        found = torch.from_numpy(np.array(features[3])).view(torch.bfloat16)[:, 0]  # (8, P, D)
         torch.testing.assert_close(found, expected.bfloat16(), rtol=2**-7, atol=1e-2 if precision == "bf16" else 1e-6)
     for more in (("--write-back",), ("--method", "linear")):
         done = run_forked(train, *flags, "--out", tmp_path / "n", "--cache-features", *more)
@@ -177,13 +217,16 @@ def test_ctrl_c_and_resume_end_as_the_uninterrupted_run(finished_run, flags, tmp
     assert child.returncode == 130 and "Traceback" not in errors
     state = torch.load(out / "last/state.pt", weights_only=True)
     assert 3 <= state["step"] < 12 and read_safetensors(out / "last/adapter.safetensors")
-    assert sorted(p.name for p in out.iterdir() if p.is_dir())[-1] == "last"
+    assert {p.name for p in out.iterdir() if p.is_dir()} <= {"best", "last", "val"}
 
     assert run_forked(train, "--resume", out).returncode == 0
     assert (out / "last/adapter.safetensors").read_bytes() == (finished_run / "last/adapter.safetensors").read_bytes()
     logs = [read_log(run) for run in (out, finished_run)]
+    seconds = [row["elapsed"] for row in logs[0]]
+    assert seconds == sorted(seconds) and seconds[0] > 0, "the time goes on after a resume"
     for row in logs[0] + logs[1]:
         row.pop("clips/s", None)
+        row.pop("elapsed")
     assert logs[0] == logs[1]
 
 

@@ -6,6 +6,7 @@ Flags that were renamed since version 0.1 keep their old names, hidden; the conf
 import argparse
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from common import cli
 from common.errors import InputError
 from common.json_fields import field, read_json
 from training.devices import DTYPES
+from training.presets import PRESETS
 from video_data.datasets import DATASETS, DEFAULT_SIZES
 
 METHODS = ("qadapter", "linear", "lora", "full")
@@ -22,9 +24,11 @@ TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
 ALLOWED_WITH_RESUME = {"resume", "device", "workers", "data", "cache"}
+NOT_STORED = {"resume", "plan", "speed"}  # of a run's flags in its config.json
+PRESET = "unset: the dataset's preset"
 DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had in effect
     "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
-    "lr_scaling": "none",
+    "lr_scaling": "none", "passes": None, "micro_batch_size": None, "beams": 1,
 }  # fmt: skip
 
 
@@ -59,8 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
                        metavar=("TRAIN", "VAL", "TEST"), help="clips of each split of shapes")  # fmt: skip
     group.add_argument("--cache-features", action="store_true",
                        help="run the frozen ViT once for each frame and store its outputs on the disk, in bf16")
-    group.add_argument("--frames", type=cli.at_least(1, 4096), default=8, help="frames per clip")
-    group.add_argument("--captions-per-clip", type=cli.at_least(1), default=1, help="captions per clip in a step")
+    group.add_argument("--frames", type=cli.at_least(1, 4096), help=f"frames per clip; {PRESET}")
+    group.add_argument("--captions-per-clip", type=cli.at_least(1), help=f"captions per clip in a step; {PRESET}")
     group = parser.add_argument_group("model")
     group.add_argument("--vit", help="the ViT: a folder, a .pth file or a hub id; unset: the tiny one for shapes, else "
                        f"{CLIP}")  # fmt: skip
@@ -78,9 +82,13 @@ def make_parser() -> argparse.ArgumentParser:
                        help="the gating layer: a sigmoid of normalized or of plain inputs")  # fmt: skip
     group.add_argument("--query-self-attention", action="store_true", help="queries attend to each other too")
     group = parser.add_argument_group("optimization")
-    group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips per step, over all processes")
-    group.add_argument("--epochs", type=cli.at_least(1), default=16, help="passes over the training clips")
-    group.add_argument("--lr", type=cli.number(0, above=True), default=5e-3, help="peak learning rate of AdamW")
+    group.add_argument("--batch-size", type=cli.at_least(1), help=f"clips per step, over all processes; {PRESET}")
+    group.add_argument("--micro-batch-size", type=cli.at_least(1),
+                       help="clips of a process in memory at once; gradients are summed; unset: its whole batch")
+    group.add_argument("--passes", type=cli.number(0, above=True), help=f"over the training captions; {PRESET}")
+    group.add_argument("--epochs", type=cli.at_least(1),
+                       help="passes over the training clips, in place of --passes")  # fmt: skip
+    group.add_argument("--lr", type=cli.number(0, above=True), help=f"peak learning rate of AdamW; {PRESET}")
     group.add_argument("--lr-scaling", choices=["fan-in", "none"], default="fan-in",
                        help="scale the learning rate of a matrix with 1 / fan_in, so that one --lr fits every width")
     group.add_argument("--weight-decay", type=cli.number(0), default=0.01, help="of AdamW")
@@ -90,6 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--out", type=cli.path, help="the folder of the run; unset: runs/DATASET-METHOD")
     group.add_argument("--resume", type=cli.path, metavar="RUN", help="continue this run with its own flags")
     group.add_argument("--eval-every", type=cli.at_least(1), default=4, help="epochs between validations")
+    group.add_argument("--beams", type=cli.at_least(1), help=f"of the search on the test split; {PRESET}")
     group.add_argument("--log-every", type=cli.at_least(1), default=20, help="steps between log lines")
     group.add_argument("--save-every", type=cli.at_least(1), default=200, help="steps between checkpoints")
     group.add_argument("--workers", type=cli.at_least(0), default=0, help="processes that decode; 0: one per core")
@@ -97,8 +106,20 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--precision", choices=["auto", *DTYPES], default="auto",
                        help="of the frozen weights; auto: bf16 where the device has instructions for it")  # fmt: skip
     group.add_argument("--compile", action="store_true", help="compile the blocks, which takes a minute or two")
+    group.add_argument("--plan", action="store_true",
+                       help="print steps, passes, caches and memory of the run, and train nothing")  # fmt: skip
+    group.add_argument("--speed", type=cli.number(0, above=True), metavar="CLIPS/S", help="for the time in --plan")
     add_old_names(parser)
     return parser
+
+
+def fill_from_preset(args: argparse.Namespace) -> None:
+    """Gives the flags that are unset the values of the dataset's preset; --epochs stands in for --passes."""
+    if args.epochs is not None and args.passes is not None:
+        raise InputError("--passes: expected either --epochs or --passes")
+    for name, value in asdict(PRESETS[args.dataset]).items():
+        if getattr(args, name) is None and not (name == "passes" and args.epochs is not None):
+            setattr(args, name, value)
 
 
 def check_out(folder: Path, resume: bool) -> None:
@@ -148,7 +169,7 @@ def resume_args(args: argparse.Namespace, argv: list[str]) -> argparse.Namespace
     path = args.resume / "config.json"
     _, flags = read_run_config(args.resume)
     words = []  # parsed again, so that a flag that was changed by hand is checked like any other
-    for name in sorted(vars(args).keys() - {"resume", "out"}):
+    for name in sorted(vars(args).keys() - NOT_STORED - {"out"}):
         if name not in flags:
             raise InputError(f"{path}: flags: expected a field {name!r}")
         words += to_words(name, flags[name])
@@ -164,6 +185,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     if args.resume:
         args = resume_args(args, argv)
+    fill_from_preset(args)
     args.data = args.data or Path("data") / args.dataset
     args.out = args.out or Path(f"runs/{args.dataset}-{args.method}")
     if args.cache_features and (args.method != "qadapter" or args.write_back):

@@ -43,14 +43,17 @@ def cpu_features(path: Path = Path("/proc/cpuinfo")) -> set[str]:
     return {word for line in lines if line.startswith(("flags", "Features")) for word in line.split(":")[1].split()}
 
 
-def select_precision(name: str, device: torch.device, frozen: bool) -> tuple[str, str]:
-    """-> "fp32" or "bf16" for the frozen weights, if there are any (`frozen`), and the reason. Raises InputError."""
+def select_precision(name: str, device: torch.device, frozen: bool, resumed: bool = False) -> tuple[str, str]:
+    """-> "fp32" or "bf16" for the frozen weights, if there are any (`frozen`), and the reason. Raises InputError.
+
+    `resumed`: the name is the one that was selected when the run began.
+    """
     if not frozen:
         if name == "bf16":
             raise InputError("--precision bf16: applies to frozen weights, and --method full has none")
         return "fp32", "all weights are trained"
     if name != "auto":
-        return name, "--precision"
+        return name, "as in the run that is resumed" if resumed else "--precision"
     if device.type == "cuda":
         feature = torch.cuda.is_bf16_supported(including_emulation=False) and "bf16 instructions"
     elif device.type == "mps":
@@ -83,7 +86,8 @@ def keep_freed_memory() -> None:
 def setup(args: argparse.Namespace) -> torch.device:
     """Selects the device and the precision that the flags ask for, and prints both; sets args.precision."""
     device, device_reason = select_device(args.device)
-    args.precision, precision_reason = select_precision(args.precision, device, frozen=args.method != "full")
+    frozen, resumed = args.method != "full", args.resume is not None
+    args.precision, precision_reason = select_precision(args.precision, device, frozen, resumed)
     print(f"device: {device} ({device_reason}), {torch.get_num_threads()} threads; "
           f"frozen weights in {args.precision} ({precision_reason}), trained ones in fp32")  # fmt: skip
     if args.compile:

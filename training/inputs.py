@@ -1,35 +1,47 @@
-"""The cached inputs of a run: the frames of every split, and for training the frozen ViT's outputs in their place."""
+"""The cached inputs of a run: frames, or in their place the frozen ViT's outputs for training and validation."""
 
 import argparse
 
 import torch
 
-from video_data.cache import ClipCache, cached_features, cached_frames
+from video_data.cache import ClipCache, cached_features, cached_frames, check_space, features_cache, frames_cache
 from video_data.datasets import VideoDataset, cache_folder
 
 CANDIDATE_FRAMES = 16  # frames stored of a training clip; a step draws T of them
+FEATURE_SPLITS = "train", "val"  # the test split is read once
+
+
+def candidate_frames(args: argparse.Namespace) -> int:
+    """Frames stored of a training clip. With --cache-features just those of a step: more would cost the ViT's time and
+    the disk's space before they are used."""
+    return args.frames if args.cache_features else max(CANDIDATE_FRAMES, 2 * args.frames)
 
 
 def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, hashes: dict[str, str],
                   device: torch.device) -> dict[str, ClipCache]:  # fmt: skip
-    """{split: cache}: uint8 frames, or with --cache-features the bf16 block outputs of the training clips.
+    """{split: cache}: uint8 frames, or with --cache-features the bf16 block outputs of training and validation clips.
 
-    Everything is decoded here, the test split too: a clip that cannot be decoded must not be found after training.
+    Everything is decoded here, the test split too: a clip that cannot be decoded must not be found after training. The
+    size of all that is missing is reported, and compared with the free disk space, before the first clip is decoded.
     `hashes` are those of the backbones, on which the block outputs depend. Raises InputError.
     """
     root, preprocessing = cache_folder(args.cache, args.dataset, args.data), captioner.vit.preprocessing
-
-    def frames(split: str, count: int) -> ClipCache:
-        return cached_frames(dataset.splits[split], root, split, count, preprocessing, args.workers)
-
-    caches = {
-        "train": frames("train", max(CANDIDATE_FRAMES, 2 * args.frames)),
-        "val": frames("val", args.frames), "test": frames("test", args.frames),
-    }  # fmt: skip
+    counts = {"train": candidate_frames(args), "val": args.frames, "test": args.frames}
+    caches = {split: frames_cache(dataset.splits[split], root, split, count, preprocessing)
+              for split, count in counts.items()}  # fmt: skip
+    planned = {"frames": list(caches.values())}
     if args.cache_features:
         key = [hashes, args.precision, captioner.adapter.first]
-        caches["train"] = cached_features(
-            caches["train"], key, lambda batch: captioner.block_outputs(batch.to(device)).cpu(),
-            args.batch_size * args.frames,
-        )  # fmt: skip
+        shape = args.frames, len(captioner.adapter.blocks), *captioner.vit.position.shape  # (T, L, P, D)
+        planned["features"] = [features_cache(caches[split], key, shape) for split in FEATURE_SPLITS]
+    check_space(planned, root)
+
+    for split, count in counts.items():
+        caches[split] = cached_frames(dataset.splits[split], root, split, count, preprocessing, args.workers)
+    if args.cache_features:
+        for split in FEATURE_SPLITS:
+            caches[split] = cached_features(
+                caches[split], key, lambda batch: captioner.block_outputs(batch.to(device)).cpu(),
+                args.batch_size * args.frames,
+            )  # fmt: skip
     return caches

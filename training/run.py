@@ -4,6 +4,7 @@
     log.jsonl     a row for each log line and each validation; the last row is the test's
     best/         adapter.safetensors: the trained tensors of the best validation so far
     last/         adapter.safetensors, and state.pt: the optimizer, the step, the best score so far
+    val/STEP.json captions and scores of the validation split after so many steps
     test.json     captions and scores of the test split
     lock          held by the process that trains; the system releases it however the process ends
 
@@ -34,7 +35,7 @@ from common.files import acquire_lock, replace_atomically, sha256_of, sync_folde
 from common.json_fields import parse_object, read_json, write_json
 from models.safetensors import read_metadata
 from models.weights import LOAD_ERRORS, weight_files
-from training.config import rename_fields
+from training.config import NOT_STORED, rename_fields
 from training.distributed import ProcessGroup
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -143,18 +144,24 @@ def append_row(path: Path, row: dict) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def truncate_log(path: Path, step: int) -> None:
-    """Keeps the rows of training and validation up to `step`; a half-written last row is dropped too."""
-    rows = []
+def truncate_log(path: Path, step: int) -> float:
+    """Keeps the rows of training and validation up to `step`; a half-written last row is dropped too.
+
+    From step 0 on, everything is done again, the first validation too. -> the seconds that the run had taken at the
+    last row that is kept; 0 in logs of versions before 0.4.
+    """
+    rows, elapsed = [], 0.0
     for row in path.read_text().splitlines() if path.exists() else []:
         try:
             content = json.loads(row)
         except json.JSONDecodeError:
             break
-        if content["step"] <= step and "test" not in content:
+        if step > 0 and content["step"] <= step and "test" not in content:
             rows.append(row + "\n")
+            elapsed = content.get("elapsed", elapsed)
     with replace_atomically(path) as file:
         file.write("".join(rows).encode())
+    return elapsed
 
 
 class Run:
@@ -189,15 +196,16 @@ class Run:
         self.save("last", captioner, 0, optimizer)
         sync_folder(self.folder.parent)
         write_json(self.folder / "config.json", {
-            "flags": {name: value for name, value in vars(args).items() if name != "resume"},
+            "flags": {name: value for name, value in vars(args).items() if name not in NOT_STORED},
             "adapter": asdict(captioner.config), "sha256": self.hashes,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
             "splits": dataset.counts(), "differences": dataset.differences(), "seed": args.seed,
         })  # fmt: skip
 
     def resume(self, captioner, optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps: int,
-               device: torch.device) -> tuple[int, float]:  # fmt: skip
-        """Restores the trained tensors and the optimizer; -> the step and the best validation score until then.
+               device: torch.device) -> tuple[int, float, float]:  # fmt: skip
+        """Restores the trained tensors and the optimizer; -> the step, the best validation score until then, and the
+        seconds that the run had taken.
 
         Locks the folder, drops later rows of the log, and stores a new --data or --cache.
         """
@@ -207,13 +215,14 @@ class Run:
         path = self.folder / "config.json"
         if step > steps:
             raise InputError(f"{path}: flags: make {steps} steps, {self.folder}/last is at step {step} already")
+        elapsed = 0.0
         if self.group.rank == 0:
-            truncate_log(self.folder / "log.jsonl", step)
+            elapsed = truncate_log(self.folder / "log.jsonl", step)
             config = read_json(path)
             moved = config["flags"] | {"data": str(args.data), "cache": args.cache and str(args.cache)}
             if moved != config["flags"]:
                 write_json(path, config | {"flags": moved})
-        return step, best
+        return step, best, elapsed
 
     def log(self, row: dict) -> None:
         if self.group.rank == 0:
@@ -232,7 +241,9 @@ class Run:
             captioner.load(checkpoint_path(self.folder, "best"))
         self.group.broadcast(captioner.trained().values())
 
-    def finish(self, scores: dict[str, float], signature: str, captions: dict[str, str]) -> None:
-        """Writes the captions and scores of the test split."""
+    def save_captions(self, name: str, captions: dict[str, str], scores: dict[str, float], signature: str) -> None:
+        """Writes the captions and scores of a split into the file `name`: test.json, or val/STEP.json."""
         if self.group.rank == 0:
-            write_json(self.folder / "test.json", {"scores": scores, "signature": signature, "captions": captions})
+            path = self.folder / name
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, {"scores": scores, "signature": signature, "captions": captions})

@@ -58,13 +58,18 @@ class TrainingExamples:
         return self.cache.read(clip, indices), self.sample_captions(clip, epoch)
 
 
+def to_tensor(inputs: np.ndarray) -> Tensor:
+    """Frames uint8, or the bits of bf16 features as `cached_features` stores them -> a tensor of the same memory."""
+    tensor = torch.from_numpy(inputs)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
 def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
     """-> frames (B, T, 3, S, S) uint8 or features (B, T, ...) bf16, and labels (B, K, L) padded with IGNORE_INDEX."""
     length = max(len(ids) for _, captions in examples for ids in captions)
     labels = [[ids + [IGNORE_INDEX] * (length - len(ids)) for ids in captions] for _, captions in examples]
     # Not torch.stack: in the thread of `prefetch` it starts threads of its own, and a step takes twice as long.
-    frames = torch.from_numpy(np.stack([frames for frames, _ in examples]))
-    return frames.view(torch.bfloat16) if frames.dtype == torch.uint16 else frames, torch.tensor(labels)
+    return to_tensor(np.stack([frames for frames, _ in examples])), torch.tensor(labels)
 
 
 def prefetch(load: Callable, keys: Iterable) -> Iterator:

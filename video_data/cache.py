@@ -16,9 +16,8 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
@@ -29,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.cli import format_seconds
+from common.cli import TimeLeft, format_seconds
 from common.errors import InputError
 from common.files import check_disk_space, format_bytes, replace_atomically
 from common.preprocessing import Preprocessing
@@ -38,7 +37,7 @@ from video_data.datasets import Clip
 from video_data.video import as_preprocessing, read_frames
 
 READER_VERSION = 2  # raise this when `read_frames` chooses or converts frames differently
-REPORT_EVERY, DAY = 5, 24 * 3600  # seconds
+DAY = 24 * 3600  # seconds
 
 
 def _hash(*content) -> str:
@@ -93,29 +92,40 @@ class ClipCache:
                     path.unlink()
 
 
-def _fill(cache: ClipCache, what: str, make: Callable[[list[int]], Iterator[int]], report: Callable) -> None:
-    """Runs make(missing clips), which writes their files and yields the number of clips done. Reports the time left.
+def _make_room(caches: Sequence[ClipCache]) -> int:
+    """Creates the folders of incomplete caches and deletes files of other keys in them; -> the bytes still missing."""
+    needed = 0
+    for cache in caches:
+        if missing := cache.missing():
+            cache.folder.mkdir(parents=True, exist_ok=True)
+            cache.delete_others()
+            needed += len(missing) * cache.clip_bytes
+    return needed
 
-    The rate is measured from the first yield on: the first batch also starts workers or warms up a GPU.
+
+def check_space(caches: Mapping[str, Sequence[ClipCache]], root: Path, report: Callable = print) -> None:
+    """Reports the size of what is missing in all caches of the folder `root`: {"frames": [cache, ...], ...}.
+
+    Deletes files of other keys first. Raises InputError if the disk lacks the space for all of them together.
     """
+    if needed := {what: size for what, group in caches.items() if (size := _make_room(group))}:
+        sizes = ", ".join(f"{what} {format_bytes(size)}" for what, size in needed.items())
+        report(f"cache: {sizes}, go into {root}")
+        check_disk_space(root, sum(needed.values()), f"{root}, {sizes}")
+
+
+def _fill(cache: ClipCache, what: str, make: Callable[[list[int]], Iterator[int]], report: Callable) -> None:
+    """Runs make(missing clips), which writes their files and yields the number of clips done after equal pieces of
+    work. Reports the time left."""
     if not (missing := cache.missing()):
         return
-    cache.folder.mkdir(parents=True, exist_ok=True)
-    cache.delete_others()
-    total, needed = len(missing), len(missing) * cache.clip_bytes
+    total, needed = len(missing), _make_room([cache])
     check_disk_space(cache.folder, needed, f"{cache.folder}, {what}")
     report(f"{what}: {total} clips, {format_bytes(needed)}, go into {cache.folder}")
-    first, start_time = None, time.monotonic()
-    last_report = start_time
+    start_time, time_left = time.monotonic(), TimeLeft(what, total, report)
     with closing(make(missing)) as counts:  # ends the workers after any exception
         for done in counts:
-            now = time.monotonic()
-            first = first or (done, now)
-            if done > first[0] and now - last_report >= REPORT_EVERY:
-                left = (now - first[1]) / (done - first[0]) * (total - done)
-                report(f"{what}: {done}/{total} clips, {format_seconds(left)} left")
-                sys.stdout.flush()  # it may be a file
-                last_report = now
+            time_left.update(done)
     report(f"{what}: {total}/{total} clips in {format_seconds(time.monotonic() - start_time)}")
 
 
@@ -135,11 +145,21 @@ def _decode_clips(cache: ClipCache, missing: list[int], clips: list[Clip], prepr
                 paths[pool.submit(_decode_clip, clip_cache, clips[i].path, preprocessing)] = clips[i].path
             for done, future in enumerate(as_completed(paths), start=1):
                 future.result()
-                yield done
+                if done % workers == 1 % workers:  # one clip of each worker since the last time
+                    yield done
         except BrokenProcessPool as error:
             lost = [str(path) for future, path in paths.items() if isinstance(future.exception(), BrokenProcessPool)]
             names = ", ".join(lost[:workers])  # tasks start in this order
             raise InputError(f"{names}: a process that decoded one of these died") from error
+
+
+def frames_cache(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing) -> ClipCache:
+    """The cache that `cached_frames` fills, as it is now."""
+    size = preprocessing.size
+    settings = [size, preprocessing.resize, preprocessing.squash, preprocessing.interpolation]  # of uint8 frames
+    files = [[clip.id, stat.st_size, stat.st_mtime_ns] for clip in clips for stat in [clip.path.stat()]]
+    keys = [_hash(READER_VERSION, *file, count, *settings) for file in files]
+    return ClipCache(root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}", keys, (count, 3, size, size), np.uint8)
 
 
 def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing: int | Preprocessing,
@@ -150,13 +170,16 @@ def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preproc
     worker that dies, and lack of space. Clips that are done stay.
     """
     preprocessing = as_preprocessing(preprocessing)
-    size = preprocessing.size
-    settings = [size, preprocessing.resize, preprocessing.squash, preprocessing.interpolation]  # of uint8 frames
-    files = [[clip.id, stat.st_size, stat.st_mtime_ns] for clip in clips for stat in [clip.path.stat()]]
-    keys = [_hash(READER_VERSION, *file, count, *settings) for file in files]
-    cache = ClipCache(root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}", keys, (count, 3, size, size), np.uint8)
+    cache = frames_cache(clips, root, split, count, preprocessing)
     _fill(cache, "frames", lambda missing: _decode_clips(cache, missing, clips, preprocessing, workers), report)
     return cache
+
+
+def features_cache(frames: ClipCache, key: Any, shape: tuple[int, ...]) -> ClipCache:
+    """The cache that `cached_features` fills, as it is now. `shape` is that of one clip's features."""
+    folder = frames.folder.with_name(f"{frames.folder.name}-features-{_hash(key)[:8]}")
+    keys = [_hash(frames_key, key) for frames_key in frames.keys]
+    return ClipCache(folder, keys, shape, np.uint16)
 
 
 def cached_features(frames: ClipCache, key: Any, encode: Callable[[torch.Tensor], torch.Tensor], images_per_batch: int,
@@ -166,9 +189,8 @@ def cached_features(frames: ClipCache, key: Any, encode: Callable[[torch.Tensor]
     encode: uint8 (B, M, 3, S, S) -> bf16 (B, M, ...), about `images_per_batch` images at a time. `key` (JSON) names
     all that the features depend on except the frames. Raises InputError for lack of space. Clips that are done stay.
     """
-    shape = tuple(encode(torch.from_numpy(np.array(frames[0])[None])).shape[1:])
-    folder = frames.folder.with_name(f"{frames.folder.name}-features-{_hash(key)[:8]}")
-    cache = ClipCache(folder, [_hash(frames_key, key) for frames_key in frames.keys], shape, np.uint16)
+    shape = encode(torch.from_numpy(np.array(frames[0])[None])).shape[1:]
+    cache = features_cache(frames, key, tuple(shape))
     batch_size = max(1, images_per_batch // frames.shape[0])
 
     def make(missing: list[int]) -> Iterator[int]:

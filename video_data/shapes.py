@@ -302,12 +302,13 @@ def make_clip(index: int, split: str, root: Path, seed: int) -> list[str]:
     return reference_captions(scene, rng)
 
 
-def make_dataset(root: Path, sizes: dict[str, int], seed: int = 0, report=print) -> None:
+def make_dataset(root: Path, sizes: dict[str, int], seed: int = 0, report=print, workers: int = 0) -> None:
     """Writes `root/SPLIT/*.mp4`, then `captions.json` ({split: {file: [captions]}}).
 
     `made.json` records seed and sizes, and whether the folder is complete. A complete folder is left unchanged. An
-    incomplete one is made again from the start. A lock lets only one process write; others wait for it. Raises
-    InputError if the folder has another seed or other sizes, or contains something else.
+    incomplete one is made again from the start by `workers` processes; 0: one per core. A lock lets only one call
+    write; others wait for it. Raises InputError if the folder has another seed or other sizes, or contains something
+    else.
     """
     settings = {"seed": seed, "sizes": sizes}
     if _is_complete(root, settings):
@@ -316,7 +317,7 @@ def make_dataset(root: Path, sizes: dict[str, int], seed: int = 0, report=print)
     lock = acquire_lock(root / ".lock", wait=True)
     try:
         if not _is_complete(root, settings):  # another process may have made it in the meantime
-            _write_dataset(root, settings, report)
+            _write_dataset(root, settings, report, workers or os.cpu_count() or 1)
     finally:
         os.close(lock)
 
@@ -334,10 +335,10 @@ def _is_complete(root: Path, settings: dict) -> bool:
     return bool(found.get("whole"))
 
 
-def _write_dataset(root: Path, settings: dict, report) -> None:
+def _write_dataset(root: Path, settings: dict, report, workers: int) -> None:
     _write_json(root / "made.json", settings | {"whole": False})
     captions = {}
-    with worker_pool(os.cpu_count() or 1) as pool:
+    with worker_pool(workers) as pool:
         for split, count in settings["sizes"].items():
             (root / split).mkdir(exist_ok=True)
             job = partial(make_clip, split=split, root=root, seed=settings["seed"])

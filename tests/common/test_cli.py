@@ -1,6 +1,7 @@
-"""The command line: argument types, exit codes. References: the strings and codes that are written here."""
+"""The command line: argument types, exit codes, output. References: the strings and codes that are written here."""
 
 import argparse
+import os
 import subprocess
 import sys
 
@@ -60,3 +61,19 @@ cli.run(main)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_each_line_is_flushed_to_a_pipe():
+    """The process ends without flushing anything, as after a SIGKILL: the line must have been written before."""
+    script = """
+import os
+from common import cli
+def main():
+    print("device: cpu")
+    print("an unfinished line", end="")
+    os._exit(0)
+cli.run(main)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    run = [sys.executable, "-c", script]
+    assert subprocess.check_output(run, cwd=ROOT, env=environment, text=True) == "device: cpu\n"

@@ -33,9 +33,19 @@ def test_bf16_where_the_processor_has_instructions(text, expected, tmp_path, mon
     assert devices.select_precision("auto", CPU, frozen=True) == expected
     for name in ("fp32", "bf16"):
         assert devices.select_precision(name, CPU, frozen=True) == (name, "--precision")
+        reason = "as in the run that is resumed"
+        assert devices.select_precision(name, CPU, frozen=True, resumed=True) == (name, reason)
     assert devices.select_precision("auto", CPU, frozen=False)[0] == "fp32"
     with pytest.raises(InputError, match="--precision bf16"):
         devices.select_precision("bf16", CPU, frozen=False)
+
+
+@pytest.mark.parametrize("resume, reason", [(None, "--precision"), (Path("run"), "as in the run that is resumed")])
+def test_the_precision_of_a_resumed_run_is_not_said_to_be_a_flag(resume, reason, capsys):
+    """A run stores the precision that was selected, so --resume finds one, whether or not the flag was given."""
+    args = SimpleNamespace(device="cpu", precision="bf16", method="qadapter", resume=resume, compile=False)
+    assert devices.setup(args) == CPU and args.precision == "bf16"
+    assert f"frozen weights in bf16 ({reason}), trained ones in fp32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])

@@ -9,9 +9,12 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -236,6 +239,65 @@ def test_a_lack_of_space_is_an_error_before_any_work(tmp_path, monkeypatch, deco
         cached_features(frames, "key", encode, 8, ignore)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 4_000))
     assert cached_features(frames, "key", encode, 8, ignore).shape == (4, 100)
+
+
+def test_the_space_for_all_caches_is_checked_and_reported_at_once(tmp_path, monkeypatch, decoded):
+    """By hand: 5 clips of 4 frames of 32 x 32 are 61,440 bytes, 5 of 2 frames 30,720; features of 100 bf16 numbers for
+    each of 5 clips are 1,000. A file of another key is deleted first."""
+    clips, usage, reports = make_clips(tmp_path), type(shutil.disk_usage(tmp_path)), []
+    size = Preprocessing(32, 32)
+    root = tmp_path / "cache"
+    frames = [cache.frames_cache(clips, root, split, count, size) for split, count in (("train", 4), ("val", 2))]
+    planned = {"frames": frames, "features": [cache.features_cache(frames[0], "key", (100,))]}
+    assert not root.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 93_159))
+    with pytest.raises(InputError, match=r"cache, frames 92\.2 kB, features 1\.0 kB: needs 93\.2 kB, .* 93\.2 kB free"):
+        cache.check_space(planned, root, reports.append)
+    assert reports == [f"cache: frames 92.2 kB, features 1.0 kB, go into {root}"] and decoded() == []
+
+    (frames[0].folder / "other").touch()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 93_160))
+    cache.check_space(planned, root, reports.append)
+    assert not (frames[0].folder / "other").exists()
+    fill(clips, tmp_path, size=size)
+    cache.check_space(planned, root, reports.append)
+    assert reports[2] == f"cache: frames 30.7 kB, features 1.0 kB, go into {root}"
+    fill(clips, tmp_path, "val", 2, size)
+    cached_features(frames[0], "key", lambda x: torch.zeros(len(x), 100, dtype=torch.bfloat16), 8, ignore)
+    cache.check_space(planned, root, reports.append)
+    assert len(reports) == 3
+
+
+def test_the_time_left_of_several_workers_is_right_from_the_first_report_on(tmp_path, monkeypatch):
+    """21 clips of 10 s each for four workers that take 100 s to start, on a fake clock: they are done in fours."""
+    clips, now, reports = make_clips(tmp_path, 21), 0.0, []
+
+    def submit(*_) -> Future:
+        future = Future()
+        future.set_result(None)
+        return future
+
+    @contextmanager
+    def worker_pool(workers: int) -> Iterator[SimpleNamespace]:
+        nonlocal now
+        assert workers == 4
+        now += 100
+        yield SimpleNamespace(submit=submit)
+
+    def as_completed(futures: dict) -> Iterator[Future]:
+        nonlocal now
+        for i, future in enumerate(futures):
+            now += 10 if i % 4 == 0 else 0
+            yield future
+
+    monkeypatch.setattr(cache.time, "monotonic", lambda: now)
+    monkeypatch.setattr(cache, "worker_pool", worker_pool)
+    monkeypatch.setattr(cache, "as_completed", as_completed)
+    fill(clips, tmp_path, workers=4, report=reports.append)
+    assert reports[1:] == [
+        "frames: 5/21 clips, 0:40 left", "frames: 9/21 clips, 0:30 left", "frames: 13/21 clips, 0:20 left",
+        "frames: 17/21 clips, 0:10 left", "frames: 21/21 clips, 0:00 left", "frames: 21/21 clips in 2:40",
+    ]  # fmt: skip
 
 
 def stop_and_kill(pid: int) -> list[int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from video_data import annotations, datasets
+from video_data import annotations, datasets, shapes
 from video_data.annotations import SPLITS
 
 LISTS = [f"{split}_list.txt" for split in SPLITS]
@@ -204,6 +204,16 @@ def test_the_layout_of_a_folder(tmp_path):
     assert [clip.path for clip in found.splits["train"]] == [tmp_path / "a.mp4", tmp_path / "b/c.mov"]
     assert found.differences() == [] and found.signature("test") == "data:folder test"
     assert "differs: " not in str(found)
+
+
+def test_shapes_is_made_by_as_many_workers_as_given(tmp_path, monkeypatch):
+    """0 is one per core. The captions do not depend on the number; for frames see test_shapes."""
+    counts, contents, worker_pool = [], set(), shapes.worker_pool
+    monkeypatch.setattr(shapes, "worker_pool", lambda count: counts.append(count) or worker_pool(count))
+    for workers in (1, 3, 0):
+        datasets.read_dataset("shapes", tmp_path / str(workers), (3, 1, 1), workers=workers)
+        contents.add((tmp_path / str(workers) / "captions.json").read_bytes())
+    assert counts == [1, 3, os.cpu_count()] and len(contents) == 1
 
 
 @pytest.mark.parametrize("sizes", [["x", 1, 1], [1, 1], [1, 1, 0], [1, 1, True]])
