@@ -28,8 +28,9 @@ from training import devices, distributed
 from training.config import default_models, parse_args
 from training.inputs import cached_inputs
 from training.interrupts import deferred_interrupts
+from training.memory import meta_backbones
 from training.optimizer import make_optimizer, set_learning_rate
-from training.plan import schedule_warnings
+from training.plan import format_plan, format_schedule, make_schedule, planned_dataset, schedule_warnings
 from training.presets import epochs_of_passes
 from training.progress import Progress
 from training.run import Run, backbone_hashes
@@ -47,7 +48,7 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) -> tuple[Captioner, dict[str, str]]:
     """The captioner that the flags describe, and the SHA-256 of its frozen backbones' files.
 
-    Stores the names of both models in args; a hub id gets its commit.
+    Stores the names of both models in args; a hub id gets its commit. For --plan, it is on the meta device.
     """
     default_vit, default_lm = default_models(args.dataset, device)
     args.vit = default_vit if args.vit is None else args.vit
@@ -56,10 +57,15 @@ def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) 
         vit_path, lm_path = hub.resolve(args.vit, check=check_vit_config), hub.resolve(args.lm, check=load_tokenizer)
     args.vit, args.lm = hub.pin_revision(args.vit, vit_path), hub.pin_revision(args.lm, lm_path)
     dtype = devices.DTYPES[args.precision]
-    vit, lm = ViT.from_pretrained(vit_path, dtype, args.image_size), CausalLM.from_pretrained(lm_path, dtype)
+    if args.plan:
+        vit, lm = meta_backbones(vit_path, lm_path, dtype, args.image_size)
+    else:
+        vit, lm = ViT.from_pretrained(vit_path, dtype, args.image_size), CausalLM.from_pretrained(lm_path, dtype)
     config = AdapterConfig(args.method, args.write_back, args.queries, args.rank, args.heads, args.last_blocks,
                            args.gate, args.query_self_attention, args.frames)  # fmt: skip
-    return Captioner(vit, lm, load_tokenizer(lm_path), config).to(device), backbone_hashes(vit_path, lm_path)
+    with vit.position.device:
+        captioner = Captioner(vit, lm, load_tokenizer(lm_path), config)
+    return (captioner, {}) if args.plan else (captioner.to(device), backbone_hashes(vit_path, lm_path))
 
 
 def format_gates(gates: dict[str, list[float]]) -> str:
@@ -130,21 +136,23 @@ def main() -> int:
 
     # 2. Data and model
     with group.rank0_first():
-        dataset = datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing,
-                                        workers=args.workers)  # fmt: skip
+        dataset = planned_dataset(args) if args.plan else datasets.read_dataset(
+            args.dataset, args.data, args.shapes_sizes, args.allow_missing, workers=args.workers)  # fmt: skip
     print(dataset)
     train_clips = dataset.splits["train"]
-    steps_per_epoch = len(train_clips) // args.batch_size
-    if steps_per_epoch == 0:
+    if (steps_per_epoch := len(train_clips) // args.batch_size) == 0:
         raise InputError(f"--batch-size {args.batch_size}: the dataset has only {len(train_clips)} training clips")
     num_captions = sum(len(clip.captions) for clip in train_clips)
     args.epochs = args.epochs or epochs_of_passes(args.passes, num_captions, len(train_clips), args.captions_per_clip)
     args.passes = None  # what is stored of a run are its epochs
-    steps = args.epochs * steps_per_epoch
-    passes = steps * args.batch_size * args.captions_per_clip / num_captions
-    print(f"training: {steps:,} steps of {args.batch_size} clips with {args.captions_per_clip} captions each, "
-          f"{args.epochs} epochs, {passes:.1f} passes over the captions")  # fmt: skip
+    schedule = make_schedule(len(train_clips), num_captions, args.batch_size, args.captions_per_clip, args.epochs)
+    steps = schedule.steps
+    print(format_schedule(schedule, args))
     captioner, hashes = load_captioner(args, device, group)
+    if args.plan:
+        print(captioner.parameter_table())
+        print(format_plan(args, dataset, schedule, captioner, device, MAX_CAPTION_TOKENS + 1))
+        return 0
     run = Run(args.out, group, hashes)
     if args.resume:
         run.check(asdict(captioner.config), dataset.counts(), args.data)
@@ -165,7 +173,7 @@ def main() -> int:
 
     # 3. Optimizer, and the step to start from
     trained = captioner.trained()
-    optimizer = make_optimizer(trained, args.lr_scaling, args.weight_decay)
+    optimizer = make_optimizer(trained, args.lr_scaling, args.weight_decay, args.gate_lr)
     step, best_cider = 0, -1.0
     if args.resume:
         step, best_cider, elapsed = run.resume(captioner, optimizer, args, steps, device)
@@ -198,7 +206,7 @@ def main() -> int:
         with progress.paused():
             _, frames, labels = load_batch(next(epoch_batches(len(train_clips), args.batch_size, 1, args.seed)))
             seconds = steps * seconds_per_step(captioner, frames, labels, args.micro_batch_size)
-        for line in schedule_warnings(passes, seconds):
+        for line in schedule_warnings(schedule.passes, seconds):
             print(f"warning: {line}")
     with deferred_interrupts(repeatable=group.world_size > 1, compiling=args.compile) as interrupts:
         for clips, frames, labels in batches:

@@ -233,7 +233,9 @@ class CausalLM(nn.Module):
     def embedding_rms(self) -> Tensor:
         """Root mean square of the outputs of `embed` over the vocabulary; float32 ()."""
         scale = self.config.width**0.5 if self.config.gemma else 1.0
-        norms = torch.linalg.vector_norm(self.embed.weight, dim=1, dtype=torch.float32)  # (V,), without a float32 copy
+        # In parts: on a CPU each makes a float32 copy.
+        norms = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+                           for rows in self.embed.weight.split(2**14)])  # (V,)  # fmt: skip
         return scale * (norms.square().mean() / self.config.width).sqrt()
 
     @classmethod

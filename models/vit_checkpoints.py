@@ -162,7 +162,8 @@ def default_preprocessing(family: str, config: dict[str, Any]) -> Preprocessing:
     return replace(imagenet, resize=resize, interpolation="bilinear").scaled(size)
 
 
-def _read_folder_preprocessing(folder: Path, family: str, config: dict[str, Any]) -> Preprocessing:
+def read_folder_preprocessing(folder: Path, family: str, config: dict[str, Any]) -> Preprocessing:
+    """What preprocessor_config.json says, if the folder has one. Raises InputError if it does not fit config.json."""
     preprocessing, path = default_preprocessing(family, config), folder / "preprocessor_config.json"
     if path.exists():
         preprocessing = read_preprocessing(path, preprocessing)
@@ -175,7 +176,7 @@ def _read_folder_preprocessing(folder: Path, family: str, config: dict[str, Any]
 def check_vit_config(folder: Path) -> None:
     """Raises InputError unless the folder's configs, without its weights, are of a supported ViT."""
     kind, config = read_vit_config(folder / "config.json")
-    _read_folder_preprocessing(folder, kind.removesuffix("_vision_model"), config)
+    read_folder_preprocessing(folder, kind.removesuffix("_vision_model"), config)
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -209,7 +210,7 @@ def read_vit_checkpoint(path: str | Path) -> ViTCheckpoint:
     else:
         kind, config = read_vit_config(path / "config.json")
         family = kind.removesuffix("_vision_model")
-        preprocessing = _read_folder_preprocessing(path, family, config)
+        preprocessing = read_folder_preprocessing(path, family, config)
         tensors, where = read_tensors(path)
         names = {"clip": CLIP, "siglip": SIGLIP, "dinov2": DINOV2}[family]
         if not any(name.startswith("vision_model.") for name in tensors):  # transformers 5 omits the prefix

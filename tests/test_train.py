@@ -186,7 +186,7 @@ def test_cached_features_are_block_outputs(finished_run, flags, tmp_path):
             encode = Mock(side_effect=captioner.block_outputs)
             patch.setattr(captioner, "block_outputs", encode)
             features = cached_inputs(args, dataset, captioner, hashes, torch.device("cpu"))["train"]
-        assert [len(call.args[0]) for call in encode.call_args_list] == [1, 1]  # for the shape; the rest is in the cache
+        assert [len(call.args[0]) for call in encode.call_args_list] == [1, 1]  # for the shapes; the rest is cached
         found = torch.from_numpy(np.array(features[3])).view(torch.bfloat16)[:, 0]  # (8, P, D)
         torch.testing.assert_close(found, expected.bfloat16(), rtol=2**-7, atol=1e-2 if precision == "bf16" else 1e-6)
     for more in (("--write-back",), ("--method", "linear")):

@@ -28,7 +28,7 @@ NOT_STORED = {"resume", "plan", "speed"}  # of a run's flags in its config.json
 PRESET = "unset: the dataset's preset"
 DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had in effect
     "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
-    "lr_scaling": "none", "passes": None, "micro_batch_size": None, "beams": 1,
+    "lr_scaling": "none", "gate_lr": 1.0, "passes": None, "micro_batch_size": None, "beams": 1,
 }  # fmt: skip
 
 
@@ -91,6 +91,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--lr", type=cli.number(0, above=True), help=f"peak learning rate of AdamW; {PRESET}")
     group.add_argument("--lr-scaling", choices=["fan-in", "none"], default="fan-in",
                        help="scale the learning rate of a matrix with 1 / fan_in, so that one --lr fits every width")
+    group.add_argument("--gate-lr", type=cli.number(0), default=0.1,
+                       help="a factor of the gates' learning rate: fast gates close before there is something to read")
     group.add_argument("--weight-decay", type=cli.number(0), default=0.01, help="of AdamW")
     group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
     group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, clip order, frames and captions")
@@ -190,5 +192,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.out = args.out or Path(f"runs/{args.dataset}-{args.method}")
     if args.cache_features and (args.method != "qadapter" or args.write_back):
         raise InputError("--cache-features: expected --method qadapter without --write-back: only that reads features")
-    check_out(args.out, bool(args.resume))
+    if not args.plan:
+        check_out(args.out, bool(args.resume))
     return args

@@ -19,6 +19,7 @@ from common.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # Linux's names of the features of x86 and Arm CPUs, best first
+PLANNED = ("cuda", "mps", "cpu")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
@@ -84,8 +85,14 @@ def keep_freed_memory() -> None:
 
 
 def setup(args: argparse.Namespace) -> torch.device:
-    """Selects the device and the precision that the flags ask for, and prints both; sets args.precision."""
-    device, device_reason = select_device(args.device)
+    """Selects the device and the precision that the flags ask for, and prints both; sets args.precision.
+
+    A --plan may be for a device that this machine does not have.
+    """
+    if args.plan and args.device in PLANNED:
+        device, device_reason = torch.device(args.device), "--device"
+    else:
+        device, device_reason = select_device(args.device)
     frozen, resumed = args.method != "full", args.resume is not None
     args.precision, precision_reason = select_precision(args.precision, device, frozen, resumed)
     print(f"device: {device} ({device_reason}), {torch.get_num_threads()} threads; "

@@ -22,13 +22,17 @@ def lr_scale(name: str, parameter: nn.Parameter) -> float:
     return min(1.0, REFERENCE_FAN_IN / parameter[0].numel())
 
 
-def make_optimizer(trained: dict[str, nn.Parameter], scaling: str, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(trained: dict[str, nn.Parameter], scaling: str, weight_decay: float,
+                   gate_lr: float = 1.0) -> torch.optim.AdamW:  # fmt: skip
     """AdamW with a group for each trained tensor, in their order; `set_learning_rate` gives the groups their rates.
 
-    scaling: fan-in | none.
+    scaling: fan-in | none. gate_lr: a factor of the gates' rates. A gate that learns as fast as the projections closes
+    before they have learned to read, since closing is the shortest way to a lower loss while a read is noise.
     """
-    groups = [{"params": [parameter], "lr_scale": lr_scale(name, parameter) if scaling == "fan-in" else 1.0}
-              for name, parameter in trained.items()]  # fmt: skip
+    groups = []
+    for name, parameter in trained.items():
+        scale = lr_scale(name, parameter) if scaling == "fan-in" else 1.0
+        groups.append({"params": [parameter], "lr_scale": scale * (gate_lr if ".gate." in name else 1.0)})
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
 
 

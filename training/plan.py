@@ -1,44 +1,24 @@
 """What a run will take, before it starts: steps, passes over the captions, disk space, memory, time.
 
-Memory is not computed with a formula for each layer. A step of the real model runs on PyTorch's meta device, whose
-tensors have a shape and no numbers. That takes a few seconds, and every new tensor counts until it is freed. Not counted
-are Python and PyTorch themselves (0.4 GB, on a GPU its context), the loading of the weights, processes that decode, and
-what torch.compile changes. Weights are not read: `meta_backbones` needs only the config.json of both models.
-
-Letters: B clips, T frames, M cached frames per clip, S side in pixels, K captions per clip, L tokens of a caption with
-its EOS, A adapted blocks, P tokens per frame, D ViT width.
+Letters: T frames, M cached frames per clip, S side in pixels, K captions per clip.
 """
 
 import argparse
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from common.cli import format_seconds
 from common.files import format_bytes
-from common.preprocessing import read_preprocessing
-from models.lm import CausalLM, LMConfig
-from models.vit import ViT, ViTConfig
-from models.vit_checkpoints import default_preprocessing, read_vit_config
 from training.inputs import FEATURE_SPLITS, candidate_frames
+from training.memory import StepMemory, clip_bytes, step_memory
 from training.progress import format_speed
-from video_data.datasets import VideoDataset
+from video_data.annotations import SPLITS
+from video_data.datasets import Clip, VideoDataset, read_dataset
 
 DAY = 24 * 3600  # seconds
 CAPTION_TOKENS = 15  # of a usual English caption with its EOS
-META = torch.device("meta")
-BYTES_PER_TRAINED = 16  # float32: the weight, its gradient, AdamW's two moments
-# Free memory that malloc keeps between tensors, as a share of the activations; measured with steps of 1 to 6 GB.
-GAPS_ON_CPU = 0.15
+CAPTIONS_OF_SHAPES = 6  # of a clip
 
 # -------------------------------------------------------------------------------------- schedule
 
@@ -57,6 +37,12 @@ def make_schedule(clips: int, captions: int, batch_size: int, captions_per_clip:
     return Schedule(steps, clips_seen, clips_seen * captions_per_clip / captions)
 
 
+def format_schedule(schedule: Schedule, args: argparse.Namespace) -> str:
+    steps, passes = f"{schedule.steps:,} steps of {args.batch_size} clips", f"{schedule.passes:.2f} passes"
+    return (f"training: {steps}, {args.epochs} epochs, {passes} over the captions ({args.captions_per_clip} of a clip "
+            "in an epoch)")  # fmt: skip
+
+
 def schedule_warnings(passes: float, seconds: float | None) -> list[str]:
     """A line for a run of less than one pass over the training captions, and one for a run of more than a day.
 
@@ -65,22 +51,14 @@ def schedule_warnings(passes: float, seconds: float | None) -> list[str]:
     lines = []
     if passes < 1:
         lines.append(f"the run sees only {passes:.2f} of a pass over the training captions; "
-                     "--passes or --epochs makes it longer")  # fmt: skip
+                     "--passes or --epochs make it longer")  # fmt: skip
     if seconds is not None and seconds > DAY:
-        lines.append(f"the run takes {seconds / DAY:.1f} days; a smaller model, fewer --passes, or --cache-features "
-                     "where the ViT takes most of the time, makes it shorter")  # fmt: skip
+        lines.append(f"the run takes {seconds / DAY:.1f} days; fewer --passes, --cache-features or a smaller model "
+                     "make it shorter")  # fmt: skip
     return lines
 
 
 # ---------------------------------------------------------------------------------------- caches
-
-
-def clip_bytes(captioner, frames: int, features: bool) -> int:
-    """Bytes of a clip's frames, uint8 (T, 3, S, S), or of its features, bf16 (T, A, P, D)."""
-    if not features:
-        return frames * 3 * captioner.vit.config.image_size**2
-    tokens, width = captioner.vit.position.shape
-    return frames * len(captioner.adapter.blocks) * tokens * width * 2
 
 
 def cache_bytes(args: argparse.Namespace, counts: dict[str, int], captioner) -> dict[str, int]:
@@ -97,186 +75,16 @@ def cache_bytes(args: argparse.Namespace, counts: dict[str, int], captioner) -> 
     return sizes
 
 
-# -------------------------------------------------------------------------------- the meta device
-
-
-def meta_backbones(vit_folder: Path, lm_folder: Path, dtype: torch.dtype,
-                   image_size: int | None = None) -> tuple[ViT, CausalLM]:  # fmt: skip
-    """Both models on the meta device, from the config.json of their folders; image_size as in `ViT.from_pretrained`.
-
-    Raises InputError for configs that are not supported and for an image size that does not fit the patches.
-    """
-    kind, config = read_vit_config(vit_folder / "config.json")
-    preprocessing = default_preprocessing(kind.removesuffix("_vision_model"), config)
-    if (path := vit_folder / "preprocessor_config.json").exists():
-        preprocessing = read_preprocessing(path, preprocessing)
-    with META:
-        vit = ViT(ViTConfig(**config))
-        lm = CausalLM(LMConfig.from_json(lm_folder / "config.json"))
-        size = image_size or preprocessing.size
-        if size != vit.config.image_size:
-            vit.resize(size)
-    return vit.to(dtype), lm.to(dtype)
-
-
-class PretendCPU(TorchFunctionMode):
-    """Tensors on the meta device report that they are on the CPU: a model that chooses by the device chooses as there.
-
-    A tensor that is created on, or moved to, the CPU goes to the meta device.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func == Tensor.device.__get__:
-            return torch.device("cpu")
-        args, kwargs = tree_map_only(torch.device, lambda device: META, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-class FusedAttention(TorchFunctionMode):
-    """On the meta device PyTorch keeps all attention weights. Here they are kept only where fused kernels are disabled,
-    as they are on a real device."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or not torch.backends.cuda.flash_sdp_enabled():
-            return func(*args, **kwargs)
-        q, k, v, *mask = args
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, kwargs.get("is_causal", False), attn_mask=mask[0] if mask else None,
-            scale=kwargs.get("scale"),
-        )[0]  # fmt: skip
-
-
-class MemoryCounter(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make, from then until they are freed.
-
-    Tensors that share memory count once. `excluded` tensors do not count, nor do views of them.
-    """
-
-    def __init__(self, excluded: list[Tensor]):
-        super().__init__()
-        self.bytes = self.peak = 0
-        self.known = {tensor.untyped_storage()._cdata for tensor in excluded}  # addresses of storages
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.add(tensor.untyped_storage())
-        return out
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.bytes += storage.nbytes()
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes()).atexit = False
-
-    def remove(self, address: int, size: int) -> None:
-        self.known.discard(address)
-        self.bytes -= size
-
-    def next_phase(self) -> int:
-        """-> the peak since the last call."""
-        peak, self.peak = self.peak, self.bytes
-        return peak
-
-
-# ---------------------------------------------------------------------------------------- memory
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """Bytes of a training step. It has two large moments: one in the encoder (ViT and adapter), the other in the
-    language model, the loss or the backward pass."""
-
-    vit: int  # frozen weights
-    lm: int  # frozen weights; a tied head counts once
-    trained: int  # weights, gradients and moments
-    inputs: int  # batches of frames or features
-    block_outputs: int  # of the frozen ViT, until the adapter has read them
-    encoder_kept: int  # activations for the backward pass
-    lm_kept: int  # the same of the language model
-    encoder_peak: int  # activations at the largest moment of the encoder: outputs, kept ones and temporary ones
-    lm_peak: int  # the same after the encoder, with what the encoder has kept
-    gaps: float  # free memory between the activations, as a share of them
-
-    def total(self, activations: int) -> int:
-        """All memory in use at a moment with so many bytes of activations."""
-        return self.vit + self.lm + self.trained + self.inputs + activations + round(self.gaps * activations)
-
-    @property
-    def peak(self) -> int:
-        return self.total(max(self.encoder_peak, self.lm_peak))
-
-
-def frozen_bytes(module: torch.nn.Module) -> int:
-    return sum(p.nbytes for p in module.parameters() if not p.requires_grad)
-
-
-@contextmanager
-def call_before_and_after(captioner, callback: Callable[[], None]) -> Iterator[None]:
-    """Runs `callback` before and after the hidden layers of the language model."""
-    hidden = captioner.lm_hidden
-
-    def lm_hidden(*args, **kwargs) -> Tensor:
-        callback()
-        out = hidden(*args, **kwargs)
-        callback()
-        return out
-
-    captioner.lm_hidden = lm_hidden
-    try:
-        yield
-    finally:
-        captioner.lm_hidden = hidden
-
-
-def step_memory(captioner, args: argparse.Namespace, device: torch.device, caption_tokens: int) -> StepMemory:
-    """The memory of a step on `device` of a Captioner on the meta device, where all captions have L = `caption_tokens`.
-
-    args: the flags batch_size, micro_batch_size, captions_per_clip, frames and cache_features. On a GPU, attention is
-    taken to be fused, and only the GPU's memory is counted.
-    """
-    clips = min(args.batch_size, args.micro_batch_size or args.batch_size)
-    size, (tokens, width) = captioner.vit.config.image_size, captioner.vit.position.shape
-    if args.cache_features:
-        shape, dtype = (len(captioner.adapter.blocks), tokens, width), torch.bfloat16
-    else:
-        shape, dtype = (3, size, size), torch.uint8
-    frames = torch.empty(clips, args.frames, *shape, dtype=dtype, device=META)
-    labels = torch.zeros(clips, args.captions_per_clip, caption_tokens, dtype=torch.long)
-    trained = captioner.trained().values()
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
-    gradients = [parameter.grad for parameter in trained]
-    counter = MemoryCounter([frames, *captioner.parameters(), *captioner.buffers(), *gradients])
-    is_cpu, moments = device.type == "cpu", []  # moments: (peak since the last, bytes now)
-
-    def end_phase() -> None:
-        moments.append((counter.next_phase(), counter.bytes))
-
-    with FusedAttention(), counter, PretendCPU() if is_cpu else nullcontext():
-        with call_before_and_after(captioner, end_phase):
-            loss = captioner(frames, labels)
-        loss.backward()
-        end_phase()
-    (encoder_peak, encoder_kept), (lm_peak, kept), (rest_peak, _) = moments
-    # On a CPU the batch that trains, the next one and the copy from which that is made are in memory.
-    inputs = 3 * args.batch_size if is_cpu else clips
-    block_outputs = 0
-    if captioner.adapter is not None and not (captioner.config.write_back or args.cache_features):
-        block_outputs = clips * clip_bytes(captioner, args.frames, features=True) // 2 * captioner.dtype.itemsize
-    return StepMemory(
-        vit=frozen_bytes(captioner.vit), lm=frozen_bytes(captioner.lm),
-        trained=BYTES_PER_TRAINED * sum(parameter.numel() for parameter in trained),
-        inputs=inputs * clip_bytes(captioner, args.frames, args.cache_features),
-        block_outputs=block_outputs, encoder_kept=encoder_kept, lm_kept=kept - encoder_kept,
-        encoder_peak=encoder_peak, lm_peak=max(lm_peak, rest_peak), gaps=GAPS_ON_CPU if is_cpu else 0.0,
-    )  # fmt: skip
-
-
 # -------------------------------------------------------------------------------------- the plan
+
+
+def planned_dataset(args: argparse.Namespace) -> VideoDataset:
+    """The dataset of the flags; `shapes` that are not made yet are clips without files. Raises InputError."""
+    if args.dataset != "shapes" or (args.data / "captions.json").exists():
+        return read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing)
+    splits = {split: [Clip(str(i), args.data, ("",) * CAPTIONS_OF_SHAPES) for i in range(size)]
+              for split, size in zip(SPLITS, args.shapes_sizes, strict=True)}  # fmt: skip
+    return VideoDataset("shapes", splits, (args.data / "captions.json",), dict.fromkeys(SPLITS, 0), 0)
 
 
 def format_table(title: str, rows: list[tuple[str, ...]]) -> str:
@@ -310,34 +118,27 @@ def format_memory(memory: StepMemory, title: str, inputs: str) -> str:
     return format_table(title, [("", "encoder", "language model"), *cells])
 
 
-def format_plan(args: argparse.Namespace, dataset: VideoDataset, captioner, device: torch.device,
-                caption_tokens: int = CAPTION_TOKENS, max_caption_tokens: int | None = None) -> str:  # fmt: skip
-    """The plan of a run as aligned lines.
+def format_plan(args: argparse.Namespace, dataset: VideoDataset, schedule: Schedule, captioner, device: torch.device,
+                max_caption_tokens: int, caption_tokens: int = CAPTION_TOKENS) -> str:  # fmt: skip
+    """Time, caches and memory of a run as aligned lines.
 
     captioner: a Captioner on the meta device, of `meta_backbones`. args: the flags batch_size, micro_batch_size,
-    captions_per_clip, epochs, frames, cache_features and speed (clips/s, None: unknown). caption_tokens: L, with EOS.
-    max_caption_tokens: the longest L that training allows, whose memory is given too; None: is left out.
+    captions_per_clip, frames, cache_features and speed (clips/s, None: unknown). caption_tokens: L, with EOS;
+    max_caption_tokens: the longest L that training allows, whose memory is given too.
     """
-    counts = dataset.counts()
-    captions = sum(len(clip.captions) for clip in dataset.splits["train"])
-    schedule = make_schedule(counts["train"], captions, args.batch_size, args.captions_per_clip, args.epochs)
     seconds = schedule.clips_seen / args.speed if args.speed else None
     time = "unknown without --speed" if seconds is None else f"{format_seconds(seconds)} at {format_speed(args.speed)}"
-    caches = cache_bytes(args, counts, captioner)
+    caches = cache_bytes(args, dataset.counts(), captioner)
     caches |= {"sum": sum(caches.values())}
     clips = min(args.batch_size, args.micro_batch_size or args.batch_size)
     memory = step_memory(captioner, args, device, caption_tokens)
     tables = [
-        str(dataset),
-        f"training: {schedule.steps:,} steps of {args.batch_size} clips with {args.captions_per_clip} captions each, "
-        f"{args.epochs} epochs, {schedule.passes:.2f} passes over the captions",
         f"time of the steps: {time}",
         *(f"warning: {line}" for line in schedule_warnings(schedule.passes, seconds)),
         format_table("caches on the disk:", [(name, format_bytes(size)) for name, size in caches.items()]),
         format_memory(memory, f"memory of a step on {device.type}, {clips} clips at once, {caption_tokens} tokens a "
                               "caption, at its largest moments:", "features" if args.cache_features else "frames"),
     ]  # fmt: skip
-    if max_caption_tokens:
-        longest = step_memory(captioner, args, device, max_caption_tokens)
-        tables.append(f"  {format_bytes(longest.peak)} where a caption has {max_caption_tokens} tokens, the longest")
+    longest = step_memory(captioner, args, device, max_caption_tokens)
+    tables.append(f"  {format_bytes(longest.peak)} where a caption has {max_caption_tokens} tokens, the longest")
     return "\n".join(tables)

@@ -35,6 +35,16 @@ def test_the_first_step_moves_an_output_alike_at_every_width():
         assert found == pytest.approx(moves, rel=1e-4)
 
 
+def test_gates_have_a_rate_of_their_own():
+    """A factor of 0.1 on the weights and biases of gates, and of nothing else, with scaling and without."""
+    trained = {f"adapter.{name}": p for name, p in QAdapter(384, 3, last_blocks=2).named_parameters()}
+    for scaling in ("fan-in", "none"):
+        slow, usual = (make_optimizer(trained, scaling, 0.0, gate_lr).param_groups for gate_lr in (0.1, 1.0))
+        ratios = {name: a["lr_scale"] / b["lr_scale"] for name, a, b in zip(trained, slow, usual, strict=True)}
+        gates = [f"adapter.blocks.{i}.gate.{kind}" for i in (0, 1) for kind in ("weight", "bias")]
+        assert ratios == pytest.approx(dict.fromkeys(trained, 1.0) | dict.fromkeys(gates, 0.1))
+
+
 def test_without_scaling_it_is_adamw():
     """Three steps, seed 0, equal bit for bit."""
     layers, weights = [nn.Linear(300, 4), nn.Linear(300, 4)], []

@@ -1,0 +1,102 @@
+"""`python -m bench.curves RUN --save FILE.svg`: loss, gates and validation scores of a run, drawn from its log.jsonl.
+
+The panels share the horizontal axis, steps. The picture is plain SVG without a plotting package.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import cli
+from common.errors import InputError
+from common.files import replace_atomically
+
+WIDTH, HEIGHT, LEFT, TOP, GAP = 250, 170, 52, 48, 62  # pixels: a panel, and the margins around it
+COLOURS = ("#1f6fb4", "#d1495b", "#2a9d5c", "#8a6d1f", "#6b4fa0", "#555")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines {label: [(step, value), ...]} on an axis from 0 to `top`."""
+
+    title: str
+    top: float
+    lines: dict[str, list[tuple[int, float]]]
+
+
+def read_log(run: Path) -> list[dict]:
+    path = run / "log.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path}: expected the log of a run")
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: expected a JSON object in each line: {error}") from error
+
+
+def make_panels(rows: list[dict]) -> list[Panel]:
+    """Loss, mean gates and saturated shares of each adapted block, CIDEr, correct captions; what the log has of it."""
+    train = [row for row in rows if "loss" in row]
+    val = [(row["step"], row["val"]) for row in rows if "val" in row]
+    if not train or not val:
+        raise InputError("log.jsonl: expected rows of training and of validation")
+    top = math.ceil(sorted(row["loss"] for row in train)[-1])
+    panels = [Panel("training loss", top, {"": [(row["step"], row["loss"]) for row in train]})]
+    for title, name in ("mean gate of each adapted block", "gates"), ("saturated share of its gates", "saturated"):
+        lines = {f"{i + 1}": [(row["step"], row[name][i]) for row in train if name in row]
+                 for i in range(len(train[0].get(name, [])))}  # fmt: skip
+        panels += [Panel(title, 1, lines)] if lines else []
+    cider = [(step, 100 * scores["CIDEr"]) for step, scores in val]
+    panels.append(Panel("validation CIDEr", 50 * math.ceil(max(y for _, y in cider) / 50), {"": cider}))
+    names = [name for name in ("shapes right", "motion_one right", "motion_two right") if name in val[-1][1]]
+    lines = {name.removesuffix(" right"): [(step, 100 * scores[name]) for step, scores in val] for name in names}
+    return panels + ([Panel("correct validation captions, %", 100, lines)] if lines else [])
+
+
+def text(x: float, y: float, words: str, style: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{words}</text>'
+
+
+def draw_panel(panel: Panel, left: float, top: float, steps: int) -> str:
+    bottom = top + HEIGHT
+    parts = [text(left, top - 26, panel.title, 'font-size="13" fill="#111"')]
+    for i in range(5):
+        y = bottom - HEIGHT * i / 4
+        parts += [f'<path d="M{left} {y:.1f}h{WIDTH}" stroke="#ddd"/>',
+                  text(left - 6, y + 4, f"{panel.top * i / 4:.3g}", 'text-anchor="end"')]  # fmt: skip
+    parts += [text(left, bottom + 16, "0"), text(left + WIDTH, bottom + 16, f"{steps} steps", 'text-anchor="end"')]
+    x_label = left
+    for colour, (label, points) in zip(COLOURS, panel.lines.items(), strict=False):
+        line = " ".join(f"{left + WIDTH * step / steps:.1f},{bottom - HEIGHT * min(1, y / panel.top):.1f}"
+                        for step, y in points)  # fmt: skip
+        parts += [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>',
+                  text(x_label, top - 9, label, f'font-weight="bold" fill="{colour}"')]  # fmt: skip
+        x_label += 8 * len(label) + 12
+    return "\n".join(parts)
+
+
+def draw(panels: list[Panel]) -> str:
+    """All panels, three in a row, as one SVG."""
+    columns, steps = min(3, len(panels)), panels[0].lines[""][-1][0]
+    width, height = LEFT + columns * (WIDTH + GAP), math.ceil(len(panels) / columns) * (HEIGHT + TOP + 34)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="11" fill="#555" '
+             'font-family="Helvetica, Arial, sans-serif">',
+             f'<rect width="{width}" height="{height}" fill="#fff"/>']  # fmt: skip
+    for i, panel in enumerate(panels):
+        row, column = divmod(i, columns)
+        parts.append(draw_panel(panel, LEFT + column * (WIDTH + GAP), TOP + row * (HEIGHT + TOP + 34), steps))
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def main() -> None:
+    parser = cli.Parser("Draws loss, gates and validation scores of a run.")
+    parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
+    parser.add_argument("--save", type=cli.path, required=True, metavar="FILE", help="the SVG to write")
+    args = parser.parse_args()
+    with replace_atomically(args.save) as file:
+        file.write(draw(make_panels(read_log(args.run))).encode())
+
+
+if __name__ == "__main__":
+    cli.run(main)

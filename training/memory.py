@@ -1,0 +1,217 @@
+"""The memory of a training step, before it runs.
+
+It is not computed with a formula for each layer. A step of the real model runs on PyTorch's meta device, whose tensors
+have a shape and no numbers. That takes a few seconds. Every new tensor counts until it is freed. Not counted: Python
+and PyTorch themselves (0.4 GB; on a GPU, its context), the loading of the weights, processes that decode, and what
+torch.compile changes. Weights are not read: `meta_backbones` needs only the config.json of both models.
+
+Letters: B clips, T frames, S side in pixels, K captions per clip, L tokens of a caption with its EOS, A adapted blocks,
+P tokens per frame, D ViT width.
+"""
+
+import argparse
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from models.lm import CausalLM, LMConfig
+from models.vit import ViT, ViTConfig
+from models.vit_checkpoints import read_folder_preprocessing, read_vit_config
+
+META = torch.device("meta")
+BYTES_PER_TRAINED = 16  # float32: the weight, its gradient, AdamW's two moments
+# Free memory that malloc keeps between tensors, as a share of the activations; measured with steps of 1 to 6 GB.
+GAPS_ON_CPU = 0.15
+
+def clip_bytes(captioner, frames: int, features: bool) -> int:
+    """Bytes of a clip's frames, uint8 (T, 3, S, S), or of its features, bf16 (T, A, P, D)."""
+    if not features:
+        return frames * 3 * captioner.vit.config.image_size**2
+    tokens, width = captioner.vit.position.shape
+    return frames * len(captioner.adapter.blocks) * tokens * width * 2
+
+
+# -------------------------------------------------------------------------------- the meta device
+
+
+def meta_backbones(vit_folder: Path, lm_folder: Path, dtype: torch.dtype,
+                   image_size: int | None = None) -> tuple[ViT, CausalLM]:  # fmt: skip
+    """Both models on the meta device, from the config.json of their folders; image_size as in `ViT.from_pretrained`.
+
+    Raises InputError for configs that are not supported and for an image size that does not fit the patches.
+    """
+    kind, config = read_vit_config(vit_folder / "config.json")
+    preprocessing = read_folder_preprocessing(vit_folder, kind.removesuffix("_vision_model"), config)
+    with META:
+        vit = ViT(ViTConfig(**config))
+        lm = CausalLM(LMConfig.from_json(lm_folder / "config.json"))
+        size = image_size or preprocessing.size
+        if size != vit.config.image_size:
+            vit.resize(size)
+    return vit.to(dtype), lm.to(dtype)
+
+
+class PretendCPU(TorchFunctionMode):
+    """Tensors on the meta device report that they are on the CPU: a model that chooses by the device chooses as there.
+
+    A tensor that is created on, or moved to, the CPU goes to the meta device.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == Tensor.device.__get__:
+            return torch.device("cpu")
+        args, kwargs = tree_map_only(torch.device, lambda device: META, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class FusedAttention(TorchFunctionMode):
+    """On the meta device PyTorch never takes a fused kernel, so it keeps all attention weights. Here it keeps them only
+    where fused kernels are disabled (`sdpa_kernel`), as on other devices."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or not torch.backends.cuda.flash_sdp_enabled():
+            return func(*args, **kwargs)
+        q, k, v, *mask = args
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, kwargs.get("is_causal", False), attn_mask=mask[0] if mask else None,
+            scale=kwargs.get("scale"),
+        )[0]  # fmt: skip
+
+
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, from then until they are freed.
+
+    Tensors that share memory count once. `excluded` tensors do not count, nor do views of them.
+    """
+
+    def __init__(self, excluded: list[Tensor]):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in excluded}  # addresses of storages
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes()).atexit = False
+
+    def remove(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.bytes -= size
+
+    def next_phase(self) -> int:
+        """-> the peak since the last call."""
+        peak, self.peak = self.peak, self.bytes
+        return peak
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training step. It has two large moments: one in the encoder (ViT and adapter), the other in the
+    language model, the loss or the backward pass."""
+
+    vit: int  # frozen weights
+    lm: int  # frozen weights; a tied head counts once
+    trained: int  # weights, gradients and moments
+    inputs: int  # batches of frames or features
+    block_outputs: int  # of the frozen ViT, until the adapter has read them
+    encoder_kept: int  # activations for the backward pass
+    lm_kept: int  # the same of the language model
+    encoder_peak: int  # activations at the largest moment of the encoder: outputs, kept ones and temporary ones
+    lm_peak: int  # the same after the encoder, with what the encoder has kept
+    gaps: float  # free memory between the activations, as a share of them
+
+    def total(self, activations: int) -> int:
+        """All memory in use at a moment with so many bytes of activations."""
+        return self.vit + self.lm + self.trained + self.inputs + activations + round(self.gaps * activations)
+
+    @property
+    def peak(self) -> int:
+        return self.total(max(self.encoder_peak, self.lm_peak))
+
+
+def frozen_bytes(module: torch.nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters() if not p.requires_grad)
+
+
+@contextmanager
+def call_before_and_after(captioner, callback: Callable[[], None]) -> Iterator[None]:
+    """Runs `callback` before and after the hidden layers of the language model."""
+    hidden = captioner.lm_hidden
+
+    def lm_hidden(*args, **kwargs) -> Tensor:
+        callback()
+        out = hidden(*args, **kwargs)
+        callback()
+        return out
+
+    captioner.lm_hidden = lm_hidden
+    try:
+        yield
+    finally:
+        captioner.lm_hidden = hidden
+
+
+def step_memory(captioner, args: argparse.Namespace, device: torch.device, caption_tokens: int) -> StepMemory:
+    """The memory of a step on `device` of a Captioner on the meta device, where all captions have L = `caption_tokens`.
+
+    args: the flags batch_size, micro_batch_size, captions_per_clip, frames and cache_features. On a GPU, attention is
+    taken to be fused, and only the GPU's memory is counted.
+    """
+    clips = min(args.batch_size, args.micro_batch_size or args.batch_size)
+    size, (tokens, width) = captioner.vit.config.image_size, captioner.vit.position.shape
+    if args.cache_features:
+        shape, dtype = (len(captioner.adapter.blocks), tokens, width), torch.bfloat16
+    else:
+        shape, dtype = (3, size, size), torch.uint8
+    frames = torch.empty(clips, args.frames, *shape, dtype=dtype, device=META)
+    labels = torch.zeros(clips, args.captions_per_clip, caption_tokens, dtype=torch.long)
+    trained = captioner.trained().values()
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    gradients = [parameter.grad for parameter in trained]
+    counter = MemoryCounter([frames, *captioner.parameters(), *captioner.buffers(), *gradients])
+    is_cpu, moments = device.type == "cpu", []  # moments: (peak since the last, bytes now)
+
+    def end_phase() -> None:
+        moments.append((counter.next_phase(), counter.bytes))
+
+    with FusedAttention(), counter, PretendCPU() if is_cpu else nullcontext():
+        with call_before_and_after(captioner, end_phase):
+            loss = captioner(frames, labels)
+        loss.backward()
+        end_phase()
+    (encoder_peak, encoder_kept), (lm_peak, kept), (rest_peak, _) = moments
+    # On a CPU the batch that trains, the next one and the copy from which that is made are in memory.
+    inputs = 3 * args.batch_size if is_cpu else clips
+    block_outputs = 0
+    if captioner.adapter is not None and not (captioner.config.write_back or args.cache_features):
+        block_outputs = clips * clip_bytes(captioner, args.frames, features=True) // 2 * captioner.dtype.itemsize
+    return StepMemory(
+        vit=frozen_bytes(captioner.vit), lm=frozen_bytes(captioner.lm),
+        trained=BYTES_PER_TRAINED * sum(parameter.numel() for parameter in trained),
+        inputs=inputs * clip_bytes(captioner, args.frames, args.cache_features),
+        block_outputs=block_outputs, encoder_kept=encoder_kept, lm_kept=kept - encoder_kept,
+        encoder_peak=encoder_peak, lm_peak=max(lm_peak, rest_peak), gaps=GAPS_ON_CPU if is_cpu else 0.0,
+    )  # fmt: skip
