@@ -163,7 +163,7 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int, **gener
             yield {"video": str(path), "error": str(error)}
             continue
         caption = captioner.caption(pixels[None].to(device), **generation)[0]
-        print(f"{path}: {caption}", flush=True)
+        print(f"{path}: {caption}")
         yield {"video": str(path), "caption": caption}
 
 
@@ -190,7 +190,8 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
 
 def check_save(path: Path, run: Path) -> None:
     """Raises InputError for a path that no file can be written to, and for the files of the run."""
-    if path.resolve() in {(run / name).resolve() for name in ("config.json", "log.jsonl", "test.json", "lock")}:
+    files = {(run / name).resolve() for name in ("config.json", "log.jsonl", "test.json", "lock")}
+    if path.resolve() in files or path.resolve().parent == (run / "val").resolve():
         raise InputError(f"--save {path}: is a file of the run, expected another one")
     is_file = path.is_file() or not path.exists()
     if not (is_file and path.parent.is_dir() and os.access(path.parent, os.W_OK)):

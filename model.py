@@ -101,8 +101,8 @@ def packed_attention_inputs(prefix_length: int, k: int, length: int, device: tor
     """
     if k == 1:
         return {}
-    prefix_ids, text_ids = torch.full((prefix_length,), -1), torch.arange(k).repeat_interleave(length)
-    segment_ids = torch.cat([prefix_ids, text_ids]).to(device)  # (s,)
+    prefix_ids = torch.full((prefix_length,), -1, device=device)
+    segment_ids = torch.cat([prefix_ids, torch.arange(k * length, device=device) // length])  # (s,)
     position_ids = torch.arange(prefix_length + length, device=device)
     positions = torch.cat([position_ids[:prefix_length], position_ids[prefix_length:].repeat(k)])  # (s,)
     same_segment = (segment_ids == segment_ids[:, None]) | (segment_ids == -1)  # (s, s)

@@ -111,6 +111,24 @@ def seconds_per_step(captioner: Captioner, frames: Tensor, labels: Tensor, micro
     return time.monotonic() - start_time
 
 
+def clips_at_once(args, group: distributed.ProcessGroup) -> int:
+    """How many clips all processes caption at once: not more than they train on at once."""
+    return group.world_size * args.micro_batch_size if args.micro_batch_size else args.batch_size
+
+
+def validate(captioner: Captioner, dataset: datasets.VideoDataset, cache, args, group: distributed.ProcessGroup,
+             run: Run, step: int, progress: Progress) -> float:  # fmt: skip
+    """Scores the validation split, greedily; all captions go into RUN/val/STEP.json, two are printed. -> CIDEr."""
+    captions, scores, signature = caption_and_score(captioner, dataset, "val", cache, clips_at_once(args, group), group,
+                                                    ("BLEU", "ROUGE_L", "CIDEr"))  # fmt: skip
+    run.log({"step": step, "val": scores, "elapsed": progress.elapsed()})
+    run.save_captions(f"val/{step}.json", captions, scores, signature)
+    print(f"val at step {step}: {format_scores(scores)}")
+    for clip in dataset.splits["val"][:2]:
+        print(f"  {clip.id}: {captions[clip.id]}")
+    return scores["CIDEr"]
+
+
 @torch.no_grad()
 def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner, batch: tuple,
                  group: distributed.ProcessGroup) -> None:  # fmt: skip
@@ -136,8 +154,11 @@ def main() -> int:
 
     # 2. Data and model
     with group.rank0_first():
-        dataset = planned_dataset(args) if args.plan else datasets.read_dataset(
-            args.dataset, args.data, args.shapes_sizes, args.allow_missing, workers=args.workers)  # fmt: skip
+        if args.plan:
+            dataset = planned_dataset(args)
+        else:
+            dataset = datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing,
+                                            workers=args.workers)  # fmt: skip
     print(dataset)
     train_clips = dataset.splits["train"]
     if (steps_per_epoch := len(train_clips) // args.batch_size) == 0:
@@ -152,6 +173,7 @@ def main() -> int:
     if args.plan:
         print(captioner.parameter_table())
         print(format_plan(args, dataset, schedule, captioner, device, MAX_CAPTION_TOKENS + 1))
+        group.destroy()
         return 0
     run = Run(args.out, group, hashes)
     if args.resume:
@@ -183,17 +205,6 @@ def main() -> int:
         run.create(captioner, optimizer, args, dataset)
     group.broadcast(trained.values())
 
-    def validate() -> float:
-        """Scores the validation split; the captions go into RUN/val/STEP.json. -> CIDEr."""
-        captions, scores, signature = caption_and_score(captioner, dataset, "val", inputs["val"], args.batch_size,
-                                                        group, ("BLEU", "ROUGE_L", "CIDEr"))  # fmt: skip
-        run.log({"step": step, "val": scores, "elapsed": progress.elapsed()})
-        run.save_captions(f"val/{step}.json", captions, scores, signature)
-        print(f"val at step {step}: {format_scores(scores)}")
-        for clip in dataset.splits["val"][:2]:
-            print(f"  {clip.id}: {captions[clip.id]}")
-        return scores["CIDEr"]
-
     # 4. The loop
     batches = prefetch(load_batch, epoch_batches(len(train_clips), args.batch_size, args.epochs, args.seed, step))
     steps_between = steps_per_epoch * args.eval_every
@@ -202,13 +213,14 @@ def main() -> int:
     progress = Progress(step, validation_steps, args.batch_size, start_time, test_ratio)
     if step == 0:
         with progress.validation():
-            validate()
-        with progress.paused():
-            _, frames, labels = load_batch(next(epoch_batches(len(train_clips), args.batch_size, 1, args.seed)))
-            seconds = steps * seconds_per_step(captioner, frames, labels, args.micro_batch_size)
-        for line in schedule_warnings(schedule.passes, seconds):
-            print(f"warning: {line}")
+            validate(captioner, dataset, inputs["val"], args, group, run, step, progress)
     with deferred_interrupts(repeatable=group.world_size > 1, compiling=args.compile) as interrupts:
+        if step == 0:
+            with progress.paused():
+                _, frames, labels = load_batch(next(epoch_batches(len(train_clips), args.batch_size, 1, args.seed)))
+                seconds = steps * seconds_per_step(captioner, frames, labels, args.micro_batch_size)
+            for line in schedule_warnings(schedule.passes, seconds):
+                print(f"warning: {line}")
         for clips, frames, labels in batches:
             lr = learning_rate(step, steps, args.warmup, args.lr)
             set_learning_rate(optimizer, lr)
@@ -233,7 +245,7 @@ def main() -> int:
 
             if step in validation_steps:
                 with progress.validation():
-                    cider = validate()
+                    cider = validate(captioner, dataset, inputs["val"], args, group, run, step, progress)
                 if cider > best_cider:
                     best_cider = cider
                     run.save("best", captioner, step)
@@ -248,8 +260,8 @@ def main() -> int:
 
     # 5. The test split, once, with the best weights
     run.load_best(captioner)
-    captions, scores, signature = caption_and_score(captioner, dataset, "test", inputs["test"], args.batch_size, group,
-                                                    beams=args.beams)  # fmt: skip
+    captions, scores, signature = caption_and_score(captioner, dataset, "test", inputs["test"],
+                                                    clips_at_once(args, group), group, beams=args.beams)  # fmt: skip
     run.log({"step": step, "test": scores, "elapsed": progress.elapsed()})
     run.save_captions("test.json", captions, scores, signature)
     for clip in dataset.splits["test"][:5]:

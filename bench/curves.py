@@ -6,6 +6,7 @@ The panels share the horizontal axis, steps. The picture is plain SVG without a 
 import json
 import math
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from common import cli
@@ -35,20 +36,20 @@ def read_log(run: Path) -> list[dict]:
         raise InputError(f"{path}: expected a JSON object in each line: {error}") from error
 
 
-def make_panels(rows: list[dict]) -> list[Panel]:
+def make_panels(rows: list[dict], path: Path) -> list[Panel]:
     """Loss, mean gates and saturated shares of each adapted block, CIDEr, correct captions; what the log has of it."""
     train = [row for row in rows if "loss" in row]
     val = [(row["step"], row["val"]) for row in rows if "val" in row]
     if not train or not val:
-        raise InputError("log.jsonl: expected rows of training and of validation")
-    top = math.ceil(sorted(row["loss"] for row in train)[-1])
+        raise InputError(f"{path}: expected rows of training and of validation")
+    top = math.ceil(max(row["loss"] for row in train))
     panels = [Panel("training loss", top, {"": [(row["step"], row["loss"]) for row in train]})]
     for title, name in ("mean gate of each adapted block", "gates"), ("saturated share of its gates", "saturated"):
         lines = {f"{i + 1}": [(row["step"], row[name][i]) for row in train if name in row]
                  for i in range(len(train[0].get(name, [])))}  # fmt: skip
         panels += [Panel(title, 1, lines)] if lines else []
     cider = [(step, 100 * scores["CIDEr"]) for step, scores in val]
-    panels.append(Panel("validation CIDEr", 50 * math.ceil(max(y for _, y in cider) / 50), {"": cider}))
+    panels.append(Panel("validation CIDEr", max(50, 50 * math.ceil(max(y for _, y in cider) / 50)), {"": cider}))
     names = [name for name in ("shapes right", "motion_one right", "motion_two right") if name in val[-1][1]]
     lines = {name.removesuffix(" right"): [(step, 100 * scores[name]) for step, scores in val] for name in names}
     return panels + ([Panel("correct validation captions, %", 100, lines)] if lines else [])
@@ -67,7 +68,7 @@ def draw_panel(panel: Panel, left: float, top: float, steps: int) -> str:
                   text(left - 6, y + 4, f"{panel.top * i / 4:.3g}", 'text-anchor="end"')]  # fmt: skip
     parts += [text(left, bottom + 16, "0"), text(left + WIDTH, bottom + 16, f"{steps} steps", 'text-anchor="end"')]
     x_label = left
-    for colour, (label, points) in zip(COLOURS, panel.lines.items(), strict=False):
+    for colour, (label, points) in zip(cycle(COLOURS), panel.lines.items(), strict=False):
         line = " ".join(f"{left + WIDTH * step / steps:.1f},{bottom - HEIGHT * min(1, y / panel.top):.1f}"
                         for step, y in points)  # fmt: skip
         parts += [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>',
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--save", type=cli.path, required=True, metavar="FILE", help="the SVG to write")
     args = parser.parse_args()
     with replace_atomically(args.save) as file:
-        file.write(draw(make_panels(read_log(args.run))).encode())
+        file.write(draw(make_panels(read_log(args.run), args.run / "log.jsonl")).encode())
 
 
 if __name__ == "__main__":

@@ -6,17 +6,21 @@ import re
 import runpy
 import sys
 from contextlib import redirect_stdout
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
+from training.presets import PRESETS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("train", "evaluate", "metrics", "bench", "bench.picture", "bench.shapes_ceiling", "backbones.pretrain")
+PROGRAMS = ("train", "evaluate", "metrics", "bench", "bench.curves", "bench.picture", "bench.shapes_ceiling",
+            "backbones.pretrain")  # fmt: skip
 TORCHRUN_FLAGS = {"--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
 SUFFIXES = (".py", ".md", ".txt", ".json", ".jsonl", ".csv", ".pkl", ".zip", ".png", ".svg", ".yml", ".cff", ".toml",
             ".pt", ".bin", ".model", ".safetensors")  # fmt: skip
-MADE_BY_RUNS = ("runs/", "data/", "best/", "last/", "log.jsonl", "test.json", "adapter.safetensors", "state.pt")
+MADE_BY_RUNS = ("runs/", "data/", "best/", "last/", "val/", "log.jsonl", "test.json", "adapter.safetensors", "state.pt")
 OF_USERS = {  # annotations, models and captions that readers have
     "AllVideoDescriptions.txt", "raw-captions.pkl", "MSR_Video_Description_Corpus.csv", "youtube_mapping.txt",
     "train_list.txt", "val_list.txt", "test_list.txt", "msvd_data.zip", "MSRVTT_data.json",
@@ -115,6 +119,14 @@ def test_links_resolve(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, anchor
+
+
+def test_the_defaults_of_datasets_are_the_presets():
+    """docs/runs.md has a row for each dataset of `training.presets`, with the same numbers."""
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$",
+                      (ROOT / "docs/runs.md").read_text(), re.MULTILINE)  # fmt: skip
+    presets = {name: astuple(preset) for name, preset in PRESETS.items()}
+    assert {name: tuple(map(float, values)) for name, *values in rows} == presets
 
 
 def test_the_readme_is_short():

@@ -117,6 +117,30 @@ def test_validation_captions_are_stored_and_two_are_printed(finished_run):
     assert sorted(path.name for path in (finished_run / "val").iterdir()) == sorted(f"{step}.json" for step in rows)
 
 
+def test_a_batch_is_processed_in_micro_batches():
+    """5 clips in micro-batches of 2: three passes. Reference: the sum of the passes' losses, by 10 tokens, and its
+    gradient; a loss of 3 w for each clip."""
+    weight, sizes = torch.nn.Parameter(torch.tensor(2.0)), []
+
+    def loss(frames, labels):
+        sizes.append((len(frames), len(labels)))
+        return 3 * weight * len(frames)
+
+    captioner = Mock(side_effect=loss, parameters=lambda: iter([weight]))
+    frames, labels = torch.zeros(5, 1), torch.zeros(5, 1, 4)
+    assert train.accumulate_gradients(captioner, frames, labels, 10, 2) == 5 * 3 * 2 / 10
+    assert sizes == [(2, 2), (2, 2), (1, 1)] and weight.grad == 5 * 3 / 10
+    assert train.accumulate_gradients(captioner, frames, labels, 10, None) == 3 and sizes[3:] == [(5, 5)]
+
+
+def test_a_run_of_more_than_a_day_is_reported_before_it_starts(flags, tmp_path, monkeypatch):
+    """12 steps of 9,000 s each are 1.25 days."""
+    monkeypatch.setattr(train, "seconds_per_step", lambda *_: 9000)
+    done = run_forked(train, *flags, "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("warning: the run takes 1.2 days") < done.stdout.index("step 1/12")
+
+
 def test_micro_batches_train_as_the_whole_batch(finished_run, flags, tmp_path):
     """Reference: the run with whole batches of 4 clips; micro-batches of 3 clips and 1: losses within 1e-5."""
     out = tmp_path / "micro"

@@ -25,6 +25,7 @@ CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
 ALLOWED_WITH_RESUME = {"resume", "device", "workers", "data", "cache"}
 NOT_STORED = {"resume", "plan", "speed"}  # of a run's flags in its config.json
+CANDIDATE_FRAMES = 16  # unless --frames is large
 PRESET = "unset: the dataset's preset"
 DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had in effect
     "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
@@ -64,6 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--cache-features", action="store_true",
                        help="run the frozen ViT once for each frame and store its outputs on the disk, in bf16")
     group.add_argument("--frames", type=cli.at_least(1, 4096), help=f"frames per clip; {PRESET}")
+    group.add_argument("--candidate-frames", type=cli.at_least(1, 4096),
+                       help="frames stored of a training clip, of which a step draws --frames; unset: "
+                       f"{CANDIDATE_FRAMES} or twice --frames; with --cache-features --frames")  # fmt: skip
     group.add_argument("--captions-per-clip", type=cli.at_least(1), help=f"captions per clip in a step; {PRESET}")
     group = parser.add_argument_group("model")
     group.add_argument("--vit", help="the ViT: a folder, a .pth file or a hub id; unset: the tiny one for shapes, else "
@@ -85,14 +89,14 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--batch-size", type=cli.at_least(1), help=f"clips per step, over all processes; {PRESET}")
     group.add_argument("--micro-batch-size", type=cli.at_least(1),
                        help="clips of a process in memory at once; gradients are summed; unset: its whole batch")
-    group.add_argument("--passes", type=cli.number(0, above=True), help=f"over the training captions; {PRESET}")
+    group.add_argument("--passes", type=cli.number(0, above=True), help=f"passes over the training captions; {PRESET}")
     group.add_argument("--epochs", type=cli.at_least(1),
                        help="passes over the training clips, in place of --passes")  # fmt: skip
     group.add_argument("--lr", type=cli.number(0, above=True), help=f"peak learning rate of AdamW; {PRESET}")
     group.add_argument("--lr-scaling", choices=["fan-in", "none"], default="fan-in",
                        help="scale the learning rate of a matrix with 1 / fan_in, so that one --lr fits every width")
     group.add_argument("--gate-lr", type=cli.number(0), default=0.1,
-                       help="a factor of the gates' learning rate: fast gates close before there is something to read")
+                       help="a factor of the gates' learning rate: gates that learn fast close early")
     group.add_argument("--weight-decay", type=cli.number(0), default=0.01, help="of AdamW")
     group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
     group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, clip order, frames and captions")
@@ -100,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--out", type=cli.path, help="the folder of the run; unset: runs/DATASET-METHOD")
     group.add_argument("--resume", type=cli.path, metavar="RUN", help="continue this run with its own flags")
     group.add_argument("--eval-every", type=cli.at_least(1), default=4, help="epochs between validations")
-    group.add_argument("--beams", type=cli.at_least(1), help=f"of the search on the test split; {PRESET}")
+    group.add_argument("--beams", type=cli.at_least(1), help=f"beams of the search on the test split; {PRESET}")
     group.add_argument("--log-every", type=cli.at_least(1), default=20, help="steps between log lines")
     group.add_argument("--save-every", type=cli.at_least(1), default=200, help="steps between checkpoints")
     group.add_argument("--workers", type=cli.at_least(0), default=0, help="processes that decode; 0: one per core")
@@ -115,13 +119,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def default_candidate_frames(frames: int) -> int:
+    """Frames stored of a training clip, of which each step draws `frames` others."""
+    return max(CANDIDATE_FRAMES, 2 * frames)
+
+
 def fill_from_preset(args: argparse.Namespace) -> None:
     """Gives the flags that are unset the values of the dataset's preset; --epochs stands in for --passes."""
     if args.epochs is not None and args.passes is not None:
-        raise InputError("--passes: expected either --epochs or --passes")
+        raise InputError("--passes: was given with --epochs, expected only one of them")
     for name, value in asdict(PRESETS[args.dataset]).items():
         if getattr(args, name) is None and not (name == "passes" and args.epochs is not None):
             setattr(args, name, value)
+    if args.candidate_frames is None:  # with --cache-features, more would cost the ViT's time before they are used
+        args.candidate_frames = args.frames if args.cache_features else default_candidate_frames(args.frames)
+    if args.candidate_frames < args.frames:
+        raise InputError(f"--candidate-frames {args.candidate_frames}: expected at least --frames {args.frames}")
 
 
 def check_out(folder: Path, resume: bool) -> None:
@@ -159,7 +172,9 @@ def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{run}: expected the folder of a run, with config.json and last/state.pt in it")
     config = read_json(path)
-    return config, rename_fields(DEFAULTS_IN_OLDER_RUNS | field(config, "flags", dict, path))
+    flags = rename_fields(DEFAULTS_IN_OLDER_RUNS | field(config, "flags", dict, path))
+    frames = field(flags, "frames", int, path)
+    return config, {"candidate_frames": default_candidate_frames(frames)} | flags
 
 
 def resume_args(args: argparse.Namespace, argv: list[str]) -> argparse.Namespace:
@@ -192,6 +207,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.out = args.out or Path(f"runs/{args.dataset}-{args.method}")
     if args.cache_features and (args.method != "qadapter" or args.write_back):
         raise InputError("--cache-features: expected --method qadapter without --write-back: only that reads features")
+    if args.speed and not args.plan:
+        raise InputError("--speed: is for the time in --plan")
     if not args.plan:
         check_out(args.out, bool(args.resume))
     return args

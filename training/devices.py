@@ -19,8 +19,13 @@ from common.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # Linux's names of the features of x86 and Arm CPUs, best first
-PLANNED = ("cuda", "mps", "cpu")
+PLANNABLE_DEVICES = ("cuda", "mps", "cpu")  # with --plan, whether this machine has them or not
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+
+
+def is_available(name: str) -> bool:
+    """Whether this machine has the device "cuda", "mps" or "cpu"."""
+    return name == "cpu" or (torch.cuda.is_available() if name == "cuda" else torch.backends.mps.is_available())
 
 
 def select_device(name: str = "auto") -> tuple[torch.device, str]:
@@ -89,12 +94,13 @@ def setup(args: argparse.Namespace) -> torch.device:
 
     A --plan may be for a device that this machine does not have.
     """
-    if args.plan and args.device in PLANNED:
-        device, device_reason = torch.device(args.device), "--device"
-    else:
-        device, device_reason = select_device(args.device)
+    is_absent = args.plan and args.device in PLANNABLE_DEVICES and not is_available(args.device)
+    device, device_reason = (torch.device(args.device), "--plan") if is_absent else select_device(args.device)
     frozen, resumed = args.method != "full", args.resume is not None
-    args.precision, precision_reason = select_precision(args.precision, device, frozen, resumed)
+    if is_absent and args.precision == "auto" and frozen:
+        args.precision, precision_reason = "bf16", "assumed of a device that this machine does not have"
+    else:
+        args.precision, precision_reason = select_precision(args.precision, device, frozen, resumed)
     print(f"device: {device} ({device_reason}), {torch.get_num_threads()} threads; "
           f"frozen weights in {args.precision} ({precision_reason}), trained ones in fp32")  # fmt: skip
     if args.compile:

@@ -7,14 +7,7 @@ import torch
 from video_data.cache import ClipCache, cached_features, cached_frames, check_space, features_cache, frames_cache
 from video_data.datasets import VideoDataset, cache_folder
 
-CANDIDATE_FRAMES = 16  # frames stored of a training clip; a step draws T of them
 FEATURE_SPLITS = "train", "val"  # the test split is read once
-
-
-def candidate_frames(args: argparse.Namespace) -> int:
-    """Frames stored of a training clip. With --cache-features just those of a step: more would cost the ViT's time and
-    the disk's space before they are used."""
-    return args.frames if args.cache_features else max(CANDIDATE_FRAMES, 2 * args.frames)
 
 
 def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, hashes: dict[str, str],
@@ -26,7 +19,7 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
     `hashes` are those of the backbones, on which the block outputs depend. Raises InputError.
     """
     root, preprocessing = cache_folder(args.cache, args.dataset, args.data), captioner.vit.preprocessing
-    counts = {"train": candidate_frames(args), "val": args.frames, "test": args.frames}
+    counts = {"train": args.candidate_frames, "val": args.frames, "test": args.frames}
     caches = {split: frames_cache(dataset.splits[split], root, split, count, preprocessing)
               for split, count in counts.items()}  # fmt: skip
     planned = {"frames": list(caches.values())}
@@ -42,6 +35,6 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
         for split in FEATURE_SPLITS:
             caches[split] = cached_features(
                 caches[split], key, lambda batch: captioner.block_outputs(batch.to(device)).cpu(),
-                args.batch_size * args.frames,
+                (args.micro_batch_size or args.batch_size) * args.frames,
             )  # fmt: skip
     return caches

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from common.errors import InputError
 from models.lm import CausalLM, LMConfig
 from models.vit import ViT, ViTConfig
 from models.vit_checkpoints import read_folder_preprocessing, read_vit_config
@@ -30,7 +31,8 @@ from models.vit_checkpoints import read_folder_preprocessing, read_vit_config
 META = torch.device("meta")
 BYTES_PER_TRAINED = 16  # float32: the weight, its gradient, AdamW's two moments
 # Free memory that malloc keeps between tensors, as a share of the activations; measured with steps of 1 to 6 GB.
-GAPS_ON_CPU = 0.15
+FRAGMENTATION_ON_CPU = 0.15
+
 
 def clip_bytes(captioner, frames: int, features: bool) -> int:
     """Bytes of a clip's frames, uint8 (T, 3, S, S), or of its features, bf16 (T, A, P, D)."""
@@ -49,6 +51,8 @@ def meta_backbones(vit_folder: Path, lm_folder: Path, dtype: torch.dtype,
 
     Raises InputError for configs that are not supported and for an image size that does not fit the patches.
     """
+    if vit_folder.is_file():
+        raise InputError(f"{vit_folder}: --plan needs a folder with a config.json")
     kind, config = read_vit_config(vit_folder / "config.json")
     preprocessing = read_folder_preprocessing(vit_folder, kind.removesuffix("_vision_model"), config)
     with META:
@@ -140,11 +144,11 @@ class StepMemory:
     lm_kept: int  # the same of the language model
     encoder_peak: int  # activations at the largest moment of the encoder: outputs, kept ones and temporary ones
     lm_peak: int  # the same after the encoder, with what the encoder has kept
-    gaps: float  # free memory between the activations, as a share of them
+    fragmentation: float  # free memory between the activations, as a share of them
 
     def total(self, activations: int) -> int:
         """All memory in use at a moment with so many bytes of activations."""
-        return self.vit + self.lm + self.trained + self.inputs + activations + round(self.gaps * activations)
+        return self.vit + self.lm + self.trained + self.inputs + activations + round(self.fragmentation * activations)
 
     @property
     def peak(self) -> int:
@@ -192,17 +196,17 @@ def step_memory(captioner, args: argparse.Namespace, device: torch.device, capti
         parameter.grad = torch.empty_like(parameter)
     gradients = [parameter.grad for parameter in trained]
     counter = MemoryCounter([frames, *captioner.parameters(), *captioner.buffers(), *gradients])
-    is_cpu, moments = device.type == "cpu", []  # moments: (peak since the last, bytes now)
+    is_cpu, phases = device.type == "cpu", []  # of each: its peak, and the bytes at its end
 
     def end_phase() -> None:
-        moments.append((counter.next_phase(), counter.bytes))
+        phases.append((counter.next_phase(), counter.bytes))
 
     with FusedAttention(), counter, PretendCPU() if is_cpu else nullcontext():
         with call_before_and_after(captioner, end_phase):
             loss = captioner(frames, labels)
         loss.backward()
         end_phase()
-    (encoder_peak, encoder_kept), (lm_peak, kept), (rest_peak, _) = moments
+    (encoder_peak, encoder_kept), (lm_peak, kept), (rest_peak, _) = phases
     # On a CPU the batch that trains, the next one and the copy from which that is made are in memory.
     inputs = 3 * args.batch_size if is_cpu else clips
     block_outputs = 0
@@ -213,5 +217,6 @@ def step_memory(captioner, args: argparse.Namespace, device: torch.device, capti
         trained=BYTES_PER_TRAINED * sum(parameter.numel() for parameter in trained),
         inputs=inputs * clip_bytes(captioner, args.frames, args.cache_features),
         block_outputs=block_outputs, encoder_kept=encoder_kept, lm_kept=kept - encoder_kept,
-        encoder_peak=encoder_peak, lm_peak=max(lm_peak, rest_peak), gaps=GAPS_ON_CPU if is_cpu else 0.0,
+        encoder_peak=encoder_peak, lm_peak=max(lm_peak, rest_peak),
+        fragmentation=FRAGMENTATION_ON_CPU if is_cpu else 0.0,
     )  # fmt: skip

@@ -22,17 +22,22 @@ def lr_scale(name: str, parameter: nn.Parameter) -> float:
     return min(1.0, REFERENCE_FAN_IN / parameter[0].numel())
 
 
+def is_gate(name: str) -> bool:
+    """Whether the tensor is of the adapter's gates. With `--method full` the language model trains a "gate", too."""
+    return name.startswith("adapter.") and ".gate." in name
+
+
 def make_optimizer(trained: dict[str, nn.Parameter], scaling: str, weight_decay: float,
-                   gate_lr: float = 1.0) -> torch.optim.AdamW:  # fmt: skip
+                   gate_lr: float) -> torch.optim.AdamW:  # fmt: skip
     """AdamW with a group for each trained tensor, in their order; `set_learning_rate` gives the groups their rates.
 
-    scaling: fan-in | none. gate_lr: a factor of the gates' rates. A gate that learns as fast as the projections closes
-    before they have learned to read, since closing is the shortest way to a lower loss while a read is noise.
+    scaling: fan-in | none. gate_lr: a factor of the rates of the adapter's gates. While a read is noise, closing the
+    gate is the shortest way to a lower loss; a slower gate gives the projections time to learn.
     """
     groups = []
     for name, parameter in trained.items():
         scale = lr_scale(name, parameter) if scaling == "fan-in" else 1.0
-        groups.append({"params": [parameter], "lr_scale": scale * (gate_lr if ".gate." in name else 1.0)})
+        groups.append({"params": [parameter], "lr_scale": scale * (gate_lr if is_gate(name) else 1.0)})
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
 
 

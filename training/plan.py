@@ -10,7 +10,7 @@ import torch
 
 from common.cli import format_seconds
 from common.files import format_bytes
-from training.inputs import FEATURE_SPLITS, candidate_frames
+from training.inputs import FEATURE_SPLITS
 from training.memory import StepMemory, clip_bytes, step_memory
 from training.progress import format_speed
 from video_data.annotations import SPLITS
@@ -38,6 +38,7 @@ def make_schedule(clips: int, captions: int, batch_size: int, captions_per_clip:
 
 
 def format_schedule(schedule: Schedule, args: argparse.Namespace) -> str:
+    """The line that a run prints; args: the flags batch_size, epochs and captions_per_clip."""
     steps, passes = f"{schedule.steps:,} steps of {args.batch_size} clips", f"{schedule.passes:.2f} passes"
     return (f"training: {steps}, {args.epochs} epochs, {passes} over the captions ({args.captions_per_clip} of a clip "
             "in an epoch)")  # fmt: skip
@@ -53,8 +54,8 @@ def schedule_warnings(passes: float, seconds: float | None) -> list[str]:
         lines.append(f"the run sees only {passes:.2f} of a pass over the training captions; "
                      "--passes or --epochs make it longer")  # fmt: skip
     if seconds is not None and seconds > DAY:
-        lines.append(f"the run takes {seconds / DAY:.1f} days; fewer --passes, --cache-features or a smaller model "
-                     "make it shorter")  # fmt: skip
+        lines.append(f"the run takes {seconds / DAY:.1f} days; fewer --passes or a smaller model make it "
+                     "shorter")  # fmt: skip
     return lines
 
 
@@ -64,11 +65,11 @@ def schedule_warnings(passes: float, seconds: float | None) -> list[str]:
 def cache_bytes(args: argparse.Namespace, counts: dict[str, int], captioner) -> dict[str, int]:
     """{"train frames": bytes, ...} of the caches that `training.inputs.cached_inputs` makes; counts: clips per split.
 
-    args: the flags frames and cache_features.
+    args: the flags frames, candidate_frames and cache_features.
     """
     sizes = {}
     for split, count in counts.items():
-        frames = candidate_frames(args) if split == "train" else args.frames
+        frames = args.candidate_frames if split == "train" else args.frames
         sizes[f"{split} frames"] = count * clip_bytes(captioner, frames, features=False)
         if args.cache_features and split in FEATURE_SPLITS:
             sizes[f"{split} features"] = count * clip_bytes(captioner, frames, features=True)
@@ -111,7 +112,7 @@ def format_memory(memory: StepMemory, title: str, inputs: str) -> str:
         ("kept by the encoder", 0, memory.encoder_kept),
         ("kept by the language model", 0, memory.lm_kept),
         ("other activations", peaks[0] - memory.block_outputs, peaks[1] - memory.encoder_kept - memory.lm_kept),
-        ("free memory between activations", *(round(memory.gaps * peak) for peak in peaks)),
+        ("fragmentation", *(round(memory.fragmentation * peak) for peak in peaks)),
         ("sum", *map(memory.total, peaks)),
     ]
     cells = [(name, *(format_bytes(count) if count else "-" for count in counts)) for name, *counts in rows]

@@ -128,7 +128,7 @@ def lock_run(run: Path) -> int:
             os.rename(run / f"{which}.old", run / which)
         for suffix in (".new", ".old"):
             shutil.rmtree(run / (which + suffix), ignore_errors=True)
-    for temporary in run.glob(".*.tmp"):
+    for temporary in (*run.glob(".*.tmp"), *run.glob("val/.*.tmp")):
         temporary.unlink()
     return descriptor
 
@@ -165,7 +165,7 @@ def truncate_log(path: Path, step: int) -> float:
 
 
 class Run:
-    """The folder of one run, written by rank 0 only: on other ranks `log`, `save` and `finish` do nothing."""
+    """The folder of one run, written by rank 0 only: on other ranks `log`, `save` and `save_captions` do nothing."""
 
     def __init__(self, folder: Path, group: ProcessGroup, hashes: dict[str, str]):
         self.folder, self.group, self.hashes = folder, group, hashes

@@ -1,6 +1,7 @@
 """From clips to batches: each epoch shows other frames of a clip and the next of its captions.
 
-Training samples T of the M > T frames that are cached per clip (`cache.py`), so a video is decoded only once.
+Training samples T of the M frames that are cached per clip (`cache.py`), so a video is decoded only once. Where M = T,
+each epoch shows the same frames.
 
 Letters: B clips, T frames, M cached frames per clip, S side in pixels, K captions per clip, L tokens of the longest
 caption with its EOS.

@@ -1,12 +1,15 @@
 """Flags: today's names, those of version 0.1, and the flags of a run that is resumed."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from common.errors import InputError
 from training.config import DEFAULTS_IN_OLDER_RUNS, make_parser, parse_args, read_run_config, rename_fields
+from training.presets import PRESETS
+from video_data.datasets import DATASETS
 
 
 @pytest.mark.parametrize("old, new", [
@@ -21,16 +24,32 @@ def test_old_names_of_flags_are_accepted_and_hidden(old, new, tmp_path):
 
 def test_fields_of_version_0_1_are_renamed(tmp_path):
     """Flags and the adapter's fields; flags that did not exist yet get the value they had in effect."""
-    old = {"queries": 4, "reading": "write", "talk": True, "clips": [1, 2, 3]}
-    new = {"queries": 4, "write_back": True, "query_self_attention": True, "shapes_sizes": [1, 2, 3]}
+    old = {"queries": 4, "reading": "write", "talk": True, "clips": [1, 2, 3], "frames": 12}
+    new = {"queries": 4, "frames": 12, "write_back": True, "query_self_attention": True, "shapes_sizes": [1, 2, 3]}
     assert rename_fields(old) == new and rename_fields(new) == new
     assert rename_fields({"reading": "read"}) == {"write_back": False}
     (tmp_path / "config.json").write_text(json.dumps({"flags": old}))
-    assert read_run_config(tmp_path)[1] == DEFAULTS_IN_OLDER_RUNS | new
+    assert read_run_config(tmp_path)[1] == DEFAULTS_IN_OLDER_RUNS | new | {"candidate_frames": 24}
+
+
+def test_every_dataset_has_defaults():
+    """The flags that a preset fills, for each dataset; a flag overrides its own alone."""
+    assert PRESETS.keys() == set(DATASETS)
+    for name, preset in PRESETS.items():
+        args = vars(parse_args(["--dataset", name, "--lr", "0.5"]))
+        assert {key: args[key] for key in asdict(preset)} == asdict(preset) | {"lr": 0.5}
+        assert args["epochs"] is None
+    args = parse_args(["--epochs", "3"])
+    assert (args.epochs, args.passes, args.candidate_frames) == (3, None, 16)
+    assert parse_args(["--cache-features", "--frames", "4"]).candidate_frames == 4
+    with pytest.raises(InputError, match="--candidate-frames 7: expected at least --frames 8"):
+        parse_args(["--candidate-frames", "7"])
+    with pytest.raises(InputError, match="--speed"):
+        parse_args(["--speed", "7"])
 
 
 def test_a_resumed_run_keeps_its_flags(tmp_path):
-    """Only what RESUMABLE lists may be given beside --resume; a value changed by hand is checked like a flag."""
+    """Only ALLOWED_WITH_RESUME may be given beside --resume; a value changed by hand is checked like a flag."""
     words = ["--epochs", "3", "--write-back", "--shapes-sizes", "5", "6", "7", "--lr", "0.5", "--out", str(tmp_path)]
     args = vars(parse_args(words))
     flags = {name: value for name, value in args.items() if name != "resume"}

@@ -27,7 +27,7 @@ def test_the_first_step_moves_an_output_alike_at_every_width():
         for width in (128, 384, 1152):
             layer, x = nn.Linear(width, 1, bias=False), torch.ones(1, width)
             nn.init.zeros_(layer.weight)
-            optimizer = make_optimizer(dict(layer.named_parameters()), scaling, weight_decay=0.0)
+            optimizer = make_optimizer(dict(layer.named_parameters()), scaling, weight_decay=0.0, gate_lr=1.0)
             set_learning_rate(optimizer, 0.01)
             layer(x).sum().backward()
             optimizer.step()
@@ -38,6 +38,7 @@ def test_the_first_step_moves_an_output_alike_at_every_width():
 def test_gates_have_a_rate_of_their_own():
     """A factor of 0.1 on the weights and biases of gates, and of nothing else, with scaling and without."""
     trained = {f"adapter.{name}": p for name, p in QAdapter(384, 3, last_blocks=2).named_parameters()}
+    trained["lm.blocks.0.gate.weight"] = nn.Parameter(torch.ones(4, 4))  # of a gated MLP, trained with --method full
     for scaling in ("fan-in", "none"):
         slow, usual = (make_optimizer(trained, scaling, 0.0, gate_lr).param_groups for gate_lr in (0.1, 1.0))
         ratios = {name: a["lr_scale"] / b["lr_scale"] for name, a, b in zip(trained, slow, usual, strict=True)}
@@ -49,7 +50,7 @@ def test_without_scaling_it_is_adamw():
     """Three steps, seed 0, equal bit for bit."""
     layers, weights = [nn.Linear(300, 4), nn.Linear(300, 4)], []
     layers[1].load_state_dict(layers[0].state_dict())
-    ours = make_optimizer(dict(layers[0].named_parameters()), "none", 0.1)
+    ours = make_optimizer(dict(layers[0].named_parameters()), "none", 0.1, 1.0)
     theirs = torch.optim.AdamW(layers[1].parameters(), 0.01, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     for layer, optimizer in zip(layers, (ours, theirs), strict=True):
         torch.manual_seed(0)
@@ -69,7 +70,7 @@ def test_the_state_of_version_0_2_is_restored(tmp_path):
     layer(torch.ones(1, 300)).sum().backward()
     old.step()
     torch.save({"optimizer": old.state_dict(), "step": 7, "best": 0.5}, tmp_path / "state.pt")
-    new = make_optimizer(dict(layer.named_parameters()), "fan-in", 0.0)
+    new = make_optimizer(dict(layer.named_parameters()), "fan-in", 0.0, 1.0)
     assert load_state(tmp_path / "state.pt", new, torch.device("cpu")) == (7, 0.5)
     for parameter in layer.parameters():
         assert all(new.state[parameter][name].equal(old.state[parameter][name]) for name in ("exp_avg", "exp_avg_sq"))

@@ -49,7 +49,8 @@ def contents(run: Path) -> tuple:
     tensors = [(run / which / "adapter.safetensors").read_bytes() for which in ("best", "last")]
     state = torch.load(run / "last/state.pt", weights_only=True)
     moments = {key: value.tolist() for n, one in state["optimizer"]["state"].items() for key, value in one.items()}
-    names = sorted(path.name for path in run.iterdir())
+    names = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
+    names += [path.read_text() for path in sorted(run.glob("val/*.json"))]
     return rows, tensors, state["step"], state["best"], moments, json.loads((run / "test.json").read_text()), names
 
 
