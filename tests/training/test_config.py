@@ -32,8 +32,9 @@ def test_fields_of_version_0_1_are_renamed(tmp_path):
     assert read_run_config(tmp_path)[1] == DEFAULTS_IN_OLDER_RUNS | new | {"candidate_frames": 24}
 
 
-def test_every_dataset_has_defaults():
+def test_every_dataset_has_defaults(tmp_path, monkeypatch):
     """The flags that a preset fills, for each dataset; a flag overrides its own alone."""
+    monkeypatch.chdir(tmp_path)  # where no run is
     assert PRESETS.keys() == set(DATASETS)
     for name, preset in PRESETS.items():
         args = vars(parse_args(["--dataset", name, "--lr", "0.5"]))

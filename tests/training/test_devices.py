@@ -43,9 +43,22 @@ def test_bf16_where_the_processor_has_instructions(text, expected, tmp_path, mon
 @pytest.mark.parametrize("resume, reason", [(None, "--precision"), (Path("run"), "as in the run that is resumed")])
 def test_the_precision_of_a_resumed_run_is_not_said_to_be_a_flag(resume, reason, capsys):
     """A run stores the precision that was selected, so --resume finds one, whether or not the flag was given."""
-    args = SimpleNamespace(device="cpu", precision="bf16", method="qadapter", resume=resume, compile=False)
+    args = SimpleNamespace(device="cpu", precision="bf16", method="qadapter", resume=resume, compile=False,
+                           plan=False)  # fmt: skip
     assert devices.setup(args) == CPU and args.precision == "bf16"
     assert f"frozen weights in bf16 ({reason}), trained ones in fp32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_plan_may_be_for_an_absent_device(name, monkeypatch):
+    """Its frozen weights are planned in bf16; --method full has none. Without --plan the device is refused."""
+    monkeypatch.setattr(devices, "is_available", lambda _: False)
+    flags = {"device": name, "precision": "auto", "resume": None, "compile": False, "plan": True}
+    for method, precision in (("qadapter", "bf16"), ("full", "fp32")):
+        args = SimpleNamespace(**flags, method=method)
+        assert devices.setup(args).type == name and args.precision == precision
+    with pytest.raises(InputError, match=f"--device {name}"):
+        devices.setup(SimpleNamespace(**flags | {"plan": False}, method="qadapter"))
 
 
 @pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])

@@ -34,7 +34,8 @@ def captioner(backbones) -> Captioner:
 @pytest.fixture
 def args(tmp_path) -> SimpleNamespace:
     return SimpleNamespace(dataset="shapes", data=tmp_path / "shapes", cache=None, cache_features=True, frames=4,
-                           batch_size=2, workers=1, precision="fp32")  # fmt: skip
+                           candidate_frames=4, batch_size=2, micro_batch_size=None, workers=1,
+                           precision="fp32")  # fmt: skip
 
 
 def test_all_sizes_are_told_before_the_first_clip_is_decoded(args, captioner, capsys):
@@ -52,7 +53,7 @@ def test_all_sizes_are_told_before_the_first_clip_is_decoded(args, captioner, ca
     cached_inputs(args, dataset, captioner, {}, CPU)
     assert capsys.readouterr().out == ""
 
-    args.cache_features = False  # the frames of training clips are now 16, from which a step draws
+    args.cache_features, args.candidate_frames = False, 16  # of which a step draws 4
     caches = cached_inputs(args, dataset, captioner, {}, CPU)
     assert [len(caches[split].shape) for split in caches] == [4] * 3 and caches["train"].shape[0] == 16
     assert capsys.readouterr().out.startswith(f"cache: frames 589.8 kB, go into {root}\nframes: 3 ")

@@ -1,0 +1,24 @@
+"""The drawing of a run's log. References: the rows of log.jsonl, and XML."""
+
+from xml.etree import ElementTree
+
+from bench import curves
+from tests.scripts import assert_one_line_error, read_log, run_forked
+
+
+def test_the_lines_are_those_of_the_log(finished_run, tmp_path):
+    """A point for each row: 12 losses, gates and saturated shares of two blocks, scores of 3 validations."""
+    path = tmp_path / "run.svg"
+    done = run_forked(curves, finished_run, "--save", path)
+    assert done.returncode == 0, done.stderr
+    lines = [element.get("points").split() for element in ElementTree.parse(path).iter() if "polyline" in element.tag]
+    assert [len(points) for points in lines] == [12, 12, 12, 12, 12, 3, 3, 3, 3]
+    losses = [row["loss"] for row in read_log(finished_run) if "loss" in row]
+    heights = [float(point.split(",")[1]) for point in lines[0]]
+    assert sorted(range(12), key=losses.__getitem__) == sorted(range(12), key=lambda i: (-heights[i], losses[i]))
+
+
+def test_a_folder_without_a_log_is_refused(tmp_path):
+    assert_one_line_error(run_forked(curves, tmp_path, "--save", tmp_path / "run.svg"), "log.jsonl")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert_one_line_error(run_forked(curves, tmp_path, "--save", tmp_path / "run.svg"), "rows of training")
