@@ -9,7 +9,7 @@
 
 Passes are over the training *captions*; the epochs, which are passes over the clips, follow from them. The learning
 rate is one for all: steps are scaled with the width (`optimizer.py`). Captions of real videos are searched with five
-beams, as published results are; those of `shapes` gain nothing from it.
+beams, as published results are; on `shapes` that lowers CIDEr.
 """
 
 from dataclasses import dataclass
