@@ -30,8 +30,7 @@ from training.inputs import cached_inputs
 from training.interrupts import deferred_interrupts
 from training.memory import meta_backbones
 from training.optimizer import make_optimizer, set_learning_rate
-from training.plan import format_plan, format_schedule, make_schedule, planned_dataset, schedule_warnings
-from training.presets import epochs_of_passes
+from training.plan import format_plan, format_schedule, planned_dataset, schedule_run, schedule_warnings
 from training.progress import Progress
 from training.run import Run, backbone_hashes
 from video_data import datasets
@@ -77,6 +76,13 @@ def format_gates(gates: dict[str, list[float]]) -> str:
     shares = " ".join(f"{100 * share:.0f}" for share in gates["saturated"])
     warning = "  almost all saturated, try a lower --lr" if min(gates["saturated"]) > 0.9 else ""
     return f"gates {means} ({shares} % saturated){warning}  "
+
+
+def read_dataset(args) -> datasets.VideoDataset:
+    """The dataset of the flags; with --plan nothing is made."""
+    if args.plan:
+        return planned_dataset(args)
+    return datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing, workers=args.workers)
 
 
 def load_examples(args, clips: list[datasets.Clip], cache, captioner: Captioner) -> TrainingExamples:
@@ -129,6 +135,18 @@ def validate(captioner: Captioner, dataset: datasets.VideoDataset, cache, args, 
     return scores["CIDEr"]
 
 
+def score_test(captioner: Captioner, dataset: datasets.VideoDataset, cache, args, group: distributed.ProcessGroup,
+               run: Run, step: int, progress: Progress) -> None:  # fmt: skip
+    """Scores the test split with --beams; all captions go into RUN/test.json, five are printed with a reference."""
+    captions, scores, signature = caption_and_score(captioner, dataset, "test", cache, clips_at_once(args, group),
+                                                    group, beams=args.beams)  # fmt: skip
+    run.log({"step": step, "test": scores, "elapsed": progress.elapsed()})
+    run.save_captions("test.json", captions, scores, signature)
+    for clip in dataset.splits["test"][:5]:
+        print(f"\n{clip.path}\n  caption    {captions[clip.id]}\n  reference  {clip.captions[0]}")
+    print(f"\ntest: {format_scores(scores)}\n{signature}")
+
+
 @torch.no_grad()
 def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner, batch: tuple,
                  group: distributed.ProcessGroup) -> None:  # fmt: skip
@@ -154,31 +172,21 @@ def main() -> int:
 
     # 2. Data and model
     with group.rank0_first():
-        if args.plan:
-            dataset = planned_dataset(args)
-        else:
-            dataset = datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing,
-                                            workers=args.workers)  # fmt: skip
+        dataset = read_dataset(args)
     print(dataset)
     train_clips = dataset.splits["train"]
-    if (steps_per_epoch := len(train_clips) // args.batch_size) == 0:
-        raise InputError(f"--batch-size {args.batch_size}: the dataset has only {len(train_clips)} training clips")
-    num_captions = sum(len(clip.captions) for clip in train_clips)
-    args.epochs = args.epochs or epochs_of_passes(args.passes, num_captions, len(train_clips), args.captions_per_clip)
-    args.passes = None  # what is stored of a run are its epochs
-    schedule = make_schedule(len(train_clips), num_captions, args.batch_size, args.captions_per_clip, args.epochs)
+    schedule = schedule_run(args, train_clips)
     steps = schedule.steps
     print(format_schedule(schedule, args))
     captioner, hashes = load_captioner(args, device, group)
+    print(captioner.parameter_table())
     if args.plan:
-        print(captioner.parameter_table())
         print(format_plan(args, dataset, schedule, captioner, device, MAX_CAPTION_TOKENS + 1))
         group.destroy()
         return 0
     run = Run(args.out, group, hashes)
     if args.resume:
         run.check(asdict(captioner.config), dataset.counts(), args.data)
-    print(captioner.parameter_table())
     if args.compile:
         captioner.compile_blocks()
     with group.rank0_first():  # one process of each machine decodes
@@ -207,7 +215,7 @@ def main() -> int:
 
     # 4. The loop
     batches = prefetch(load_batch, epoch_batches(len(train_clips), args.batch_size, args.epochs, args.seed, step))
-    steps_between = steps_per_epoch * args.eval_every
+    steps_between = steps // args.epochs * args.eval_every
     validation_steps = [*range(steps_between, steps, steps_between), steps]
     test_ratio = args.beams * len(dataset.splits["test"]) / len(dataset.splits["val"])
     progress = Progress(step, validation_steps, args.batch_size, start_time, test_ratio)
@@ -260,13 +268,7 @@ def main() -> int:
 
     # 5. The test split, once, with the best weights
     run.load_best(captioner)
-    captions, scores, signature = caption_and_score(captioner, dataset, "test", inputs["test"],
-                                                    clips_at_once(args, group), group, beams=args.beams)  # fmt: skip
-    run.log({"step": step, "test": scores, "elapsed": progress.elapsed()})
-    run.save_captions("test.json", captions, scores, signature)
-    for clip in dataset.splits["test"][:5]:
-        print(f"\n{clip.path}\n  caption    {captions[clip.id]}\n  reference  {clip.captions[0]}")
-    print(f"\ntest: {format_scores(scores)}\n{signature}")
+    score_test(captioner, dataset, inputs["test"], args, group, run, step, progress)
     print(f"run: {run.folder}, {cli.format_seconds(progress.elapsed())}")
     group.destroy()
     return 0

@@ -53,9 +53,7 @@ def add_old_names(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reading", dest="write_back", action=Reading, choices=["read", "write"], **hidden)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser("Trains a captioner on a dataset.")
-    group = parser.add_argument_group("data")
+def add_data_flags(group) -> None:
     group.add_argument("--dataset", choices=DATASETS, default="shapes", help="what to train on")
     group.add_argument("--data", type=cli.path, help="the dataset's folder; unset: data/DATASET")
     group.add_argument("--allow-missing", action="store_true", help="leave out clips without a video or a caption")
@@ -69,7 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
                        help="frames stored of a training clip, of which a step draws --frames; unset: "
                        f"{CANDIDATE_FRAMES} or twice --frames; with --cache-features --frames")  # fmt: skip
     group.add_argument("--captions-per-clip", type=cli.at_least(1), help=f"captions per clip in a step; {PRESET}")
-    group = parser.add_argument_group("model")
+
+
+def add_model_flags(group) -> None:
     group.add_argument("--vit", help="the ViT: a folder, a .pth file or a hub id; unset: the tiny one for shapes, else "
                        f"{CLIP}")  # fmt: skip
     group.add_argument("--lm", help="the language model: a folder or a hub id; unset: the tiny one for shapes, else "
@@ -85,7 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--gate", choices=["normed", "sigmoid", "none"], default="normed",
                        help="the gating layer: a sigmoid of normalized or of plain inputs")  # fmt: skip
     group.add_argument("--query-self-attention", action="store_true", help="queries attend to each other too")
-    group = parser.add_argument_group("optimization")
+
+
+def add_optimization_flags(group) -> None:
     group.add_argument("--batch-size", type=cli.at_least(1), help=f"clips per step, over all processes; {PRESET}")
     group.add_argument("--micro-batch-size", type=cli.at_least(1),
                        help="clips of a process in memory at once; gradients are summed; unset: its whole batch")
@@ -100,7 +102,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--weight-decay", type=cli.number(0), default=0.01, help="of AdamW")
     group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
     group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, clip order, frames and captions")
-    group = parser.add_argument_group("run and machine")
+
+
+def add_run_flags(group) -> None:
     group.add_argument("--out", type=cli.path, help="the folder of the run; unset: runs/DATASET-METHOD")
     group.add_argument("--resume", type=cli.path, metavar="RUN", help="continue this run with its own flags")
     group.add_argument("--eval-every", type=cli.at_least(1), default=4, help="epochs between validations")
@@ -115,6 +119,14 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--plan", action="store_true",
                        help="print steps, passes, caches and memory of the run, and train nothing")  # fmt: skip
     group.add_argument("--speed", type=cli.number(0, above=True), metavar="CLIPS/S", help="for the time in --plan")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser("Trains a captioner on a dataset.")
+    add_data_flags(parser.add_argument_group("data"))
+    add_model_flags(parser.add_argument_group("model"))
+    add_optimization_flags(parser.add_argument_group("optimization"))
+    add_run_flags(parser.add_argument_group("run and machine"))
     add_old_names(parser)
     return parser
 

@@ -1,6 +1,6 @@
 """What a run will take, before it starts: steps, passes over the captions, disk space, memory, time.
 
-Letters: T frames, M cached frames per clip, S side in pixels, K captions per clip.
+Letters: L tokens of a caption with its EOS.
 """
 
 import argparse
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from common.cli import format_seconds
+from common.errors import InputError
 from common.files import format_bytes
 from training.inputs import FEATURE_SPLITS
 from training.memory import StepMemory, clip_bytes, step_memory
+from training.presets import epochs_of_passes
 from training.progress import format_speed
 from video_data.annotations import SPLITS
 from video_data.datasets import Clip, VideoDataset, read_dataset
@@ -35,6 +37,19 @@ def make_schedule(clips: int, captions: int, batch_size: int, captions_per_clip:
     steps = epochs * (clips // batch_size)
     clips_seen = steps * batch_size
     return Schedule(steps, clips_seen, clips_seen * captions_per_clip / captions)
+
+
+def schedule_run(args: argparse.Namespace, clips: list[Clip]) -> Schedule:
+    """The schedule of the flags on these training clips. Stores the epochs that --passes makes in args.
+
+    Raises InputError if the clips do not fill a batch.
+    """
+    if len(clips) < args.batch_size:
+        raise InputError(f"--batch-size {args.batch_size}: the dataset has only {len(clips)} training clips")
+    captions = sum(len(clip.captions) for clip in clips)
+    args.epochs = args.epochs or epochs_of_passes(args.passes, captions, len(clips), args.captions_per_clip)
+    args.passes = None  # what is stored of a run are its epochs
+    return make_schedule(len(clips), captions, args.batch_size, args.captions_per_clip, args.epochs)
 
 
 def format_schedule(schedule: Schedule, args: argparse.Namespace) -> str:
