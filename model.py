@@ -7,8 +7,8 @@ The other methods make one visual token per frame, connector(pooled feature + fr
 (`linear`), with LoRA in its attention (`lora`), or with everything trained (`full`).
 
 Letters: B clips, T frames, S side in pixels, D ViT width, Q the Q-Adapter's queries, C width of the language model,
-V vocabulary, N visual tokens, p tokens of the prompt, P positions before a caption, K captions per clip,
-L tokens of the longest caption with its EOS, n tokens of all captions.
+N visual tokens, P positions before a caption, s positions of a packed row, K captions per clip, L tokens of the longest
+caption with its EOS, n tokens of all captions.
 """
 
 from contextlib import nullcontext
