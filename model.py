@@ -204,6 +204,10 @@ class Captioner(nn.Module):
         (B, T, adapted blocks, tokens per frame, D)."""
         return self.adapter.block_outputs(self.vit, self.vit.normalize(frames).to(self.dtype)).bfloat16()
 
+    def block_outputs_shape(self, frames: int) -> tuple[int, ...]:
+        """The shape of `block_outputs` for one clip: (T, adapted blocks, tokens per frame, D)."""
+        return frames, len(self.adapter.blocks), *self.vit.position.shape
+
     def prefix(self, frames: Tensor) -> Tensor:
         """Embeddings of BOS, visual tokens and prompt (B, P, C)."""
         visual = self.encode(frames)  # (B, N, C)

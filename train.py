@@ -181,7 +181,7 @@ def main() -> int:
     captioner, hashes = load_captioner(args, device, group)
     print(captioner.parameter_table())
     if args.plan:
-        print(format_plan(args, dataset, schedule, captioner, device, MAX_CAPTION_TOKENS + 1))
+        print(format_plan(args, dataset, schedule, captioner, device, MAX_CAPTION_TOKENS + 1, group.world_size))
         group.destroy()
         return 0
     run = Run(args.out, group, hashes)

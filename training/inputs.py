@@ -25,7 +25,7 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
     planned = {"frames": list(caches.values())}
     if args.cache_features:
         key = [hashes, args.precision, captioner.adapter.first]
-        shape = args.frames, len(captioner.adapter.blocks), *captioner.vit.position.shape  # (T, L, P, D)
+        shape = captioner.block_outputs_shape(args.frames)
         planned["features"] = [features_cache(caches[split], key, shape) for split in FEATURE_SPLITS]
     check_space(planned, root)
 
@@ -34,7 +34,7 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
     if args.cache_features:
         for split in FEATURE_SPLITS:
             caches[split] = cached_features(
-                caches[split], key, lambda batch: captioner.block_outputs(batch.to(device)).cpu(),
+                caches[split], key, shape, lambda batch: captioner.block_outputs(batch.to(device)).cpu(),
                 (args.micro_batch_size or args.batch_size) * args.frames,
             )  # fmt: skip
     return caches

@@ -10,6 +10,7 @@ P tokens per frame, D ViT width.
 """
 
 import argparse
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -38,8 +39,7 @@ def clip_bytes(captioner, frames: int, features: bool) -> int:
     """Bytes of a clip's frames, uint8 (T, 3, S, S), or of its features, bf16 (T, A, P, D)."""
     if not features:
         return frames * 3 * captioner.vit.config.image_size**2
-    tokens, width = captioner.vit.position.shape
-    return frames * len(captioner.adapter.blocks) * tokens * width * 2
+    return 2 * math.prod(captioner.block_outputs_shape(frames))
 
 
 # -------------------------------------------------------------------------------- the meta device
@@ -177,13 +177,17 @@ def call_before_and_after(captioner, callback: Callable[[], None]) -> Iterator[N
         captioner.lm_hidden = hidden
 
 
-def step_memory(captioner, args: argparse.Namespace, device: torch.device, caption_tokens: int) -> StepMemory:
+def step_memory(captioner, args: argparse.Namespace, device: torch.device, caption_tokens: int,
+                processes: int = 1) -> StepMemory:  # fmt: skip
     """The memory of a step on `device` of a Captioner on the meta device, where all captions have L = `caption_tokens`.
+
+    It is that of one of several processes, which share the batch.
 
     args: the flags batch_size, micro_batch_size, captions_per_clip, frames and cache_features. On a GPU, attention is
     taken to be fused, and only the GPU's memory is counted.
     """
-    clips = min(args.batch_size, args.micro_batch_size or args.batch_size)
+    batch_size = math.ceil(args.batch_size / processes)
+    clips = min(batch_size, args.micro_batch_size or batch_size)
     size, (tokens, width) = captioner.vit.config.image_size, captioner.vit.position.shape
     if args.cache_features:
         shape, dtype = (len(captioner.adapter.blocks), tokens, width), torch.bfloat16
@@ -208,7 +212,7 @@ def step_memory(captioner, args: argparse.Namespace, device: torch.device, capti
         end_phase()
     (encoder_peak, encoder_kept), (lm_peak, kept), (rest_peak, _) = phases
     # On a CPU the batch that trains, the next one and the copy from which that is made are in memory.
-    inputs = 3 * args.batch_size if is_cpu else clips
+    inputs = 3 * batch_size if is_cpu else clips
     block_outputs = 0
     if captioner.adapter is not None and not (captioner.config.write_back or args.cache_features):
         block_outputs = clips * clip_bytes(captioner, args.frames, features=True) // 2 * captioner.dtype.itemsize

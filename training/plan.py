@@ -4,6 +4,7 @@ Letters: L tokens of a caption with its EOS.
 """
 
 import argparse
+import math
 from dataclasses import dataclass
 
 import torch
@@ -135,26 +136,28 @@ def format_memory(memory: StepMemory, title: str, inputs: str) -> str:
 
 
 def format_plan(args: argparse.Namespace, dataset: VideoDataset, schedule: Schedule, captioner, device: torch.device,
-                max_caption_tokens: int, caption_tokens: int = CAPTION_TOKENS) -> str:  # fmt: skip
+                max_caption_tokens: int, processes: int = 1, caption_tokens: int = CAPTION_TOKENS) -> str:  # fmt: skip
     """Time, caches and memory of a run as aligned lines.
 
     captioner: a Captioner on the meta device, of `meta_backbones`. args: the flags batch_size, micro_batch_size,
     captions_per_clip, frames, cache_features and speed (clips/s, None: unknown). caption_tokens: L, with EOS;
-    max_caption_tokens: the longest L that training allows, whose memory is given too.
+    max_caption_tokens: the longest L that training allows, whose memory is given too. processes: those of torchrun.
     """
     seconds = schedule.clips_seen / args.speed if args.speed else None
     time = "unknown without --speed" if seconds is None else f"{format_seconds(seconds)} at {format_speed(args.speed)}"
     caches = cache_bytes(args, dataset.counts(), captioner)
     caches |= {"sum": sum(caches.values())}
-    clips = min(args.batch_size, args.micro_batch_size or args.batch_size)
-    memory = step_memory(captioner, args, device, caption_tokens)
+    memory = step_memory(captioner, args, device, caption_tokens, processes)
+    clips = math.ceil(args.batch_size / processes)
+    clips = min(clips, args.micro_batch_size or clips)
+    place = f"{device.type}, {processes} processes, in each" if processes > 1 else f"{device.type},"
     tables = [
         f"time of the steps: {time}",
         *(f"warning: {line}" for line in schedule_warnings(schedule.passes, seconds)),
         format_table("caches on the disk:", [(name, format_bytes(size)) for name, size in caches.items()]),
-        format_memory(memory, f"memory of a step on {device.type}, {clips} clips at once, {caption_tokens} tokens a "
+        format_memory(memory, f"memory of a step on {place} {clips} clips at once, {caption_tokens} tokens a "
                               "caption, at its largest moments:", "features" if args.cache_features else "frames"),
     ]  # fmt: skip
-    longest = step_memory(captioner, args, device, max_caption_tokens)
+    longest = step_memory(captioner, args, device, max_caption_tokens, processes)
     tables.append(f"  {format_bytes(longest.peak)} where a caption has {max_caption_tokens} tokens, the longest")
     return "\n".join(tables)

@@ -182,15 +182,14 @@ def features_cache(frames: ClipCache, key: Any, shape: tuple[int, ...]) -> ClipC
     return ClipCache(folder, keys, shape, np.uint16)
 
 
-def cached_features(frames: ClipCache, key: Any, encode: Callable[[torch.Tensor], torch.Tensor], images_per_batch: int,
-                    report: Callable = print) -> ClipCache:  # fmt: skip
-    """Features of the cached frames, bf16 (M, ...), as uint16: numpy has no bf16, so these are its bits.
+def cached_features(frames: ClipCache, key: Any, shape: tuple[int, ...], encode: Callable[[torch.Tensor], torch.Tensor],
+                    images_per_batch: int, report: Callable = print) -> ClipCache:  # fmt: skip
+    """Features of the cached frames, bf16 of `shape` (M, ...), as uint16: numpy has no bf16, so these are its bits.
 
     encode: uint8 (B, M, 3, S, S) -> bf16 (B, M, ...), about `images_per_batch` images at a time. `key` (JSON) names
     all that the features depend on except the frames. Raises InputError for lack of space. Clips that are done stay.
     """
-    shape = encode(torch.from_numpy(np.array(frames[0])[None])).shape[1:]
-    cache = features_cache(frames, key, tuple(shape))
+    cache = features_cache(frames, key, shape)
     batch_size = max(1, images_per_batch // frames.shape[0])
 
     def make(missing: list[int]) -> Iterator[int]:

@@ -2,6 +2,7 @@
 that autograd saves in a real step of tiny models (backbones of `conftest.py`, seed 0).
 """
 
+import math
 import weakref
 from argparse import Namespace
 from pathlib import Path
@@ -248,6 +249,8 @@ def test_what_a_step_consists_of(backbones):
     assert gpu.inputs == T * 3 * 64**2
     assert gpu.fragmentation == 0 and gpu.lm_kept < micro.lm_kept  # attention weights are kept on the CPU in bf16 only
     assert captioner.lm_hidden == captioner.lm.hidden
+    assert memory.step_memory(captioner, make_args(), CPU, L, processes=3) == memory.step_memory(
+        captioner, make_args(batch_size=math.ceil(B / 3)), CPU, L)  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- the plan
@@ -261,7 +264,7 @@ def test_the_plan_is_printed(backbones, tmp_path):
     schedule = plan.make_schedule(9, 54, 4, 3, 2)
 
     def text_of(**flags) -> str:
-        return plan.format_plan(make_args(**flags), dataset, schedule, captioner, CPU, 2 * L, L)
+        return plan.format_plan(make_args(**flags), dataset, schedule, captioner, CPU, 2 * L, caption_tokens=L)
 
     args = make_args(micro_batch_size=2, speed=2.0)
     assert "4 steps of 4 clips, 2 epochs" in plan.format_schedule(schedule, args)

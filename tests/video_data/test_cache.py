@@ -236,9 +236,9 @@ def test_a_lack_of_space_is_an_error_before_any_work(tmp_path, monkeypatch, deco
     frames = fill(clips, tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 3_999))
     with pytest.raises(InputError, match=r"-features-\w{8}, features: needs 4\.0 kB"):
-        cached_features(frames, "key", encode, 8, ignore)
+        cached_features(frames, "key", (4, 100), encode, 8, ignore)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 4_000))
-    assert cached_features(frames, "key", encode, 8, ignore).shape == (4, 100)
+    assert cached_features(frames, "key", (4, 100), encode, 8, ignore).shape == (4, 100)
 
 
 def test_the_space_for_all_caches_is_checked_and_reported_at_once(tmp_path, monkeypatch, decoded):
@@ -263,7 +263,7 @@ def test_the_space_for_all_caches_is_checked_and_reported_at_once(tmp_path, monk
     cache.check_space(planned, root, reports.append)
     assert reports[2] == f"cache: frames 30.7 kB, features 1.0 kB, go into {root}"
     fill(clips, tmp_path, "val", 2, size)
-    cached_features(frames[0], "key", lambda x: torch.zeros(len(x), 100, dtype=torch.bfloat16), 8, ignore)
+    cached_features(frames[0], "key", (100,), lambda x: torch.zeros(len(x), 100, dtype=torch.bfloat16), 8, ignore)
     cache.check_space(planned, root, reports.append)
     assert len(reports) == 3
 
@@ -382,17 +382,17 @@ def test_features_continue_where_they_were_stopped(tmp_path):
 
     def encode(x: torch.Tensor, limit: int = 100) -> torch.Tensor:
         batches.append(len(x))
-        if sum(batches[1:]) > limit:  # the first call is for the shape
+        if sum(batches) > limit:
             raise KeyboardInterrupt
         return mean_features(x)
 
     with pytest.raises(KeyboardInterrupt):
-        cached_features(frames, "key", lambda x: encode(x, 6), 6, reports.append)
+        cached_features(frames, "key", (2,), lambda x: encode(x, 6), 6, reports.append)
     assert reports[0].startswith("features: 10 clips, 40 bytes, go into ")
     for key, images, expected in (("key", 8, [4]), ("key", 2, []), ("other", 16, [8, 2])):
         batches.clear()
-        features = cached_features(frames, key, encode, images, ignore)
-        assert features.dtype == np.uint16 and features.shape == (2,) and batches[1:] == expected
+        features = cached_features(frames, key, (2,), encode, images, ignore)
+        assert features.dtype == np.uint16 and features.shape == (2,) and batches == expected
         assert np.array_equal(np.stack(list(features)), mean_features(tensor).view(torch.uint16))
         assert features.folder.parent == tmp_path and features.folder.name.startswith("frames-features-")
     batches.clear()
@@ -400,15 +400,15 @@ def test_features_continue_where_they_were_stopped(tmp_path):
     changed = replace(frames, keys=keys)
     for i in (3, 7):
         changed.write(i, np.full((2, 3, 8, 8), i, np.uint8))
-    features = cached_features(changed, "other", encode, 8, ignore)
-    assert batches[1:] == [2] and features[7].tolist() == torch.full((2,), 14.0).bfloat16().view(torch.uint16).tolist()
+    features = cached_features(changed, "other", (2,), encode, 8, ignore)
+    assert batches == [2] and features[7].tolist() == torch.full((2,), 14.0).bfloat16().view(torch.uint16).tolist()
     assert len(list(features.folder.iterdir())) == 10
 
 
 def test_the_reported_time_left_ignores_the_first_batch(tmp_path, monkeypatch):
     """The first batch takes 1,000 s on a fake clock, the others 10 s each: 20 s are left before the last two."""
     frames, _ = make_frames(tmp_path)
-    now, reports, durations = 0.0, [], iter([0, 1000, 10, 10, 10, 10])
+    now, reports, durations = 0.0, [], iter([1000, 10, 10, 10, 10])
     monkeypatch.setattr(cache.time, "monotonic", lambda: now)
 
     def encode(x: torch.Tensor) -> torch.Tensor:
@@ -416,7 +416,7 @@ def test_the_reported_time_left_ignores_the_first_batch(tmp_path, monkeypatch):
         now += next(durations)
         return mean_features(x)
 
-    cached_features(frames, "key", encode, 4, reports.append)
+    cached_features(frames, "key", (2,), encode, 4, reports.append)
     assert reports[1:] == [
         "features: 4/10 clips, 0:30 left", "features: 6/10 clips, 0:20 left", "features: 8/10 clips, 0:10 left",
         "features: 10/10 clips, 0:00 left", "features: 10/10 clips in 17:20",
