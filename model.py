@@ -182,6 +182,17 @@ class Captioner(nn.Module):
         """The parameters that training changes, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, by name: those that are trained, and the adapter's channel statistics."""
+        buffers = {} if self.adapter is None else self.adapter.named_buffers("adapter")
+        return self.trained() | dict(buffers)
+
+    @torch.no_grad()
+    def measure_channels(self, frames: Tensor) -> None:
+        """Frames uint8 (B, T, 3, S, S), or their `block_outputs`: the adapter's statistics become those of them."""
+        outputs = self.block_outputs(frames) if frames.dtype == torch.uint8 else frames
+        self.adapter.measure_channels(outputs)
+
     def prefix_length(self, frames: int) -> int:
         """Positions before a caption: BOS, one visual token per query or frame, the prompt."""
         visual = self.config.queries if self.adapter is not None else frames
@@ -262,18 +273,23 @@ class Captioner(nn.Module):
         return "\n".join(lines) + f"   trained: {100 * trained / total:.2f} %"
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
-        """Writes the trained tensors, and nothing else, as a safetensors file."""
-        write_safetensors(path, self.trained(), metadata)
+        """Writes the tensors of `saved`, and nothing else, as a safetensors file."""
+        write_safetensors(path, self.saved(), metadata)
 
     def load(self, path: Path) -> None:
-        """Reads what `save` wrote. Raises InputError unless names and shapes are exactly those of `trained()`."""
+        """Reads what `save` wrote. Raises InputError unless names and shapes are exactly those of `saved()`.
+
+        Versions before 0.5 had no channel statistics, which are then m = 0 and s = 1.
+        """
         tensors = {current_name(name): tensor for name, tensor in read_safetensors(path).items()}
-        parameters = self.trained()
-        if mismatched := sorted(tensors.keys() ^ parameters.keys()):
+        targets = self.saved()
+        if not tensors.keys() & (buffers := targets.keys() - self.trained().keys()):
+            targets = {name: target for name, target in targets.items() if name not in buffers}
+        if mismatched := sorted(tensors.keys() ^ targets.keys()):
             raise InputError(f"{path}: expected exactly the tensors that this model trains, differs in {mismatched[0]}")
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape:
-                raise InputError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(parameter.shape)}")
+        for name, target in targets.items():
+            if tensors[name].shape != target.shape:
+                raise InputError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(target.shape)}")
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+            for name, target in targets.items():
+                target.copy_(tensors[name])

@@ -4,8 +4,9 @@ This is our reading of the abstract of [1], the only part of that paper we could
 flow alongside the blocks of the ViT. After each adapted block they attend to all patches of all frames at
 once, and a gating layer decides, query by query, how much of what they read is kept:
 
-    X  = LN(Z) + E_t                                  Z: the block's output, E: one vector per frame;
-                                                      this LN has no scale and no shift
+    X  = (LN(Z) - m) / s + E_t                        Z: the block's output, E: one vector per frame; this LN has no
+                                                      scale and no shift; m, s: mean and standard deviation of each
+                                                      channel of LN(Z) in the first training clips
     A  = softmax((LN(Q) W_q)(X W_k)^T / sqrt(d)) (X W_v) W_o
     g  = sigmoid([LN(Q) ; LN(A)] W_g + b_g)           the gating layer
     Q <- Q + g * A
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MIN_STD = 0.1  # of a channel; LN(Z) has 1 over all channels
 VIT_TOKENS_PER_PASS = {"cpu": 3200, "gpu": 102400}  # 16 and 519 images of ViT-B/16
 
 
@@ -68,6 +70,8 @@ class GatedCrossAttention(nn.Module):
     def __init__(self, width: int, rank: int, heads: int, gate: str, write_back: bool, self_attention: bool):
         super().__init__()
         self.heads, self.self_attention = heads, self_attention
+        self.register_buffer("mean", torch.zeros(width))  # m and s, see `measure_channels`
+        self.register_buffer("std", torch.ones(width))
         self.norm = nn.LayerNorm(width)
         self.q = CastLinear(width, rank, bias=False)
         self.kv = CastLinear(width, 2 * rank, bias=False)
@@ -90,10 +94,8 @@ class GatedCrossAttention(nn.Module):
         Tensors of T*P rows and width D keep the dtype of the patches. Those of width r or 2r become float32 when the
         frame vectors are added, and everything else is float32.
         """
-        x = F.layer_norm(patches, patches.shape[-1:])  # no scale: W_k and W_v would learn it again
-        # (LN(Z) + E) W = LN(Z) W + E W: this sum is r wide, not D
-        kv = self.kv(x) + self.kv(time_embed)[:, None]  # (B, T, P, 2r)
-        kv = kv.flatten(1, 2)  # (B, T*P, 2r)
+        x = F.layer_norm(patches, patches.shape[-1:])  # (B, T, P, D)
+        kv = self.project(self.kv, x, time_embed).flatten(1, 2)  # (B, T*P, 2r)
         normed_queries = self.norm(queries)  # (B, N, D)
         if self.self_attention:
             kv = torch.cat([kv, self.kv(normed_queries)], dim=1)  # (B, T*P+N, 2r)
@@ -107,9 +109,17 @@ class GatedCrossAttention(nn.Module):
             patches = self.write(x, queries, patches, time_embed)
         return queries, gates, patches
 
+    def project(self, layer: CastLinear, x: Tensor, time_embed: Tensor) -> Tensor:
+        """((x - m) / s + E) W for x = LN(Z), (B, T, P, D) -> (B, T, P, r or 2r).
+
+        It is computed as x W/s + (E - m/s) W, whose sum is r wide, not D.
+        """
+        constant = layer(time_embed - self.mean / self.std)  # (T, r)
+        return F.linear(x, (layer.weight / self.std).to(x.dtype)) + constant[:, None]
+
     def write(self, x: Tensor, queries: Tensor, patches: Tensor, time_embed: Tensor) -> Tensor:
         """Write-back: patches (B, T, P, D), whose LN is x, attend to the queries (B, N, D) -> new patches."""
-        q = (self.write_q(x) + self.write_q(time_embed)[:, None]).flatten(1, 2)  # (B, T*P, r)
+        q = self.project(self.write_q, x, time_embed).flatten(1, 2)  # (B, T*P, r)
         kv = self.write_kv(self.norm(queries))  # (B, N, 2r)
         read = multi_head_attention(q, *kv.chunk(2, dim=-1), self.heads)  # (B, T*P, r)
         return patches + self.write_o(read.to(x.dtype)).view_as(patches)  # (B, T, P, D)
@@ -123,7 +133,8 @@ def naive_gated_cross_attention(block: GatedCrossAttention, queries: Tensor, pat
     """
     outputs = []
     for q, z in zip(queries, patches, strict=True):  # (N, D), (T, P, D)
-        x = (F.layer_norm(z, z.shape[-1:]) + time_embed[:, None]).flatten(0, 1)  # (T*P, D)
+        x = (F.layer_norm(z, z.shape[-1:]) - block.mean) / block.std + time_embed[:, None]  # (T, P, D)
+        x = x.flatten(0, 1)  # (T*P, D)
         normed_q = block.norm(q)
         if block.self_attention:
             x = torch.cat([x, normed_q])  # (T*P+N, D)
@@ -180,6 +191,18 @@ class QAdapter(nn.Module):
                 if i >= self.first:
                     out[:, i - self.first] = z
         return outputs.unflatten(0, pixels.shape[:2])
+
+    @torch.no_grad()
+    def measure_channels(self, outputs: Tensor) -> None:
+        """Sets m and s of each block from the outputs (B, T, L, P, D) of the frozen ViT for some clips.
+
+        In public ViTs a few channels are many times as large as the others, and most have a mean far from zero. Steps
+        of Adam are alike for all channels, so without this the small ones are learned slowly.
+        """
+        for block, z in zip(self.blocks, outputs.unbind(2), strict=True):  # (B, T, P, D)
+            std, mean = torch.std_mean(F.layer_norm(z.float(), z.shape[-1:]).flatten(0, 2), dim=0)  # (D,)
+            block.mean.copy_(mean)
+            block.std.copy_(std.clamp(min=MIN_STD))
 
     def read(self, outputs: Tensor) -> Tensor:
         """Block outputs (B, T, L, P, D), just computed or from a cache -> LN(Q_L), (B, N, D). Without write-back."""

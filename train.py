@@ -36,6 +36,8 @@ from training.run import Run, backbone_hashes
 from video_data import datasets
 from video_data.batches import TrainingExamples, collate, epoch_batches, prefetch
 
+MEASURED_CLIPS = 16  # give the adapter's channel statistics
+
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     """Linear warm-up, the peak until half of all steps, then half a cosine down to zero."""
@@ -202,6 +204,7 @@ def main() -> int:
         return [train_clips[clip].id for clip, _ in local_batch], frames, labels
 
     # 3. Optimizer, and the step to start from
+    first_batch = next(epoch_batches(len(train_clips), args.batch_size, 1, args.seed))
     trained = captioner.trained()
     optimizer = make_optimizer(trained, args.lr_scaling, args.weight_decay, args.gate_lr)
     step, best_cider = 0, -1.0
@@ -210,8 +213,11 @@ def main() -> int:
         start_time -= elapsed
         print(f"resuming after step {step}")
     else:
+        if captioner.adapter is not None and not args.raw_channels:
+            frames, _ = collate([examples[key] for key in first_batch[:MEASURED_CLIPS]])  # the same in every process
+            captioner.measure_channels(frames.to(device))
         run.create(captioner, optimizer, args, dataset)
-    group.broadcast(trained.values())
+    group.broadcast(captioner.saved().values())
 
     # 4. The loop
     batches = prefetch(load_batch, epoch_batches(len(train_clips), args.batch_size, args.epochs, args.seed, step))
@@ -225,7 +231,7 @@ def main() -> int:
     with deferred_interrupts(repeatable=group.world_size > 1, compiling=args.compile) as interrupts:
         if step == 0:
             with progress.paused():
-                _, frames, labels = load_batch(next(epoch_batches(len(train_clips), args.batch_size, 1, args.seed)))
+                _, frames, labels = load_batch(first_batch)
                 seconds = steps * seconds_per_step(captioner, frames, labels, args.micro_batch_size)
             for line in schedule_warnings(schedule.passes, seconds):
                 print(f"warning: {line}")

@@ -1,1 +1,2 @@
-"""Benchmarks, `python -m bench`, and two scripts beside them: `bench.shapes_ceiling` and `bench.picture`."""
+"""Benchmarks, `python -m bench`, and scripts beside them: `bench.curves`, `bench.picture`, `bench.shapes_ceiling`,
+`bench.widths`."""

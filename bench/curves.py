@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
+from bench.svg import COLOURS, document, line, text
 from common import cli
 from common.errors import InputError
 from common.files import replace_atomically
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 250, 170, 52, 48, 62  # pixels: a panel, and the margins around it
-COLOURS = ("#1f6fb4", "#d1495b", "#2a9d5c", "#8a6d1f", "#6b4fa0", "#555")
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,6 @@ def make_panels(rows: list[dict], path: Path) -> list[Panel]:
     return panels + ([Panel("correct validation captions, %", 100, lines)] if lines else [])
 
 
-def text(x: float, y: float, words: str, style: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{words}</text>'
-
-
 def draw_panel(panel: Panel, left: float, top: float, steps: int) -> str:
     bottom = top + HEIGHT
     parts = [text(left, top - 26, panel.title, 'font-size="13" fill="#111"')]
@@ -69,9 +65,8 @@ def draw_panel(panel: Panel, left: float, top: float, steps: int) -> str:
     parts += [text(left, bottom + 16, "0"), text(left + WIDTH, bottom + 16, f"{steps} steps", 'text-anchor="end"')]
     x_label = left
     for colour, (label, points) in zip(cycle(COLOURS), panel.lines.items(), strict=False):
-        line = " ".join(f"{left + WIDTH * step / steps:.1f},{bottom - HEIGHT * min(1, y / panel.top):.1f}"
-                        for step, y in points)  # fmt: skip
-        parts += [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>',
+        pixels = [(left + WIDTH * step / steps, bottom - HEIGHT * min(1, y / panel.top)) for step, y in points]
+        parts += [line(pixels, colour),
                   text(x_label, top - 9, label, f'font-weight="bold" fill="{colour}"')]  # fmt: skip
         x_label += 8 * len(label) + 12
     return "\n".join(parts)
@@ -81,13 +76,11 @@ def draw(panels: list[Panel]) -> str:
     """All panels, three in a row, as one SVG."""
     columns, steps = min(3, len(panels)), panels[0].lines[""][-1][0]
     width, height = LEFT + columns * (WIDTH + GAP), math.ceil(len(panels) / columns) * (HEIGHT + TOP + 34)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="11" fill="#555" '
-             'font-family="Helvetica, Arial, sans-serif">',
-             f'<rect width="{width}" height="{height}" fill="#fff"/>']  # fmt: skip
+    parts = []
     for i, panel in enumerate(panels):
         row, column = divmod(i, columns)
         parts.append(draw_panel(panel, LEFT + column * (WIDTH + GAP), TOP + row * (HEIGHT + TOP + 34), steps))
-    return "\n".join([*parts, "</svg>\n"])
+    return document(width, height, parts)
 
 
 def main() -> None:

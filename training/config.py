@@ -30,6 +30,7 @@ PRESET = "unset: the dataset's preset"
 DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had in effect
     "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
     "lr_scaling": "none", "gate_lr": 1.0, "passes": None, "micro_batch_size": None, "beams": 1,
+    "raw_channels": True,
 }  # fmt: skip
 
 
@@ -84,6 +85,8 @@ def add_model_flags(group) -> None:
     group.add_argument("--last-blocks", type=cli.at_least(0), default=3, help="adapt only the last so many; 0: all")
     group.add_argument("--gate", choices=["normed", "sigmoid", "none"], default="normed",
                        help="the gating layer: a sigmoid of normalized or of plain inputs")  # fmt: skip
+    group.add_argument("--raw-channels", action="store_true",
+                       help="the Q-Adapter reads LN(Z) as it is; unset: each channel standardized")  # fmt: skip
     group.add_argument("--query-self-attention", action="store_true", help="queries attend to each other too")
 
 

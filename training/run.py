@@ -239,7 +239,7 @@ class Run:
         """Gives every rank the trained tensors of the best validation."""
         if self.group.rank == 0:
             captioner.load(checkpoint_path(self.folder, "best"))
-        self.group.broadcast(captioner.trained().values())
+        self.group.broadcast(captioner.saved().values())
 
     def save_captions(self, name: str, captions: dict[str, str], scores: dict[str, float], signature: str) -> None:
         """Writes the captions and scores of a split into the file `name`: test.json, or val/STEP.json."""

@@ -23,9 +23,9 @@ from tests.scripts import ENVIRONMENT, ROOT, read_log, run_forked
 from training import distributed
 from training.distributed import ProcessGroup
 
-# With seed 0 the best validation is not the last.
+# With seed 1 the best validation is not the last.
 TWENTY_STEPS = ["--shapes-sizes", 22, 5, 7, "--batch-size", 5, "--epochs", 5, "--precision", "fp32", "--cache-features",
-                "--seed", 0]  # fmt: skip
+                "--seed", 1]  # fmt: skip
 
 
 def torchrun(*words, stop_at: str | None = None) -> subprocess.CompletedProcess:
