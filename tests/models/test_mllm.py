@@ -114,9 +114,12 @@ def arrange(case: Case, pixels: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def make_reference(folder: Path, case: Case) -> Reference:
-    """Model seed 0, pixels seed 1. The image token's logit is zero, so that it is never generated. The language model's
-    blocks change their input a lot; a tied model would repeat the last token otherwise."""
+def save_model(folder: Path, case: Case) -> nn.Module:
+    """Saves a random model, seed 0, and its preprocessing; returns it.
+
+    The image token's logit is zero, so that it is never generated. The language model's blocks change their input a
+    lot; a tied model would repeat the last token otherwise.
+    """
     model = randomize(case.model(case.config(**json.loads(json.dumps(case.fields)))), 0)
     model.lm_head.weight[IMAGE] = 0
     for name, p in model.named_parameters():
@@ -125,6 +128,13 @@ def make_reference(folder: Path, case: Case) -> Reference:
     model.save_pretrained(folder)
     (folder / case.preprocessing[0]).parent.mkdir(exist_ok=True)
     change_json(folder / case.preprocessing[0], **case.preprocessing[1])
+    return model
+
+
+@torch.no_grad()
+def make_reference(folder: Path, case: Case) -> Reference:
+    """Saves a model and runs it on random pixels, seed 1."""
+    model = save_model(folder, case)
     inner = model.model
     tower = inner.vision_model if hasattr(inner, "vision_model") else inner.vision_tower
     lm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
