@@ -186,7 +186,7 @@ def shorten(config: dict, published: dict) -> dict:
     """A config without the fields that published ones leave out."""
     parts = {part: {name: value for name, value in (config[part] if part else config).items() if name not in names}
              for part, names in published.items()}  # fmt: skip
-    return config | parts.pop("", config) | parts
+    return parts.pop("", config) | parts
 
 
 @pytest.fixture(params=["saved", "published", "modules of 4", "modules of 5"])

@@ -83,7 +83,11 @@ def test_a_public_config_has_the_published_parameters(tmp_path, name):
     unused = {n for n in expected if config.unused_blocks and n.startswith("model.vision_tower.encoder.layers.23.")}
     assert shapes == {n: shape for n, shape in expected.items() if n not in unused}
     assert len(unused) == 16 * config.unused_blocks == (16 if name == "llava-1.5-7b" else 0)
-    assert config.tokens_per_image == tokens
+    visual = ours.image_tokens(torch.empty(2, 3, config.vit.image_size, config.vit.image_size, device="meta"))
+    assert visual.shape == (2, tokens, config.lm.width) and config.tokens_per_image == tokens
+    texts = [torch.zeros(n, dtype=torch.long, device="meta") for n in (3, 1, 4)]
+    has_newline = config.layout == "llava_onevision"
+    assert ours.merge(texts, visual[:, None].unbind(0)).shape == (1, 8 + 2 * tokens + has_newline, config.lm.width)
 
 
 def test_llava_15_ends_with_block_22():

@@ -357,8 +357,8 @@ def test_frames_are_resized_and_cropped_like_torchvision(preprocessing, shape):
 
 @pytest.mark.parametrize("shape", [(120, 200), (200, 121), (96, 96), (30, 300), (64, 48), (2, 200)])
 def test_frames_are_resized_twice_like_torchvision(shape):
-    """Noise (seed 0) against two steps of torchvision's LANCZOS, bit for bit. The first makes the longer side 64 and the
-    other one even, as transformers' SmolVLMVideoProcessor does, to which test_mllm_checkpoints.py compares frames."""
+    """Noise (seed 0) against two steps of torchvision's LANCZOS, bit for bit. The first step makes the longer side 64
+    and the other one even. `test_mllm_checkpoints.py` compares with transformers' SmolVLMVideoProcessor."""
     picture = torch.randint(256, (3, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     short_side = 64 * min(shape) // max(shape)
     sides = [64 if side == max(shape) else max(short_side + short_side % 2, 1) for side in shape]
@@ -421,6 +421,9 @@ def test_rotated_clips_are_upright(real, name, quarters):
     stored = plain_decode(path)[0].reformat(113, 64, "rgb24", interpolation="BICUBIC").to_ndarray()
     middle = stored[:, (stored.shape[1] - 64) // 2 :][:, :64]
     assert np.array_equal(video.read_frames(path, 3, 64)[0].permute(1, 2, 0).numpy(), np.rot90(middle, quarters))
+    twice = Preprocessing(64, 64, squash=True, interpolation="lanczos", longest_edge=80)
+    expected = np.rot90(video.resize_twice(plain_decode(path)[0].to_ndarray(format="rgb24"), twice), quarters)
+    assert np.array_equal(video.read_frames(path, 3, twice)[0].permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize("name", ["WrongFile.mp4", "audio_only.mp4", "empty.mp4"])
