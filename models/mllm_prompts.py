@@ -22,7 +22,7 @@ from models.bpe import BPETokenizer
 from models.tokenizer import Tokenizer
 
 CONTROL_TOKEN = re.compile(r"<[\w|-]+>")
-IMAGE = "<fake_token_around_image><global-img>", "<fake_token_around_image>"  # before and after the visual tokens
+AROUND_IMAGE = "<fake_token_around_image><global-img>", "<fake_token_around_image>"  # before and after the visual tokens
 
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
         "seventeen eighteen nineteen").split()  # fmt: skip
@@ -49,7 +49,7 @@ def prompt_texts(layout: str, lm_family: str, frames: int, instruction: str, sec
         return ["<|im_start|>user\n", *["\n"] * (frames - 1), f"\n{instruction}<|im_end|>\n<|im_start|>assistant\n"]
     if layout == "llava_onevision":  # [3]
         return ["<|im_start|>user ", *[""] * (frames - 1), f"\n{instruction}<|im_end|><|im_start|>assistant\n"]
-    before, after = IMAGE  # [2]
+    before, after = AROUND_IMAGE  # [2]
     end = f"{instruction}<end_of_utterance>\nAssistant:"
     if layout == "idefics3" or frames == 1:
         return [f"<|im_start|>User:{before}", *[after + before] * (frames - 1), after + end]
@@ -82,4 +82,5 @@ def encode_prompt(tokenizer: Tokenizer, layout: str, lm_family: str, frames: int
     if isinstance(tokenizer, BPETokenizer):
         return [tokenizer.encode_with_added(text) for text in texts]
     ids = [tokenizer.processor.encode(text) for text in texts]  # each gets sentencepiece's own space before it
-    return [[tokenizer.bos_id(), *ids[0]], *ids[1:]]
+    bos = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
+    return [bos + ids[0], *ids[1:]]

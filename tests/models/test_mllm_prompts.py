@@ -21,9 +21,13 @@ from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.smolvlm import processing_smolvlm
 
 from models.bpe import BPETokenizer
+from models.generation import generate
+from models.mllm import MLLM
 from models.mllm_prompts import encode_prompt, number_in_words, prompt_texts
-from models.tokenizer import SentencePieceTokenizer, load_bpe, load_sentencepiece
+from models.tokenizer import SentencePieceTokenizer, load_bpe, load_sentencepiece, load_tokenizer
 from tests.common.helpers import ROOT, refused
+from tests.models.helpers import change_json
+from tests.models.test_mllm import IDEFICS3, LLAMA, TWO_STEPS
 
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -153,6 +157,29 @@ def test_ids_of_llava_equal_those_of_the_whole_text():
     image = theirs.token_to_id(IMAGE)
     assert [*before, image, *between, image, *after] == [ours.bos_id(), *expected]
     assert ours.bos_id() == 1 and len(between) == 2
+
+
+@torch.no_grad()
+def test_a_model_reads_its_prompt_with_the_frames_in_place(real, tmp_path):
+    """A random SmolVLM2 (seed 0) with the real tokenizer, from a folder: the input that `merge` makes of the prompt is
+    that of the whole row of ids, bit for bit."""
+    vision, text = IDEFICS3 | {"num_hidden_layers": 1, "intermediate_size": 8}, LLAMA | {"vocab_size": 49280}
+    text |= {"max_position_embeddings": 200}
+    change_json(tmp_path / "config.json", model_type="smolvlm", image_token_id=49190, vision_config=vision,
+                text_config=text, scale_factor=4)  # fmt: skip
+    change_json(tmp_path / "preprocessor_config.json", **TWO_STEPS)
+    (tmp_path / "tokenizer.json").symlink_to(real / "tokenizers" / "smolvlm2" / "tokenizer.json")
+    torch.manual_seed(0)
+    mllm, tokenizer = MLLM.from_config(tmp_path), load_tokenizer(tmp_path)
+    frames = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    pixels = mllm.vit.normalize(frames)
+    texts = mllm.prompt(tokenizer, 2, TEXT, seconds=5)
+    image = [49190] * mllm.config.tokens_per_image
+    ids = torch.tensor([[*texts[0], *image, *texts[1], *image, *texts[2]]])
+    prefix = mllm.merge([torch.tensor(text) for text in texts], mllm.image_tokens(pixels)[:, None].unbind(0))
+    assert prefix.equal(mllm.embed(ids, pixels))
+    assert "Frame from 00:03:" in tokenizer.decode_with_added(texts[1])
+    assert len(tokenizer.decode(generate(mllm.lm, prefix, 5))) == 1
 
 
 def test_prompts_that_cannot_be_encoded_are_refused(tiny, smolvlm2, qwen):
