@@ -22,7 +22,7 @@ from models.bpe import BPETokenizer
 from models.tokenizer import Tokenizer
 
 CONTROL_TOKEN = re.compile(r"<[\w|-]+>")
-AROUND_IMAGE = "<fake_token_around_image><global-img>", "<fake_token_around_image>"  # before and after the visual tokens
+AROUND_IMAGE = "<fake_token_around_image><global-img>", "<fake_token_around_image>"  # its visual tokens
 
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
         "seventeen eighteen nineteen").split()  # fmt: skip
