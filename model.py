@@ -24,13 +24,14 @@ from common.errors import InputError
 from common.json_fields import field
 from models.generation import generate, make_generation_config
 from models.lm import CausalLM
+from models.mllm import MLLM
 from models.safetensors import read_safetensors, write_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from qadapter import QAdapter, add_lora, init_time_embed, interpolate_time_embed
 
 # For users: the parts can be imported from here, too.
-__all__ = ["AdapterConfig", "Captioner", "CausalLM", "ViT", "generate", "load_tokenizer"]
+__all__ = ["MLLM", "AdapterConfig", "Captioner", "CausalLM", "ViT", "generate", "load_tokenizer"]
 
 PROMPT = "a video of"
 MAX_CAPTION_TOKENS = 40  # longer training captions are truncated

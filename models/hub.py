@@ -32,6 +32,7 @@ from common.cli import format_seconds
 from common.errors import InputError
 from common.files import acquire_lock, check_disk_space, format_bytes, replace_atomically, sha256_of, sync_folder
 from common.json_fields import field, parse_object, read_json
+from common.preprocessing import VIDEO_PREPROCESSORS
 from models.weights import WEIGHT_FILE_NAMES, read_index
 
 CACHE = Path(os.path.expanduser(os.environ.get("QADAPTER_CACHE") or "~/.cache/qadapter/hub"))
@@ -204,10 +205,11 @@ def _download_files(files: dict, weights: list[str], folder: Path, base_url: str
     """Downloads the configs and the tokenizer, runs `check`, then downloads the weights."""
 
     def download(name: str) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
         _download(f"{base_url}/{quote(name)}", folder / name, *files[name], report)
 
     tokenizer = ("tokenizer.model",) if "tokenizer.model" in files else ("tokenizer.json", "tokenizer_config.json")
-    names = ("config.json", "generation_config.json", "preprocessor_config.json", *tokenizer)
+    names = ("config.json", "generation_config.json", "preprocessor_config.json", *VIDEO_PREPROCESSORS, *tokenizer)
     configs = [name for name in names if name in files]
     if weights[0].endswith(".index.json"):
         download(weights[0])

@@ -28,7 +28,7 @@ from common.errors import InputError
 from models import hub
 from models.lm_checkpoints import lm_tensor_names, read_lm_config
 from models.rope import RopeScaling, apply_rotary, rotary_cos_sin
-from models.weights import copy_strict, read_tensors
+from models.weights import copy_strict, drop_tied_copy, read_tensors
 
 
 @dataclass(frozen=True)
@@ -249,14 +249,10 @@ class CausalLM(nn.Module):
         with torch.device("meta"):
             lm = cls(config)
         tensors, path = read_tensors(folder)
-        if config.tied and _are_equal(tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")):
-            del tensors["lm_head.weight"]  # some public files hold the tied tensor twice
+        if config.tied:
+            drop_tied_copy(tensors, "lm_head.weight", "model.embed_tokens.weight")
         # Old files also hold the rotary frequencies.
         ignored = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.depth)]
         copy_strict(lm, tensors, lm_tensor_names(config), path, ignored)
         tensors.clear()  # so that each tensor is freed as soon as it has been converted
         return lm.to(dtype)
-
-
-def _are_equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and a.dtype == b.dtype and a.equal(b)

@@ -63,121 +63,130 @@ def read_lm_config(path: Path) -> dict[str, Any]:
 
     Raises InputError for other families and for every field whose value would need other computations.
     """
-    published = read_json(path)
-    kind = field(published, "model_type", str, path)
+    return parse_lm_config(read_json(path), path, path.with_name("generation_config.json"))
+
+
+def parse_lm_config(published: dict[str, Any], where: str | Path, generation: Path) -> dict[str, Any]:
+    """The same from the content of a config. Raises an InputError that starts with `where`.
+
+    generation: the generation_config.json, which need not exist.
+    """
+    kind = field(published, "model_type", str, where)
     if kind not in DEFAULTS:
-        raise InputError(f"{path}: model_type is {kind!r}, supported language models: {', '.join(DEFAULTS)}")
+        raise InputError(f"{where}: model_type is {kind!r}, supported language models: {', '.join(DEFAULTS)}")
     for name, value in SUPPORTED[kind].items():
         if published.get(name) not in (None, value):
-            raise InputError(f"{path}: {name} is {published[name]!r}, only {value!r} is supported")
+            raise InputError(f"{where}: {name} is {published[name]!r}, only {value!r} is supported")
     config = DEFAULTS[kind] | {name: value for name, value in published.items() if value is not None}
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
              "max_position_embeddings")  # fmt: skip
-    vocab, width, depth, heads, mlp_width, max_positions = (_at_least_one(config, name, path) for name in names)
-    kv_heads = _at_least_one({"num_key_value_heads": heads} | config, "num_key_value_heads", path)
+    vocab, width, depth, heads, mlp_width, max_positions = (_at_least_one(config, name, where) for name in names)
+    kv_heads = _at_least_one({"num_key_value_heads": heads} | config, "num_key_value_heads", where)
     if heads % kv_heads:
-        raise InputError(f"{path}: num_attention_heads is {heads}, expected a multiple of num_key_value_heads")
-    head_width = _at_least_one({"head_dim": width // heads} | config, "head_dim", path)
+        raise InputError(f"{where}: num_attention_heads is {heads}, expected a multiple of num_key_value_heads")
+    head_width = _at_least_one({"head_dim": width // heads} | config, "head_dim", where)
     if head_width % 2:
-        raise InputError(f"{path}: heads are {head_width} wide, rotary embeddings need an even width")
-    bos_id, (eos_id, *other_eos_ids) = _token_ids(published, kind, vocab, path)
-    rope_theta, rope_scaling, local_theta = _rope(config, kind, path)
-    window, local = _windows(published, config, kind, depth, path)
-    attention_bias = field(config, "attention_bias", bool, path, False)
-    query_scalar = bounded(config, "query_pre_attn_scalar", float, path, 1e-3, 1e9) if kind == "gemma3_text" else None
+        raise InputError(f"{where}: heads are {head_width} wide, rotary embeddings need an even width")
+    bos_id, (eos_id, *other_eos_ids) = _token_ids(published, kind, vocab, where, generation)
+    rope_theta, rope_scaling, local_theta = _rope(config, kind, where)
+    window, local = _windows(published, config, kind, depth, where)
+    attention_bias = field(config, "attention_bias", bool, where, False)
+    query_scalar = bounded(config, "query_pre_attn_scalar", float, where, 1e-3, 1e9) if kind == "gemma3_text" else None
     return dict(
         vocab=vocab, width=width, depth=depth, heads=heads, kv_heads=kv_heads, head_width=head_width,
         mlp_width=mlp_width, rope_theta=rope_theta, rope_scaling=rope_scaling, max_positions=max_positions,
-        norm_eps=bounded(config, "rms_norm_eps", float, path, 0, 1),
-        tied=field(config, "tie_word_embeddings", bool, path),
+        norm_eps=bounded(config, "rms_norm_eps", float, where, 0, 1),
+        tied=field(config, "tie_word_embeddings", bool, where),
         bos_id=bos_id, eos_id=eos_id, other_eos_ids=tuple(other_eos_ids),
         qkv_bias=attention_bias or kind == "qwen2", o_bias=attention_bias and kind != "qwen2",
-        mlp_bias=field(config, "mlp_bias", bool, path, False),
+        mlp_bias=field(config, "mlp_bias", bool, where, False),
         qk_norm=kind in ("qwen3", "gemma3_text"), window=window, local=local, local_theta=local_theta,
         gemma=kind == "gemma3_text", query_scalar=query_scalar,
     )  # fmt: skip
 
 
-def _at_least_one(config: dict[str, Any], name: str, path: Path) -> int:
-    return bounded(config, name, int, path, 1, 1000 if name == "num_hidden_layers" else 2**24)
+def _at_least_one(config: dict[str, Any], name: str, where: str | Path) -> int:
+    return bounded(config, name, int, where, 1, 1000 if name == "num_hidden_layers" else 2**24)
 
 
-def _theta(config: dict[str, Any], path: Path) -> float:
-    return bounded(config, "rope_theta", float, path, 1.01, 1e12)
+def _theta(config: dict[str, Any], where: str | Path) -> float:
+    return bounded(config, "rope_theta", float, where, 1.01, 1e12)
 
 
-def _token_ids(published: dict[str, Any], kind: str, vocab: int, path: Path) -> tuple[int | None, list[int]]:
+def _token_ids(published: dict[str, Any], kind: str, vocab: int, where: str | Path,
+               generation: Path) -> tuple[int | None, list[int]]:  # fmt: skip
     """BOS, None if there is none, and every EOS.
 
-    The EOS of a generation_config.json beside config.json count if config.json has none, or if they are several; they
-    then follow that of config.json.
+    The EOS of generation_config.json count if config.json has none, or if they are several; they then follow that of
+    config.json.
     """
     config = DEFAULTS[kind] | published  # null is no token, not the default
-    bos = None if config["bos_token_id"] is None else bounded(config, "bos_token_id", int, path, 0, vocab - 1)
-    eos, generation_eos = _eos_ids(published, vocab, path), []
-    if (generation := path.with_name("generation_config.json")).is_file():
+    bos = None if config["bos_token_id"] is None else bounded(config, "bos_token_id", int, where, 0, vocab - 1)
+    eos, generation_eos = _eos_ids(published, vocab, where), []
+    if generation.is_file():
         generation_eos = _eos_ids(read_json(generation), vocab, generation)
     if not eos or len(generation_eos) > 1:
         eos = list(dict.fromkeys(eos + generation_eos))
-    if not (eos := eos or _eos_ids(config, vocab, path)):
-        raise InputError(f"{path}: field 'eos_token_id' is missing, here and in generation_config.json, expected a "
+    if not (eos := eos or _eos_ids(config, vocab, where)):
+        raise InputError(f"{where}: field 'eos_token_id' is missing, here and in generation_config.json, expected a "
                          "whole number")  # fmt: skip
     return bos, eos
 
 
-def _eos_ids(config: dict[str, Any], vocab: int, path: Path) -> list[int]:
+def _eos_ids(config: dict[str, Any], vocab: int, where: str | Path) -> list[int]:
     """One id or a list; null or missing: []."""
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if value == [] or any(type(i) is not int or not 0 <= i < vocab for i in ids):
-        raise InputError(f"{path}: eos_token_id is {short(value)}, expected whole numbers below vocab_size {vocab}")
+        raise InputError(f"{where}: eos_token_id is {short(value)}, expected whole numbers below vocab_size {vocab}")
     return ids
 
 
-def _rope(config: dict[str, Any], kind: str, path: Path) -> tuple[float, RopeScaling | None, float | None]:
+def _rope(config: dict[str, Any], kind: str, where: str | Path) -> tuple[float, RopeScaling | None, float | None]:
     """Theta, scaling, and the theta of local blocks if they have their own."""
-    rope = field(config, "rope_parameters", dict, path, {})
+    rope = field(config, "rope_parameters", dict, where, {})
     if "rope_scaling" in config and rope:
-        raise InputError(f"{path}: has rope_scaling and rope_parameters, expected one of them")
+        raise InputError(f"{where}: has rope_scaling and rope_parameters, expected one of them")
     if kind != "gemma3_text":
-        rope = rope | field(config, "rope_scaling", dict, path, {})
-        return _theta(config | rope, path), read_rope_scaling(rope, config, path), None
+        rope = rope | field(config, "rope_scaling", dict, where, {})
+        return _theta(config | rope, where), read_rope_scaling(rope, config, where), None
     if unexpected := sorted(rope.keys() - {"full_attention", "sliding_attention"}):
-        raise InputError(f"{path}: rope_parameters has {unexpected[0]!r}, expected full_attention and "
+        raise InputError(f"{where}: rope_parameters has {unexpected[0]!r}, expected full_attention and "
                          "sliding_attention")  # fmt: skip
-    local = {"rope_theta": config["rope_local_base_freq"]} | field(rope, "sliding_attention", dict, path, {})
-    if read_rope_scaling(local, config, path) is not None:
-        raise InputError(f"{path}: sliding_attention has rope_type {local['rope_type']!r}, only 'default' is supported")
-    rope = field(rope, "full_attention", dict, path, {}) | field(config, "rope_scaling", dict, path, {})
-    return _theta(config | rope, path), read_rope_scaling(rope, config, path), _theta(local, path)
+    local = {"rope_theta": config["rope_local_base_freq"]} | field(rope, "sliding_attention", dict, where, {})
+    if read_rope_scaling(local, config, where) is not None:
+        kind = local["rope_type"]
+        raise InputError(f"{where}: sliding_attention has rope_type {kind!r}, only 'default' is supported")
+    rope = field(rope, "full_attention", dict, where, {}) | field(config, "rope_scaling", dict, where, {})
+    return _theta(config | rope, where), read_rope_scaling(rope, config, where), _theta(local, where)
 
 
 def _windows(published: dict[str, Any], config: dict[str, Any], kind: str, depth: int,
-             path: Path) -> tuple[int | None, tuple[bool, ...]]:  # fmt: skip
+             where: str | Path) -> tuple[int | None, tuple[bool, ...]]:  # fmt: skip
     """The window of local blocks, in positions, and for each block whether it is local. Without a window: None, ()."""
     if kind == "llama":
         return None, ()
     has_window = kind == "gemma3_text" or published.get("sliding_window", 0) is not None  # Gemma: null is the default
     if kind == "gemma3_text":
-        period = _at_least_one(config, "sliding_window_pattern", path)
+        period = _at_least_one(config, "sliding_window_pattern", where)
         local = [i % period > 0 for i in range(1, depth + 1)]
     elif kind == "mistral":
         local = [has_window] * depth
     else:
-        has_window = has_window and field(config, "use_sliding_window", bool, path, False)
-        first = bounded(config, "max_window_layers", int, path, 0, 2**24)
+        has_window = has_window and field(config, "use_sliding_window", bool, where, False)
+        first = bounded(config, "max_window_layers", int, where, 0, 2**24)
         local = [has_window and i >= first for i in range(depth)]
     types = ["sliding_attention" if is_local else "full_attention" for is_local in local]
-    types = field(config, "layer_types", list, path, types)
+    types = field(config, "layer_types", list, where, types)
     if len(types) != depth or any(t not in ("sliding_attention", "full_attention") for t in types):
-        raise InputError(f"{path}: layer_types: expected {depth} times sliding_attention or full_attention, found "
+        raise InputError(f"{where}: layer_types: expected {depth} times sliding_attention or full_attention, found "
                          f"{short(types)}")  # fmt: skip
     local = tuple(t == "sliding_attention" for t in types)
     if not has_window:
         if any(local):
-            raise InputError(f"{path}: layer_types has sliding_attention, expected full_attention without a window")
+            raise InputError(f"{where}: layer_types has sliding_attention, expected full_attention without a window")
         return None, ()
-    return _at_least_one(config, "sliding_window", path), local
+    return _at_least_one(config, "sliding_window", where), local
 
 
 def lm_tensor_names(config) -> dict[str, str]:

@@ -19,7 +19,7 @@ import sentencepiece
 from common.errors import InputError
 from common.json_fields import read_json
 from models.bpe import BPETokenizer
-from models.lm_checkpoints import read_lm_config
+from models.mllm_checkpoints import read_text_config
 from models.tokenizer_json import read_bpe_config
 
 
@@ -59,7 +59,7 @@ Tokenizer = SentencePieceTokenizer | BPETokenizer
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Loads `tokenizer.model` or `tokenizer.json` from a language model's folder.
+    """Loads `tokenizer.model` or `tokenizer.json` from the folder of a language model or of an MLLM.
 
     Raises InputError if there is neither, or if the tokenizer has more tokens than the language model.
     """
@@ -69,7 +69,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         path, load = folder / "tokenizer.json", load_bpe
     if not path.is_file():
         raise InputError(f"{folder}: expected tokenizer.model or tokenizer.json, found neither")
-    config = read_lm_config(folder / "config.json")
+    config = read_text_config(folder / "config.json")
     tokenizer = load(path, config["bos_id"])
     if len(tokenizer) > config["vocab"]:
         raise InputError(f"{path}: has {len(tokenizer)} tokens, expected at most the {config['vocab']} of its "

@@ -163,14 +163,22 @@ class ViT(nn.Module):
         x = self.embed(pixels)
         for block in self.blocks:
             x = block(x)
-        return self.post_norm(x) if self.config.final_norm else x  # (n, P, D)
+        return self.finish(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Output of the last block -> last hidden state (n, P, D)."""
+        return self.post_norm(x) if self.config.final_norm else x
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """One feature an image (n, D): the normed class token, or the output of SigLIP's pooling head."""
+        """One feature an image (n, D): the normed class token, or the output of SigLIP's pooling head.
+
+        A model with neither has no feature of its own for an image; here it is the normed mean of the patches.
+        """
         x = self(pixels)
         if self.head is not None:
             return self.head(x)
-        return x[:, 0] if self.config.final_norm else self.post_norm(x[:, 0])
+        x = x.mean(1) if self.cls is None else x[:, 0]
+        return x if self.config.final_norm else self.post_norm(x)
 
     def resize(self, image_size: int, align_corners: bool = False) -> None:
         """Changes S to `image_size`: the grid of position embeddings is interpolated, bicubic.

@@ -5,12 +5,13 @@ weights (.pth):
 
     family       model_type                     file of weights   peculiarities
     CLIP         clip_vision_model, clip        -                 a norm before the blocks
-    SigLIP       siglip_vision_model, siglip    -                 no class token; pooling by attention
+    SigLIP       siglip_vision_model, siglip    -                 no class token; pooling by attention, or no pooling
     DINOv2       dinov2                         facebookresearch  LayerScale; trained at 518 pixels, mostly used at 224
     torchvision  -                              vit_*             ImageNet classifiers
 
 Models of type `clip` and `siglip` also contain a text encoder, which is ignored. A `kind` is a model_type or
-"FAMILY file". Configs are dicts of the fields of `vit.ViTConfig`.
+"FAMILY file". Configs are dicts of the fields of `vit.ViTConfig`. A fifth family, `idefics3`, exists only within
+multimodal models (`mllm_checkpoints.py`): SigLIP without pooling.
 
 Letters: P tokens an image, D width.
 
@@ -47,7 +48,8 @@ from models.weights import read_tensors
 NOT_CLIP = {"patch_bias": True, "pre_norm": False, "final_norm": True}
 FAMILY_FIELDS = {  # where a family differs from ViTConfig's defaults
     "clip": {},
-    "siglip": NOT_CLIP | {"class_token": False, "pooling_head": True},
+    "siglip": NOT_CLIP | {"class_token": False},
+    "idefics3": NOT_CLIP | {"class_token": False},
     "dinov2": NOT_CLIP | {"layer_scale": True},
     "torchvision": NOT_CLIP,
 }
@@ -63,7 +65,10 @@ def clip_tensor_names(config) -> dict[str, str]:
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 BASE = {"image_size": 224, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "intermediate_size": 3072}  # fmt: skip
-VISION_DEFAULTS = {"clip": BASE | {"patch_size": 32}, "siglip": BASE | {"patch_size": 16}}  # of `vision_config`
+VISION_DEFAULTS = {  # of `vision_config`
+    "clip": BASE | {"patch_size": 32}, "siglip": BASE | {"patch_size": 16},
+    "idefics3": {"num_hidden_layers": 12, "intermediate_size": 3072},
+}  # fmt: skip
 
 
 def read_vit_config(path: Path) -> tuple[str, dict[str, Any]]:
@@ -78,19 +83,25 @@ def read_vit_config(path: Path) -> tuple[str, dict[str, Any]]:
     where, defaults = str(path), VISION_DEFAULTS.get(kind, {})
     if kind in VISION_DEFAULTS:
         config, where = field(config, "vision_config", dict, path), f"{path}: vision_config"
+    return kind, parse_vit_config(config, family, where, defaults)
+
+
+def parse_vit_config(config: dict[str, Any], family: str, where: str, defaults: dict[str, int]) -> dict[str, Any]:
+    """The ViT's config from the fields of a public one; `defaults` has the values of missing sizes.
+
+    Raises an InputError that starts with `where`.
+    """
 
     def number(name: str) -> int:
         most = {"num_hidden_layers": 1000, "image_size": 2**14}.get(name, 2**24)
         return bounded(config, name, int, where, 1, most, defaults.get(name, REQUIRED))
 
-    activation = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh", "dinov2": "gelu"}[family]
+    activation = {"clip": "quick_gelu", "dinov2": "gelu"}.get(family, "gelu_pytorch_tanh")
     activation = field(config, "hidden_act", str, where, activation)
     if activation not in ACTIVATIONS:
         raise InputError(f"{where}: hidden_act is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if field(config, "use_swiglu_ffn", bool, where, False):
         raise InputError(f"{where}: use_swiglu_ffn is true: DINOv2 giant and its SwiGLU are not supported")
-    if not field(config, "vision_use_head", bool, where, True):
-        raise InputError(f"{where}: vision_use_head is false: SigLIP without its pooling head is not supported")
     size, patch, width, heads = map(number, ("image_size", "patch_size", "hidden_size", "num_attention_heads"))
     if patch > size or width % heads:
         raise InputError(f"{where}: expected image_size {size} to be at least patch_size {patch}, "
@@ -103,9 +114,10 @@ def read_vit_config(path: Path) -> tuple[str, dict[str, Any]]:
     else:
         mlp_width = number("intermediate_size")
     norm_eps = bounded(config, "layer_norm_eps", float, where, 0, 1, 1e-5 if family == "clip" else 1e-6)
-    return kind, FAMILY_FIELDS[family] | dict(
+    return FAMILY_FIELDS[family] | dict(
         image_size=size, patch_size=patch, width=width, depth=depth, heads=heads, mlp_width=mlp_width,
         activation=activation, norm_eps=norm_eps,
+        pooling_head=family == "siglip" and field(config, "vision_use_head", bool, where, True),
     )  # fmt: skip
 
 
@@ -212,7 +224,7 @@ def read_vit_checkpoint(path: str | Path) -> ViTCheckpoint:
         family = kind.removesuffix("_vision_model")
         preprocessing = read_folder_preprocessing(path, family, config)
         tensors, where = read_tensors(path)
-        names = {"clip": CLIP, "siglip": SIGLIP, "dinov2": DINOV2}[family]
+        names = vit_tensor_names(family, config)
         if not any(name.startswith("vision_model.") for name in tensors):  # transformers 5 omits the prefix
             names = {ours: theirs.removeprefix("vision_model.") for ours, theirs in names.items()}
     names = expand(names, config["depth"])
@@ -220,6 +232,13 @@ def read_vit_checkpoint(path: str | Path) -> ViTCheckpoint:
     prefixes = tuple(name for name in IGNORED_TENSORS[kind] if name.endswith("."))
     ignored = [name for name in tensors if name in IGNORED_TENSORS[kind] or name.startswith(prefixes)]
     return ViTCheckpoint(config, preprocessing, tensors, names, where, ignored, align_corners=family == "torchvision")
+
+
+def vit_tensor_names(family: str, config: dict[str, Any]) -> dict[str, str]:
+    """Our parameter -> the published name of its tensor in a folder, not expanded."""
+    names = {"clip": CLIP, "siglip": SIGLIP, "idefics3": SIGLIP, "dinov2": DINOV2}[family]
+    has_head = config.get("pooling_head", False)
+    return {ours: theirs for ours, theirs in names.items() if has_head or not ours.startswith("head.")}
 
 
 def _detect_family(tensors: dict[str, Tensor], where: Path) -> tuple[str, dict[str, str]]:

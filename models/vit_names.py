@@ -26,7 +26,7 @@ CLIP = VISION_MODEL | {
     "cls": "vision_model.embeddings.class_embedding",
     "pre_norm.*": "vision_model.pre_layrnorm.*",  # CLIP's own spelling
 }
-SIGLIP = VISION_MODEL | {
+SIGLIP = VISION_MODEL | {  # some models lack the head
     "patch.*": "vision_model.embeddings.patch_embedding.*",
     "head.probe": "vision_model.head.probe",
     "head.attn.q.*": "vision_model.head.attention.in_proj_*[q]",

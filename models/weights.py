@@ -261,6 +261,13 @@ def copy_strict(
         setattr(module.get_submodule(owner), attribute, value)
 
 
+def drop_tied_copy(tensors: dict[str, Tensor], copy: str, original: str) -> None:
+    """Removes the tensor `copy` if it equals `original`: some public files hold a tied tensor twice."""
+    a, b = tensors.get(copy), tensors.get(original)
+    if a is not None and b is not None and a.dtype == b.dtype and a.equal(b):
+        del tensors[copy]
+
+
 def _mismatched(targets: dict[str, Tensor], tensors: dict[str, Tensor], names: dict[str, str]) -> list[str]:
     """Which tensors differ from their targets in shape, or are integers instead of floats or the reverse."""
     mismatched = []

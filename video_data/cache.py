@@ -157,6 +157,8 @@ def frames_cache(clips: list[Clip], root: Path, split: str, count: int, preproce
     """The cache that `cached_frames` fills, as it is now."""
     size = preprocessing.size
     settings = [size, preprocessing.resize, preprocessing.squash, preprocessing.interpolation]  # of uint8 frames
+    if preprocessing.longest_edge is not None:
+        settings.append(preprocessing.longest_edge)
     files = [[clip.id, stat.st_size, stat.st_mtime_ns] for clip in clips for stat in [clip.path.stat()]]
     keys = [_hash(READER_VERSION, *file, count, *settings) for file in files]
     return ClipCache(root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}", keys, (count, 3, size, size), np.uint8)

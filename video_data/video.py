@@ -14,6 +14,7 @@ Letters: T frames, S side in pixels.
 References
 [1] https://pyav.org/docs/stable/
 [2] https://arxiv.org/abs/1608.00859, sec. 3.1
+[3] transformers, models/smolvlm/video_processing_smolvlm.py
 """
 
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
@@ -184,6 +186,9 @@ def frames_at(times: list[float], positions: np.ndarray) -> list[int]:
 
 def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter: VideoReformatter) -> np.ndarray:
     """A decoded frame, resized, cropped at its centre and upright: uint8 (S, S, 3)."""
+    if preprocessing.longest_edge is not None:
+        picture = resize_twice(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), preprocessing)
+        return np.rot90(picture, round(frame.rotation / 90))
     size, width, height = preprocessing.size, preprocessing.resize, preprocessing.resize
     if not preprocessing.squash:  # the longer side is rounded down, as in torchvision and transformers
         short_side = min(frame.width, frame.height)
@@ -194,6 +199,26 @@ def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter
     picture = reformatter.reformat(frame, width, height, "rgb24", interpolation=interpolation, threads=1)
     top, left = (height - size) // 2, (width - size) // 2
     return np.rot90(picture.to_ndarray()[top : top + size, left : left + size], round(frame.rotation / 90))
+
+
+def resize_twice(picture: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """LANCZOS as in [3]: the longer side of (H, W, 3) to `longest_edge`, the other rounded down to an integer and up to
+    an even one; then both sides to S. Both results are bytes (uint8)."""
+    (height, width), longest_edge = picture.shape[:2], preprocessing.longest_edge
+    if width >= height:
+        height, width = int(longest_edge / (width / height)), longest_edge
+        height += height % 2
+    else:
+        height, width = longest_edge, int(longest_edge * (width / height))
+        width += width % 2
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    try:
+        for size in ((max(height, 1), max(width, 1)), (preprocessing.size, preprocessing.size)):
+            if x.shape[2:] != size:
+                x = F.interpolate(x, size, mode="lanczos", align_corners=False, antialias=True)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"torch {torch.__version__} cannot resize with LANCZOS, expected 2.12 or newer") from error
+    return x[0].permute(1, 2, 0).numpy()  # (S, S, 3)
 
 
 def as_preprocessing(preprocessing: int | Preprocessing) -> Preprocessing:

@@ -190,6 +190,15 @@ def test_without_a_sentencepiece_model_tokenizer_json_is_downloaded(server):
     assert visible_files(hub.resolve(REPO, check=check)) == sorted(files)
 
 
+def test_preprocessing_of_videos_is_downloaded(server):
+    """Also from a folder within the model's."""
+    files = MODEL | {"video_preprocessor_config.json": b"{}", "video_processor/preprocessor_config.json": b'{"a": 2}'}
+    server.publish(files | {"video_processor/other.json": b"o"})
+    folder = hub.resolve(REPO)
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    assert not (folder / "video_processor" / "other.json").exists()
+
+
 def test_a_complete_model_needs_no_network(server):
     folder = hub.resolve(REPO)
     server.requests.clear()

@@ -105,6 +105,17 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_multimodal_model_has_the_vocabulary_of_its_language_model(tmp_path):
+    shutil.copy(TINY_LM / "tokenizer.model", tmp_path)
+    config = {"model_type": "llava", "vision_config": {}, "image_token_index": 9}
+    for vocab in (448, 447):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": {"vocab_size": vocab}}))
+        if vocab == 448:
+            assert load_tokenizer(tmp_path).encode("a red circle") == load_tokenizer(TINY_LM).encode("a red circle")
+    with refused("tokenizer.model: has 448 tokens, expected at most the 447"):
+        load_tokenizer(tmp_path)
+
+
 def test_tokenizer_model_is_preferred(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 448}))
     (tmp_path / "tokenizer.json").write_text(json.dumps(make_tokenizer_json("tiny Qwen")))

@@ -129,6 +129,7 @@ def assert_same(ours: ViT, theirs: nn.Module, size: int, seed: int, **options) -
     else:
         output = theirs(pixels, **options)
         last, pooled = output.last_hidden_state, output.pooler_output
+        pooled = last.mean(1) if pooled is None else pooled  # SigLIP without its head
     for hook in hooks:
         hook.remove()
 
@@ -172,6 +173,15 @@ def test_a_vision_model_alone_may_have_the_published_names(tmp_path, kind):
     theirs = make_transformers(tmp_path, kind, seed=2)
     add_prefix(tmp_path)
     assert_same(ViT.from_pretrained(tmp_path), theirs, 24, seed=3)
+
+
+@pytest.mark.parametrize("kind", ["siglip_vision_model", "siglip"])
+def test_siglip_without_its_pooling_head(tmp_path, kind):
+    """Model seed 2, pixels seed 3; the pooled feature is the mean of the patches."""
+    theirs = make_transformers(tmp_path, kind, seed=2, vision_use_head=False)
+    ours = ViT.from_pretrained(tmp_path)
+    assert ours.head is None
+    assert_same(ours, theirs, 24, seed=3)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])

@@ -133,6 +133,12 @@ def test_a_vision_model_with_tensors_of_other_models_is_refused(tmp_path):
         refuse(tmp_path, str(tmp_path / "model.safetensors"), "unexpected", name)
 
 
+def test_a_pooling_head_that_the_config_denies_is_refused(tmp_path):
+    make_transformers(tmp_path, "siglip_vision_model")
+    change_json(tmp_path / "config.json", vision_use_head=False)
+    refuse(tmp_path, str(tmp_path / "model.safetensors"), "unexpected", "head.attention.in_proj_weight")
+
+
 def test_a_config_of_another_size_is_refused(tmp_path):
     make_transformers(tmp_path, "clip_vision_model")
     change_json(tmp_path / "config.json", intermediate_size=25)
@@ -179,7 +185,7 @@ def test_position_ids_of_old_files_are_ignored(tmp_path, kind):
     ("dinov2", {"image_size": 2**40}, ["image_size", "at most 16384"]),
     ("dinov2", {"mlp_ratio": 1e300}, ["mlp_ratio", "at most 1000"]),
     ("dinov2", {"layer_norm_eps": -1}, ["layer_norm_eps", "at least 0"]),
-    ("siglip_vision_model", {"vision_use_head": False}, ["vision_use_head", "not supported"]),
+    ("siglip_vision_model", {"vision_use_head": 0}, ["'vision_use_head'", "true or false"]),
     ("siglip_vision_model", {"patch_size": None}, ["'patch_size'", "missing"]),
     ("siglip", {"vision_config": None}, ["'vision_config'", "missing"]),
     ("siglip", {"vision_config": {"image_size": [24, 24]}}, ["vision_config", "'image_size'", "whole number"]),

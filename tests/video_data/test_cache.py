@@ -157,13 +157,14 @@ def test_other_settings_have_other_folders(tmp_path, decoded):
     settings = [(4, Preprocessing(24, 30)), (3, Preprocessing(24, 30)), (3, Preprocessing(30, 30)),
                 (3, Preprocessing(30, 31)), (3, Preprocessing(30, 31, True)),
                 (3, Preprocessing(30, 31, True, "bilinear"))]  # fmt: skip
+    settings += [(3, Preprocessing(30, 30, True, "lanczos", longest_edge=edge)) for edge in (31, 32)]
     for count, preprocessing in settings:
         frames = fill(clips, tmp_path, count=count, size=preprocessing)
         check_frames(frames, clips, preprocessing)
         assert decoded() == ["0.mp4", "1.mp4"]
         assert frames.folder.name.startswith(f"train-{count}x{preprocessing.size}-")
         folders.add(frames.folder)
-    assert len(folders) == 6
+    assert len(folders) == 8
     for count, preprocessing in settings:
         fill(clips, tmp_path, count=count, size=preprocessing)
     fill(clips, tmp_path, count=3, size=replace(preprocessing, mean=(0, 0, 0)))

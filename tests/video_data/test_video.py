@@ -355,6 +355,32 @@ def test_frames_are_resized_and_cropped_like_torchvision(preprocessing, shape):
     assert np.abs(found.transpose(2, 0, 1).astype(int) - expected.numpy().astype(int)).max() <= 4
 
 
+@pytest.mark.parametrize("shape", [(120, 200), (200, 121), (96, 96), (30, 300), (64, 48), (2, 200)])
+def test_frames_are_resized_twice_like_torchvision(shape):
+    """Noise (seed 0) against two steps of torchvision's LANCZOS, bit for bit. The first step makes the longer side 64
+    and the other one even. `test_mllm_checkpoints.py` compares with transformers' SmolVLMVideoProcessor."""
+    picture = torch.randint(256, (3, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    short_side = 64 * min(shape) // max(shape)
+    sides = [64 if side == max(shape) else max(short_side + short_side % 2, 1) for side in shape]
+    expected = resize(resize(picture, sides, InterpolationMode.LANCZOS), [48, 48], InterpolationMode.LANCZOS)
+    preprocessing = Preprocessing(48, 48, squash=True, interpolation="lanczos", longest_edge=64)
+    frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+    found = video.frame_to_rgb(frame, preprocessing, video.VideoReformatter())
+    assert np.array_equal(found.transpose(2, 0, 1), expected.numpy())
+
+
+def test_a_torch_without_lanczos_is_one_line(tmp_path, monkeypatch):
+    """torch before 2.12: the error of `interpolate` for an unknown mode with antialias."""
+
+    def interpolate(*_args, **_kwargs):
+        raise ValueError("Anti-alias option is restricted to bilinear and bicubic modes")
+
+    monkeypatch.setattr(video.F, "interpolate", interpolate)
+    path = write_video(tmp_path / "a.mp4", EVEN)
+    with pytest.raises(InputError, match=r"a\.mp4: .*LANCZOS, expected 2\.12 or newer$"):
+        video.read_frames(path, 2, Preprocessing(24, 24, squash=True, interpolation="lanczos", longest_edge=32))
+
+
 def plain_decode(path: Path) -> list[av.VideoFrame]:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -395,6 +421,9 @@ def test_rotated_clips_are_upright(real, name, quarters):
     stored = plain_decode(path)[0].reformat(113, 64, "rgb24", interpolation="BICUBIC").to_ndarray()
     middle = stored[:, (stored.shape[1] - 64) // 2 :][:, :64]
     assert np.array_equal(video.read_frames(path, 3, 64)[0].permute(1, 2, 0).numpy(), np.rot90(middle, quarters))
+    twice = Preprocessing(64, 64, squash=True, interpolation="lanczos", longest_edge=80)
+    expected = np.rot90(video.resize_twice(plain_decode(path)[0].to_ndarray(format="rgb24"), twice), quarters)
+    assert np.array_equal(video.read_frames(path, 3, twice)[0].permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize("name", ["WrongFile.mp4", "audio_only.mp4", "empty.mp4"])
