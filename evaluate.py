@@ -25,13 +25,11 @@ from common.json_fields import field, write_json
 from model import AdapterConfig, Captioner
 from models import hub
 from models.generation import make_generation_config
-from models.lm import CausalLM
-from models.tokenizer import load_tokenizer
-from models.vit import ViT
 from training import devices
 from training.config import read_run_config, rename_fields
 from training.distributed import ProcessGroup
-from training.run import backbone_hashes, check_checkpoint, checkpoint_path
+from training.frozen_models import backbone_hashes, load_models
+from training.run import check_checkpoint, checkpoint_path
 from video_data import shapes
 from video_data.annotations import VIDEO_SUFFIXES
 from video_data.batches import to_tensor
@@ -43,13 +41,14 @@ from video_data.video import read_frames
 
 
 def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
-    """The captioner of a run's folder and its flags, from config.json, both backbones and `which`/adapter.safetensors.
+    """The captioner of a run's folder and its flags: config.json, the frozen models and `which`/adapter.safetensors.
 
     Raises InputError where the folder is no run or a file in it does not fit the others.
     """
     path = run / "config.json"
     config, flags = read_run_config(run)
-    vit_path, lm_path = (hub.resolve(field(flags, name, str, path)) for name in ("vit", "lm"))
+    parts = ["mllm"] if field(flags, "mllm", str, path, None) else ["vit", "lm"]
+    folders = {part: hub.resolve(field(flags, part, str, path)) for part in parts}
     precision = field(flags, "precision", str, path)
     if precision not in devices.DTYPES:
         raise InputError(f"{path}: flags: precision is {precision!r}, expected one of {', '.join(devices.DTYPES)}")
@@ -57,10 +56,9 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     if adapter.method == "full" and precision != "fp32":
         raise InputError(f"{path}: flags: precision is {precision!r}, expected 'fp32' with method full")
     checkpoint = checkpoint_path(run, which)
-    check_checkpoint(checkpoint, backbone_hashes(vit_path, lm_path), asdict(adapter))
-    dtype = devices.DTYPES[precision]
-    vit = ViT.from_pretrained(vit_path, dtype, field(flags, "image_size", int, path, None))
-    captioner = Captioner(vit, CausalLM.from_pretrained(lm_path, dtype), load_tokenizer(lm_path), adapter)
+    check_checkpoint(checkpoint, backbone_hashes(folders), asdict(adapter))
+    models = load_models(folders, devices.DTYPES[precision], field(flags, "image_size", int, path, None))
+    captioner = Captioner(models.vit, models.lm, models.tokenizer, adapter, models.mllm)
     captioner.load(checkpoint)
     return captioner, flags
 

@@ -1,48 +1,52 @@
-"""The captioner: a frozen ViT, an adapter, a connector, a frozen causal language model.
+"""The captioner: a frozen ViT, an adapter, a frozen causal language model.
 
-    BOS | N visual tokens | "a video of" | caption | EOS        the language model's input; Qwen has no BOS
+    BOS | N visual tokens | "a video of" | caption | EOS        a ViT and a language model; Qwen has no BOS
+    text | N_1 visual tokens | text | ... | text | caption | EOS        an MLLM, whose own prompt makes the texts
 
-The visual tokens are connector(LN(Q)), scaled to the root mean square of the word embeddings (`--method qadapter`).
-The other methods make one visual token per frame, connector(pooled feature + frame vector), with the ViT frozen
-(`linear`), with LoRA in its attention (`lora`), or with everything trained (`full`).
+A ViT and a language model that never met need a trained connector. With `--method qadapter` the visual tokens are
+connector(LN(Q)), scaled to the root mean square of the word embeddings; the other methods make one token per frame,
+connector(pooled feature + frame vector). An MLLM (`models/mllm.py`) has a projector of its own. Its language model
+reads the MLLM's tokens of each frame (`visual` frames), the queries in place of an image (queries), or both.
 
-Letters: B clips, T frames, S side in pixels, D ViT width, Q the Q-Adapter's queries, C width of the language model,
-N visual tokens, P positions before a caption, s positions of a packed row, K captions per clip, L tokens of the longest
-caption with its EOS, n tokens of all captions.
+What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer (`linear`), LoRA in the attention of the
+ViT (`lora`) or of the language model (`lora-lm`), everything (`full`) or nothing (`none`).
+
+Letters: B clips, T frames, S side in pixels, P tokens of the ViT a frame, D ViT width, Q the Q-Adapter's queries, C
+width of the language model, N visual tokens (in one of G groups), K captions per clip, L tokens of the longest caption
+with its EOS.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import InputError
 from common.json_fields import field
+from models.caption_loss import caption_loss
 from models.generation import generate, make_generation_config
 from models.lm import CausalLM
-from models.mllm import MLLM
+from models.mllm import MLLM, MLPProjector, interleave
 from models.safetensors import read_safetensors, write_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
-from qadapter import QAdapter, add_lora, init_time_embed, interpolate_time_embed
+from qadapter import QAdapter, add_lora, frozen_block_outputs, init_time_embed, interpolate_time_embed
 
 # For users: the parts can be imported from here, too.
 __all__ = ["MLLM", "AdapterConfig", "Captioner", "CausalLM", "ViT", "generate", "load_tokenizer"]
 
 PROMPT = "a video of"
+INSTRUCTION = "Describe the video."  # to an MLLM
 MAX_CAPTION_TOKENS = 40  # longer training captions are truncated
-LOGITS_PER_CHUNK = 2**25  # of the loss: 128 MB in float32
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained; with the two backbones it determines the name and shape of every trained tensor."""
+    """What is trained; with the frozen models it determines the name and shape of every trained tensor."""
 
-    method: str = "qadapter"  # qadapter | linear | lora | full
+    method: str = "qadapter"  # qadapter | none | linear | lora | lora-lm | full
     write_back: bool = False
     queries: int = 16
     rank: int = 32
@@ -51,6 +55,22 @@ class AdapterConfig:
     gate: str = "normed"  # normed | sigmoid | none
     query_self_attention: bool = False
     frames: int = 8
+    visual: str = "queries"  # queries | frames | both: of the Q-Adapter in an MLLM; the other methods read frames
+    grid: int = 0  # an MLLM's tokens of a frame are averaged to grid x grid; 0: as they are
+    instruction: str = INSTRUCTION  # to an MLLM
+
+    @property
+    def reads_queries(self) -> bool:
+        return self.method == "qadapter" and self.visual != "frames"
+
+    @property
+    def reads_frames(self) -> bool:
+        return self.method != "qadapter" or self.visual != "queries"
+
+    @property
+    def vit_unchanged(self) -> bool:
+        """Whether the outputs of the ViT's blocks are those of the frozen ViT, and can be stored."""
+        return not self.write_back and self.method not in ("lora", "full")
 
     @classmethod
     def from_dict(cls, values: dict, where: str) -> "AdapterConfig":
@@ -64,60 +84,24 @@ class AdapterConfig:
         return cls(**{name: field(values, name, types[name], where) for name in values})
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies without waiting for a GPU. That takes pinned memory: other memory is copied after all queued work."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-class FrozenHeadCrossEntropy(torch.autograd.Function):
-    """Cross-entropy behind a frozen head, summed: hidden states (n, C) and ids (n,) -> float32 ().
-
-    The logits of all n tokens never exist at once: with 262,144 words they take 1 MB a token. They are computed in
-    chunks, and the gradient with respect to the hidden states in the same pass, so that no chunk is computed twice.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, ids: Tensor, head: nn.Module, vocab: int) -> Tensor:
-        chunk_size, total, gradients = max(1, LOGITS_PER_CHUNK // vocab), x.new_zeros((), dtype=torch.float32), []
-        for chunk, chunk_ids in zip(x.split(chunk_size), ids.split(chunk_size), strict=True):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
-                loss = F.cross_entropy(head(chunk).float(), chunk_ids, reduction="sum")
-            if ctx.needs_input_grad[0]:
-                gradients += torch.autograd.grad(loss, chunk)
-            total += loss.detach()
-        ctx.gradient = torch.cat(gradients) if gradients else None  # (n, C)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple:
-        return ctx.gradient * grad_output, None, None, None
-
-
-def packed_attention_inputs(prefix_length: int, k: int, length: int, device: torch.device) -> dict[str, Tensor]:
-    """Inputs of `CausalLM.hidden` for k texts of `length` tokens, packed in one row of s tokens after a shared prefix.
-
-    Each token has the position that it would have in a row of its own, and sees the prefix and its own text:
-    `positions` (s,), `visible` (1, s, s). A single text needs neither.
-    """
-    if k == 1:
-        return {}
-    prefix_ids = torch.full((prefix_length,), -1, device=device)
-    segment_ids = torch.cat([prefix_ids, torch.arange(k * length, device=device) // length])  # (s,)
-    position_ids = torch.arange(prefix_length + length, device=device)
-    positions = torch.cat([position_ids[:prefix_length], position_ids[prefix_length:].repeat(k)])  # (s,)
-    same_segment = (segment_ids == segment_ids[:, None]) | (segment_ids == -1)  # (s, s)
-    return {"positions": positions, "visible": (same_segment & (positions <= positions[:, None]))[None]}
-
-
 def make_adapter(vit: ViT, config: AdapterConfig) -> QAdapter:
     """The Q-Adapter of a config. Raises InputError where it does not fit the ViT."""
     if config.rank % config.heads:
         raise InputError(f"--rank {config.rank}: expected a multiple of --heads {config.heads}")
     if config.last_blocks > vit.config.depth:
         raise InputError(f"--last-blocks {config.last_blocks}: the ViT has {vit.config.depth} blocks")
-    return QAdapter(vit.config.width, vit.config.depth, config.queries, config.rank, config.heads, config.frames,
-                    config.last_blocks, config.gate, config.write_back, config.query_self_attention)  # fmt: skip
+    return QAdapter(
+        vit.config.width, vit.config.depth, config.queries, config.rank, config.heads, config.frames,
+        config.last_blocks, config.gate, config.write_back, config.query_self_attention, config.reads_frames,
+    )  # fmt: skip
+
+
+def average_grid(tokens: Tensor, grid: int) -> Tensor:
+    """Squares of visual tokens (..., side * side, C), row by row -> (..., grid * grid, C), averages of neighbours."""
+    side = round(tokens.shape[-2] ** 0.5)
+    x = tokens.flatten(0, -3).transpose(1, 2).unflatten(2, (side, side))  # (n, C, side, side)
+    x = F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2)  # (n, grid * grid, C)
+    return x.unflatten(0, tokens.shape[:-2])
 
 
 def current_name(name: str) -> str:
@@ -133,43 +117,71 @@ class Captioner(nn.Module):
     The ViT and the language model compute in the dtype of their frozen weights. Trained weights are float32.
     """
 
-    def __init__(self, vit: ViT, lm: CausalLM, tokenizer, config: AdapterConfig):
+    def __init__(self, vit: ViT, lm: CausalLM, tokenizer, config: AdapterConfig, mllm: MLLM | None = None):
+        """With an MLLM, `vit` and `lm` are its own."""
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.vit, self.lm = vit, lm
+        self.vit, self.lm, self.mllm = vit, lm, mllm
         self.dtype = vit.position.dtype
         assert config.method != "full" or {self.dtype, lm.embed.weight.dtype} == {torch.float32}, "trained in float32"
+        self.check_visual()
         self.requires_grad_(config.method == "full")
-        width = vit.config.width
-        self.adapter = self.time_embed = None
-        if config.method == "qadapter":
-            self.adapter = make_adapter(vit, config)
-        else:
-            self.time_embed = nn.Parameter(init_time_embed(config.frames, width))
-            if config.method == "lora":
-                add_lora(vit, config.rank)
-        self.connector = nn.Linear(width, lm.config.width)
-        nn.init.normal_(self.connector.weight, std=width**-0.5)
-        nn.init.zeros_(self.connector.bias)
+        self.adapter = self.time_embed = self.connector = None
         # The language model expects inputs as large as its embeddings; the connector need not learn that.
         self.register_buffer("prefix_scale", lm.embedding_rms(), persistent=False)
-        bos_ids = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
-        # Buffers, not lists: a tensor made from a list would be copied to a GPU at each step, which waits for the GPU.
-        self.register_buffer("bos_ids", torch.tensor(bos_ids, dtype=torch.long), persistent=False)
-        self.register_buffer("prompt_ids", torch.tensor(tokenizer.encode(PROMPT)), persistent=False)
-        prefix_length = self.prefix_length(config.frames)
-        if (positions := prefix_length + MAX_CAPTION_TOKENS) > lm.config.max_positions:  # EOS is not fed back
-            visual = prefix_length - len(self.bos_ids) - len(self.prompt_ids)
+        self.add_trained_parts()
+        self._texts: dict[tuple, list[Tensor]] = {}
+        if (positions := self.prefix_length(config.frames) + MAX_CAPTION_TOKENS) > lm.config.max_positions:
+            visual = self.num_visual_tokens(config.frames)  # EOS is not fed back
             raise InputError(f"{visual} visual tokens need {positions} positions, the language model has "
                              f"{lm.config.max_positions}")  # fmt: skip
         self.lm_hidden = lm.hidden  # or a compiled version of it
         self.train()
 
+    def check_visual(self) -> None:
+        """Raises InputError where `visual` or `grid` do not fit the frozen models."""
+        config = self.config
+        if self.mllm is None and (config.visual != "queries" or config.grid):
+            raise InputError("--visual and --grid: expected an --mllm, whose language model can read frames")
+        if config.method == "qadapter" and config.visual == "frames" and not config.write_back:
+            raise InputError("--visual frames: expected --write-back, else nothing reads the queries")
+        if self.mllm is None or not config.grid:
+            return
+        if config.grid > self.mllm.config.grid or self.mllm.config.class_token:
+            raise InputError(f"--grid {config.grid}: expected an MLLM with a larger grid of tokens a frame, this one "
+                             f"has {self.mllm.config.tokens_per_image} tokens")  # fmt: skip
+
+    def add_trained_parts(self) -> None:
+        """Makes the adapter or the LoRA of the method, and the connector and frame vectors where it needs them."""
+        config, width, lm_width = self.config, self.vit.config.width, self.lm.config.width
+        is_pair = self.mllm is None
+        if config.method == "qadapter":
+            self.adapter = make_adapter(self.vit, config)
+            self.adapter.norm.requires_grad_(config.reads_queries)  # else nothing reads LN(Q)
+        elif config.method == "linear" or (is_pair and config.method != "none"):
+            self.time_embed = nn.Parameter(init_time_embed(config.frames, width if is_pair else lm_width))
+        if config.method in ("lora", "lora-lm"):
+            add_lora((self.vit if config.method == "lora" else self.lm).blocks, config.rank)
+        if config.reads_queries and not self.projects_queries or is_pair and config.method != "none":
+            self.connector = nn.Linear(width, lm_width)
+            nn.init.normal_(self.connector.weight, std=width**-0.5)
+            nn.init.zeros_(self.connector.bias)
+        elif config.method == "linear":  # of an MLLM, which step 0 leaves as it is
+            self.connector = nn.Linear(lm_width, lm_width)
+            nn.init.zeros_(self.connector.weight)
+            nn.init.zeros_(self.connector.bias)
+
+    @property
+    def projects_queries(self) -> bool:
+        """Whether queries go through the MLLM's own projector, which has to map single vectors for that."""
+        return self.mllm is not None and isinstance(self.mllm.projector, MLPProjector)
+
     def train(self, mode: bool = True) -> "Captioner":
         super().train(mode)
         if self.config.method != "full":
-            self.vit.eval()
-            self.lm.eval()
+            for frozen in (self.vit, self.lm, self.mllm):
+                if frozen is not None:
+                    frozen.eval()
         return self
 
     def compile_blocks(self, backend: str = "inductor") -> None:
@@ -194,63 +206,114 @@ class Captioner(nn.Module):
         outputs = self.block_outputs(frames) if frames.dtype == torch.uint8 else frames
         self.adapter.measure_channels(outputs)
 
-    def prefix_length(self, frames: int) -> int:
-        """Positions before a caption: BOS, one visual token per query or frame, the prompt."""
-        visual = self.config.queries if self.adapter is not None else frames
-        return len(self.bos_ids) + visual + len(self.prompt_ids)
+    # -------------------------------------------------------------------------------- what the ViT sees
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> visual tokens (B, N, C)."""
-        if frames.dtype != torch.uint8:
-            x = self.adapter.read(frames.to(self.dtype))  # (B, N, D)
-        elif self.adapter is not None:
-            x = self.adapter(self.vit, self.vit.normalize(frames).to(self.dtype))  # (B, N, D)
-        else:
-            images = self.vit.normalize(frames).to(self.dtype).flatten(0, 1)  # (B*T, 3, S, S)
-            pooled = self.vit.pooled(images).unflatten(0, frames.shape[:2])  # (B, T, D)
-            x = pooled + interpolate_time_embed(self.time_embed, frames.shape[1])
-        return self.connector(x) * self.prefix_scale
+    @property
+    def first_block(self) -> int:
+        """The first block of the ViT whose output is read by what comes after the ViT."""
+        return len(self.vit.blocks) - 1 if self.adapter is None else self.adapter.first
 
     def block_outputs(self, frames: Tensor) -> Tensor:
-        """Frames uint8 (B, T, 3, S, S) -> outputs of the frozen blocks that the adapter reads, without write-back: bf16
-        (B, T, adapted blocks, tokens per frame, D)."""
-        return self.adapter.block_outputs(self.vit, self.vit.normalize(frames).to(self.dtype)).bfloat16()
+        """Frames uint8 (B, T, 3, S, S) -> outputs of the frozen blocks from `first_block` on, without write-back: bf16
+        (B, T, blocks, P, D)."""
+        pixels = self.vit.normalize(frames).to(self.dtype)
+        return frozen_block_outputs(self.vit, pixels, self.first_block).bfloat16()
 
     def block_outputs_shape(self, frames: int) -> tuple[int, ...]:
-        """The shape of `block_outputs` for one clip: (T, adapted blocks, tokens per frame, D)."""
-        return frames, len(self.adapter.blocks), *self.vit.position.shape
+        """The shape of `block_outputs` for one clip: (T, blocks, P, D)."""
+        return frames, len(self.vit.blocks) - self.first_block, *self.vit.position.shape
+
+    def look(self, frames: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> the Q-Adapter's LN(Q) (B, Q, D), None for the other
+        methods, and the output of the ViT's last block (B, T, P, D)."""
+        if frames.dtype != torch.uint8:
+            outputs = frames.to(self.dtype)  # (B, T, blocks, P, D)
+        else:
+            pixels = self.vit.normalize(frames).to(self.dtype)
+            if self.config.write_back and self.adapter is not None:
+                return self.adapter.read_and_write(self.vit, pixels)
+            if not self.config.vit_unchanged:
+                return None, self.vit.run_blocks(pixels.flatten(0, 1)).unflatten(0, frames.shape[:2])
+            outputs = frozen_block_outputs(self.vit, pixels, self.first_block)
+        return None if self.adapter is None else self.adapter.read(outputs), outputs[:, :, -1]
+
+    # ------------------------------------------------------------------ what the language model reads
+
+    def texts(self, frames: int) -> list[Tensor]:
+        """The ids before, between and after the G groups of visual tokens: G + 1 texts for T = `frames` frames."""
+        key = frames, self.prefix_scale.device  # kept: a tensor made from a list is copied to a GPU, which waits for it
+        if key not in self._texts:
+            if self.mllm is not None:
+                images = frames if self.config.reads_frames else 1
+                texts = self.mllm.prompt(self.tokenizer, images, self.config.instruction)
+            else:
+                bos = self.tokenizer.bos_id()
+                texts = [[bos] if bos >= 0 else [], self.tokenizer.encode(PROMPT)]
+            self._texts[key] = [torch.tensor(ids, dtype=torch.long, device=key[1]) for ids in texts]
+        return self._texts[key]
+
+    def num_visual_tokens(self, frames: int) -> int:
+        """Visual tokens of all groups."""
+        queries = self.config.queries if self.config.reads_queries else 0
+        if not self.config.reads_frames:
+            return queries
+        if self.mllm is None:
+            return 0 if self.config.method == "none" else frames
+        return queries + frames * (self.config.grid**2 or self.mllm.config.tokens_per_image)
+
+    def prefix_length(self, frames: int) -> int:
+        """Positions before a caption: texts, visual tokens, and OneVision's newline."""
+        newline = self.mllm is not None and self.mllm.newline is not None
+        return sum(map(len, self.texts(frames))) + self.num_visual_tokens(frames) + newline
+
+    def pooled_frames(self, z: Tensor) -> Tensor:
+        """Outputs of the last block (B, T, P, D) -> one visual token a frame (B, T, C), for a ViT that has no MLLM."""
+        pooled = self.vit.pool(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, T, D)
+        x = pooled + interpolate_time_embed(self.time_embed, z.shape[1])
+        return self.connector(x) * self.prefix_scale
+
+    def frame_tokens(self, z: Tensor) -> Tensor:
+        """Outputs of the last block (B, T, P, D) -> the MLLM's tokens of each frame (B, T, N, C)."""
+        tokens = self.mllm.connect(self.vit.finish(z.flatten(0, 1))).unflatten(0, z.shape[:2])
+        if self.config.grid:
+            tokens = average_grid(tokens, self.config.grid)
+        if self.connector is not None and self.time_embed is not None:  # `linear` adds what it has learned
+            time_embed = interpolate_time_embed(self.time_embed, z.shape[1])[:, None]  # (T, 1, C)
+            tokens = tokens + self.connector(tokens / self.prefix_scale + time_embed) * self.prefix_scale
+        return tokens
+
+    def project_queries(self, queries: Tensor) -> Tensor:
+        """LN(Q) (B, Q, D) -> visual tokens (B, Q, C)."""
+        if self.projects_queries:
+            return self.mllm.project(queries.to(self.dtype))
+        return self.connector(queries) * self.prefix_scale
+
+    def encode(self, frames: Tensor) -> list[Tensor]:
+        """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> G groups of visual tokens (B, N, C).
+
+        A group for each frame if frames are read from an MLLM, the queries behind the last of them; else one group.
+        """
+        if self.mllm is None and self.config.method == "none":
+            return [self.prefix_scale.new_empty(len(frames), 0, self.lm.config.width)]
+        queries, z = self.look(frames)
+        if not self.config.reads_frames:
+            return [self.project_queries(queries)]
+        if self.mllm is None:
+            return [self.pooled_frames(z)]
+        groups = list(self.frame_tokens(z).unbind(1))
+        if self.config.reads_queries:
+            groups[-1] = torch.cat([groups[-1], self.project_queries(queries).to(groups[-1].dtype)], dim=1)
+        return groups
 
     def prefix(self, frames: Tensor) -> Tensor:
-        """Embeddings of BOS, visual tokens and prompt (B, P, C)."""
-        visual = self.encode(frames)  # (B, N, C)
-        bos, prompt = (self.lm.embed(ids).expand(len(frames), -1, -1) for ids in (self.bos_ids, self.prompt_ids))
-        return torch.cat([bos, visual.to(prompt.dtype), prompt], dim=1)
+        """Embeddings of texts and visual tokens (B, positions before a caption, C)."""
+        texts, groups = self.texts(frames.shape[1]), self.encode(frames)
+        return interleave(self.lm, texts, groups) if self.mllm is None else self.mllm.merge(texts, groups)
 
     def forward(self, frames: Tensor, labels: Tensor) -> Tensor:
-        """Frames (B, T, 3, S, S), or their block outputs, and K captions each: ids (B, K, L), padded with -100.
-
-        Returns the cross-entropy summed over all caption tokens and EOS. A clip is encoded once for its K captions, and
-        its prefix is read once: the captions follow it in one row. The head runs on caption positions only. The labels
-        are on the CPU, where the positions are found without waiting for a GPU.
-        """
-        k, length = labels.shape[1:]
-        positions = (labels >= 0).flatten().nonzero().squeeze(1)  # (n,)
-        positions, ids = to_device(positions, frames.device), to_device(labels, frames.device)
-        prefix = self.prefix(frames)  # (B, P, C)
-        prefix_length = prefix.shape[1]
-        captions = self.lm.embed(ids[:, :, :-1].clamp(min=0))  # (B, K, L-1, C)
-        x = torch.cat([prefix, captions.flatten(1, 2)], dim=1)  # (B, P + K(L-1), C)
-        # On a CPU the backward pass of fused attention can take 2.7 times as long in bf16 as that of plain attention.
-        plain = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            x = self.lm_hidden(x, **packed_attention_inputs(prefix_length, k, length - 1, x.device))
-        # The last position of the prefix predicts the first token of each caption.
-        first = x[:, None, prefix_length - 1 : prefix_length].expand(-1, k, -1, -1)  # (B, K, 1, C)
-        x = torch.cat([first, x[:, prefix_length:].unflatten(1, (k, length - 1))], dim=2)  # (B, K, L, C)
-        x, ids = x.flatten(0, 2)[positions], ids.flatten()[positions]  # (n, C), (n,)
-        if self.config.method == "full":
-            return F.cross_entropy(self.lm.head(x).float(), ids, reduction="sum")
-        return FrozenHeadCrossEntropy.apply(x, ids, self.lm.head, self.lm.config.vocab)
+        """Frames (B, T, 3, S, S), or their block outputs, and K captions each: ids (B, K, L), padded with -100, on the
+        CPU -> the cross-entropy summed over all caption tokens and EOS. A clip is encoded once for its K captions."""
+        return caption_loss(self.lm_hidden, self.lm.embed, self.lm.head, self.prefix(frames), labels)
 
     @torch.no_grad()
     def caption(self, frames: Tensor, max_new_tokens: int = 30, min_new_tokens: int = 0, beams: int = 1,
@@ -263,7 +326,10 @@ class Captioner(nn.Module):
 
     def parameter_table(self) -> str:
         """Trained and total parameters of each part, and the trained share."""
-        parts = {name: list(part.parameters()) for name, part in self.named_children()}  # a tied head counts once
+        parts = {name: list(part.parameters()) for name, part in self.named_children() if name != "mllm"}
+        if self.mllm is not None:
+            parts["projector"] = list(self.mllm.projector.parameters())
+            parts["projector"] += [] if self.mllm.newline is None else [self.mllm.newline]
         if self.time_embed is not None:
             parts["time_embed"] = [self.time_embed]
         rows = [(name, sum(p.numel() for p in part if p.requires_grad), sum(p.numel() for p in part))

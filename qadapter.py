@@ -64,6 +64,25 @@ def interpolate_time_embed(time_embed: Tensor, frames: int) -> Tensor:
     return F.interpolate(time_embed.T[None], size=frames, mode="linear", align_corners=False)[0].T
 
 
+@torch.no_grad()
+def frozen_block_outputs(vit: nn.Module, pixels: Tensor, first: int) -> Tensor:
+    """Normalized pixels (B, T, 3, S, S) -> the frozen outputs of the blocks from number `first` on (B, T, L, P, D).
+
+    The ViT processes the images in chunks: all at once would need more memory and, on a CPU, a quarter more time.
+    """
+    images = pixels.flatten(0, 1)  # (B*T, 3, S, S)
+    tokens, width = vit.position.shape
+    outputs = images.new_empty(len(images), len(vit.blocks) - first, tokens, width)  # (B*T, L, P, D)
+    chunk_size = max(1, VIT_TOKENS_PER_PASS["cpu" if images.device.type == "cpu" else "gpu"] // tokens)
+    for chunk, out in zip(images.split(chunk_size), outputs.split(chunk_size), strict=True):
+        z = vit.embed(chunk)  # (chunk, P, D)
+        for i, block in enumerate(vit.blocks):
+            z = block(z)
+            if i >= first:
+                out[:, i - first] = z
+    return outputs.unflatten(0, pixels.shape[:2])
+
+
 class GatedCrossAttention(nn.Module):
     """The adapter of one ViT block: the queries' cross-attention, its gate and, with write-back, the patches' own."""
 
@@ -155,42 +174,25 @@ class QAdapter(nn.Module):
 
     width, depth: D and the number of blocks of the ViT. queries N, rank r (a multiple of heads), frames T.
     last_blocks: how many of the last blocks are adapted; 0 means all. gate: normed | sigmoid | none.
-    write_back: patches read the queries too. self_attention: the queries are among their own keys [2].
+    write_back: patches read the queries too; write_last: after the last block as well, for a caller that reads them.
+    self_attention: the queries are among their own keys [2].
     """
 
     def __init__(self, width: int, depth: int, queries: int = 16, rank: int = 32, heads: int = 8,
                  frames: int = 8, last_blocks: int = 0, gate: str = "normed", write_back: bool = False,
-                 self_attention: bool = False):  # fmt: skip
+                 self_attention: bool = False, write_last: bool = False):  # fmt: skip
         super().__init__()
         self.write_back = write_back
         self.first = depth - (last_blocks or depth)  # index of the first adapted block
         self.queries = nn.Parameter(torch.randn(queries, width))
         self.time_embed = nn.Parameter(init_time_embed(frames, width))
         self.blocks = nn.ModuleList(
-            # Nothing would read what is written back after the last block.
-            GatedCrossAttention(width, rank, heads, gate, write_back and i < depth - 1, self_attention)
+            # Without `write_last` nothing would read what is written back after the last block.
+            GatedCrossAttention(width, rank, heads, gate, write_back and (write_last or i < depth - 1), self_attention)
             for i in range(self.first, depth)
         )
         self.norm = nn.LayerNorm(width)
         self.gates: Tensor | None = None  # (L, B, N), of the last forward pass
-
-    @torch.no_grad()
-    def block_outputs(self, vit: nn.Module, pixels: Tensor) -> Tensor:
-        """Normalized pixels (B, T, 3, S, S) -> the frozen outputs of the adapted blocks (B, T, L, P, D).
-
-        The ViT processes the images in chunks: all at once would need more memory and, on a CPU, a quarter more time.
-        """
-        images = pixels.flatten(0, 1)  # (B*T, 3, S, S)
-        tokens, width = vit.position.shape
-        outputs = images.new_empty(len(images), len(self.blocks), tokens, width)  # (B*T, L, P, D)
-        chunk_size = max(1, VIT_TOKENS_PER_PASS["cpu" if images.device.type == "cpu" else "gpu"] // tokens)
-        for chunk, out in zip(images.split(chunk_size), outputs.split(chunk_size), strict=True):
-            z = vit.embed(chunk)  # (chunk, P, D)
-            for i, block in enumerate(vit.blocks):
-                z = block(z)
-                if i >= self.first:
-                    out[:, i - self.first] = z
-        return outputs.unflatten(0, pixels.shape[:2])
 
     @torch.no_grad()
     def measure_channels(self, outputs: Tensor) -> None:
@@ -214,8 +216,11 @@ class QAdapter(nn.Module):
         self.gates = torch.stack(all_gates)
         return self.norm(queries)
 
-    def read_and_write(self, vit: nn.Module, pixels: Tensor) -> Tensor:
-        """Like `read`, with write-back: each ViT block works on what the queries wrote before it."""
+    def read_and_write(self, vit: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalized pixels (B, T, 3, S, S) -> LN(Q_L), (B, N, D), and the output of the last block (B, T, P, D).
+
+        With write-back: each ViT block works on what the queries wrote before it.
+        """
         batch, frames = pixels.shape[:2]
         time_embed = interpolate_time_embed(self.time_embed, frames)  # (T, D)
         queries, all_gates = self.queries.expand(batch, -1, -1), []  # (B, N, D)
@@ -227,7 +232,7 @@ class QAdapter(nn.Module):
                 z = z.flatten(0, 1)
                 all_gates.append(gates.detach())
         self.gates = torch.stack(all_gates)
-        return self.norm(queries)
+        return self.norm(queries), z.unflatten(0, (batch, frames))
 
     def gate_statistics(self) -> dict[str, list[float]]:
         """Of the last forward pass, per adapted block: the mean gate, and the share of saturated gates (below 0.02 or
@@ -237,7 +242,9 @@ class QAdapter(nn.Module):
 
     def forward(self, vit: nn.Module, pixels: Tensor) -> Tensor:
         """Normalized pixels (B, T, 3, S, S) -> LN(Q_L), (B, N, D), whatever T is."""
-        return self.read_and_write(vit, pixels) if self.write_back else self.read(self.block_outputs(vit, pixels))
+        if self.write_back:
+            return self.read_and_write(vit, pixels)[0]
+        return self.read(frozen_block_outputs(vit, pixels, self.first))
 
 
 class LoRALinear(nn.Linear):
@@ -256,8 +263,8 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
 
 
-def add_lora(vit: nn.Module, rank: int) -> None:
-    """Replaces the query and value projections of every block of the ViT by LoRALinear, in place."""
-    for block in vit.blocks:
+def add_lora(blocks: nn.ModuleList, rank: int) -> None:
+    """Replaces the query and value projections of the blocks of a ViT or language model by LoRALinear, in place."""
+    for block in blocks:
         block.attn.q = LoRALinear(block.attn.q, rank)
         block.attn.v = LoRALinear(block.attn.v, rank)

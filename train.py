@@ -19,20 +19,15 @@ from common import cli
 from common.errors import InputError
 from evaluate import caption_and_score, format_scores
 from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
-from models import hub
-from models.lm import CausalLM
-from models.tokenizer import load_tokenizer
-from models.vit import ViT
-from models.vit_checkpoints import check_vit_config
 from training import devices, distributed
-from training.config import default_models, parse_args
+from training.config import fill_models, parse_args
+from training.frozen_models import backbone_hashes, load_meta_models, load_models, resolve_models
 from training.inputs import cached_inputs
 from training.interrupts import deferred_interrupts
-from training.memory import meta_backbones
 from training.optimizer import make_optimizer, set_learning_rate
 from training.plan import format_plan, format_schedule, planned_dataset, schedule_run, schedule_warnings
 from training.progress import Progress
-from training.run import Run, backbone_hashes
+from training.run import Run
 from video_data import datasets
 from video_data.batches import TrainingExamples, collate, epoch_batches, prefetch
 
@@ -47,26 +42,21 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) -> tuple[Captioner, dict[str, str]]:
-    """The captioner that the flags describe, and the SHA-256 of its frozen backbones' files.
+    """The captioner that the flags describe, and the SHA-256 of its frozen models' files.
 
-    Stores the names of both models in args; a hub id gets its commit. For --plan, it is on the meta device.
+    Stores the names of the models in args; a hub id gets its commit. For --plan, it is on the meta device.
     """
-    default_vit, default_lm = default_models(args.dataset, device)
-    args.vit = default_vit if args.vit is None else args.vit
-    args.lm = default_lm if args.lm is None else args.lm
+    fill_models(args, device)
     with group.rank0_first():  # one process of each machine downloads
-        vit_path, lm_path = hub.resolve(args.vit, check=check_vit_config), hub.resolve(args.lm, check=load_tokenizer)
-    args.vit, args.lm = hub.pin_revision(args.vit, vit_path), hub.pin_revision(args.lm, lm_path)
-    dtype = devices.DTYPES[args.precision]
-    if args.plan:
-        vit, lm = meta_backbones(vit_path, lm_path, dtype, args.image_size)
-    else:
-        vit, lm = ViT.from_pretrained(vit_path, dtype, args.image_size), CausalLM.from_pretrained(lm_path, dtype)
+        folders = resolve_models(args)
+    load, dtype = load_meta_models if args.plan else load_models, devices.DTYPES[args.precision]
+    models = load(folders, dtype, args.image_size)
     config = AdapterConfig(args.method, args.write_back, args.queries, args.rank, args.heads, args.last_blocks,
-                           args.gate, args.query_self_attention, args.frames)  # fmt: skip
-    with vit.position.device:
-        captioner = Captioner(vit, lm, load_tokenizer(lm_path), config)
-    return (captioner, {}) if args.plan else (captioner.to(device), backbone_hashes(vit_path, lm_path))
+                           args.gate, args.query_self_attention, args.frames, args.visual, args.grid,
+                           args.instruction)  # fmt: skip
+    with models.vit.position.device:
+        captioner = Captioner(models.vit, models.lm, models.tokenizer, config, models.mllm)
+    return (captioner, {}) if args.plan else (captioner.to(device), backbone_hashes(folders))
 
 
 def format_gates(gates: dict[str, list[float]]) -> str:
@@ -149,6 +139,17 @@ def score_test(captioner: Captioner, dataset: datasets.VideoDataset, cache, args
     print(f"\ntest: {format_scores(scores)}\n{signature}")
 
 
+def score_untrained(captioner: Captioner, dataset: datasets.VideoDataset, caches: dict, args,
+                    group: distributed.ProcessGroup, run: Run, start_time: float) -> None:  # fmt: skip
+    """`--method none`: a run of no steps, which scores the frozen models as they are."""
+    if args.resume:
+        raise InputError(f"{run.folder}: --method none trains nothing, expected a run that can be continued")
+    run.create(captioner, None, args, dataset)
+    progress = Progress(0, [0], args.batch_size, start_time, test_ratio=0)
+    validate(captioner, dataset, caches["val"], args, group, run, 0, progress)
+    score_test(captioner, dataset, caches["test"], args, group, run, 0, progress)
+
+
 @torch.no_grad()
 def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner, batch: tuple,
                  group: distributed.ProcessGroup) -> None:  # fmt: skip
@@ -179,7 +180,8 @@ def main() -> int:
     train_clips = dataset.splits["train"]
     schedule = schedule_run(args, train_clips)
     steps = schedule.steps
-    print(format_schedule(schedule, args))
+    if args.method != "none":
+        print(format_schedule(schedule, args))
     captioner, hashes = load_captioner(args, device, group)
     print(captioner.parameter_table())
     if args.plan:
@@ -193,6 +195,10 @@ def main() -> int:
         captioner.compile_blocks()
     with group.rank0_first():  # one process of each machine decodes
         inputs = cached_inputs(args, dataset, captioner, hashes, device)
+    if args.method == "none":
+        score_untrained(captioner, dataset, inputs, args, group, run, start_time)
+        group.destroy()
+        return 0
     examples = load_examples(args, train_clips, inputs["train"], captioner)
 
     def load_batch(batch: list[tuple[int, int]]) -> tuple[list[str], Tensor, Tensor]:

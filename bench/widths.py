@@ -39,8 +39,8 @@ from models.vit import ViT, ViTConfig
 from train import MEASURED_CLIPS, learning_rate
 from training.config import TINY
 from training.devices import DTYPES, keep_freed_memory, select_precision
+from training.frozen_models import backbone_hashes
 from training.optimizer import make_optimizer, set_learning_rate
-from training.run import backbone_hashes
 from video_data.batches import IGNORE_INDEX, TrainingExamples, collate, epoch_batches
 from video_data.cache import ClipCache, cached_features, cached_frames
 from video_data.datasets import Clip, cache_folder, read_dataset
@@ -91,7 +91,7 @@ def make_training_set(data: Path, num_clips: int, precision: str) -> TrainingSet
     vit, lm, config = ViT.from_pretrained(VIT, dtype), CausalLM.from_pretrained(LM, dtype), AdapterConfig()
     captioner = Captioner(vit, lm, load_tokenizer(LM), config)
     frames = cached_frames(clips, cache_folder(None, "shapes", data), "train", config.frames, vit.preprocessing, 0)
-    key = [backbone_hashes(VIT, LM), precision, captioner.adapter.first]
+    key = [backbone_hashes({"vit": VIT, "lm": LM}), precision, captioner.first_block]
     shape = captioner.block_outputs_shape(config.frames)
     features = cached_features(frames, key, shape, captioner.block_outputs, images_per_batch=32 * config.frames)
     return TrainingSet(clips, features, vit.config, precision)

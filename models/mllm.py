@@ -107,6 +107,15 @@ def halve_grid(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+def interleave(lm: CausalLM, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
+    """Ids of one text more than there are groups of visual tokens (B, any, C) -> text, group, text, ..., text as input
+    of the language model (B, L, C)."""
+    x = lm.embed(torch.cat(list(texts))).expand(len(visual[0]), -1, -1)
+    parts = x.split([len(ids) for ids in texts], dim=1)
+    pairs = zip(parts, [*visual, x[:, :0]], strict=True)
+    return torch.cat([part.to(x.dtype) for pair in pairs for part in pair], dim=1)
+
+
 class MLLM(nn.Module):
     """A frozen public MLLM, for images and videos of one size. Larger images are not split into parts."""
 
@@ -168,13 +177,10 @@ class MLLM(nn.Module):
     def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
         """Ids of T + 1 texts, those of `prompt`, and T groups of visual tokens (B, any, C) -> the language model's
         input (B, L, C): text, group, text, ..., group, text. OneVision's newline follows the last group."""
-        x = self.lm.embed(torch.cat(list(texts))).expand(len(visual[0]), -1, -1)
-        texts = x.split([len(ids) for ids in texts], dim=1)
-        visual = [group.to(x.dtype) for group in visual]
         if self.newline is not None:
-            visual[-1] = torch.cat([visual[-1], self.newline.to(x.dtype).expand(len(x), 1, -1)], dim=1)
-        pairs = zip(texts, [*visual, x[:, :0]], strict=True)
-        return torch.cat([part for pair in pairs for part in pair], dim=1)
+            newline = self.newline.expand(len(visual[-1]), 1, -1)
+            visual = [*visual[:-1], torch.cat([visual[-1], newline.to(visual[-1].dtype)], dim=1)]
+        return interleave(self.lm, texts, visual)
 
     @classmethod
     def from_config(cls, folder: str | Path) -> "MLLM":

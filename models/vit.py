@@ -159,22 +159,30 @@ class ViT(nn.Module):
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)  # (n, P, D)
         return self.pre_norm(x + self.position)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def run_blocks(self, pixels: Tensor) -> Tensor:
+        """Normalized pixels (n, 3, S, S) -> output of the last block (n, P, D)."""
         x = self.embed(pixels)
         for block in self.blocks:
             x = block(x)
-        return self.finish(x)
+        return x
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.finish(self.run_blocks(pixels))
 
     def finish(self, x: Tensor) -> Tensor:
         """Output of the last block -> last hidden state (n, P, D)."""
         return self.post_norm(x) if self.config.final_norm else x
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """One feature an image (n, D): the normed class token, or the output of SigLIP's pooling head.
+        """Normalized pixels (n, 3, S, S) -> one feature an image (n, D), see `pool`."""
+        return self.pool(self.run_blocks(pixels))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Output of the last block (n, P, D) -> the normed class token (n, D), or the output of SigLIP's pooling head.
 
         A model with neither has no feature of its own for an image; here it is the normed mean of the patches.
         """
-        x = self(pixels)
+        x = self.finish(x)
         if self.head is not None:
             return self.head(x)
         x = x.mean(1) if self.cls is None else x[:, 0]

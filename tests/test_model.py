@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model
 from common.errors import InputError
 from common.files import sha256_of
 from model import PROMPT, AdapterConfig, Captioner
+from models import caption_loss
 from models.generation import generate, naive_beam_search, naive_generate
 from models.lm import CausalLM, LMConfig
 from models.lm_checkpoints import lm_tensor_names
@@ -31,6 +31,7 @@ CONFIGS = {
     "last two, no gate": AdapterConfig(queries=5, rank=8, frames=4, write_back=True, last_blocks=2, gate="none"),
     "linear": AdapterConfig(method="linear", frames=4),
     "lora": AdapterConfig(method="lora", rank=2, frames=4),
+    "lora-lm": AdapterConfig(method="lora-lm", rank=2, frames=4),
     "full": AdapterConfig(method="full", frames=4),
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
@@ -108,7 +109,7 @@ def test_the_loss_is_cross_entropy_over_the_whole_text(name, tied):
     loss, expected, expected_count = captioner(frames, LABELS), 0.0, 0
     lm = captioner.lm
     for clip, group in zip(frames, LABELS, strict=True):
-        visual = captioner.encode(clip[None])  # (1, N, C)
+        visual = captioner.encode(clip[None])[0]  # (1, N, C)
         for padded in group:
             row = padded.clone().clamp(min=EOS)
             before, prompt = torch.tensor([[1]]), torch.tensor([Letters().encode(PROMPT)])
@@ -165,19 +166,19 @@ def test_the_head_runs_on_caption_positions_only():
 def test_cross_entropy_in_chunks_is_that_of_all_logits(chunk_size, monkeypatch):
     """Reference: F.cross_entropy of all logits. 10 tokens, 7 words, seed 44: loss and gradient within a relative 1e-6.
     No more than chunk_size rows go through the head at once."""
-    monkeypatch.setattr(model, "LOGITS_PER_CHUNK", 7 * chunk_size)
+    monkeypatch.setattr(caption_loss, "LOGITS_PER_CHUNK", 7 * chunk_size)
     torch.manual_seed(44)
     head, ids, rows = torch.nn.Linear(5, 7, bias=False).requires_grad_(False), torch.randint(7, (10,)), []
     x = torch.randn(10, 5, requires_grad=True)
     expected = F.cross_entropy(head(x), ids, reduction="sum")
     head.register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))
-    found = model.FrozenHeadCrossEntropy.apply(x, ids, head, 7)
+    found = caption_loss.FrozenHeadCrossEntropy.apply(x, ids, head, 7)
     assert sum(rows) == 10 and max(rows) == min(chunk_size, 10)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     gradients = [torch.autograd.grad(3 * loss, x)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
-        assert model.FrozenHeadCrossEntropy.apply(x, ids, head, 7) == found
+        assert caption_loss.FrozenHeadCrossEntropy.apply(x, ids, head, 7) == found
 
 
 @every_config
@@ -250,8 +251,11 @@ def expected_names(name: str, captioner: Captioner) -> set[str]:
         return set(dict(captioner.named_parameters()))
     if name == "linear":
         return connector | {"time_embed"}
-    if name == "lora":
-        layers = [f"vit.blocks.{i}.attn.{x}" for i in range(DEPTH) for x in "qv"]
+    if name in ("lora", "lora-lm"):
+        blocks = [f"vit.blocks.{i}" for i in range(DEPTH)]
+        if name == "lora-lm":
+            blocks = [f"lm.blocks.{i}" for i in range(len(captioner.lm.blocks))]
+        layers = [f"{block}.attn.{x}" for block in blocks for x in "qv"]
         return connector | {"time_embed"} | {f"{layer}.lora_{x}" for layer in layers for x in "ab"}
     config = CONFIGS[name]
     names = connector | {f"adapter.{x}" for x in ("queries", "time_embed", "norm.weight", "norm.bias")}
@@ -361,14 +365,14 @@ def test_the_number_of_visual_tokens(name, frames):
     """Model seed 14, frames seed 15: N for the adapter, T for the other methods."""
     captioner = make(name, 14)
     count = 5 if CONFIGS[name].method == "qadapter" else frames
-    assert captioner.encode(clips(2, frames, 15)).shape == (2, count, 20)
+    assert captioner.encode(clips(2, frames, 15))[0].shape == (2, count, 20)
 
 
 @pytest.mark.parametrize("name", ["linear", "lora", "full"])
 def test_the_visual_tokens_of_the_other_methods(name):
     """Model seed 16, frames seed 17, tolerance 1e-5: connector(pooled + E) at the embeddings' scale, frame by frame."""
     captioner, frames = make(name, 16), clips(2, 4, 17)
-    found = captioner.encode(frames)
+    found = captioner.encode(frames)[0]
     scale = captioner.lm.embed.weight.square().mean().sqrt()
     for b in range(2):
         for t in range(4):
@@ -380,7 +384,7 @@ def test_the_visual_tokens_of_the_other_methods(name):
 def test_the_prefix_is_bos_then_visual_tokens_then_the_prompt(name):
     """Model seed 18, frames seed 19, bit for bit."""
     captioner, frames = make(name, 18), clips(2, 4, 19)
-    visual, prefix = captioner.encode(frames), captioner.prefix(frames)
+    visual, prefix = captioner.encode(frames)[0], captioner.prefix(frames)
     embed, prompt = captioner.lm.embed.weight, Letters().encode("a video of")
     assert prefix.shape[1] == 1 + visual.shape[1] + len(prompt)
     for row, tokens in zip(prefix, visual, strict=True):
@@ -390,7 +394,9 @@ def test_the_prefix_is_bos_then_visual_tokens_then_the_prompt(name):
 def test_without_bos_the_visual_tokens_come_first():
     """Model seed 18, frames seed 19, bit for bit: Qwen's tokenizers have no BOS."""
     captioner, frames = make("linear", 18), clips(2, 4, 19)
-    expected, captioner.bos_ids = captioner.prefix(frames)[:, 1:], torch.tensor([], dtype=torch.long)
+    expected, captioner.tokenizer.bos_id = captioner.prefix(frames)[:, 1:], lambda: -1
+    captioner = Captioner(captioner.vit, captioner.lm, captioner.tokenizer, captioner.config)
+    captioner.load_state_dict(make("linear", 18).state_dict())
     assert torch.equal(captioner.prefix(frames), expected)
     assert captioner.prefix_length(4) == expected.shape[1]
     assert captioner(frames, LABELS).isfinite()

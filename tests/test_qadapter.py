@@ -5,6 +5,8 @@ References: the equations in qadapter.py's docstring, as `naive_gated_cross_atte
 adapter. ViTs are tiny and random. "Bit for bit" compares the numbers' bytes.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from qadapter import (
     LoRALinear,
     QAdapter,
     add_lora,
+    frozen_block_outputs,
     interpolate_time_embed,
     naive_gated_cross_attention,
 )
@@ -89,8 +92,9 @@ def test_processing_images_in_chunks_changes_nothing(tokens, monkeypatch):
     whole = record_block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
     expected = torch.stack(whole[-2:], dim=1).unflatten(0, (2, 3))
     monkeypatch.setitem(qadapter.VIT_TOKENS_PER_PASS, "cpu", tokens)
-    sizes = [len(z) for z in record_block_outputs(vit, lambda: adapter.block_outputs(vit, pixels))[::DEPTH]]
-    torch.testing.assert_close(adapter.block_outputs(vit, pixels), expected, rtol=0, atol=1e-6)
+    run = partial(frozen_block_outputs, vit, pixels, adapter.first)
+    sizes = [len(z) for z in record_block_outputs(vit, run)[::DEPTH]]
+    torch.testing.assert_close(run(), expected, rtol=0, atol=1e-6)
     assert sizes == {1: [1] * 6, 7: [1] * 6, 12: [2] * 3, 10**6: [6]}[tokens]
 
 
@@ -387,7 +391,7 @@ def test_add_lora_replaces_queries_and_values_and_changes_nothing_at_first():
     """Seeds 42 and 43: two layers in every block; the ViT's output is equal bit for bit."""
     vit, pixels = tiny_vit(42), clips(2, 1, 43)[:, 0]
     before, frozen = vit(pixels), {name for name, _ in vit.named_parameters()}
-    add_lora(vit, 2)
+    add_lora(vit.blocks, 2)
     assert same_bits(vit(pixels), before)
     found = [name for name, module in vit.named_modules() if isinstance(module, LoRALinear)]
     assert found == [f"blocks.{i}.attn.{name}" for i in range(DEPTH) for name in ("q", "v")]

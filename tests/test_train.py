@@ -33,8 +33,8 @@ from tests.scripts import ENVIRONMENT, ROOT, assert_one_line_error, read_log, ru
 from tests.video_data import test_datasets
 from training.config import default_models, parse_args
 from training.devices import DTYPES
+from training.frozen_models import backbone_hashes
 from training.inputs import cached_inputs
-from training.run import backbone_hashes
 from video_data import annotations, shapes
 from video_data.cache import cached_frames
 from video_data.datasets import cache_folder, read_dataset
@@ -205,7 +205,7 @@ def test_cached_features_are_block_outputs(finished_run, flags, tmp_path):
         frames = cached_frames(clips, root, "train", 8, vit.preprocessing, 1)
         with torch.no_grad():
             expected = vit(vit.normalize(torch.from_numpy(np.array(frames[3]))).to(dtype))  # (8, P, D)
-        hashes = backbone_hashes(Path(stored["vit"]), Path(stored["lm"]))
+        hashes = backbone_hashes({part: Path(stored[part]) for part in ("vit", "lm")})
         with pytest.MonkeyPatch.context() as patch:
             encode = Mock(side_effect=captioner.block_outputs)
             patch.setattr(captioner, "block_outputs", encode)

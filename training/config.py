@@ -19,7 +19,8 @@ from training.devices import DTYPES
 from training.presets import PRESETS
 from video_data.datasets import DATASETS, DEFAULT_SIZES
 
-METHODS = ("qadapter", "linear", "lora", "full")
+METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "full")
+VISUAL = ("queries", "frames", "both")
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
@@ -30,13 +31,34 @@ PRESET = "unset: the dataset's preset"
 DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had in effect
     "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
     "lr_scaling": "none", "gate_lr": 1.0, "passes": None, "micro_batch_size": None, "beams": 1,
-    "raw_channels": True,
+    "raw_channels": True, "mllm": None, "visual": "queries", "grid": 0, "instruction": "Describe the video.",
 }  # fmt: skip
 
 
 def default_models(dataset: str, device: torch.device) -> tuple[str, str]:
     """The ViT and the language model where no flag names them."""
     return TINY if dataset == "shapes" else (CLIP, LLAMA_160M if device.type == "cpu" else TINYLLAMA)
+
+
+def fill_models(args: argparse.Namespace, device: torch.device) -> None:
+    """Gives --vit and --lm their defaults where neither they nor --mllm are given."""
+    if args.mllm is None:
+        default_vit, default_lm = default_models(args.dataset, device)
+        args.vit = default_vit if args.vit is None else args.vit
+        args.lm = default_lm if args.lm is None else args.lm
+
+
+def check_models(args: argparse.Namespace) -> None:
+    """Raises InputError where flags of an MLLM are given with those of a ViT and a language model, or the reverse."""
+    for name in ("vit", "lm", "image_size"):
+        if args.mllm is not None and getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')}: was given with --mllm, expected only one of them")
+    if args.mllm is None and (args.visual != "queries" or args.grid):
+        raise InputError("--visual and --grid: expected --mllm too: only its language model can read frames")
+    if args.method != "qadapter" and (args.visual != "queries" or args.write_back):
+        raise InputError(f"--visual and --write-back: are of --method qadapter; {args.method} reads frames")
+    if args.visual == "frames" and not args.write_back:
+        raise InputError("--visual frames: expected --write-back too: else nothing reads the queries")
 
 
 class Reading(argparse.Action):
@@ -75,11 +97,17 @@ def add_model_flags(group) -> None:
                        f"{CLIP}")  # fmt: skip
     group.add_argument("--lm", help="the language model: a folder or a hub id; unset: the tiny one for shapes, else "
                        f"{TINYLLAMA} with a GPU, {LLAMA_160M} without")  # fmt: skip
+    group.add_argument("--mllm", help="a multimodal language model, in place of --vit and --lm: a folder or a hub id")
     group.add_argument("--image-size", type=cli.at_least(1, 4096),
                        help="side of the ViT's input in pixels; unset: the ViT's own")  # fmt: skip
     group.add_argument("--method", choices=METHODS, default="qadapter", help="what is trained")
     group.add_argument("--write-back", action="store_true", help="patches read the queries too")
-    group.add_argument("--queries", type=cli.at_least(1), default=16, help="query tokens, which are the visual tokens")
+    group.add_argument("--visual", choices=VISUAL, default="queries",
+                       help="what an MLLM's language model reads: the queries, its own tokens of each frame, both")
+    group.add_argument("--grid", type=cli.at_least(0), default=0, metavar="G",
+                       help="average an MLLM's tokens of a frame to G x G; 0: as they are")  # fmt: skip
+    group.add_argument("--instruction", default="Describe the video.", help="to an MLLM")
+    group.add_argument("--queries", type=cli.at_least(1), default=16, help="query tokens of the Q-Adapter")
     group.add_argument("--rank", type=cli.at_least(1), default=32, help="of the Q-Adapter's projections, or of LoRA")
     group.add_argument("--heads", type=cli.at_least(1), default=8, help="attention heads of the Q-Adapter")
     group.add_argument("--last-blocks", type=cli.at_least(0), default=3, help="adapt only the last so many; 0: all")
@@ -220,8 +248,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     fill_from_preset(args)
     args.data = args.data or Path("data") / args.dataset
     args.out = args.out or Path(f"runs/{args.dataset}-{args.method}")
-    if args.cache_features and (args.method != "qadapter" or args.write_back):
-        raise InputError("--cache-features: expected --method qadapter without --write-back: only that reads features")
+    check_models(args)
+    if args.cache_features and (args.method in ("none", "lora", "full") or args.write_back):
+        raise InputError("--cache-features: expected a method that trains and does not change the ViT: linear, "
+                         "lora-lm, or qadapter without --write-back")  # fmt: skip
+    if args.plan and args.method == "none":
+        raise InputError("--plan: expected a method that trains, --method none has no steps")
     if args.speed and not args.plan:
         raise InputError("--speed: is for the time in --plan")
     if not args.plan:

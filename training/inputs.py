@@ -16,15 +16,17 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
 
     Everything is decoded here, the test split too: a clip that cannot be decoded must not be found after training. The
     size of all that is missing is reported, and compared with the free disk space, before the first clip is decoded.
-    `hashes` are those of the backbones, on which the block outputs depend. Raises InputError.
+    `hashes` are those of the frozen models, on which the block outputs depend. Raises InputError.
     """
     root, preprocessing = cache_folder(args.cache, args.dataset, args.data), captioner.vit.preprocessing
     counts = {"train": args.candidate_frames, "val": args.frames, "test": args.frames}
+    if captioner.config.method == "none":
+        del counts["train"]
     caches = {split: frames_cache(dataset.splits[split], root, split, count, preprocessing)
               for split, count in counts.items()}  # fmt: skip
     planned = {"frames": list(caches.values())}
     if args.cache_features:
-        key = [hashes, args.precision, captioner.adapter.first]
+        key = [hashes, args.precision, captioner.first_block]
         shape = captioner.block_outputs_shape(args.frames)
         planned["features"] = [features_cache(caches[split], key, shape) for split in FEATURE_SPLITS]
     check_space(planned, root)

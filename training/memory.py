@@ -3,7 +3,7 @@
 It is not computed with a formula for each layer. A step of the real model runs on PyTorch's meta device, whose tensors
 have a shape and no numbers. That takes a few seconds. Every new tensor counts until it is freed. Not counted: Python
 and PyTorch themselves (0.4 GB; on a GPU, its context), the loading of the weights, processes that decode, and what
-torch.compile changes. Weights are not read: `meta_backbones` needs only the config.json of both models.
+torch.compile changes. Weights are not read: `load_meta_models` needs only the config.json of the models.
 
 Letters: B clips, T frames, S side in pixels, K captions per clip, L tokens of a caption with its EOS, A adapted blocks,
 P tokens per frame, D ViT width.
@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from common.errors import InputError
-from models.lm import CausalLM, LMConfig
-from models.vit import ViT, ViTConfig
-from models.vit_checkpoints import read_folder_preprocessing, read_vit_config
+from training.frozen_models import META
 
-META = torch.device("meta")
 BYTES_PER_TRAINED = 16  # float32: the weight, its gradient, AdamW's two moments
 # Free memory that malloc keeps between tensors, as a share of the activations; measured with steps of 1 to 6 GB.
 FRAGMENTATION_ON_CPU = 0.15
@@ -43,25 +38,6 @@ def clip_bytes(captioner, frames: int, features: bool) -> int:
 
 
 # -------------------------------------------------------------------------------- the meta device
-
-
-def meta_backbones(vit_folder: Path, lm_folder: Path, dtype: torch.dtype,
-                   image_size: int | None = None) -> tuple[ViT, CausalLM]:  # fmt: skip
-    """Both models on the meta device, from the config.json of their folders; image_size as in `ViT.from_pretrained`.
-
-    Raises InputError for configs that are not supported and for an image size that does not fit the patches.
-    """
-    if vit_folder.is_file():
-        raise InputError(f"{vit_folder}: --plan needs a folder with a config.json")
-    kind, config = read_vit_config(vit_folder / "config.json")
-    preprocessing = read_folder_preprocessing(vit_folder, kind.removesuffix("_vision_model"), config)
-    with META:
-        vit = ViT(ViTConfig(**config))
-        lm = CausalLM(LMConfig.from_json(lm_folder / "config.json"))
-        size = image_size or preprocessing.size
-        if size != vit.config.image_size:
-            vit.resize(size)
-    return vit.to(dtype), lm.to(dtype)
 
 
 class PretendCPU(TorchFunctionMode):
@@ -137,9 +113,10 @@ class StepMemory:
 
     vit: int  # frozen weights
     lm: int  # frozen weights; a tied head counts once
+    projector: int  # frozen weights, of an MLLM
     trained: int  # weights, gradients and moments
     inputs: int  # batches of frames or features
-    block_outputs: int  # of the frozen ViT, until the adapter has read them
+    block_outputs: int  # of the frozen ViT, until they have been read
     encoder_kept: int  # activations for the backward pass
     lm_kept: int  # the same of the language model
     encoder_peak: int  # activations at the largest moment of the encoder: outputs, kept ones and temporary ones
@@ -148,7 +125,8 @@ class StepMemory:
 
     def total(self, activations: int) -> int:
         """All memory in use at a moment with so many bytes of activations."""
-        return self.vit + self.lm + self.trained + self.inputs + activations + round(self.fragmentation * activations)
+        weights = self.vit + self.lm + self.projector + self.trained
+        return weights + self.inputs + activations + round(self.fragmentation * activations)
 
     @property
     def peak(self) -> int:
@@ -188,12 +166,11 @@ def step_memory(captioner, args: argparse.Namespace, device: torch.device, capti
     """
     batch_size = math.ceil(args.batch_size / processes)
     clips = min(batch_size, args.micro_batch_size or batch_size)
-    size, (tokens, width) = captioner.vit.config.image_size, captioner.vit.position.shape
+    size = captioner.vit.config.image_size
+    shape, dtype = (args.frames, 3, size, size), torch.uint8
     if args.cache_features:
-        shape, dtype = (len(captioner.adapter.blocks), tokens, width), torch.bfloat16
-    else:
-        shape, dtype = (3, size, size), torch.uint8
-    frames = torch.empty(clips, args.frames, *shape, dtype=dtype, device=META)
+        shape, dtype = captioner.block_outputs_shape(args.frames), torch.bfloat16
+    frames = torch.empty(clips, *shape, dtype=dtype, device=META)
     labels = torch.zeros(clips, args.captions_per_clip, caption_tokens, dtype=torch.long)
     trained = captioner.trained().values()
     for parameter in trained:
@@ -214,10 +191,11 @@ def step_memory(captioner, args: argparse.Namespace, device: torch.device, capti
     # On a CPU the batch that trains, the next one and the copy from which that is made are in memory.
     inputs = 3 * batch_size if is_cpu else clips
     block_outputs = 0
-    if captioner.adapter is not None and not (captioner.config.write_back or args.cache_features):
+    if captioner.config.vit_unchanged and not args.cache_features:
         block_outputs = clips * clip_bytes(captioner, args.frames, features=True) // 2 * captioner.dtype.itemsize
     return StepMemory(
         vit=frozen_bytes(captioner.vit), lm=frozen_bytes(captioner.lm),
+        projector=0 if captioner.mllm is None else frozen_bytes(captioner.mllm.projector),
         trained=BYTES_PER_TRAINED * sum(parameter.numel() for parameter in trained),
         inputs=inputs * clip_bytes(captioner, args.frames, args.cache_features),
         block_outputs=block_outputs, encoder_kept=encoder_kept, lm_kept=kept - encoder_kept,

@@ -121,6 +121,7 @@ def format_memory(memory: StepMemory, title: str, inputs: str) -> str:
     peaks = memory.encoder_peak, memory.lm_peak
     rows = [
         ("frozen ViT", memory.vit, memory.vit),
+        *[("frozen projector", memory.projector, memory.projector)] * (memory.projector > 0),
         ("frozen language model", memory.lm, memory.lm),
         ("trained weights, gradients, moments", memory.trained, memory.trained),
         (f"batches of {inputs}", memory.inputs, memory.inputs),
@@ -139,7 +140,7 @@ def format_plan(args: argparse.Namespace, dataset: VideoDataset, schedule: Sched
                 max_caption_tokens: int, processes: int = 1, caption_tokens: int = CAPTION_TOKENS) -> str:  # fmt: skip
     """Time, caches and memory of a run as aligned lines.
 
-    captioner: a Captioner on the meta device, of `meta_backbones`. args: the flags batch_size, micro_batch_size,
+    captioner: a Captioner on the meta device, of `load_meta_models`. args: the flags batch_size, micro_batch_size,
     captions_per_clip, frames, cache_features and speed (clips/s, None: unknown). caption_tokens: L, with EOS;
     max_caption_tokens: the longest L that training allows, whose memory is given too. processes: those of torchrun.
     """

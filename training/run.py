@@ -1,6 +1,6 @@
 """The folder of a run: what training writes, and what it resumes from.
 
-    config.json   every flag, the adapter's shape, versions, seed, SHA-256 of both backbones, sizes of the splits
+    config.json   every flag, the adapter's shape, versions, seed, SHA-256 of the frozen models, sizes of the splits
     log.jsonl     a row for each log line and each validation; the last row is the test's
     best/         adapter.safetensors: the trained tensors of the best validation so far
     last/         adapter.safetensors, and state.pt: the optimizer, the step, the best score so far
@@ -31,26 +31,15 @@ import av
 import torch
 
 from common.errors import InputError
-from common.files import acquire_lock, replace_atomically, sha256_of, sync_folder
+from common.files import acquire_lock, replace_atomically, sync_folder
 from common.json_fields import parse_object, read_json, write_json
 from models.safetensors import read_metadata
-from models.weights import LOAD_ERRORS, weight_files
+from models.weights import LOAD_ERRORS
 from training.config import NOT_STORED, rename_fields
 from training.distributed import ProcessGroup
+from training.frozen_models import GENERATION_CONFIG
 
 # ----------------------------------------------------------------------------------- checkpoints
-
-GENERATION_CONFIG = "generation_config.json"
-
-
-def backbone_hashes(vit: Path, lm: Path) -> dict[str, str]:
-    """SHA-256 of every file that the two backbones are read from: {"vit/config.json": hex, ...}."""
-    has_model = (lm / "tokenizer.model").exists()
-    tokenizer = ["tokenizer.model"] if has_model else ["tokenizer.json", "tokenizer_config.json"]
-    names = {"vit": ("config.json", "preprocessor_config.json"), "lm": ("config.json", GENERATION_CONFIG, *tokenizer)}
-    return {f"{part}/{file.name}": sha256_of(file) for part, path in (("vit", vit), ("lm", lm))
-            for file in (*(path / name for name in names[part]), *weight_files(path)) if file.exists()}  # fmt: skip
-
 
 def checkpoint_path(run: Path, which: str) -> Path:
     """`run/which/adapter.safetensors`; in `which`.old while, or after, the renaming of folders was interrupted."""
@@ -61,7 +50,7 @@ def checkpoint_path(run: Path, which: str) -> Path:
 def check_checkpoint(path: Path, hashes: dict[str, str], adapter: dict) -> None:
     """Raises InputError, naming the difference, unless the checkpoint has these backbones and this adapter's shape."""
     metadata = read_metadata(path)
-    for name in sorted(hashes.keys() | {n for n in metadata if n.startswith(("vit/", "lm/"))}):
+    for name in sorted(hashes.keys() | {n for n in metadata if n.startswith(("vit/", "lm/", "mllm/"))}):
         if name == f"lm/{GENERATION_CONFIG}" and name not in metadata:
             continue  # read since version 0.3: older checkpoints do not have its hash
         if metadata.get(name) != hashes.get(name):
@@ -185,8 +174,11 @@ class Run:
             self.lock = lock_run(self.folder)
         self.group.barrier()
 
-    def create(self, captioner, optimizer: torch.optim.Optimizer, args: argparse.Namespace, dataset) -> None:
-        """Writes the checkpoint of step 0, then config.json: every flag, and the VideoDataset as it was found."""
+    def create(self, captioner, optimizer: torch.optim.Optimizer | None, args: argparse.Namespace, dataset) -> None:
+        """Writes the checkpoint of step 0, then config.json: every flag, and the VideoDataset as it was found.
+
+        Without an optimizer nothing is trained, and the checkpoint is the best one too.
+        """
         self._open()
         if self.group.rank != 0:
             return
@@ -194,6 +186,8 @@ class Run:
             raise InputError(f"{self.folder}: holds a run already; --out names another folder")
         (self.folder / "log.jsonl").unlink(missing_ok=True)
         self.save("last", captioner, 0, optimizer)
+        if optimizer is None:
+            self.save("best", captioner, 0)
         sync_folder(self.folder.parent)
         write_json(self.folder / "config.json", {
             "flags": {name: value for name, value in vars(args).items() if name not in NOT_STORED},

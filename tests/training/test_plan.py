@@ -22,6 +22,7 @@ from models.vit import ViT
 from tests.models.helpers import CONFIGS
 from tests.scripts import run_forked
 from training import memory, plan
+from training.frozen_models import meta_pair
 from training.inputs import cached_inputs
 from video_data.batches import epoch_batches
 from video_data.datasets import read_dataset
@@ -33,6 +34,7 @@ METHODS = {
     "write-back": AdapterConfig(queries=5, rank=8, frames=T, last_blocks=0, write_back=True),
     "linear": AdapterConfig(method="linear", frames=T),
     "lora": AdapterConfig(method="lora", rank=2, frames=T),
+    "lora-lm": AdapterConfig(method="lora-lm", rank=2, frames=T),
     "full": AdapterConfig(method="full", frames=T),
 }
 METHODS_AND_DTYPES = [(name, dtype) for name in METHODS for dtype in (torch.float32, torch.bfloat16)
@@ -48,7 +50,7 @@ def make_args(**flags) -> Namespace:
 
 
 def make_meta_captioner(backbones: Path, config: AdapterConfig, dtype: torch.dtype = torch.float32) -> Captioner:
-    vit, lm = memory.meta_backbones(backbones / "vit", backbones / "lm", dtype)
+    vit, lm = meta_pair(backbones / "vit", backbones / "lm", dtype)
     with torch.device("meta"):
         return Captioner(vit, lm, load_tokenizer(backbones / "lm"), config)
 
@@ -119,7 +121,7 @@ def shapes(module: torch.nn.Module) -> dict[str, tuple]:
 @pytest.mark.parametrize("image_size", [None, 32])
 def test_models_without_weights_have_the_shapes_of_loaded_ones(backbones, dtype, image_size):
     """References: both models as training loads them; tied heads are one tensor in both."""
-    vit, lm = memory.meta_backbones(backbones / "vit", backbones / "lm", dtype, image_size)
+    vit, lm = meta_pair(backbones / "vit", backbones / "lm", dtype, image_size)
     assert shapes(vit) == shapes(ViT.from_pretrained(backbones / "vit", dtype, image_size))
     assert shapes(lm) == shapes(CausalLM.from_pretrained(backbones / "lm", dtype))
     assert all(tensor.is_meta for model in (vit, lm) for tensor in model.parameters())
@@ -130,7 +132,7 @@ def test_models_without_weights_have_the_shapes_of_loaded_ones(backbones, dtype,
 def test_published_models_have_their_number_of_parameters(backbones, tmp_path, name, count):
     """References: the counts of the published safetensors files; a tied head counts once."""
     (tmp_path / "config.json").write_text((CONFIGS / f"{name}.json").read_text())
-    _, lm = memory.meta_backbones(backbones / "vit", tmp_path, torch.bfloat16)
+    _, lm = meta_pair(backbones / "vit", tmp_path, torch.bfloat16)
     assert memory.frozen_bytes(lm.requires_grad_(False)) == 2 * count
 
 
@@ -139,17 +141,17 @@ def test_published_vits_have_the_size_of_their_preprocessing(backbones, tmp_path
     """References: DINOv2 has positions for 518 pixels and is used at 224, in patches of 14; SigLIP has no class token.
     A preprocessor_config.json overrides the size."""
     (tmp_path / "config.json").write_text((CONFIGS / f"{name}.json").read_text())
-    vit, _ = memory.meta_backbones(tmp_path, backbones / "lm", torch.float32)
+    vit, _ = meta_pair(tmp_path, backbones / "lm", torch.float32)
     assert (vit.config.image_size, len(vit.position)) == (size, tokens)
     if name == "dinov2-small":
         write_json(tmp_path / "preprocessor_config.json", {"size": {"shortest_edge": 320},
                                                            "crop_size": {"height": 280, "width": 280}})  # fmt: skip
-        assert len(memory.meta_backbones(tmp_path, backbones / "lm", torch.float32)[0].position) == 401
+        assert len(meta_pair(tmp_path, backbones / "lm", torch.float32)[0].position) == 401
 
 
 def test_an_image_size_that_does_not_fit_is_refused(backbones):
     with pytest.raises(InputError, match="expected a multiple of the patch size"):
-        memory.meta_backbones(backbones / "vit", backbones / "lm", torch.float32, 33)
+        meta_pair(backbones / "vit", backbones / "lm", torch.float32, 33)
 
 
 # ---------------------------------------------------------------------------------------- memory

@@ -25,6 +25,7 @@ from models.safetensors import read_safetensors
 from tests.scripts import assert_one_line_error, run_forked
 from training import run as run_module
 from training.config import parse_args
+from training.frozen_models import backbone_hashes
 from training.inputs import cached_inputs
 from video_data.batches import epoch_batches
 from video_data.datasets import read_dataset
@@ -249,7 +250,7 @@ def test_a_loss_that_is_not_finite_names_step_and_clips(flags, tmp_path):
     args = parse_args([*map(str, words), "--out", str(tmp_path / "unused")])
     captioner, stored = evaluate.load_run(tmp_path / "good")
     dataset = read_dataset("shapes", args.data, args.shapes_sizes)
-    hashes = run_module.backbone_hashes(Path(stored["vit"]), Path(stored["lm"]))
+    hashes = backbone_hashes({part: Path(stored[part]) for part in ("vit", "lm")})
     features = cached_inputs(args, dataset, captioner, hashes, torch.device("cpu"))["train"]
     features.write(7, np.full_like(features[7], 0x7F80))  # the bits of infinity in bf16
     done = run_forked(train, *words, "--out", tmp_path / "bad")
