@@ -70,7 +70,7 @@ class AdapterConfig:
     @property
     def vit_unchanged(self) -> bool:
         """Whether the outputs of the ViT's blocks are those of the frozen ViT, and can be stored."""
-        return not self.write_back and self.method not in ("lora", "full")
+        return self.method in ("none", "linear", "lora-lm") or (self.method == "qadapter" and not self.write_back)
 
     @classmethod
     def from_dict(cls, values: dict, where: str) -> "AdapterConfig":

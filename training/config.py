@@ -249,7 +249,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.data = args.data or Path("data") / args.dataset
     args.out = args.out or Path(f"runs/{args.dataset}-{args.method}")
     check_models(args)
-    if args.cache_features and (args.method in ("none", "lora", "full") or args.write_back):
+    if args.cache_features and (args.method not in ("qadapter", "linear", "lora-lm") or args.write_back):
         raise InputError("--cache-features: expected a method that trains and does not change the ViT: linear, "
                          "lora-lm, or qadapter without --write-back")  # fmt: skip
     if args.plan and args.method == "none":
