@@ -1,1 +1,1 @@
-"""The two tiny models of the demo, and the script that makes them."""
+"""The tiny models of the demo, and the scripts that make them."""

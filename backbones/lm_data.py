@@ -86,9 +86,13 @@ def trim_padding(rows: Tensor) -> Tensor:
 
 
 class LMTrainingData:
-    """The language model's training data: documents, and captions after mixed keyword embeddings."""
+    """The language model's training data: documents, and captions after mixed keyword embeddings.
 
-    def __init__(self, tokenizer, documents: list[tuple[str, str]], rng: np.random.Generator, seed: int):
+    Mixed keywords are between `before` and `after`, ids; by default these are BOS and the prompt of `model.py`.
+    """
+
+    def __init__(self, tokenizer, documents: list[tuple[str, str]], rng: np.random.Generator, seed: int,
+                 before: list[int] | None = None, after: list[int] | None = None):  # fmt: skip
         bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
         self.documents = pad([[bos, *tokenizer.encode(prefix), *tokenizer.encode(text), eos]
                               for prefix, text in documents])  # fmt: skip
@@ -100,7 +104,8 @@ class LMTrainingData:
         # A single shape stands in both places, so it leaks into itself.
         self.keyword_ids = torch.tensor([[[ids[shape.colour], ids[shape.kind], ids[shape.motion]]
                                           for shape in (scene * 2)[:2]] for scene in scenes])  # fmt: skip
-        self.bos, self.prompt = torch.tensor([bos]), torch.tensor(tokenizer.encode(PROMPT))
+        self.before = torch.tensor([bos] if before is None else before)
+        self.after = torch.tensor(tokenizer.encode(PROMPT) if after is None else after)
         self.generator = torch.Generator().manual_seed(seed)
 
     def document_loss(self, lm: CausalLM, batch_size: int) -> Tensor:
@@ -111,11 +116,11 @@ class LMTrainingData:
         return F.cross_entropy(lm.head(hidden).flatten(0, 1), ids[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
     def caption_loss(self, lm: CausalLM, batch_size: int) -> Tensor:
-        """Cross-entropy of random captions, each after mixed keywords of its scene, in the layout of `model.py`."""
+        """Cross-entropy of random captions, each after mixed keywords of its scene."""
         keys = torch.randint(len(self.captions), (batch_size,), generator=self.generator)
         visual = mix_keyword_embeddings(lm.embed, self.keyword_ids[keys], self.all_ids, self.generator)  # (n, N, C)
         labels = trim_padding(self.captions[keys])
-        bos, prompt = (lm.embed(ids).expand(batch_size, -1, -1) for ids in (self.bos, self.prompt))
+        before, after = (lm.embed(ids).expand(batch_size, -1, -1) for ids in (self.before, self.after))
         caption = lm.embed(labels[:, :-1].clamp(min=0))
-        hidden = lm.hidden(torch.cat([bos, visual, prompt, caption], dim=1))[:, -labels.shape[1] :]
+        hidden = lm.hidden(torch.cat([before, visual, after, caption], dim=1))[:, -labels.shape[1] :]
         return F.cross_entropy(lm.head(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)

@@ -1,4 +1,6 @@
-"""The training data of the two tiny backbones."""
+"""The training data of the tiny backbones, and the tiny MLLM itself."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,9 +8,15 @@ import sentencepiece
 import torch
 from torch import nn
 
-from backbones import lm_data, pretrain
+from backbones import lm_data, mllm_data, pretrain, pretrain_mllm
+from models.generation import generate
+from models.mllm import MLLM
+from models.tokenizer import SentencePieceTokenizer, load_tokenizer
+from models.vit import ViT
 from video_data import shapes
 from video_data.batches import IGNORE_INDEX
+
+BACKBONES = Path(pretrain.__file__).parent
 
 
 def test_targets_of_a_still_describe_its_scene():
@@ -76,3 +84,109 @@ def test_training_data_matches_the_tokenizer(documents):
         claims = shapes.parse_claims(tokenizer.decode([i for i in row if i != IGNORE_INDEX][:-1]))
         pieces = [[tokenizer.id_to_piece(i)[1:] for i in shape] for shape in keywords.tolist()]
         assert set(claims) == {(f"{colour} {kind}", motion) for colour, kind, motion in pieces}
+
+
+# ---------------------------------------------------------------------------------------- tiny-mllm
+
+
+def nouns(scene) -> list[str]:
+    return sorted(f"{shape.colour} {shape.kind}" for shape in scene)
+
+
+def named(caption: str) -> list[str]:
+    return [noun for noun, _ in shapes.parse_claims(caption)]
+
+
+def test_an_album_shows_one_scene_at_rest_or_at_random_places():
+    resting = 0
+    for index in range(20):
+        stills, scene, seen = mllm_data.draw_album(index, seed=0)
+        assert stills.shape == (8, 64, 64, 3) and seen.shape == (8, len(scene)) and seen.any(1).all()
+        difference = abs(stills[1:].astype(int) - stills[0]).max((0, 3))  # (S, S)
+        resting += difference.max() < 60  # camera noise
+        # What moves is bright, and one shape covers a small part of the image: the background is the same.
+        assert np.median(difference) < 60
+    assert 5 < resting < 15
+
+
+def test_captions_of_stills_name_the_shapes_and_no_motion():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        scene = shapes.draw_scene(rng)
+        claims = shapes.parse_claims(mllm_data.name_shapes(scene, rng))
+        assert claims == [(noun, "") for noun in nouns(scene)]
+
+
+def test_captions_of_a_batch_name_what_its_stills_show(tiny_mllm, tokenizer):
+    data, partly_seen = mllm_data.AlbumData(tiny_mllm, tokenizer, 20, seed=0), 0
+    features, labels = data.batch(100, 2)
+    captions = tokenizer.decode([[i for i in row if i != IGNORE_INDEX] for row in labels.tolist()])
+    for stills, caption in zip(features, captions, strict=True):
+        same = (data.features == stills[0].half()).flatten(2).all(2).nonzero()  # album and still
+        album, first = same[0].tolist()
+        second = (data.features[album] == stills[1].half()).flatten(1).all(1).nonzero().flatten().tolist()
+        visible = data.seen[album][first] | data.seen[album][second[0]]
+        partly_seen += not visible.all()
+        assert named(caption) == nouns(shape for shape, v in zip(data.scenes[album], visible, strict=True) if v)
+    assert partly_seen
+
+
+def test_added_words_are_one_token_each_and_change_no_other_id():
+    old = (BACKBONES / "tiny-lm/tokenizer.model").read_bytes()
+    new = pretrain_mllm.add_words(old, pretrain_mllm.WORDS)
+    old, new = (sentencepiece.SentencePieceProcessor(model_proto=model) for model in (old, new))
+    for i, word in enumerate(pretrain_mllm.WORDS):
+        assert new.encode(word) == [len(old) + i] and new.decode([len(old) + i]) == word
+    rng = np.random.default_rng(0)
+    texts = [shapes.describe(shapes.draw_scene(rng), rng) for _ in range(50)]
+    assert new.encode([*texts, "Other words: 1, 2."]) == old.encode([*texts, "Other words: 1, 2."])
+
+
+@pytest.fixture(scope="module")
+def tiny_mllm() -> MLLM:
+    return MLLM.from_pretrained(BACKBONES / "tiny-mllm").eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> SentencePieceTokenizer:
+    return load_tokenizer(BACKBONES / "tiny-mllm")
+
+
+def test_the_tiny_mllm_has_the_tiny_vit_and_a_token_for_images(tiny_mllm, tokenizer):
+    vit = ViT.from_pretrained(BACKBONES / "tiny-vit").state_dict()
+    for name, tensor in tiny_mllm.vit.state_dict().items():
+        assert torch.equal(tensor, vit[name]), name
+    assert tiny_mllm.config.image_token_id == len(tokenizer) == tiny_mllm.config.lm.vocab - 1
+    assert tiny_mllm.config.tokens_per_image == 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stills", [1, 8])
+def test_the_tiny_mllm_names_the_shapes_of_stills(tiny_mllm, tokenizer, stills):
+    scenes, images = [], []
+    for index in range(20):
+        rng = np.random.default_rng([1, index])  # no scene of the training
+        scene = shapes.draw_scene(rng)
+        while any(shape.motion == "blink" for shape in scene):  # it may be out of sight
+            scene = shapes.draw_scene(rng)
+        scenes.append(scene)
+        images.append(shapes.render(scene, np.full(stills, 0.5), rng)[0])
+    frames = torch.from_numpy(np.stack(images)).permute(0, 1, 4, 2, 3)  # (B, T, 3, S, S)
+    visual = tiny_mllm.image_tokens(tiny_mllm.vit.normalize(frames).flatten(0, 1)).unflatten(0, (20, stills))
+    prompt = tiny_mllm.prompt(tokenizer, stills, mllm_data.INSTRUCTION)
+    texts = [torch.tensor(ids, dtype=torch.long) for ids in prompt]
+    captions = tokenizer.decode(generate(tiny_mllm.lm, tiny_mllm.merge(texts, visual.unbind(1)), 20))
+    right = [named(caption) == nouns(scene) for caption, scene in zip(captions, scenes, strict=True)]
+    assert sum(right) >= 19, captions
+    assert {motion for caption in captions for _, motion in shapes.parse_claims(caption)} == {""}
+
+
+def test_a_tiny_mllm_is_made_again_bit_for_bit(tmp_path):
+    files = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(seed)
+        pretrain_mllm.pretrain_mllm(tmp_path / name, BACKBONES, albums=3, texts=20, steps=(1, 1), batch_size=2,
+                                    seed=seed)  # fmt: skip
+        MLLM.from_pretrained(tmp_path / name)
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
