@@ -117,7 +117,8 @@ def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, 
     path = args.run / "config.json"
     name, root = field(flags, "dataset", str, path), args.data or Path(field(flags, "data", str, path))
     sizes, allow_missing = field(flags, "shapes_sizes", list, path), field(flags, "allow_missing", bool, path)
-    dataset = read_dataset(name, root, sizes, allow_missing, [args.split])
+    seed = field(flags, "shapes_seed", int, path)
+    dataset = read_dataset(name, root, sizes, allow_missing, [args.split], seed=seed)
     print(dataset)
     cache_root = cache_folder(args.cache or field(flags, "cache", str, path, None), name, root)
     cache = cached_frames(dataset.splits[args.split], cache_root, args.split, frames, captioner.vit.preprocessing, 0)

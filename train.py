@@ -74,7 +74,8 @@ def read_dataset(args) -> datasets.VideoDataset:
     """The dataset of the flags; with --plan nothing is made."""
     if args.plan:
         return planned_dataset(args)
-    return datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing, workers=args.workers)
+    return datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing, workers=args.workers,
+                                 seed=args.shapes_seed)  # fmt: skip
 
 
 def load_examples(args, clips: list[datasets.Clip], cache, captioner: Captioner) -> TrainingExamples:

@@ -61,7 +61,8 @@ def main() -> None:
     if flags["dataset"] != "shapes":
         raise InputError(f"{args.run}: expected a run on shapes, found one on {flags['dataset']}")
     captions = field(read_json(args.run / "test.json"), "captions", dict, args.run / "test.json")
-    clips = read_dataset("shapes", Path(flags["data"]), flags["shapes_sizes"], splits=["test"]).splits["test"]
+    sizes, seed = flags["shapes_sizes"], flags["shapes_seed"]
+    clips = read_dataset("shapes", Path(flags["data"]), sizes, splits=["test"], seed=seed).splits["test"]
     chosen = select_clips(clips, captions)
     width = max(flags["frames"] * (SIDE + GAP) - GAP, LABEL_WIDTH + TEXT_WIDTH)
     height = len(chosen) * (ROW + 24) - 24

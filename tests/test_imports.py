@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EVERYTHING = {
     "common", "models", "video_data", "metrics", "training", "qadapter", "model", "evaluate", "train", "bench",
-    "backbones",
+    "backbones", "study",
 }  # fmt: skip
 ALLOWED = {
     "common": set(),
@@ -18,10 +18,11 @@ ALLOWED = {
     "video_data": {"common"},
     "model": {"common", "models", "qadapter"},
     "training": {"common", "models", "video_data"},
-    "evaluate": EVERYTHING - {"train", "bench", "backbones"},
-    "train": EVERYTHING - {"bench", "backbones"},
+    "evaluate": EVERYTHING - {"train", "bench", "backbones", "study"},
+    "train": EVERYTHING - {"bench", "backbones", "study"},
     "bench": EVERYTHING,
     "backbones": EVERYTHING,
+    "study": EVERYTHING,
 }
 
 

@@ -31,7 +31,8 @@ PRESET = "unset: the dataset's preset"
 DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had in effect
     "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
     "lr_scaling": "none", "gate_lr": 1.0, "passes": None, "micro_batch_size": None, "beams": 1,
-    "raw_channels": True, "mllm": None, "visual": "queries", "grid": 0, "instruction": "Describe the video.",
+    "raw_channels": True, "shapes_seed": 0, "mllm": None, "visual": "queries", "grid": 0,
+    "instruction": "Describe the video.",
 }  # fmt: skip
 
 
@@ -83,6 +84,7 @@ def add_data_flags(group) -> None:
     group.add_argument("--cache", type=cli.path, help="where frames are stored; unset: .cache in the dataset's folder")
     group.add_argument("--shapes-sizes", type=cli.at_least(1), nargs=3, default=list(DEFAULT_SIZES),
                        metavar=("TRAIN", "VAL", "TEST"), help="clips of each split of shapes")  # fmt: skip
+    group.add_argument("--shapes-seed", type=cli.at_least(0), default=0, help="of the clips of shapes")
     group.add_argument("--cache-features", action="store_true",
                        help="run the frozen ViT once for each frame and store its outputs on the disk, in bf16")
     group.add_argument("--frames", type=cli.at_least(1, 4096), help=f"frames per clip; {PRESET}")

@@ -1,6 +1,7 @@
 """The folder of a run: what training writes, and what it resumes from.
 
-    config.json   every flag, the adapter's shape, versions, seed, SHA-256 of the frozen models, sizes of the splits
+    config.json   every flag, the adapter's shape, SHA-256 of the frozen models, numbers of parameters, versions, seed,
+                  sizes of the splits
     log.jsonl     a row for each log line and each validation; the last row is the test's
     best/         adapter.safetensors: the trained tensors of the best validation so far
     last/         adapter.safetensors, and state.pt: the optimizer, the step, the best score so far
@@ -193,6 +194,8 @@ class Run:
             "flags": {name: value for name, value in vars(args).items() if name not in NOT_STORED},
             "adapter": asdict(captioner.config), "sha256": self.hashes,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
+            "trained": sum(p.numel() for p in captioner.trained().values()),
+            "total": sum(p.numel() for p in captioner.parameters()),
             "splits": dataset.counts(), "differences": dataset.differences(), "seed": args.seed,
         })  # fmt: skip
 

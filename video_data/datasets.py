@@ -171,9 +171,9 @@ def build_dataset(name: str, root: Path, annotated: Annotations, paths: dict[str
 
 
 def read_dataset(name: str, root: Path, sizes: Sequence[int] = DEFAULT_SIZES, allow_missing: bool = False,
-                 splits: Sequence[str] = SPLITS, workers: int = 0) -> VideoDataset:  # fmt: skip
-    """The given splits of a dataset in the folder `root`. `shapes` is generated there first, `sizes` clips per split,
-    by `workers` processes; 0: one per core.
+                 splits: Sequence[str] = SPLITS, workers: int = 0, seed: int = 0) -> VideoDataset:  # fmt: skip
+    """The given splits of a dataset in the folder `root`. `shapes` is generated there first, `sizes` clips per split of
+    a `seed`, by `workers` processes; 0: one per core.
 
     Raises InputError if captions or splits cannot be read or contradict each other, or if a clip has no video or no
     caption. With `allow_missing`, such clips are left out instead.
@@ -183,7 +183,7 @@ def read_dataset(name: str, root: Path, sizes: Sequence[int] = DEFAULT_SIZES, al
     if len(sizes) != 3 or not all(type(n) is int and n > 0 for n in sizes):
         raise InputError(f"shapes_sizes: {list(sizes)}, expected three whole numbers above 0")
     if name == "shapes":
-        shapes.make_dataset(root, dict(zip(SPLITS, sizes, strict=True)), workers=workers)
+        shapes.make_dataset(root, dict(zip(SPLITS, sizes, strict=True)), seed, workers=workers)
     if not root.is_dir() or not any(root.iterdir()):
         print(LAYOUTS[name], file=sys.stderr)
         found = "an empty one" if root.is_dir() else "none"

@@ -1,0 +1,141 @@
+"""The runs of a table: which there are, one after another or several at once, and the figures of each.
+
+A run is a folder below `runs/study/TABLE`. One that was stopped goes on where it was; one that is finished is read
+again. What was measured is kept in `results/TABLE.json`, which outlives the folders.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.errors import InputError
+from common.json_fields import read_json, write_json
+from study.tables import LRS, SEEDS, Table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, RUNS = ROOT / "results", ROOT / "runs/study"
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """What tells the runs of a table apart."""
+
+    row: str
+    lr: float
+    seed: int
+
+    @property
+    def folder_name(self) -> str:
+        words = "".join(letter if letter.isalnum() else " " for letter in self.row).split()
+        return "-".join([*words, f"{self.lr:g}", str(self.seed)])
+
+
+def cpu_name() -> str:
+    """"AMD EPYC 9B14", or what Python knows of the machine."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def load_results(name: str) -> dict[RunKey, dict]:
+    path = RESULTS / f"{name}.json"
+    runs = read_json(path)["runs"] if path.exists() else []
+    return {RunKey(run["row"], run["lr"], run["seed"]): run for run in runs}
+
+
+def store_result(name: str, results: dict[RunKey, dict]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    order = sorted(results, key=lambda key: (key.row, key.lr, key.seed))
+    write_json(RESULTS / f"{name}.json", {"runs": [results[key] for key in order]})
+
+
+def trains(flags: str) -> bool:
+    return "--method none" not in flags
+
+
+def first_runs(table: Table) -> list[RunKey]:
+    """Every learning rate at the first seed. A row that trains nothing has one run."""
+    rates = {row: LRS if trains(flags) else LRS[:1] for row, flags in table.rows.items()}
+    return [RunKey(row, lr, SEEDS[0]) for row, lrs in rates.items() for lr in lrs]
+
+
+def chosen_lr(table: Table, results: dict[RunKey, dict], row: str) -> float | None:
+    """The rate whose run at the first seed has the highest validation CIDEr; None while one of them is missing."""
+    keys = [key for key in first_runs(table) if key.row == row]
+    if any(key not in results for key in keys):
+        return None
+    return max(keys, key=lambda key: results[key]["val CIDEr"]).lr
+
+
+def later_runs(table: Table, results: dict[RunKey, dict], seeds: tuple[int, ...]) -> list[RunKey]:
+    """The chosen rate at the other seeds."""
+    rows = [row for row, flags in table.rows.items() if trains(flags)]
+    return [RunKey(row, lr, seed) for row in rows if (lr := chosen_lr(table, results, row)) is not None
+            for seed in seeds if seed != SEEDS[0]]  # fmt: skip
+
+
+def command_of(table: Table, key: RunKey, folder: Path) -> list[str]:
+    """The words after `python train.py`; a folder that holds a run continues it."""
+    if (folder / "config.json").exists():
+        return ["--resume", str(folder)]
+    return [*table.flags.split(), *table.rows[key.row].split(), "--lr", str(key.lr), "--seed", str(key.seed),
+            "--out", str(folder)]  # fmt: skip
+
+
+def read_figures(folder: Path) -> dict:
+    """The scores and costs of a finished run, from the files in its folder."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    config, adapter = read_json(folder / "config.json"), folder / "best/adapter.safetensors"
+    speeds = [row["clips/s"] for row in rows if "clips/s" in row]
+    batch_size = config["flags"]["batch_size"]
+    return {
+        "steps": rows[-1]["step"], "val CIDEr": max(row["val"]["CIDEr"] for row in rows if "val" in row),
+        "test": rows[-1]["test"], "seconds": rows[-1]["elapsed"],
+        "seconds per step": batch_size / statistics.median(speeds) if speeds else None,
+        "adapter bytes": adapter.stat().st_size, "trained": config["trained"], "total": config["total"],
+    }  # fmt: skip
+
+
+def train_one(name: str, table: Table, key: RunKey, threads: int) -> dict:
+    """Trains a run in a process of its own; -> its figures, with the machine. Raises InputError if it fails."""
+    folder = RUNS / name / key.folder_name
+    peak = None
+    if not (folder / "test.json").exists():
+        words = command_of(table, key, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_suffix(".txt"), "a") as output:
+            child = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=output, stderr=output,
+                                     env=os.environ | {"OMP_NUM_THREADS": str(threads)})  # fmt: skip
+            _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise InputError(f"{folder}: the run ended with {child.returncode}, see {folder.with_suffix('.txt')}")
+        peak = usage.ru_maxrss * 1024
+    return {
+        "row": key.row, "lr": key.lr, "seed": key.seed, "flags": f"{table.flags} {table.rows[key.row]}",
+        "date": time.strftime("%Y-%m-%d"), "machine": f"{threads} thread(s) of {cpu_name()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "peak bytes": peak,
+        **read_figures(folder),
+    }  # fmt: skip
+
+
+def run_all(name: str, table: Table, keys: list[RunKey], results: dict[RunKey, dict], jobs: int, threads: int) -> None:
+    """Runs what `results` lacks, `jobs` at a time, and stores each as it ends."""
+    missing = [key for key in keys if key not in results]
+    with ThreadPoolExecutor(jobs) as pool:
+        figures = pool.map(lambda key: train_one(name, table, key, threads), missing)
+        for key, result in zip(missing, figures, strict=True):
+            results[key] = result
+            store_result(name, results)
+            print(f"{key.row}, lr {key.lr:g}, seed {key.seed}: validation CIDEr {100 * result['val CIDEr']:.1f}, "
+                  f"test {100 * result['test']['CIDEr']:.1f}, {result['seconds']:.0f} s", flush=True)  # fmt: skip

@@ -1,0 +1,125 @@
+"""The study: which runs a table has, what they measure, and the page that is written from them.
+
+References: plain statistics of the standard library, the files of tiny runs, and results/ for docs/study.md.
+"""
+
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+
+import train
+from common.errors import InputError
+from study import __main__ as program
+from study import report, runs
+from study.runs import RunKey, chosen_lr, first_runs, later_runs
+from study.tables import LRS, SEEDS, TABLES, Table
+from training.config import make_parser
+
+TABLE = Table("title", "--dataset shapes", {"a": "--rank 8", "b": "--method none"}, "")
+
+
+def result(key: RunKey, cider: float, **scores) -> dict:
+    test = {"Bleu_4": 0.5, "METEOR[exact,stem]": 0.4, "ROUGE_L": 0.6, "CIDEr": cider, "shapes right": 0.9,
+            "motion right": 0.8, "motion_one right": 0.7, "motion_two right": 0.6} | scores  # fmt: skip
+    return {"row": key.row, "lr": key.lr, "seed": key.seed, "val CIDEr": cider, "test": test, "seconds": 90.0,
+            "seconds per step": None if key.row == "b" else 0.25, "peak bytes": 2 * 10**9, "adapter bytes": 10**6,
+            "trained": 0 if key.row == "b" else 300, "total": 10_000, "steps": 5, "machine": "1 thread(s) of X",
+            "date": "2026-01-01"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_flags_of_every_row_are_those_of_train_py(name):
+    for row, flags in TABLES[name].rows.items():
+        make_parser().parse_args([*TABLES[name].flags.split(), *flags.split()])
+        assert RunKey(row, LRS[0], 0).folder_name.isprintable()
+    names = {RunKey(row, LRS[0], 0).folder_name for row in TABLES[name].rows}
+    assert len(names) == len(TABLES[name].rows)
+
+
+def test_the_rate_of_the_best_validation_is_taken_for_the_other_seeds():
+    keys = first_runs(TABLE)
+    assert [(key.row, key.lr, key.seed) for key in keys] == [*(("a", lr, 0) for lr in LRS), ("b", LRS[0], 0)]
+    results = {key: result(key, cider) for key, cider in zip(keys, (1.0, 3.0, 2.0, 0.5), strict=True)}
+    assert chosen_lr(TABLE, results, "a") == LRS[1] and chosen_lr(TABLE, results, "b") == LRS[0]
+    assert later_runs(TABLE, results, SEEDS) == [RunKey("a", LRS[1], seed) for seed in SEEDS[1:]]
+    del results[keys[0]]
+    assert chosen_lr(TABLE, results, "a") is None and later_runs(TABLE, results, SEEDS) == []
+
+
+def test_a_table_has_means_and_spreads():
+    """Reference: the module statistics."""
+    results = {key: result(key, cider) for key, cider in zip(first_runs(TABLE), (1.0, 3.0, 2.0, 0.5), strict=True)}
+    for key, cider in zip(later_runs(TABLE, results, SEEDS), (2.9, 3.3), strict=True):
+        results[key] = result(key, cider)
+    text = report.format_table("x", TABLE, results)
+    cells = next(line for line in text.splitlines() if line.startswith("| a | 300")).split(" | ")
+    ciders = [300.0, 290.0, 330.0]
+    assert cells[8] == f"{statistics.mean(ciders):.1f} ± {statistics.stdev(ciders):.1f}"
+    assert cells[2:5] == ["3.00 %", f"{LRS[1]:g}", "3"] and cells[5] == "50.0 ± 0.0"
+    assert "| b | 0 | 0.00 % |  | 1 | 50.0 | 40.0 |" in text
+    assert "| a | 0.25 ± 0.00 | 1.50 ± 0.00 | 2.00 ± 0.00 | 1.00 ± 0.00 |" in text
+    assert "| b |  | 1.50 | 2.00 | 1.00 |" in text
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_page_is_that_of_the_results(name):
+    """Reference: results/TABLE.json."""
+    begin, end = report.markers(name)
+    found = report.PAGE.read_text().partition(begin)[2].partition(end)[0].strip()
+    assert found == report.format_table(name, TABLES[name], runs.load_results(name)).strip()
+
+
+def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
+    """A tiny table: one rate and one seed. A stopped run is resumed, a finished one is not run again; the figures are
+    those of the runs' files."""
+    words = " ".join(map(str, flags)).replace("--lr 0.02", "")
+    table = replace(TABLE, flags=words, rows={"a": "--epochs 1 --eval-every 1", "b": "--method none"})
+    page = tmp_path / "study.md"
+    page.write_text("\n".join(["before", *report.markers("tiny"), "after"]))
+    for module, name, value in ((runs, "RESULTS", tmp_path / "results"), (runs, "RUNS", tmp_path / "runs"),
+                                (runs, "LRS", (0.02,)), (report, "PAGE", page), (report, "TABLES", {"tiny": table}),
+                                (program, "TABLES", {"tiny": table})):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr("sys.argv", ["study", "tiny", "--seeds", "0", "1"])
+    assert program.main() == 0
+    stored = json.loads((tmp_path / "results/tiny.json").read_text())["runs"]
+    assert [(run["row"], run["seed"], run["steps"]) for run in stored] == [("a", 0, 3), ("a", 1, 3), ("b", 0, 0)]
+    test = json.loads((tmp_path / "runs/tiny/a-0.02-1/test.json").read_text())["scores"]
+    assert stored[1]["test"] == test and stored[1]["trained"] > 0 == stored[2]["trained"]
+    assert stored[0]["peak bytes"] > 10**8 and stored[0]["seconds per step"] > 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter") and "| b | 0 | 0.00 % |" in text
+    capsys.readouterr()
+    (tmp_path / "results/tiny.json").unlink()
+    monkeypatch.setattr(train, "main", None)
+    monkeypatch.setattr(runs.subprocess, "Popen", None)  # a run that is finished needs no process
+    assert program.main() == 0
+    again = json.loads((tmp_path / "results/tiny.json").read_text())["runs"]
+    assert [run["test"] for run in again] == [run["test"] for run in stored]
+    monkeypatch.setattr("sys.argv", ["study", "tiny", "--seeds", "0", "1", "--dry-run"])
+    assert program.main() == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "tiny: 3 runs, 3 of them done; hours left: 0.0"
+
+
+def test_a_stopped_run_is_resumed(tmp_path):
+    folder = tmp_path / "run"
+    key = RunKey("a", 0.01, 2)
+    assert runs.command_of(TABLE, key, folder)[-6:] == ["--lr", "0.01", "--seed", "2", "--out", str(folder)]
+    folder.mkdir()
+    (folder / "config.json").touch()
+    assert runs.command_of(TABLE, key, folder) == ["--resume", str(folder)]
+
+
+def test_a_run_that_fails_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    bad = replace(TABLE, rows={"a": "--rank 7"}, flags=f"--dataset folder --data {tmp_path / 'none'}")
+    with pytest.raises(InputError, match="the run ended with 2, see"):
+        runs.train_one("x", bad, RunKey("a", 0.01, 0), 1)
+
+
+def test_the_first_seed_is_needed(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["study", "mllm", "--seeds", "1"])
+    with pytest.raises(InputError, match="expected 0 among them"):
+        program.main()
