@@ -11,11 +11,12 @@ reads the MLLM's tokens of each frame (`visual` frames), the queries in place of
 What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer (`linear`), LoRA in the attention of the
 ViT (`lora`) or of the language model (`lora-lm`), everything (`full`) or nothing (`none`).
 
-Letters: B clips, T frames, S side in pixels, P tokens of the ViT a frame, D ViT width, Q the Q-Adapter's queries, C
-width of the language model, N visual tokens (in one of G groups), K captions per clip, L tokens of the longest caption
-with its EOS.
+Letters: B clips, T frames, S side in pixels, P tokens of the ViT a frame, D ViT width, Q the N queries of the
+Q-Adapter, C width of the language model, N' visual tokens of one of M groups, K captions per clip, L tokens of the
+longest caption with its EOS.
 """
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def make_adapter(vit: ViT, config: AdapterConfig) -> QAdapter:
 
 def average_grid(tokens: Tensor, grid: int) -> Tensor:
     """Squares of visual tokens (..., side * side, C), row by row -> (..., grid * grid, C), averages of neighbours."""
-    side = round(tokens.shape[-2] ** 0.5)
+    side = math.isqrt(tokens.shape[-2])
     x = tokens.flatten(0, -3).transpose(1, 2).unflatten(2, (side, side))  # (n, C, side, side)
     x = F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2)  # (n, grid * grid, C)
     return x.unflatten(0, tokens.shape[:-2])
@@ -131,10 +132,11 @@ class Captioner(nn.Module):
         self.register_buffer("prefix_scale", lm.embedding_rms(), persistent=False)
         self.add_trained_parts()
         self._texts: dict[tuple, list[Tensor]] = {}
-        if (positions := self.prefix_length(config.frames) + MAX_CAPTION_TOKENS) > lm.config.max_positions:
-            visual = self.num_visual_tokens(config.frames)  # EOS is not fed back
-            raise InputError(f"{visual} visual tokens need {positions} positions, the language model has "
-                             f"{lm.config.max_positions}")  # fmt: skip
+        visual = self.num_visual_tokens(config.frames)
+        prompt = self.prefix_length(config.frames) - visual
+        if (positions := visual + prompt + MAX_CAPTION_TOKENS) > lm.config.max_positions:  # EOS is not fed back
+            raise InputError(f"{visual} visual tokens, {prompt} of the prompt and {MAX_CAPTION_TOKENS} of a caption "
+                             f"need {positions} positions, the language model has {lm.config.max_positions}")  # fmt: skip
         self.lm_hidden = lm.hidden  # or a compiled version of it
         self.train()
 
@@ -162,7 +164,11 @@ class Captioner(nn.Module):
             self.time_embed = nn.Parameter(init_time_embed(config.frames, width if is_pair else lm_width))
         if config.method in ("lora", "lora-lm"):
             add_lora((self.vit if config.method == "lora" else self.lm).blocks, config.rank)
-        if config.reads_queries and not self.projects_queries or is_pair and config.method != "none":
+        if is_pair:
+            needs_connector = config.method != "none"
+        else:
+            needs_connector = config.reads_queries and not self.projects_queries
+        if needs_connector:
             self.connector = nn.Linear(width, lm_width)
             nn.init.normal_(self.connector.weight, std=width**-0.5)
             nn.init.zeros_(self.connector.bias)
@@ -202,9 +208,15 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def measure_channels(self, frames: Tensor) -> None:
-        """Frames uint8 (B, T, 3, S, S), or their `block_outputs`: the adapter's statistics become those of them."""
+        """Frames uint8 (B, T, 3, S, S), or their `block_outputs`: the adapter's statistics become those of them.
+
+        Queries that go through an MLLM's projector start as large as what it is used to.
+        """
         outputs = self.block_outputs(frames) if frames.dtype == torch.uint8 else frames
         self.adapter.measure_channels(outputs)
+        if self.projects_queries:
+            features = self.vit.finish(outputs[:, :, -1].to(self.dtype))  # (B, T, P, D)
+            self.adapter.norm.weight.fill_(features.float().square().mean().sqrt())
 
     # -------------------------------------------------------------------------------- what the ViT sees
 
@@ -224,7 +236,7 @@ class Captioner(nn.Module):
         return frames, len(self.vit.blocks) - self.first_block, *self.vit.position.shape
 
     def look(self, frames: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> the Q-Adapter's LN(Q) (B, Q, D), None for the other
+        """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> the Q-Adapter's LN(Q) (B, N, D), None for the other
         methods, and the output of the ViT's last block (B, T, P, D)."""
         if frames.dtype != torch.uint8:
             outputs = frames.to(self.dtype)  # (B, T, blocks, P, D)
@@ -240,7 +252,7 @@ class Captioner(nn.Module):
     # ------------------------------------------------------------------ what the language model reads
 
     def texts(self, frames: int) -> list[Tensor]:
-        """The ids before, between and after the G groups of visual tokens: G + 1 texts for T = `frames` frames."""
+        """The ids before, between and after the M groups of visual tokens: M + 1 texts for T = `frames` frames."""
         key = frames, self.prefix_scale.device  # kept: a tensor made from a list is copied to a GPU, which waits for it
         if key not in self._texts:
             if self.mllm is not None:
@@ -273,23 +285,23 @@ class Captioner(nn.Module):
         return self.connector(x) * self.prefix_scale
 
     def frame_tokens(self, z: Tensor) -> Tensor:
-        """Outputs of the last block (B, T, P, D) -> the MLLM's tokens of each frame (B, T, N, C)."""
+        """Outputs of the last block (B, T, P, D) -> the MLLM's tokens of each frame (B, T, N', C)."""
         tokens = self.mllm.connect(self.vit.finish(z.flatten(0, 1))).unflatten(0, z.shape[:2])
         if self.config.grid:
             tokens = average_grid(tokens, self.config.grid)
-        if self.connector is not None and self.time_embed is not None:  # `linear` adds what it has learned
+        if self.config.method == "linear":  # adds what it has learned
             time_embed = interpolate_time_embed(self.time_embed, z.shape[1])[:, None]  # (T, 1, C)
             tokens = tokens + self.connector(tokens / self.prefix_scale + time_embed) * self.prefix_scale
         return tokens
 
     def project_queries(self, queries: Tensor) -> Tensor:
-        """LN(Q) (B, Q, D) -> visual tokens (B, Q, C)."""
+        """LN(Q) (B, N, D) -> visual tokens (B, N, C)."""
         if self.projects_queries:
             return self.mllm.project(queries.to(self.dtype))
         return self.connector(queries) * self.prefix_scale
 
     def encode(self, frames: Tensor) -> list[Tensor]:
-        """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> G groups of visual tokens (B, N, C).
+        """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> M groups of visual tokens (B, N', C).
 
         A group for each frame if frames are read from an MLLM, the queries behind the last of them; else one group.
         """

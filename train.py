@@ -142,10 +142,11 @@ def score_test(captioner: Captioner, dataset: datasets.VideoDataset, cache, args
 
 def score_untrained(captioner: Captioner, dataset: datasets.VideoDataset, caches: dict, args,
                     group: distributed.ProcessGroup, run: Run, start_time: float) -> None:  # fmt: skip
-    """`--method none`: a run of no steps, which scores the frozen models as they are."""
+    """`--method none`: a run of no steps, which scores the frozen models as they are; resumed, it does so again."""
     if args.resume:
-        raise InputError(f"{run.folder}: --method none trains nothing, expected a run that can be continued")
-    run.create(captioner, None, args, dataset)
+        run.restart()
+    else:
+        run.create(captioner, None, args, dataset)
     progress = Progress(0, [0], args.batch_size, start_time, test_ratio=0)
     validate(captioner, dataset, caches["val"], args, group, run, 0, progress)
     score_test(captioner, dataset, caches["test"], args, group, run, 0, progress)

@@ -14,7 +14,8 @@ from study.tables import SEEDS, TABLES
 
 def describe(name: str, seeds: tuple[int, ...], jobs: int) -> str:
     """How many runs there are, how many are done, and the hours that the others will take."""
-    table, results = TABLES[name], load_results(name)
+    table = TABLES[name]
+    results = load_results(name, table)
     firsts = first_runs(table)
     rows_that_train = sum(trains(flags) for flags in table.rows.values())
     total = len(firsts) + rows_that_train * sum(seed != SEEDS[0] for seed in seeds)
@@ -34,12 +35,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=cli.at_least(1), default=1, help="runs at a time; they share the cores")
     parser.add_argument("--dry-run", action="store_true", help="tell runs and hours, and run nothing")
     args = parser.parse_args()
+    args.seeds = sorted(set(args.seeds))
     if SEEDS[0] not in args.seeds:
         raise InputError(f"--seeds: expected {SEEDS[0]} among them, with which learning rates are chosen")
     print(describe(args.table, tuple(args.seeds), args.jobs))
     if args.dry_run:
         return 0
-    table, results = TABLES[args.table], load_results(args.table)
+    table = TABLES[args.table]
+    results = load_results(args.table, table)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     run_all(args.table, table, first_runs(table), results, args.jobs, threads)
     run_all(args.table, table, later_runs(table, results, tuple(args.seeds)), results, args.jobs, threads)

@@ -30,7 +30,7 @@ def score_of(run: dict, name: str) -> float:
     return 100 * found[0]
 
 
-def format_table(name: str, table: Table, results: dict[RunKey, dict]) -> str:
+def format_table(table: Table, results: dict[RunKey, dict]) -> str:
     """The two tables of one comparison, scores and costs, as Markdown. Rows without runs are left out."""
     if not results:
         return "No run yet."
@@ -46,7 +46,7 @@ def format_table(name: str, table: Table, results: dict[RunKey, dict]) -> str:
         rate = f"{lr:g}" if has_steps else ""
         scores.append([row, f"{runs[0]['trained']:,}", share, rate, str(len(runs)), *columns])
         cells: list[Callable[[dict], float | None]] = [
-            lambda run: run["seconds per step"], lambda run: run["seconds"] / 60,
+            lambda run: run["seconds per step"],
             lambda run: run["peak bytes"] and run["peak bytes"] / 1e9, lambda run: run["adapter bytes"] / 1e6,
         ]  # fmt: skip
         values = [[value for run in runs if (value := cell(run)) is not None] for cell in cells]
@@ -54,7 +54,7 @@ def format_table(name: str, table: Table, results: dict[RunKey, dict]) -> str:
     machines = sorted({f"{run['machine']}, {run['date']}" for run in results.values()})
     lines = [f"Flags of every run: `{table.flags}`. Machine: {'; '.join(machines)}.", ""]
     lines += table_lines(["trained", "parameters", "share", "`--lr`", "seeds", *SCORES], scores)
-    lines += ["", *table_lines(["", "s a step", "minutes in all", "GB, peak", "MB, file"], costs)]
+    lines += ["", *table_lines(["", "s a step", "GB, peak", "MB, file"], costs)]
     return "\n".join(lines)
 
 
@@ -69,6 +69,6 @@ def write_page(name: str) -> None:
         raise InputError(f"{PAGE}: expected the lines {begin} and {end}")
     before, _, rest = page.partition(begin)
     after = rest.partition(end)[2]
-    tables = format_table(name, TABLES[name], load_results(name))
+    tables = format_table(TABLES[name], load_results(name, TABLES[name]))
     with replace_atomically(PAGE) as file:
         file.write(f"{before}{begin}\n\n{tables}\n\n{end}{after}".encode())

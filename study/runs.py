@@ -11,14 +11,14 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from common.errors import InputError
-from common.json_fields import read_json, write_json
+from common.json_fields import field, read_json, write_json
 from study.tables import LRS, SEEDS, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,10 +47,21 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def load_results(name: str) -> dict[RunKey, dict]:
+def flags_of(table: Table, row: str) -> str:
+    return f"{table.flags} {table.rows[row]}"
+
+
+def load_results(name: str, table: Table) -> dict[RunKey, dict]:
+    """The runs in results/NAME.json. Raises InputError for a run of other flags than its row has today."""
     path = RESULTS / f"{name}.json"
-    runs = read_json(path)["runs"] if path.exists() else []
-    return {RunKey(run["row"], run["lr"], run["seed"]): run for run in runs}
+    results = {}
+    for run in field(read_json(path), "runs", list, path) if path.exists() else []:
+        key = RunKey(field(run, "row", str, path), field(run, "lr", float, path), field(run, "seed", int, path))
+        if key.row not in table.rows or run.get("flags") != flags_of(table, key.row):
+            raise InputError(f"{path}: holds a run of the row {key.row!r} with other flags than study/tables.py: "
+                             "delete it to run the row again")  # fmt: skip
+        results[key] = run
+    return results
 
 
 def store_result(name: str, results: dict[RunKey, dict]) -> None:
@@ -96,10 +107,10 @@ def read_figures(folder: Path) -> dict:
     """The scores and costs of a finished run, from the files in its folder."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     config, adapter = read_json(folder / "config.json"), folder / "best/adapter.safetensors"
-    speeds = [row["clips/s"] for row in rows if "clips/s" in row]
-    batch_size = config["flags"]["batch_size"]
+    batch_size, speeds = config["flags"]["batch_size"], [row["clips/s"] for row in rows if "clips/s" in row]
+    best = max((row for row in rows if "val" in row), key=lambda row: row["val"]["CIDEr"])
     return {
-        "steps": rows[-1]["step"], "val CIDEr": max(row["val"]["CIDEr"] for row in rows if "val" in row),
+        "steps": rows[-1]["step"], "best step": best["step"], "val CIDEr": best["val"]["CIDEr"],
         "test": rows[-1]["test"], "seconds": rows[-1]["elapsed"],
         "seconds per step": batch_size / statistics.median(speeds) if speeds else None,
         "adapter bytes": adapter.stat().st_size, "trained": config["trained"], "total": config["total"],
@@ -111,18 +122,18 @@ def train_one(name: str, table: Table, key: RunKey, threads: int) -> dict:
     folder = RUNS / name / key.folder_name
     peak = None
     if not (folder / "test.json").exists():
-        words = command_of(table, key, folder)
+        words, log = command_of(table, key, folder), folder.with_name(f"{folder.name}.txt")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_suffix(".txt"), "a") as output:
+        with open(log, "a") as output:
             child = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=output, stderr=output,
                                      env=os.environ | {"OMP_NUM_THREADS": str(threads)})  # fmt: skip
             _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
-            raise InputError(f"{folder}: the run ended with {child.returncode}, see {folder.with_suffix('.txt')}")
+            raise InputError(f"{folder}: the run ended with {child.returncode}, see {log}")
         peak = usage.ru_maxrss * 1024
     return {
-        "row": key.row, "lr": key.lr, "seed": key.seed, "flags": f"{table.flags} {table.rows[key.row]}",
+        "row": key.row, "lr": key.lr, "seed": key.seed, "flags": flags_of(table, key.row),
         "date": time.strftime("%Y-%m-%d"), "machine": f"{threads} thread(s) of {cpu_name()}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "peak bytes": peak,
         **read_figures(folder),
@@ -133,9 +144,10 @@ def run_all(name: str, table: Table, keys: list[RunKey], results: dict[RunKey, d
     """Runs what `results` lacks, `jobs` at a time, and stores each as it ends."""
     missing = [key for key in keys if key not in results]
     with ThreadPoolExecutor(jobs) as pool:
-        figures = pool.map(lambda key: train_one(name, table, key, threads), missing)
-        for key, result in zip(missing, figures, strict=True):
-            results[key] = result
+        futures = {pool.submit(train_one, name, table, key, threads): key for key in missing}
+        for future in as_completed(futures):
+            key = futures[future]
+            result = results[key] = future.result()
             store_result(name, results)
             print(f"{key.row}, lr {key.lr:g}, seed {key.seed}: validation CIDEr {100 * result['val CIDEr']:.1f}, "
                   f"test {100 * result['test']['CIDEr']:.1f}, {result['seconds']:.0f} s", flush=True)  # fmt: skip

@@ -13,19 +13,14 @@ SEEDS = 0, 1, 2
 
 @dataclass(frozen=True)
 class Table:
-    """A table. `says`: what its figures say, written by a reader of them."""
-
-    title: str
     flags: str  # of every run
     rows: dict[str, str]  # label: flags
-    says: str
 
 
 SHAPES = "--dataset shapes --shapes-sizes 3000 200 500 --shapes-seed 1 --data data/study --eval-every 4"
 
 TABLES = {
     "mllm": Table(
-        "From a multimodal language model",
         f"{SHAPES} --mllm backbones/tiny-mllm --epochs 16",
         {
             "nothing (zero-shot)": "--method none",
@@ -36,6 +31,5 @@ TABLES = {
             "Q-Adapter, frames with write-back": "--visual frames --write-back",
             "Q-Adapter, both": "--visual both --cache-features",
         },
-        "",
     ),
 }  # fmt: skip

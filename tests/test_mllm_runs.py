@@ -13,13 +13,17 @@ import torch
 
 import evaluate
 import train
+from common.errors import InputError
+from common.files import sha256_of
 from common.json_fields import read_json, write_json
 from models.mllm import MLLM, MLLMConfig
 from models.mllm_checkpoints import Spelling, mllm_tensor_names, read_mllm_config
-from models.safetensors import read_safetensors, write_safetensors
+from models.safetensors import read_metadata, read_safetensors, write_safetensors
 from tests.conftest import TWELVE_STEPS
 from tests.scripts import assert_one_line_error, read_log, run_forked
 from tests.training.test_distributed import fork_two
+from training.frozen_models import backbone_hashes
+from training.run import check_checkpoint
 
 PUBLISHED = Spelling("vision_tower.vision_model.", "language_model.model.", "language_model.lm_head.weight",
                      "multi_modal_projector.")  # fmt: skip
@@ -85,8 +89,10 @@ def test_a_run_of_no_steps_scores_what_another_run_starts_from(mllm, mllm_run, f
     again = run_forked(evaluate, out, "--device", "cpu", "--save", tmp_path / "test.json")
     assert again.returncode == 0, again.stderr
     assert read_json(tmp_path / "test.json") == read_json(out / "test.json")["captions"]
-    refused = run_forked(train, "--resume", out)
-    assert_one_line_error(refused, "--method none trains nothing")
+    expected = {name: (out / name).read_bytes() for name in ("test.json", "val/0.json")}
+    (out / "test.json").unlink()  # as if it had been killed
+    assert run_forked(train, "--resume", out).returncode == 0
+    assert {name: (out / name).read_bytes() for name in expected} == expected and len(read_log(out)) == 2
 
 
 def test_a_stopped_run_resumes_to_the_bit(mllm_flags, mllm_run, tmp_path, monkeypatch):
@@ -129,15 +135,24 @@ def test_your_own_videos_are_captioned(mllm_run, flags):
     assert done.stdout.splitlines()[-1] == f"{video}: {captions['test/00002.mp4']}"
 
 
-def test_another_mllm_is_refused(mllm_run, backbones, tmp_path):
-    other = make_mllm(tmp_path / "other", backbones, 1)
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "preprocessor_config.json"])
+def test_another_mllm_is_refused(name, mllm, mllm_run, tmp_path):
+    """The same folder with one file changed at its end."""
+    shutil.copytree(mllm, tmp_path / "other")
     run = tmp_path / "run"
     shutil.copytree(mllm_run, run)
+    with open(tmp_path / "other" / name, "ab") as file:
+        file.write(b" ")
     config = read_json(run / "config.json")
-    write_json(run / "config.json", config | {"flags": config["flags"] | {"mllm": str(other)}})
-    words = "was trained with another mllm/model.safetensors"
-    assert_one_line_error(run_forked(train, "--resume", run), words)
-    assert_one_line_error(run_forked(evaluate, run, "--device", "cpu"), words)
+    write_json(run / "config.json", config | {"flags": config["flags"] | {"mllm": str(tmp_path / "other")}})
+    stored = read_metadata(mllm_run / "last/adapter.safetensors")[f"mllm/{name}"]
+    assert stored == sha256_of(mllm / name) != sha256_of(tmp_path / "other" / name)
+    hashes = backbone_hashes({"mllm": tmp_path / "other"})
+    with pytest.raises(InputError, match=f"was trained with another mllm/{name}"):
+        check_checkpoint(run / "last/adapter.safetensors", hashes, config["adapter"])
+    if name == "preprocessor_config.json":  # the others cannot be loaded at all
+        assert_one_line_error(run_forked(train, "--resume", run), f"was trained with another mllm/{name}")
+        assert_one_line_error(run_forked(evaluate, run, "--device", "cpu"), f"was trained with another mllm/{name}")
 
 
 @pytest.mark.parametrize("method", ["linear", "lora-lm", "qadapter"])
@@ -158,6 +173,10 @@ def test_flags_that_do_not_fit_are_one_line(mllm, flags, tmp_path):
     words = [*TWELVE_STEPS, "--mllm", mllm, "--data", flags[-1], "--out", tmp_path / "out"]
     assert_one_line_error(run_forked(train, *words, "--visual", "frames"), "expected --write-back too")
     assert_one_line_error(run_forked(train, *words, "--method", "lora", "--visual", "both"), "are of --method qadapter")
+    assert_one_line_error(run_forked(train, *words, "--grid", 2), "--grid: expected --visual frames or both")
+    assert_one_line_error(run_forked(train, *words, "--mllm", ""), "--mllm: expected a folder")
+    assert_one_line_error(run_forked(train, *words, "--instruction", "\udcff"), "--instruction: contains half")
+    assert_one_line_error(run_forked(train, *words, "--instruction", "a video " * 200), "of the prompt")
     assert_one_line_error(run_forked(train, *words, "--image-size", 64), "--image-size: was given with --mllm")
     assert_one_line_error(run_forked(train, *words, "--method", "none", "--plan"), "has no steps")
     assert_one_line_error(run_forked(train, *words, "--method", "lora", "--cache-features"), "--cache-features")

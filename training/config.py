@@ -51,6 +51,10 @@ def fill_models(args: argparse.Namespace, device: torch.device) -> None:
 
 def check_models(args: argparse.Namespace) -> None:
     """Raises InputError where flags of an MLLM are given with those of a ViT and a language model, or the reverse."""
+    if args.mllm == "":
+        raise InputError("--mllm: expected a folder or a hub id, found nothing")
+    if any("\ud800" <= letter <= "\udfff" for letter in args.instruction):
+        raise InputError("--instruction: contains half a character, expected Unicode text")
     for name in ("vit", "lm", "image_size"):
         if args.mllm is not None and getattr(args, name) is not None:
             raise InputError(f"--{name.replace('_', '-')}: was given with --mllm, expected only one of them")
@@ -58,6 +62,8 @@ def check_models(args: argparse.Namespace) -> None:
         raise InputError("--visual and --grid: expected --mllm too: only its language model can read frames")
     if args.method != "qadapter" and (args.visual != "queries" or args.write_back):
         raise InputError(f"--visual and --write-back: are of --method qadapter; {args.method} reads frames")
+    if args.grid and args.method == "qadapter" and args.visual == "queries":
+        raise InputError("--grid: expected --visual frames or both: the queries have no grid")
     if args.visual == "frames" and not args.write_back:
         raise InputError("--visual frames: expected --write-back too: else nothing reads the queries")
 

@@ -199,6 +199,12 @@ class Run:
             "splits": dataset.counts(), "differences": dataset.differences(), "seed": args.seed,
         })  # fmt: skip
 
+    def restart(self) -> None:
+        """Locks the folder of a run that trains nothing, and begins its log anew."""
+        self._open()
+        if self.group.rank == 0:
+            truncate_log(self.folder / "log.jsonl", 0)
+
     def resume(self, captioner, optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps: int,
                device: torch.device) -> tuple[int, float, float]:  # fmt: skip
         """Restores the trained tensors and the optimizer; -> the step, the best validation score until then, and the

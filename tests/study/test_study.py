@@ -17,16 +17,17 @@ from study.runs import RunKey, chosen_lr, first_runs, later_runs
 from study.tables import LRS, SEEDS, TABLES, Table
 from training.config import make_parser
 
-TABLE = Table("title", "--dataset shapes", {"a": "--rank 8", "b": "--method none"}, "")
+TABLE = Table("--dataset shapes", {"a": "--rank 8", "b": "--method none"})
 
 
 def result(key: RunKey, cider: float, **scores) -> dict:
-    test = {"Bleu_4": 0.5, "METEOR[exact,stem]": 0.4, "ROUGE_L": 0.6, "CIDEr": cider, "shapes right": 0.9,
+    test = {"Bleu_4": 0.5, "METEOR[exact,stem]": 0.4, "ROUGE_L": 0.6, "CIDEr": 4.0 - cider, "shapes right": 0.9,
             "motion right": 0.8, "motion_one right": 0.7, "motion_two right": 0.6} | scores  # fmt: skip
-    return {"row": key.row, "lr": key.lr, "seed": key.seed, "val CIDEr": cider, "test": test, "seconds": 90.0,
-            "seconds per step": None if key.row == "b" else 0.25, "peak bytes": 2 * 10**9, "adapter bytes": 10**6,
-            "trained": 0 if key.row == "b" else 300, "total": 10_000, "steps": 5, "machine": "1 thread(s) of X",
-            "date": "2026-01-01"}  # fmt: skip
+    trains = key.row == "a"
+    return {"row": key.row, "flags": runs.flags_of(TABLE, key.row), "lr": key.lr, "seed": key.seed, "val CIDEr": cider,
+            "best step": 5, "test": test, "seconds": 90.0, "seconds per step": 0.25 if trains else None,
+            "peak bytes": 2 * 10**9, "adapter bytes": 10**6, "trained": 300 * trains, "total": 10_000, "steps": 5,
+            "machine": "1 thread(s) of X", "date": "2026-01-01"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -53,14 +54,13 @@ def test_a_table_has_means_and_spreads():
     results = {key: result(key, cider) for key, cider in zip(first_runs(TABLE), (1.0, 3.0, 2.0, 0.5), strict=True)}
     for key, cider in zip(later_runs(TABLE, results, SEEDS), (2.9, 3.3), strict=True):
         results[key] = result(key, cider)
-    text = report.format_table("x", TABLE, results)
+    text = report.format_table(TABLE, results)
     cells = next(line for line in text.splitlines() if line.startswith("| a | 300")).split(" | ")
-    ciders = [300.0, 290.0, 330.0]
+    ciders = [100.0, 110.0, 70.0]  # of the test split: 4 minus validation
     assert cells[8] == f"{statistics.mean(ciders):.1f} ± {statistics.stdev(ciders):.1f}"
     assert cells[2:5] == ["3.00 %", f"{LRS[1]:g}", "3"] and cells[5] == "50.0 ± 0.0"
     assert "| b | 0 | 0.00 % |  | 1 | 50.0 | 40.0 |" in text
-    assert "| a | 0.25 ± 0.00 | 1.50 ± 0.00 | 2.00 ± 0.00 | 1.00 ± 0.00 |" in text
-    assert "| b |  | 1.50 | 2.00 | 1.00 |" in text
+    assert "| a | 0.25 ± 0.00 | 2.00 ± 0.00 | 1.00 ± 0.00 |" in text and "| b |  | 2.00 | 1.00 |" in text
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -68,7 +68,7 @@ def test_the_page_is_that_of_the_results(name):
     """Reference: results/TABLE.json."""
     begin, end = report.markers(name)
     found = report.PAGE.read_text().partition(begin)[2].partition(end)[0].strip()
-    assert found == report.format_table(name, TABLES[name], runs.load_results(name)).strip()
+    assert found == report.format_table(TABLES[name], runs.load_results(name, TABLES[name])).strip()
 
 
 def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
@@ -101,6 +101,32 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["study", "tiny", "--seeds", "0", "1", "--dry-run"])
     assert program.main() == 0
     assert capsys.readouterr().out.splitlines()[-1] == "tiny: 3 runs, 3 of them done; hours left: 0.0"
+
+
+def test_a_result_of_other_flags_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    runs.store_result("x", {RunKey("a", 0.1, 0): result(RunKey("a", 0.1, 0), 1.0)})
+    assert list(runs.load_results("x", TABLE)) == [RunKey("a", 0.1, 0)]
+    with pytest.raises(InputError, match="x.json: holds a run of the row 'a' with other flags"):
+        runs.load_results("x", replace(TABLE, flags="--dataset shapes --epochs 9"))
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(InputError, match="x.json: 'runs' is missing|x.json"):
+        runs.load_results("x", TABLE)
+
+
+def test_figures_are_those_of_the_best_validation(tmp_path):
+    """A log of three validations; the median speed is that of the middle row."""
+    rows = [{"step": 0, "val": {"CIDEr": 0.1}}, *({"step": i, "clips/s": speed} for i, speed in ((1, 10), (2, 40))),
+            {"step": 3, "clips/s": 20}, {"step": 3, "val": {"CIDEr": 0.9}}, {"step": 6, "val": {"CIDEr": 0.5}},
+            {"step": 6, "test": {"CIDEr": 0.3}, "elapsed": 7.0}]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {"batch_size": 5}, "trained": 1, "total": 2}))
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/adapter.safetensors").write_bytes(b"12345")
+    assert runs.read_figures(tmp_path) == {
+        "steps": 6, "best step": 3, "val CIDEr": 0.9, "test": {"CIDEr": 0.3}, "seconds": 7.0, "seconds per step": 0.25,
+        "adapter bytes": 5, "trained": 1, "total": 2,
+    }  # fmt: skip
 
 
 def test_a_stopped_run_is_resumed(tmp_path):
