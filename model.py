@@ -135,8 +135,10 @@ class Captioner(nn.Module):
         visual = self.num_visual_tokens(config.frames)
         prompt = self.prefix_length(config.frames) - visual
         if (positions := visual + prompt + MAX_CAPTION_TOKENS) > lm.config.max_positions:  # EOS is not fed back
-            raise InputError(f"{visual} visual tokens, {prompt} of the prompt and {MAX_CAPTION_TOKENS} of a caption "
-                             f"need {positions} positions, the language model has {lm.config.max_positions}")  # fmt: skip
+            raise InputError(
+                f"{visual} visual tokens, {prompt} of the prompt and {MAX_CAPTION_TOKENS} of a caption need {positions} "
+                f"positions, the language model has {lm.config.max_positions}"
+            )
         self.lm_hidden = lm.hidden  # or a compiled version of it
         self.train()
 
