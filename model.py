@@ -136,8 +136,8 @@ class Captioner(nn.Module):
         prompt = self.prefix_length(config.frames) - visual
         if (positions := visual + prompt + MAX_CAPTION_TOKENS) > lm.config.max_positions:  # EOS is not fed back
             raise InputError(
-                f"{visual} visual tokens, {prompt} of the prompt and {MAX_CAPTION_TOKENS} of a caption need {positions} "
-                f"positions, the language model has {lm.config.max_positions}"
+                f"{visual} visual tokens, {prompt} of the prompt and {MAX_CAPTION_TOKENS} of a caption need "
+                f"{positions} positions, the language model has {lm.config.max_positions}"
             )
         self.lm_hidden = lm.hidden  # or a compiled version of it
         self.train()
@@ -210,15 +210,9 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def measure_channels(self, frames: Tensor) -> None:
-        """Frames uint8 (B, T, 3, S, S), or their `block_outputs`: the adapter's statistics become those of them.
-
-        Queries that go through an MLLM's projector start as large as what it is used to.
-        """
+        """Frames uint8 (B, T, 3, S, S), or their `block_outputs`: the adapter's statistics become those of them."""
         outputs = self.block_outputs(frames) if frames.dtype == torch.uint8 else frames
         self.adapter.measure_channels(outputs)
-        if self.projects_queries:
-            features = self.vit.finish(outputs[:, :, -1].to(self.dtype))  # (B, T, P, D)
-            self.adapter.norm.weight.fill_(features.float().square().mean().sqrt())
 
     # -------------------------------------------------------------------------------- what the ViT sees
 

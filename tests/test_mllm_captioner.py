@@ -190,18 +190,6 @@ def test_the_instruction_is_that_of_the_config():
     assert captioner.texts(3)[-1].tolist() == Letters().encode("name it") != whole.texts(3)[-1].tolist()
 
 
-def test_projected_queries_start_as_large_as_features():
-    """Model seed 30, frames seed 31. Reference: the root mean square of the ViT's last hidden states."""
-    captioner, frames = make("llava", "queries", 30), clips(2, 3, 31)
-    captioner.measure_channels(frames)
-    features = captioner.vit(captioner.vit.normalize(frames).flatten(0, 1))
-    queries, _ = captioner.look(frames)
-    assert queries.square().mean().sqrt().item() == pytest.approx(features.square().mean().sqrt().item(), rel=0.01)
-    own = make("smolvlm", "queries", 30)
-    own.measure_channels(frames)
-    assert own.adapter.norm.weight.eq(1).all()
-
-
 def test_write_back_reaches_the_tokens_of_every_frame():
     """Model seed 12, frames seed 13: what is written after the last block alone changes what is read of each frame."""
     captioner, frames = make("llava", "frames", 12), clips(1, 3, 13)
