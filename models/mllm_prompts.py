@@ -68,7 +68,7 @@ def encode_prompt(tokenizer: Tokenizer, layout: str, lm_family: str, frames: int
     """The ids of `prompt_texts`, with BOS where texts begin with one.
 
     Raises InputError if the tokenizer is of another kind or lacks a control token of the prompt, and if the instruction
-    contains a control token.
+    contains a control token of a byte-level BPE.
     """
     added = tokenizer.config.added if isinstance(tokenizer, BPETokenizer) else {}
     if isinstance(tokenizer, BPETokenizer) and (layout, lm_family) == ("llava", "llama"):  # Llama 3 has another prompt

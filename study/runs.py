@@ -108,7 +108,9 @@ def read_figures(folder: Path) -> dict:
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     config, adapter = read_json(folder / "config.json"), folder / "best/adapter.safetensors"
     batch_size, speeds = config["flags"]["batch_size"], [row["clips/s"] for row in rows if "clips/s" in row]
-    best = max((row for row in rows if "val" in row), key=lambda row: row["val"]["CIDEr"])
+    validations = [row for row in rows if "val" in row]
+    validations = validations[1:] or validations  # step 0 is before training: its weights are not kept
+    best = max(validations, key=lambda row: row["val"]["CIDEr"])
     return {
         "steps": rows[-1]["step"], "best step": best["step"], "val CIDEr": best["val"]["CIDEr"],
         "test": rows[-1]["test"], "seconds": rows[-1]["elapsed"],

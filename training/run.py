@@ -58,8 +58,10 @@ def check_checkpoint(path: Path, hashes: dict[str, str], adapter: dict) -> None:
             raise InputError(f"{path}: was trained with another {name} (sha256 {str(metadata.get(name))[:12]}, "
                              f"found {str(hashes.get(name))[:12]})")  # fmt: skip
     trained = rename_fields(parse_object(metadata.get("adapter", "{}").encode(), f"{path}: metadata field 'adapter'"))
-    if not trained.items() <= adapter.items():  # older checkpoints lack the newest fields
-        raise InputError(f"{path}: is an adapter of {trained}, config.json of its run says {adapter}")
+    if different := sorted(name for name in trained if name not in adapter or trained[name] != adapter[name]):
+        name = different[0]  # older checkpoints lack the newest fields
+        raise InputError(f"{path}: {name} of its adapter is {trained[name]!r}, config.json of its run says "
+                         f"{adapter.get(name)!r}")  # fmt: skip
 
 
 def save_checkpoint(folder: Path, captioner, metadata: dict[str, str], state: dict | None = None) -> None:

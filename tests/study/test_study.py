@@ -115,8 +115,8 @@ def test_a_result_of_other_flags_is_refused(tmp_path, monkeypatch):
 
 
 def test_figures_are_those_of_the_best_validation(tmp_path):
-    """A log of three validations; the median speed is that of the middle row."""
-    rows = [{"step": 0, "val": {"CIDEr": 0.1}}, *({"step": i, "clips/s": speed} for i, speed in ((1, 10), (2, 40))),
+    """A log of validations before training and after 3 and 6 steps; the median speed is that of the middle row."""
+    rows = [{"step": 0, "val": {"CIDEr": 1.1}}, *({"step": i, "clips/s": speed} for i, speed in ((1, 10), (2, 40))),
             {"step": 3, "clips/s": 20}, {"step": 3, "val": {"CIDEr": 0.9}}, {"step": 6, "val": {"CIDEr": 0.5}},
             {"step": 6, "test": {"CIDEr": 0.3}, "elapsed": 7.0}]  # fmt: skip
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
