@@ -25,6 +25,7 @@ from common.errors import InputError
 from common.files import sha256_of
 from models import hub
 from models.lm import CausalLM
+from models.mllm import MLLM
 from models.safetensors import read_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
@@ -219,7 +220,7 @@ def test_cached_features_are_block_outputs(finished_run, flags, tmp_path):
         assert list(stored.values()) == evaluate.caption_split(last, val_frames, range(len(val)), 2)
         found = torch.from_numpy(np.array(features[3])).view(torch.bfloat16)[:, 0]  # (8, P, D)
         torch.testing.assert_close(found, expected.bfloat16(), rtol=2**-7, atol=1e-2 if precision == "bf16" else 1e-6)
-    for more in (("--write-back",), ("--method", "linear")):
+    for more in (("--write-back",), ("--method", "lora")):
         done = run_forked(train, *flags, "--out", tmp_path / "n", "--cache-features", *more)
         assert_one_line_error(done, "--cache-features")
 
@@ -314,11 +315,12 @@ def test_a_checkpoint_of_other_backbones_is_refused(flags, backbones, tmp_path):
 
 
 def test_the_committed_backbones_load_and_stay_small():
-    """The two folders in backbones/: loaded strictly, at most 8 MB together, the tokenizer knows every word."""
+    """The folders in backbones/: loaded strictly, at most 12 MB together, the tokenizer knows every word."""
     vit, lm = ViT.from_pretrained(ROOT / "backbones/tiny-vit"), CausalLM.from_pretrained(ROOT / "backbones/tiny-lm")
+    assert MLLM.from_pretrained(ROOT / "backbones/tiny-mllm").config.layout == "llava"
     tokenizer = load_tokenizer(ROOT / "backbones/tiny-lm")
     assert vit.config.image_size == shapes.SIDE and lm.config.vocab == len(tokenizer)
-    assert sum(f.stat().st_size for f in (ROOT / "backbones").rglob("*") if "__pycache__" not in f.parts) < 8e6
+    assert sum(f.stat().st_size for f in (ROOT / "backbones").rglob("*") if "__pycache__" not in f.parts) < 12e6
     caption = shapes.describe(shapes.draw_scene(np.random.default_rng(0)), np.random.default_rng(0))
     ids = tokenizer.encode(caption)
     assert tokenizer.decode([ids]) == [caption] and tokenizer.processor.unk_id() not in ids
