@@ -1,7 +1,7 @@
 """The captioner: a frozen ViT, an adapter, a frozen causal language model.
 
     BOS | N visual tokens | "a video of" | caption | EOS        a ViT and a language model; Qwen has no BOS
-    text | N_1 visual tokens | text | ... | text | caption | EOS        an MLLM, whose own prompt makes the texts
+    text | N' visual tokens | text | ... | text | caption | EOS         an MLLM, whose own prompt makes the texts
 
 A ViT and a language model that never met need a trained connector. With `--method qadapter` the visual tokens are
 connector(LN(Q)), scaled to the root mean square of the word embeddings; the other methods make one token per frame,
@@ -12,8 +12,8 @@ What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer 
 ViT (`lora`) or of the language model (`lora-lm`), everything (`full`) or nothing (`none`).
 
 Letters: B clips, T frames, S side in pixels, P tokens of the ViT a frame, D ViT width, Q the N queries of the
-Q-Adapter, C width of the language model, N' visual tokens of one of M groups, K captions per clip, L tokens of the
-longest caption with its EOS.
+Q-Adapter, C width of the language model, N' visual tokens of one of M groups, n images, K captions per clip, L tokens
+of the longest caption with its EOS.
 """
 
 import math
@@ -30,6 +30,7 @@ from models.caption_loss import caption_loss
 from models.generation import generate, make_generation_config
 from models.lm import CausalLM
 from models.mllm import MLLM, MLPProjector, interleave
+from models.mllm_prompts import INSTRUCTION
 from models.safetensors import read_safetensors, write_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
@@ -39,7 +40,6 @@ from qadapter import QAdapter, add_lora, frozen_block_outputs, init_time_embed, 
 __all__ = ["MLLM", "AdapterConfig", "Captioner", "CausalLM", "ViT", "generate", "load_tokenizer"]
 
 PROMPT = "a video of"
-INSTRUCTION = "Describe the video."  # to an MLLM
 MAX_CAPTION_TOKENS = 40  # longer training captions are truncated
 
 
@@ -241,8 +241,9 @@ class Captioner(nn.Module):
             if self.config.write_back and self.adapter is not None:
                 return self.adapter.read_and_write(self.vit, pixels)
             if not self.config.vit_unchanged:
-                return None, self.vit.run_blocks(pixels.flatten(0, 1)).unflatten(0, frames.shape[:2])
-            outputs = frozen_block_outputs(self.vit, pixels, self.first_block)
+                z = self.vit.run_blocks(pixels.flatten(0, 1))  # (B*T, P, D)
+                return None, z.unflatten(0, frames.shape[:2])
+            outputs = frozen_block_outputs(self.vit, pixels, self.first_block)  # (B, T, blocks, P, D)
         return None if self.adapter is None else self.adapter.read(outputs), outputs[:, :, -1]
 
     # ------------------------------------------------------------------ what the language model reads
@@ -282,9 +283,10 @@ class Captioner(nn.Module):
 
     def frame_tokens(self, z: Tensor) -> Tensor:
         """Outputs of the last block (B, T, P, D) -> the MLLM's tokens of each frame (B, T, N', C)."""
-        tokens = self.mllm.connect(self.vit.finish(z.flatten(0, 1))).unflatten(0, z.shape[:2])
+        tokens = self.mllm.connect(self.vit.finish(z.flatten(0, 1)))  # (B*T, N', C)
+        tokens = tokens.unflatten(0, z.shape[:2])
         if self.config.grid:
-            tokens = average_grid(tokens, self.config.grid)
+            tokens = average_grid(tokens, self.config.grid)  # (B, T, grid * grid, C)
         if self.config.method == "linear":  # adds what it has learned
             time_embed = interpolate_time_embed(self.time_embed, z.shape[1])[:, None]  # (T, 1, C)
             tokens = tokens + self.connector(tokens / self.prefix_scale + time_embed) * self.prefix_scale
@@ -308,7 +310,7 @@ class Captioner(nn.Module):
             return [self.project_queries(queries)]
         if self.mllm is None:
             return [self.pooled_frames(z)]
-        groups = list(self.frame_tokens(z).unbind(1))
+        groups = list(self.frame_tokens(z).unbind(1))  # T times (B, N', C)
         if self.config.reads_queries:
             groups[-1] = torch.cat([groups[-1], self.project_queries(queries).to(groups[-1].dtype)], dim=1)
         return groups

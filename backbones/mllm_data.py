@@ -18,12 +18,12 @@ from torch import Tensor
 
 from backbones.lm_data import pad
 from models.mllm import MLLM
+from models.mllm_prompts import INSTRUCTION
 from models.tokenizer import Tokenizer
 from video_data import shapes
 from video_data.batches import IGNORE_INDEX
 
 STILLS = 8  # A: as many as the frames of a clip
-INSTRUCTION = "Describe the video."
 VISIBLE = 12  # pixels of a shape that count as seeing it
 # Captions of one and of two shapes: nouns n, m.
 ONE_SHAPE = ("a {n}", "there is a {n}", "the {n}", "one {n}", "we see a {n}")

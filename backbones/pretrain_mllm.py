@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.lm_data import LMTrainingData, document
-from backbones.mllm_data import INSTRUCTION, AlbumData
+from backbones.mllm_data import AlbumData
 from backbones.pretrain import save_model, train
 from common import cli
 from common.files import replace_atomically
@@ -35,6 +35,7 @@ from common.json_fields import read_json
 from models.lm import CausalLM
 from models.mllm import MLLM, MLLMConfig
 from models.mllm_checkpoints import Spelling, mllm_tensor_names
+from models.mllm_prompts import INSTRUCTION
 from models.tokenizer import SentencePieceTokenizer
 from models.vit import ViT
 

@@ -21,6 +21,7 @@ from common.errors import InputError
 from models.bpe import BPETokenizer
 from models.tokenizer import Tokenizer
 
+INSTRUCTION = "Describe the video."  # the default
 CONTROL_TOKEN = re.compile(r"<[\w|-]+>")
 AROUND_IMAGE = "<fake_token_around_image><global-img>", "<fake_token_around_image>"  # its visual tokens
 

@@ -1,7 +1,7 @@
 """The tables of docs/study.md, from the files in results/."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from common.errors import InputError
 from common.files import replace_atomically
@@ -11,6 +11,7 @@ from study.tables import TABLES, Table
 PAGE = ROOT / "docs/study.md"
 SCORES = {"BLEU-4": "Bleu_4", "METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr": "CIDEr", "shapes": "shapes right",
           "motion": "motion right", "of one": "motion_one right", "of two": "motion_two right"}  # fmt: skip
+COSTS = {"s a step": ("seconds per step", 1), "GB, peak": ("peak bytes", 1e9), "MB, file": ("adapter bytes", 1e6)}
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
@@ -45,16 +46,12 @@ def format_table(table: Table, results: dict[RunKey, dict]) -> str:
         columns = [mean_and_spread([score_of(run, key) for run in runs]) for key in SCORES.values()]
         rate = f"{lr:g}" if has_steps else ""
         scores.append([row, f"{runs[0]['trained']:,}", share, rate, str(len(runs)), *columns])
-        cells: list[Callable[[dict], float | None]] = [
-            lambda run: run["seconds per step"],
-            lambda run: run["peak bytes"] and run["peak bytes"] / 1e9, lambda run: run["adapter bytes"] / 1e6,
-        ]  # fmt: skip
-        values = [[value for run in runs if (value := cell(run)) is not None] for cell in cells]
+        values = [[run[key] / unit for run in runs if run[key] is not None] for key, unit in COSTS.values()]
         costs.append([row, *(mean_and_spread(column, 2) if column else "" for column in values)])
     machines = sorted({f"{run['machine']}, {run['date']}" for run in results.values()})
     lines = [f"Flags of every run: `{table.flags}`. Machine: {'; '.join(machines)}.", ""]
     lines += table_lines(["trained", "parameters", "share", "`--lr`", "seeds", *SCORES], scores)
-    lines += ["", *table_lines(["", "s a step", "GB, peak", "MB, file"], costs)]
+    lines += ["", *table_lines(["", *COSTS], costs)]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from backbones import lm_data, mllm_data, pretrain, pretrain_mllm
 from models.generation import generate
 from models.mllm import MLLM
+from models.mllm_prompts import INSTRUCTION
 from models.tokenizer import SentencePieceTokenizer, load_tokenizer
 from models.vit import ViT
 from video_data import shapes
@@ -173,7 +174,7 @@ def test_the_tiny_mllm_names_the_shapes_of_stills(tiny_mllm, tokenizer, stills):
         images.append(shapes.render(scene, np.full(stills, 0.5), rng)[0])
     frames = torch.from_numpy(np.stack(images)).permute(0, 1, 4, 2, 3)  # (B, T, 3, S, S)
     visual = tiny_mllm.image_tokens(tiny_mllm.vit.normalize(frames).flatten(0, 1)).unflatten(0, (20, stills))
-    prompt = tiny_mllm.prompt(tokenizer, stills, mllm_data.INSTRUCTION)
+    prompt = tiny_mllm.prompt(tokenizer, stills, INSTRUCTION)
     texts = [torch.tensor(ids, dtype=torch.long) for ids in prompt]
     captions = tokenizer.decode(generate(tiny_mllm.lm, tiny_mllm.merge(texts, visual.unbind(1)), 20))
     right = [named(caption) == nouns(scene) for caption, scene in zip(captions, scenes, strict=True)]

@@ -13,20 +13,18 @@ import torch
 
 import evaluate
 import train
+from backbones.pretrain_mllm import PUBLISHED
 from common.errors import InputError
 from common.files import sha256_of
 from common.json_fields import read_json, write_json
 from models.mllm import MLLM, MLLMConfig
-from models.mllm_checkpoints import Spelling, mllm_tensor_names, read_mllm_config
+from models.mllm_checkpoints import mllm_tensor_names, read_mllm_config
 from models.safetensors import read_metadata, read_safetensors, write_safetensors
 from tests.conftest import TWELVE_STEPS
 from tests.scripts import assert_one_line_error, read_log, run_forked
 from tests.training.test_distributed import fork_two
 from training.frozen_models import backbone_hashes
 from training.run import check_checkpoint
-
-PUBLISHED = Spelling("vision_tower.vision_model.", "language_model.model.", "language_model.lm_head.weight",
-                     "multi_modal_projector.")  # fmt: skip
 
 
 def make_mllm(folder: Path, backbones: Path, seed: int) -> Path:

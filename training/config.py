@@ -15,6 +15,7 @@ import torch
 from common import cli
 from common.errors import InputError
 from common.json_fields import field, read_json
+from models.mllm_prompts import INSTRUCTION
 from training.devices import DTYPES
 from training.presets import PRESETS
 from video_data.datasets import DATASETS, DEFAULT_SIZES
@@ -32,7 +33,7 @@ DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had
     "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
     "lr_scaling": "none", "gate_lr": 1.0, "passes": None, "micro_batch_size": None, "beams": 1,
     "raw_channels": True, "shapes_seed": 0, "mllm": None, "visual": "queries", "grid": 0,
-    "instruction": "Describe the video.",
+    "instruction": INSTRUCTION,
 }  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def add_model_flags(group) -> None:
                        help="what an MLLM's language model reads: the queries, its own tokens of each frame, both")
     group.add_argument("--grid", type=cli.at_least(0), default=0, metavar="G",
                        help="average an MLLM's tokens of a frame to G x G; 0: as they are")  # fmt: skip
-    group.add_argument("--instruction", default="Describe the video.", help="to an MLLM")
+    group.add_argument("--instruction", default=INSTRUCTION, help="to an MLLM")
     group.add_argument("--queries", type=cli.at_least(1), default=16, help="query tokens of the Q-Adapter")
     group.add_argument("--rank", type=cli.at_least(1), default=32, help="of the Q-Adapter's projections, or of LoRA")
     group.add_argument("--heads", type=cli.at_least(1), default=8, help="attention heads of the Q-Adapter")

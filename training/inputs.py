@@ -16,7 +16,8 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
 
     Everything is decoded here, the test split too: a clip that cannot be decoded must not be found after training. The
     size of all that is missing is reported, and compared with the free disk space, before the first clip is decoded.
-    `hashes` are those of the frozen models, on which the block outputs depend. Raises InputError.
+    A method that trains nothing gets no training clips. `hashes` are those of the frozen models, on which the block
+    outputs depend. Raises InputError.
     """
     root, preprocessing = cache_folder(args.cache, args.dataset, args.data), captioner.vit.preprocessing
     counts = {"train": args.candidate_frames, "val": args.frames, "test": args.frames}

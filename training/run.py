@@ -42,6 +42,7 @@ from training.frozen_models import GENERATION_CONFIG
 
 # ----------------------------------------------------------------------------------- checkpoints
 
+
 def checkpoint_path(run: Path, which: str) -> Path:
     """`run/which/adapter.safetensors`; in `which`.old while, or after, the renaming of folders was interrupted."""
     folder, old = run / which, run / f"{which}.old"
