@@ -17,11 +17,11 @@ class Table:
     rows: dict[str, str]  # label: flags
 
 
-SHAPES = "--dataset shapes --shapes-sizes 3000 200 500 --shapes-seed 1 --data data/study --eval-every 4"
+SHAPES = "--dataset shapes --shapes-sizes 3000 200 500 --shapes-seed 1 --data data/study --eval-every 2"
 
 TABLES = {
     "mllm": Table(
-        f"{SHAPES} --mllm backbones/tiny-mllm --epochs 16",
+        f"{SHAPES} --mllm backbones/tiny-mllm --epochs 8",
         {
             "nothing (zero-shot)": "--method none",
             "`linear`": "--method linear --cache-features",
