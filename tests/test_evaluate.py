@@ -3,6 +3,7 @@
 References: the scores and captions that training wrote; `Captioner.caption` called with the same options.
 """
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -65,13 +66,16 @@ def test_videos_good_and_bad(finished_run, flags, tmp_path):
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
 
 
-def test_a_saved_file_stays_where_nothing_is_captioned(finished_run, tmp_path):
-    """An empty folder, and an empty list of paths: one line, and the captions of an earlier call are still there."""
+def test_a_saved_file_stays_where_nothing_is_captioned(finished_run, tmp_path, monkeypatch):
+    """An empty folder, and an empty list of paths: an error, and the captions of an earlier call are still there."""
     (tmp_path / "c.json").write_text("old")
     (tmp_path / "empty").mkdir()
-    for words, text in (([tmp_path / "empty"], "found none"), (["-"], "found none")):
-        done = run_python("evaluate.py", finished_run, "--video", *words, "--save", tmp_path / "c.json", input="")
-        assert_one_line_error(done, text)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    for videos in (tmp_path / "empty", "-"):
+        words = map(str, ["evaluate.py", finished_run, "--video", videos, "--save", tmp_path / "c.json"])
+        monkeypatch.setattr(sys, "argv", list(words))
+        with pytest.raises(InputError, match="found none"):
+            evaluate.main()
         assert (tmp_path / "c.json").read_text() == "old"
 
 

@@ -193,7 +193,7 @@ def test_a_step_does_not_wait_for_the_device(name):
 # --------------------------------------------------------------------------------------- precision, compiling
 
 
-@pytest.mark.parametrize("name", CONFIGS.keys() - {"full"})
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "full"])
 def test_only_frozen_weights_are_bf16(name):
     """Model seed 40, frames seed 41: loss within 2 % of fp32's, gradients of the trained fp32 tensors point the same
     way (cosine above 0.95 for those whose gradient is not rounding alone)."""
@@ -224,7 +224,7 @@ def test_the_loss_on_block_outputs_is_that_on_frames():
     assert captioner(outputs, LABELS) == captioner(frames, LABELS)
 
 
-@every_config
+@pytest.mark.parametrize("name", ["no write-back", "write-back", "lora-lm"])
 def test_compiling_changes_neither_names_nor_results(name, tmp_path):
     """Model seed 44, frames seed 45; dynamo's capture, run eagerly. Loss and gradients within 1e-5; the same file."""
     plain, compiled, frames = make(name, 44), make(name, 44), clips(2, 4, 45)

@@ -116,11 +116,11 @@ def test_failed_write_leaves_no_file_and_the_tables_load(small_tables, tmp_path,
     [
         (meteor_data.JAR, b"no zip"),
         (meteor_data.PARAPHRASES, b"no gz"),
-        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\n")),
-        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\nright\n" * 50)[:-9]),
-        (meteor_data.PARAPHRASES, gzip.compress(b"")),
-        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\n\xff\nright\n")),
-        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\n\xff")),
+        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\n", mtime=0)),
+        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\nright\n" * 50, mtime=0)[:-9]),
+        (meteor_data.PARAPHRASES, gzip.compress(b"", mtime=0)),
+        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\n\xff\nright\n", mtime=0)),
+        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\n\xff", mtime=0)),
     ],
 )
 def test_damaged_tables_are_named(small_tables, tmp_path, name, content):
