@@ -8,8 +8,9 @@ connector(LN(Q)), scaled to the root mean square of the word embeddings; the oth
 connector(pooled feature + frame vector). An MLLM (`models/mllm.py`) has a projector of its own. Its language model
 reads the MLLM's tokens of each frame (`visual` frames), the queries in place of an image (queries), or both.
 
-What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer (`linear`), LoRA in the attention of the
-ViT (`lora`) or of the language model (`lora-lm`), everything (`full`) or nothing (`none`).
+What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer (`linear`), one of the rivals in
+`models/peft.py` (`lora`, `adapter` and `prompt` in the ViT, `lora-lm` in the language model), everything (`full`) or
+nothing (`none`).
 
 Letters: B clips, T frames, S side in pixels, P tokens of the ViT a frame, D ViT width, Q the N queries of the
 Q-Adapter, C width of the language model, N' visual tokens of one of M groups, n images, K captions per clip, L tokens
@@ -31,10 +32,11 @@ from models.generation import generate, make_generation_config
 from models.lm import CausalLM
 from models.mllm import MLLM, MLPProjector, interleave
 from models.mllm_prompts import INSTRUCTION
+from models.peft import add_adapters, add_lora, add_prompts
 from models.safetensors import read_safetensors, write_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
-from qadapter import QAdapter, add_lora, frozen_block_outputs, init_time_embed, interpolate_time_embed
+from qadapter import QAdapter, frozen_block_outputs, init_time_embed, interpolate_time_embed
 
 # For users: the parts can be imported from here, too.
 __all__ = ["MLLM", "AdapterConfig", "Captioner", "CausalLM", "ViT", "generate", "load_tokenizer"]
@@ -47,9 +49,9 @@ MAX_CAPTION_TOKENS = 40  # longer training captions are truncated
 class AdapterConfig:
     """What is trained; with the frozen models it determines the name and shape of every trained tensor."""
 
-    method: str = "qadapter"  # qadapter | none | linear | lora | lora-lm | full
+    method: str = "qadapter"  # qadapter | none | linear | lora | lora-lm | adapter | prompt | full
     write_back: bool = False
-    queries: int = 16
+    queries: int = 16  # or prompts of a block
     rank: int = 32
     heads: int = 8
     last_blocks: int = 3  # 0: all
@@ -156,7 +158,7 @@ class Captioner(nn.Module):
                              f"has {self.mllm.config.tokens_per_image} tokens")  # fmt: skip
 
     def add_trained_parts(self) -> None:
-        """Makes the adapter or the LoRA of the method, and the connector and frame vectors where it needs them."""
+        """Makes what the method adds to the frozen models, and the connector and frame vectors where it needs them."""
         config, width, lm_width = self.config, self.vit.config.width, self.lm.config.width
         is_pair = self.mllm is None
         if config.method == "qadapter":
@@ -166,6 +168,10 @@ class Captioner(nn.Module):
             self.time_embed = nn.Parameter(init_time_embed(config.frames, width if is_pair else lm_width))
         if config.method in ("lora", "lora-lm"):
             add_lora((self.vit if config.method == "lora" else self.lm).blocks, config.rank)
+        elif config.method == "adapter":
+            add_adapters(self.vit, config.rank)
+        elif config.method == "prompt":
+            add_prompts(self.vit, config.queries)
         if is_pair:
             needs_connector = config.method != "none"
         else:

@@ -23,7 +23,6 @@ n and m count any queries and keys, T' is another number of frames.
 References
 [1] Q-Adapter, https://arxiv.org/abs/2510.10022 (abstract only).
 [2] Flamingo's Perceiver resampler (https://arxiv.org/abs/2204.14198, sec. 3.1): queries among the keys.
-[3] LoRA, https://arxiv.org/abs/2106.09685, eq. 3.
 """
 
 import torch
@@ -245,26 +244,3 @@ class QAdapter(nn.Module):
         if self.write_back:
             return self.read_and_write(vit, pixels)[0]
         return self.read(frozen_block_outputs(vit, pixels, self.first))
-
-
-class LoRALinear(nn.Linear):
-    """A frozen linear layer plus a trained update of rank r: x W^T + b + (x A^T) B^T [3].
-
-    A starts random and B at zero, so step 0 is the frozen layer. The usual factor alpha / r is 1 here.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int):
-        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        self.lora_a = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-
-
-def add_lora(blocks: nn.ModuleList, rank: int) -> None:
-    """Replaces the query and value projections of the blocks of a ViT or language model by LoRALinear, in place."""
-    for block in blocks:
-        block.attn.q = LoRALinear(block.attn.q, rank)
-        block.attn.v = LoRALinear(block.attn.v, rank)

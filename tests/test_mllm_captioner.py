@@ -34,6 +34,7 @@ CONFIGS = {
     "linear": AdapterConfig(method="linear", frames=3),
     "lora": AdapterConfig(method="lora", rank=2, frames=3),
     "lora-lm": AdapterConfig(method="lora-lm", rank=2, frames=3),
+    "adapter": AdapterConfig(method="adapter", rank=2, frames=3),
     "full": AdapterConfig(method="full", frames=3),
     "queries": AdapterConfig(**SMALL),
     "queries, write-back": AdapterConfig(**SMALL, write_back=True),
@@ -41,7 +42,7 @@ CONFIGS = {
     "both": AdapterConfig(**SMALL, visual="both"),
     "both, write-back": AdapterConfig(**SMALL, visual="both", write_back=True),
 }
-LIKE_THE_MLLM = ["linear", "lora", "lora-lm", "full", "frames"]  # at step 0
+LIKE_THE_MLLM = ["linear", "lora", "lora-lm", "adapter", "full", "frames"]  # at step 0
 CACHEABLE = ["none", "linear", "lora-lm", "queries", "both"]
 LABELS = torch.tensor([[[3, 4, EOS], [5, EOS, -100]], [[6, EOS, -100], [7, 8, EOS]]])
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -236,6 +237,9 @@ def expected_names(layout: str, name: str, captioner: Captioner) -> set[str]:
     if name.startswith("lora"):
         blocks = [f"vit.blocks.{i}" for i in range(3)] if name == "lora" else [f"lm.blocks.{i}" for i in range(2)]
         return {f"{block}.attn.{x}.lora_{y}" for block in blocks for x in "qv" for y in "ab"}
+    if name == "adapter":
+        layers = [f"vit.blocks.{i}.mlp.adapter_{layer}" for i in range(3) for layer in ("down", "up")]
+        return {f"{layer}.{x}" for layer in layers for x in ("weight", "bias")}
     names = {f"adapter.{key}" for key, _ in captioner.adapter.named_parameters()}
     if name == "frames":  # queries are only written
         names -= {"adapter.norm.weight", "adapter.norm.bias"}

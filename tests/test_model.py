@@ -32,6 +32,8 @@ CONFIGS = {
     "linear": AdapterConfig(method="linear", frames=4),
     "lora": AdapterConfig(method="lora", rank=2, frames=4),
     "lora-lm": AdapterConfig(method="lora-lm", rank=2, frames=4),
+    "adapter": AdapterConfig(method="adapter", rank=2, frames=4),
+    "prompt": AdapterConfig(method="prompt", queries=2, frames=4),
     "full": AdapterConfig(method="full", frames=4),
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
@@ -50,7 +52,8 @@ class Letters:
         return ["".join(LETTERS[i - 3] if i >= 3 else "?" for i in row) for row in rows]
 
 
-def make(name: str, seed: int = 0, tied: bool = False, randomized: bool = True) -> Captioner:
+def make(name: str, seed: int = 0, tied: bool = False, randomized: bool = True,
+         dtype: torch.dtype = torch.float32) -> Captioner:  # fmt: skip
     """A captioner; if randomized, what starts at zero (gates, write projections, LoRA's B) is random instead."""
     torch.manual_seed(seed)
     vit = ViT(ViTConfig(image_size=SIDE, patch_size=8, width=24, depth=DEPTH, heads=3, mlp_width=32,
@@ -58,7 +61,7 @@ def make(name: str, seed: int = 0, tied: bool = False, randomized: bool = True) 
     lm = CausalLM(LMConfig(vocab=30, width=20, depth=2, heads=4, kv_heads=2, head_width=6, mlp_width=28,
                            rope_theta=10000.0, norm_eps=1e-5, max_positions=96, tied=tied, bos_id=1,
                            eos_id=EOS))  # fmt: skip
-    captioner = Captioner(vit, lm, Letters(), CONFIGS[name])
+    captioner = Captioner(vit.to(dtype), lm.to(dtype), Letters(), CONFIGS[name])
     with torch.no_grad():
         for parameter in captioner.trained().values():
             if randomized and not parameter.any():
@@ -197,9 +200,7 @@ def test_a_step_does_not_wait_for_the_device(name):
 def test_only_frozen_weights_are_bf16(name):
     """Model seed 40, frames seed 41: loss within 2 % of fp32's, gradients of the trained fp32 tensors point the same
     way (cosine above 0.95 for those whose gradient is not rounding alone)."""
-    full, half = make(name, 40), make(name, 40)
-    frames = clips(2, 4, 41)
-    half = Captioner(half.vit.bfloat16(), half.lm.bfloat16(), Letters(), CONFIGS[name])
+    full, half, frames = make(name, 40), make(name, 40, dtype=torch.bfloat16), clips(2, 4, 41)
     half.load_state_dict(full.state_dict())
     assert {p.dtype for key, p in half.named_parameters() if key in half.trained()} == {torch.float32}
     assert {p.dtype for key, p in half.named_parameters() if key not in half.trained()} == {torch.bfloat16}
@@ -216,8 +217,7 @@ def test_only_frozen_weights_are_bf16(name):
 
 def test_the_loss_on_block_outputs_is_that_on_frames():
     """Model seed 42, frames seed 43: in bf16 the two are equal bit for bit."""
-    captioner = make("no write-back", 42)
-    captioner = Captioner(captioner.vit.bfloat16(), captioner.lm.bfloat16(), Letters(), CONFIGS["no write-back"])
+    captioner = make("no write-back", 42, dtype=torch.bfloat16)
     frames = clips(2, 4, 43)
     outputs = captioner.block_outputs(frames)
     assert outputs.dtype == torch.bfloat16
@@ -257,6 +257,11 @@ def expected_names(name: str, captioner: Captioner) -> set[str]:
             blocks = [f"lm.blocks.{i}" for i in range(len(captioner.lm.blocks))]
         layers = [f"{block}.attn.{x}" for block in blocks for x in "qv"]
         return connector | {"time_embed"} | {f"{layer}.lora_{x}" for layer in layers for x in "ab"}
+    if name == "prompt":
+        return connector | {"time_embed"} | {f"vit.blocks.{i}.prompts" for i in range(DEPTH)}
+    if name == "adapter":
+        layers = [f"vit.blocks.{i}.mlp.adapter_{layer}" for i in range(DEPTH) for layer in ("down", "up")]
+        return connector | {"time_embed"} | {f"{layer}.{x}" for layer in layers for x in ("weight", "bias")}
     config = CONFIGS[name]
     names = connector | {f"adapter.{x}" for x in ("queries", "time_embed", "norm.weight", "norm.bias")}
     adapted = config.last_blocks or DEPTH
@@ -348,7 +353,8 @@ def test_frozen_models_stay_in_eval_mode(name):
 
 def test_which_methods_keep_activations_of_the_vit():
     """Model seed 12, frames seed 13: linear and the adapter keep none of a ViT block; all keep those of the LM."""
-    for name, requires_grad in (("no write-back", False), ("linear", False), ("lora", True), ("full", True)):
+    for name, requires_grad in (("no write-back", False), ("linear", False), ("lora", True), ("full", True),
+                                ("adapter", True), ("prompt", True)):  # fmt: skip
         captioner, outputs = make(name, 12), []
         captioner.vit.blocks[-1].register_forward_hook(lambda _m, _i, output, s=outputs: s.append(output.requires_grad))
         captioner.lm.blocks[-1].register_forward_hook(lambda _m, _i, output, s=outputs: s.append(output.requires_grad))
@@ -368,7 +374,7 @@ def test_the_number_of_visual_tokens(name, frames):
     assert captioner.encode(clips(2, frames, 15))[0].shape == (2, count, 20)
 
 
-@pytest.mark.parametrize("name", ["linear", "lora", "full"])
+@pytest.mark.parametrize("name", ["linear", "lora", "adapter", "prompt", "full"])
 def test_the_visual_tokens_of_the_other_methods(name):
     """Model seed 16, frames seed 17, tolerance 1e-5: connector(pooled + E) at the embeddings' scale, frame by frame."""
     captioner, frames = make(name, 16), clips(2, 4, 17)

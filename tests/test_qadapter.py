@@ -1,8 +1,8 @@
-"""The Q-Adapter and LoRA, against slow plain versions and against the frozen ViT.
+"""The Q-Adapter, against slow plain versions and against the frozen ViT.
 
 References: the equations in qadapter.py's docstring, as `naive_gated_cross_attention` writes them out and as
-`naive_write` does here; eq. 3 of LoRA, https://arxiv.org/abs/2106.09685; the bits of the ViT without an
-adapter. ViTs are tiny and random. "Bit for bit" compares the numbers' bytes.
+`naive_write` does here; the bits of the ViT without an adapter. ViTs are tiny and random. "Bit for bit" compares the
+numbers' bytes.
 """
 
 from functools import partial
@@ -15,9 +15,7 @@ import qadapter
 from models.vit import ViT, ViTConfig
 from qadapter import (
     GatedCrossAttention,
-    LoRALinear,
     QAdapter,
-    add_lora,
     frozen_block_outputs,
     interpolate_time_embed,
     naive_gated_cross_attention,
@@ -366,35 +364,3 @@ def test_the_queries_see_every_frame():
             other = pixels.clone()
             other[:, t] *= -1
             assert ((adapter(vit, other) - before).abs().amax(-1) > 1e-4).all()
-
-
-# -------------------------------------------------------------------------------------------- LoRA
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_lora_starts_as_its_base_layer_and_is_the_published_sum(bias):
-    """x (W + B A)^T + b. Seed 41; step 0 exactly, then tolerance 1e-6 in float64."""
-    torch.manual_seed(41)
-    base = torch.nn.Linear(10, 7, bias=bias)
-    lora, x = LoRALinear(base, 3), torch.randn(4, 5, 10)
-    assert same_bits(lora(x), base(x))
-    assert lora.weight is base.weight and lora.bias is base.bias
-    assert (lora.lora_a.shape, lora.lora_b.shape) == ((3, 10), (7, 3))
-    assert lora.lora_a.std() > 0.1 and not lora.lora_b.any()  # one of the two must not be zero
-    torch.nn.init.normal_(lora.lora_b)
-    lora, x = lora.double(), x.double()
-    expected = x @ (lora.weight + lora.lora_b @ lora.lora_a).T + (lora.bias if bias else 0)
-    torch.testing.assert_close(lora(x), expected, rtol=0, atol=1e-6)
-
-
-def test_add_lora_replaces_queries_and_values_and_changes_nothing_at_first():
-    """Seeds 42 and 43: two layers in every block; the ViT's output is equal bit for bit."""
-    vit, pixels = tiny_vit(42), clips(2, 1, 43)[:, 0]
-    before, frozen = vit(pixels), {name for name, _ in vit.named_parameters()}
-    add_lora(vit.blocks, 2)
-    assert same_bits(vit(pixels), before)
-    found = [name for name, module in vit.named_modules() if isinstance(module, LoRALinear)]
-    assert found == [f"blocks.{i}.attn.{name}" for i in range(DEPTH) for name in ("q", "v")]
-    trained = {name for name, p in vit.named_parameters() if p.requires_grad}
-    assert trained == {f"{name}.lora_{x}" for name in found for x in "ab"}
-    assert {name for name, _ in vit.named_parameters()} == frozen | trained

@@ -163,13 +163,15 @@ def test_passes_over_the_captions_make_the_epochs(flags, tmp_path):
     assert_one_line_error(run_forked(train, *flags, "--passes", 2, "--out", tmp_path / "n"), "--passes")
 
 
-@pytest.mark.parametrize("method", ["linear", "lora", "full"])
+@pytest.mark.parametrize("method", ["linear", "lora", "adapter", "prompt", "full"])
 def test_the_other_methods_run_and_save_what_they_train(method, flags, tmp_path):
     done = run_forked(train, *flags, "--out", tmp_path / "r", "--method", method, "--epochs", 1)
     assert done.returncode == 0, done.stderr
     names = set(read_safetensors(tmp_path / "r/best/adapter.safetensors"))
     assert {"time_embed", "connector.weight", "connector.bias"} <= names
     assert any(".lora_" in n for n in names) == (method == "lora")
+    assert any(".adapter_down." in n for n in names) == (method == "adapter")
+    assert any(n.endswith(".prompts") for n in names) == (method == "prompt")
     assert ("lm.embed.weight" in names) == (method == "full")
     assert run_forked(evaluate, tmp_path / "r").returncode == 0
 

@@ -20,7 +20,7 @@ from training.devices import DTYPES
 from training.presets import PRESETS
 from video_data.datasets import DATASETS, DEFAULT_SIZES
 
-METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "full")
+METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "prompt", "full")
 VISUAL = ("queries", "frames", "both")
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
@@ -116,8 +116,10 @@ def add_model_flags(group) -> None:
     group.add_argument("--grid", type=cli.at_least(0), default=0, metavar="G",
                        help="average an MLLM's tokens of a frame to G x G; 0: as they are")  # fmt: skip
     group.add_argument("--instruction", default=INSTRUCTION, help="to an MLLM")
-    group.add_argument("--queries", type=cli.at_least(1), default=16, help="query tokens of the Q-Adapter")
-    group.add_argument("--rank", type=cli.at_least(1), default=32, help="of the Q-Adapter's projections, or of LoRA")
+    group.add_argument("--queries", type=cli.at_least(1), default=16,
+                       help="query tokens of the Q-Adapter; prompts of a block")  # fmt: skip
+    group.add_argument("--rank", type=cli.at_least(1), default=32,
+                       help="of the Q-Adapter's projections, of LoRA, of adapters")  # fmt: skip
     group.add_argument("--heads", type=cli.at_least(1), default=8, help="attention heads of the Q-Adapter")
     group.add_argument("--last-blocks", type=cli.at_least(0), default=3, help="adapt only the last so many; 0: all")
     group.add_argument("--gate", choices=["normed", "sigmoid", "none"], default="normed",

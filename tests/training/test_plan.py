@@ -35,6 +35,8 @@ METHODS = {
     "linear": AdapterConfig(method="linear", frames=T),
     "lora": AdapterConfig(method="lora", rank=2, frames=T),
     "lora-lm": AdapterConfig(method="lora-lm", rank=2, frames=T),
+    "adapter": AdapterConfig(method="adapter", rank=2, frames=T),
+    "prompt": AdapterConfig(method="prompt", queries=2, frames=T),
     "full": AdapterConfig(method="full", frames=T),
 }
 METHODS_AND_DTYPES = [(name, dtype) for name in METHODS for dtype in (torch.float32, torch.bfloat16)
