@@ -1,17 +1,21 @@
-"""The tables of docs/study.md, from the files in results/."""
+"""The tables and figures of docs/study.md, from the files in results/."""
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 from common.errors import InputError
 from common.files import replace_atomically
+from study.figures import PANELS, draw
 from study.runs import ROOT, RunKey, chosen_lr, load_results
 from study.tables import TABLES, Table
 
 PAGE = ROOT / "docs/study.md"
 SCORES = {"BLEU-4": "Bleu_4", "METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr": "CIDEr", "shapes": "shapes right",
           "motion": "motion right", "of one": "motion_one right", "of two": "motion_two right"}  # fmt: skip
-COSTS = {"s a step": ("seconds per step", 1), "GB, peak": ("peak bytes", 1e9), "MB, file": ("adapter bytes", 1e6)}
+DIFFERENCES = ("CIDEr", "shapes", "motion")
+COSTS = {"s a step": ("seconds per step", 1), "minutes in all": ("seconds", 60), "GB, peak": ("peak bytes", 1e9),
+         "MB, file": ("adapter bytes", 1e6)}  # fmt: skip
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
@@ -31,28 +35,65 @@ def score_of(run: dict, name: str) -> float:
     return 100 * found[0]
 
 
-def format_table(table: Table, results: dict[RunKey, dict]) -> str:
-    """The two tables of one comparison, scores and costs, as Markdown. Rows without runs are left out."""
-    if not results:
-        return "No run yet."
-    scores, costs = [], []
+def reported_runs(table: Table, results: dict[RunKey, dict]) -> dict[str, list[dict]]:
+    """{row: its runs with the rate that was chosen}; rows without such runs are left out."""
+    found = {}
     for row in table.rows:
         lr = chosen_lr(table, results, row)
         runs = [run for key, run in sorted(results.items(), key=str) if key.row == row and key.lr == lr]
-        if not runs:
-            continue
+        found |= {row: runs} if runs else {}
+    return found
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> str:
+    """"-3.1 ± 1.2": the mean of a minus that of b, and the standard error of that."""
+    mean = f"{statistics.mean(a) - statistics.mean(b):+.1f}"
+    if min(len(a), len(b)) < 2:
+        return mean
+    return f"{mean} ± {sum(statistics.variance(x) / len(x) for x in (a, b)) ** 0.5:.1f}"
+
+
+def format_table(table: Table, results: dict[RunKey, dict]) -> str:
+    """The three tables of one comparison, as Markdown: scores, differences from the row `reference`, costs."""
+    rows = reported_runs(table, results)
+    scores, differences, costs = [], [], []
+    for row, runs in rows.items():
         share = f"{100 * runs[0]['trained'] / runs[0]['total']:.2f} %"
-        has_steps = runs[0]["seconds per step"] is not None
+        rate = f"{runs[0]['lr']:g}" if runs[0]["seconds per step"] is not None else ""
         columns = [mean_and_spread([score_of(run, key) for run in runs]) for key in SCORES.values()]
-        rate = f"{lr:g}" if has_steps else ""
         scores.append([row, f"{runs[0]['trained']:,}", share, rate, str(len(runs)), *columns])
+        if row != table.reference and table.reference in rows:
+            pairs = [[[score_of(run, SCORES[name]) for run in side] for side in (runs, rows[table.reference])]
+                     for name in DIFFERENCES]  # fmt: skip
+            differences.append([row, *(difference(*pair) for pair in pairs)])
         values = [[run[key] / unit for run in runs if run[key] is not None] for key, unit in COSTS.values()]
         costs.append([row, *(mean_and_spread(column, 2) if column else "" for column in values)])
-    machines = sorted({f"{run['machine']}, {run['date']}" for run in results.values()})
+    machines = sorted({f"{run['machine']}, {run['date']}" for runs in rows.values() for run in runs})
     lines = [f"Flags of every run: `{table.flags}`. Machine: {'; '.join(machines)}.", ""]
     lines += table_lines(["trained", "parameters", "share", "`--lr`", "seeds", *SCORES], scores)
+    if differences:
+        lines += ["", *table_lines([f"minus {table.reference}", *DIFFERENCES], differences)]
     lines += ["", *table_lines(["", *COSTS], costs)]
     return "\n".join(lines)
+
+
+def figure_path(name: str) -> Path:
+    return PAGE.with_name(f"study-{name}.svg")
+
+
+def format_figure(table: Table, results: dict[RunKey, dict]) -> str:
+    """The SVG of one comparison."""
+    rows = reported_runs(table, results)
+    return draw({row: {name: [score_of(run, SCORES[name]) for run in runs] for name in PANELS}
+                 for row, runs in rows.items()})  # fmt: skip
+
+
+def format_part(name: str, table: Table, results: dict[RunKey, dict]) -> str:
+    """What stands between the markers of one comparison."""
+    if not results:
+        return "No run yet."
+    picture = f"![CIDEr, shapes and motion of each row]({figure_path(name).name})"
+    return f"{picture}\n\n{format_table(table, results)}"
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -60,12 +101,14 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def write_page(name: str) -> None:
-    """Puts the tables of one comparison into its place in docs/study.md."""
+    """Puts the tables of one comparison into its place in docs/study.md, and its figure beside the page."""
     page, (begin, end) = PAGE.read_text(), markers(name)
     if begin not in page or end not in page:
         raise InputError(f"{PAGE}: expected the lines {begin} and {end}")
     before, _, rest = page.partition(begin)
     after = rest.partition(end)[2]
-    tables = format_table(TABLES[name], load_results(name, TABLES[name]))
+    results = load_results(name, TABLES[name])
+    with replace_atomically(figure_path(name)) as file:
+        file.write(format_figure(TABLES[name], results).encode())
     with replace_atomically(PAGE) as file:
-        file.write(f"{before}{begin}\n\n{tables}\n\n{end}{after}".encode())
+        file.write(f"{before}{begin}\n\n{format_part(name, TABLES[name], results)}\n\n{end}{after}".encode())

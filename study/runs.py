@@ -19,9 +19,11 @@ import torch
 
 from common.errors import InputError
 from common.json_fields import field, read_json, write_json
-from study.tables import LRS, SEEDS, Table
+from study.tables import SEEDS, Table
 
 ROOT = Path(__file__).resolve().parent.parent
+FIELDS = {"val CIDEr": float, "test": dict, "seconds": float, "trained": int, "total": int, "adapter bytes": int,
+          "machine": str, "date": str}  # fmt: skip
 RESULTS, RUNS = ROOT / "results", ROOT / "runs/study"
 
 
@@ -51,15 +53,17 @@ def flags_of(table: Table, row: str) -> str:
     return f"{table.flags} {table.rows[row]}"
 
 
-def load_results(name: str, table: Table) -> dict[RunKey, dict]:
-    """The runs in results/NAME.json. Raises InputError for a run of other flags than its row has today."""
-    path = RESULTS / f"{name}.json"
+def load_results(table_name: str, table: Table) -> dict[RunKey, dict]:
+    """The runs in results/TABLE.json. Raises InputError for a run of other flags than its row has today."""
+    path = RESULTS / f"{table_name}.json"
     results = {}
     for run in field(read_json(path), "runs", list, path) if path.exists() else []:
         key = RunKey(field(run, "row", str, path), field(run, "lr", float, path), field(run, "seed", int, path))
         if key.row not in table.rows or run.get("flags") != flags_of(table, key.row):
             raise InputError(f"{path}: holds a run of the row {key.row!r} with other flags than study/tables.py: "
                              "delete it to run the row again")  # fmt: skip
+        for name, kind in FIELDS.items():
+            field(run, name, kind, path)
         results[key] = run
     return results
 
@@ -76,7 +80,7 @@ def trains(flags: str) -> bool:
 
 def first_runs(table: Table) -> list[RunKey]:
     """Every learning rate at the first seed. A row that trains nothing has one run."""
-    rates = {row: LRS if trains(flags) else LRS[:1] for row, flags in table.rows.items()}
+    rates = {row: table.lrs if trains(flags) else table.lrs[:1] for row, flags in table.rows.items()}
     return [RunKey(row, lr, SEEDS[0]) for row, lrs in rates.items() for lr in lrs]
 
 
@@ -134,9 +138,10 @@ def train_one(name: str, table: Table, key: RunKey, threads: int) -> dict:
         if child.returncode:
             raise InputError(f"{folder}: the run ended with {child.returncode}, see {log}")
         peak = usage.ru_maxrss * 1024
+    tested = (folder / "test.json").stat().st_mtime
     return {
         "row": key.row, "lr": key.lr, "seed": key.seed, "flags": flags_of(table, key.row),
-        "date": time.strftime("%Y-%m-%d"), "machine": f"{threads} thread(s) of {cpu_name()}",
+        "date": time.strftime("%Y-%m-%d", time.localtime(tested)), "machine": f"{threads} thread(s) of {cpu_name()}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "peak bytes": peak,
         **read_figures(folder),
     }  # fmt: skip

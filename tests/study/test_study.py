@@ -4,7 +4,9 @@ References: plain statistics of the standard library, the files of tiny runs, an
 """
 
 import json
+import re
 import statistics
+import xml.etree.ElementTree
 from dataclasses import replace
 
 import pytest
@@ -12,12 +14,12 @@ import pytest
 import train
 from common.errors import InputError
 from study import __main__ as program
-from study import report, runs
+from study import figures, report, runs
 from study.runs import RunKey, chosen_lr, first_runs, later_runs
 from study.tables import LRS, SEEDS, TABLES, Table
 from training.config import make_parser
 
-TABLE = Table("--dataset shapes", {"a": "--rank 8", "b": "--method none"})
+TABLE = Table("--dataset shapes", {"a": "--rank 8", "b": "--method none"}, reference="a")
 
 
 def result(key: RunKey, cider: float, **scores) -> dict:
@@ -33,6 +35,7 @@ def result(key: RunKey, cider: float, **scores) -> dict:
 @pytest.mark.parametrize("name", TABLES)
 def test_the_flags_of_every_row_are_those_of_train_py(name):
     for row, flags in TABLES[name].rows.items():
+        assert TABLES[name].reference in TABLES[name].rows
         make_parser().parse_args([*TABLES[name].flags.split(), *flags.split()])
         assert RunKey(row, LRS[0], 0).folder_name.isprintable()
     names = {RunKey(row, LRS[0], 0).folder_name for row in TABLES[name].rows}
@@ -60,7 +63,29 @@ def test_a_table_has_means_and_spreads():
     assert cells[8] == f"{statistics.mean(ciders):.1f} ± {statistics.stdev(ciders):.1f}"
     assert cells[2:5] == ["3.00 %", f"{LRS[1]:g}", "3"] and cells[5] == "50.0 ± 0.0"
     assert "| b | 0 | 0.00 % |  | 1 | 50.0 | 40.0 |" in text
-    assert "| a | 0.25 ± 0.00 | 2.00 ± 0.00 | 1.00 ± 0.00 |" in text and "| b |  | 2.00 | 1.00 |" in text
+    assert "| a | 0.25 ± 0.00 | 1.50 ± 0.00 | 2.00 ± 0.00 | 1.00 ± 0.00 |" in text
+    assert "| b |  | 1.50 | 2.00 | 1.00 |" in text
+    assert "| b | +256.7 | +0.0 | +0.0 |" in text  # b has one seed, so there is no standard error
+
+
+def test_the_figure_has_a_dot_for_each_seed_and_one_for_the_mean():
+    """Reference: circles by their place, 210 pixels for 100 points of "shapes": 60 and 90, mean 75; one seed, 50."""
+    scores = {"CIDEr": [300.0, 350.0], "shapes": [60.0, 90.0], "motion": [0.0, 100.0]}
+    svg = figures.draw({"`a`": scores, "b": {name: [50.0] for name in scores}})
+    xml.etree.ElementTree.fromstring(svg)
+    left = figures.LEFT + figures.LABELS + figures.WIDTH + figures.GAP
+    dots = re.findall(r'<circle cx="([0-9.]+)" cy="([0-9.]+)" r="([0-9.]+)"', svg)
+    first, second = (f"{figures.TOP + figures.STEP * y:.1f}" for y in (0.5, 1.5))
+    for value, y, radius in ((60, first, "3"), (90, first, "3"), (75, first, "4.5"), (50, second, "4.5")):
+        assert (f"{left + 2.1 * value:.1f}", y, radius) in dots
+    assert len(dots) == 3 * (3 + 2) and ">75.0<" in svg and ">a<" in svg and ">400<" in svg
+
+
+def test_a_difference_has_the_standard_error_of_two_means():
+    """Reference: sqrt(s_a^2 / n_a + s_b^2 / n_b) by hand: variances 1 and 8, three and two values."""
+    error = (1 / 3 + 8 / 2) ** 0.5
+    assert report.difference([1.0, 2.0, 3.0], [8.0, 12.0]) == f"-8.0 ± {error:.1f}"
+    assert report.difference([1.0, 2.0, 3.0], [8.0]) == "-6.0"
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -68,18 +93,21 @@ def test_the_page_is_that_of_the_results(name):
     """Reference: results/TABLE.json."""
     begin, end = report.markers(name)
     found = report.PAGE.read_text().partition(begin)[2].partition(end)[0].strip()
-    assert found == report.format_table(TABLES[name], runs.load_results(name, TABLES[name])).strip()
+    results = runs.load_results(name, TABLES[name])
+    assert found == report.format_part(name, TABLES[name], results)
+    if results:
+        assert report.figure_path(name).read_text() == report.format_figure(TABLES[name], results)
 
 
 def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     """A tiny table: one rate and one seed. A stopped run is resumed, a finished one is not run again; the figures are
     those of the runs' files."""
     words = " ".join(map(str, flags)).replace("--lr 0.02", "")
-    table = replace(TABLE, flags=words, rows={"a": "--epochs 1 --eval-every 1", "b": "--method none"})
+    table = replace(TABLE, flags=words, rows={"a": "--epochs 1 --eval-every 1", "b": "--method none"}, lrs=(0.02,))
     page = tmp_path / "study.md"
     page.write_text("\n".join(["before", *report.markers("tiny"), "after"]))
     for module, name, value in ((runs, "RESULTS", tmp_path / "results"), (runs, "RUNS", tmp_path / "runs"),
-                                (runs, "LRS", (0.02,)), (report, "PAGE", page), (report, "TABLES", {"tiny": table}),
+                                (report, "PAGE", page), (report, "TABLES", {"tiny": table}),
                                 (program, "TABLES", {"tiny": table})):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr("sys.argv", ["study", "tiny", "--seeds", "0"])
@@ -109,6 +137,12 @@ def test_a_result_of_other_flags_is_refused(tmp_path, monkeypatch):
     assert list(runs.load_results("x", TABLE)) == [RunKey("a", 0.1, 0)]
     with pytest.raises(InputError, match="x.json: holds a run of the row 'a' with other flags"):
         runs.load_results("x", replace(TABLE, flags="--dataset shapes --epochs 9"))
+    for name in runs.FIELDS:
+        bad = result(RunKey("a", 0.1, 0), 1.0)
+        del bad[name]
+        runs.store_result("x", {RunKey("a", 0.1, 0): bad})
+        with pytest.raises(InputError, match=f"x.json.*{name}"):
+            runs.load_results("x", TABLE)
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match="x.json: 'runs' is missing|x.json"):
         runs.load_results("x", TABLE)
