@@ -55,7 +55,10 @@ class AdapterConfig:
     rank: int = 32
     heads: int = 8
     last_blocks: int = 3  # 0: all
-    gate: str = "normed"  # normed | sigmoid | none
+    gate: str = "normed"  # normed | sigmoid | channel | patch | none
+    gate_bias: float = 0.0
+    time_embed: str = "ramp"  # ramp | random | none
+    per_frame: bool = False
     query_self_attention: bool = False
     frames: int = 8
     visual: str = "queries"  # queries | frames | both: of the Q-Adapter in an MLLM; the other methods read frames
@@ -96,6 +99,7 @@ def make_adapter(vit: ViT, config: AdapterConfig) -> QAdapter:
     return QAdapter(
         vit.config.width, vit.config.depth, config.queries, config.rank, config.heads, config.frames,
         config.last_blocks, config.gate, config.write_back, config.query_self_attention, config.reads_frames,
+        config.gate_bias, config.time_embed, config.per_frame,
     )  # fmt: skip
 
 

@@ -25,6 +25,9 @@ References
 [2] Flamingo's Perceiver resampler (https://arxiv.org/abs/2204.14198, sec. 3.1): queries among the keys.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,20 +43,42 @@ class CastLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Softmax attention of (B, n, r) queries to (B, m, r) keys and values, split into heads -> (B, n, r)."""
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of (B, n, r) queries to (B, m, r) keys and values, split into heads -> (B, n, r).
+
+    mask (n, m): which keys each query sees; None: all.
+    """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, h, n|m, d)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, n, r)
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, n, r)
 
 
-def init_time_embed(frames: int, width: int) -> Tensor:
-    """Initial frame vectors: time from -1 to 1 along one random direction -> (T, D).
+@torch.no_grad()
+def attention_weights(q: Tensor, k: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """The weights of `multi_head_attention`: queries (B, n, r), keys (B, m, r) -> (B, h, n, m), whose rows sum to 1."""
+    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))  # (B, h, n|m, d)
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, h, n, m)
+    return (logits if mask is None else logits.masked_fill(~mask, -torch.inf)).softmax(-1)
+
+
+def same_frame(queries: int, frames: int, tokens: int, device: torch.device) -> Tensor:
+    """Which of T*P tokens each of N queries sees where a query sees one frame only (N, T*P), the first N / T queries
+    the first frame and so on."""
+    frame_of_query = torch.arange(queries, device=device) * frames // queries  # (N,)
+    return frame_of_query[:, None] == torch.arange(frames, device=device).repeat_interleave(tokens)
+
+
+def init_time_embed(frames: int, width: int, kind: str = "ramp") -> Tensor:
+    """Initial frame vectors -> (T, D). By default time from -1 to 1 along one random direction; "random": a random
+    vector for each frame; "none": zeros.
 
     Their scale is that of LN(Z), not a ViT's usual 0.02: frames must be told apart from the first step on. Along a
     ramp, one direction of W_k makes a head attend to early or to late frames; the difference of two such heads is
     motion.
     """
-    return torch.linspace(-1, 1, frames)[:, None] * torch.randn(width)
+    if kind == "random":
+        return torch.randn(frames, width)
+    ramp = torch.linspace(-1, 1, frames)[:, None] * torch.randn(width)
+    return ramp if kind == "ramp" else torch.zeros_like(ramp)
 
 
 def interpolate_time_embed(time_embed: Tensor, frames: int) -> Tensor:
@@ -82,23 +107,48 @@ def frozen_block_outputs(vit: nn.Module, pixels: Tensor, first: int) -> Tensor:
     return outputs.unflatten(0, pixels.shape[:2])
 
 
+class ChannelGate(nn.Module):
+    """A gate for each channel, from that channel of the query and of its read: sigmoid(q w + a w' + b)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.of_query, self.of_read = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """(B, N, 2D) -> (B, N, D)."""
+        query, read = pair.chunk(2, dim=-1)
+        return query * self.of_query + read * self.of_read + self.bias
+
+
+def make_gate(kind: str, width: int, bias: float) -> nn.Module | None:
+    """The gating layer. Its weights start at zero, so that every gate starts at sigmoid(bias)."""
+    if kind == "none":
+        return None
+    if kind == "channel":
+        gate = ChannelGate(width)
+    else:
+        gate = CastLinear(width if kind == "patch" else 2 * width, 1)
+        nn.init.zeros_(gate.weight)
+    nn.init.constant_(gate.bias, bias)
+    return gate
+
+
 class GatedCrossAttention(nn.Module):
     """The adapter of one ViT block: the queries' cross-attention, its gate and, with write-back, the patches' own."""
 
-    def __init__(self, width: int, rank: int, heads: int, gate: str, write_back: bool, self_attention: bool):
+    def __init__(self, width: int, rank: int, heads: int, gate: str, write_back: bool, self_attention: bool,
+                 gate_bias: float = 0.0, per_frame: bool = False):  # fmt: skip
         super().__init__()
-        self.heads, self.self_attention = heads, self_attention
+        self.heads, self.self_attention, self.per_frame = heads, self_attention, per_frame
+        self.keep_attention, self.attention = False, None  # see `QAdapter.looking_inside`
         self.register_buffer("mean", torch.zeros(width))  # m and s, see `measure_channels`
         self.register_buffer("std", torch.ones(width))
         self.norm = nn.LayerNorm(width)
         self.q = CastLinear(width, rank, bias=False)
         self.kv = CastLinear(width, 2 * rank, bias=False)
         self.o = CastLinear(rank, width, bias=False)
-        self.normed_gate = gate == "normed"
-        self.gate = nn.Linear(2 * width, 1) if gate != "none" else None
-        if self.gate is not None:
-            nn.init.zeros_(self.gate.weight)  # every gate starts at one half
-            nn.init.zeros_(self.gate.bias)
+        self.gate_kind, self.gate = gate, make_gate(gate, width, gate_bias)
         self.write_q = self.write_kv = self.write_o = None
         if write_back:
             self.write_q = CastLinear(width, rank, bias=False)
@@ -107,25 +157,41 @@ class GatedCrossAttention(nn.Module):
             nn.init.zeros_(self.write_o.weight)  # step 0 is the frozen ViT, bit for bit
 
     def forward(self, queries: Tensor, patches: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, N, D), patches (B, T, P, D), frame vectors (T, D) -> new queries, gates (B, N), patches.
+        """Queries (B, N, D), patches (B, T, P, D), frame vectors (T, D) -> new queries, gates, patches.
 
-        Tensors of T*P rows and width D keep the dtype of the patches. Those of width r or 2r become float32 when the
-        frame vectors are added, and everything else is float32.
+        Gates are (B, N), a number a query; (B, N, D) with gates of channels, (B, T*P) with gates of tokens. Tensors of
+        T*P rows and width D keep the dtype of the patches. Those of width r or 2r become float32 when the frame vectors
+        are added, and everything else is float32.
         """
         x = F.layer_norm(patches, patches.shape[-1:])  # (B, T, P, D)
-        kv = self.project(self.kv, x, time_embed).flatten(1, 2)  # (B, T*P, 2r)
         normed_queries = self.norm(queries)  # (B, N, D)
+        q = self.q(normed_queries)  # (B, N, r)
+        k, v = self.project(self.kv, x, time_embed).flatten(1, 2).chunk(2, dim=-1)  # (B, T*P, r)
+        if self.gate_kind == "patch":
+            gates = self.project(self.gate, x, time_embed).flatten(1, 2).sigmoid()  # (B, T*P, 1)
+            v = gates * v
+        mask = same_frame(q.shape[1], *patches.shape[1:3], q.device) if self.per_frame else None
         if self.self_attention:
-            kv = torch.cat([kv, self.kv(normed_queries)], dim=1)  # (B, T*P+N, 2r)
-        read = self.o(multi_head_attention(self.q(normed_queries), *kv.chunk(2, dim=-1), self.heads))  # (B, N, D)
-        gates = queries.new_ones(queries.shape[:2])  # (B, N)
-        if self.gate is not None:
-            pair = (normed_queries, F.layer_norm(read, read.shape[-1:])) if self.normed_gate else (queries, read)
-            gates = self.gate(torch.cat(pair, dim=-1)).sigmoid().squeeze(-1)  # (B, N)
-        queries = queries + gates[..., None] * read
+            own_k, own_v = self.kv(normed_queries).chunk(2, dim=-1)  # (B, N, r)
+            k, v = torch.cat([k, own_k], dim=1), torch.cat([v, own_v], dim=1)  # (B, T*P+N, r)
+            mask = None if mask is None else F.pad(mask, (0, q.shape[1]), value=True)
+        if self.keep_attention:
+            self.attention = attention_weights(q, k, self.heads, mask)  # (B, h, N, T*P or T*P+N)
+        read = self.o(multi_head_attention(q, k, v, self.heads, mask))  # (B, N, D)
+        if self.gate_kind != "patch":
+            gates = self.query_gates(queries, normed_queries, read)  # (B, N, 1 or D)
+            read = gates * read
+        queries = queries + read
         if self.write_q is not None:
             patches = self.write(x, queries, patches, time_embed)
-        return queries, gates, patches
+        return queries, gates.squeeze(-1), patches
+
+    def query_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
+        """What each query keeps of its read (B, N, D): a number, or one for each channel -> (B, N, 1 or D)."""
+        if self.gate is None:
+            return queries.new_ones(*queries.shape[:2], 1)
+        pair = (queries, read) if self.gate_kind == "sigmoid" else (normed_queries, F.layer_norm(read, read.shape[-1:]))
+        return self.gate(torch.cat(pair, dim=-1)).sigmoid()
 
     def project(self, layer: CastLinear, x: Tensor, time_embed: Tensor) -> Tensor:
         """((x - m) / s + E) W for x = LN(Z), (B, T, P, D) -> (B, T, P, r or 2r).
@@ -147,23 +213,28 @@ def naive_gated_cross_attention(block: GatedCrossAttention, queries: Tensor, pat
                                 time_embed: Tensor) -> Tensor:  # fmt: skip
     """The four equations at the top of this file, one clip and one head at a time: slow, for reading.
 
-    -> the new queries (B, N, D), without write-back.
+    -> the new queries (B, N, D), without write-back. m keys: all tokens, and the queries if they attend to each other.
     """
-    outputs = []
+    outputs, kind = [], block.gate_kind
     for q, z in zip(queries, patches, strict=True):  # (N, D), (T, P, D)
         x = (F.layer_norm(z, z.shape[-1:]) - block.mean) / block.std + time_embed[:, None]  # (T, P, D)
-        x = x.flatten(0, 1)  # (T*P, D)
-        normed_q = block.norm(q)
-        if block.self_attention:
-            x = torch.cat([x, normed_q])  # (T*P+N, D)
+        x, normed_q = x.flatten(0, 1), block.norm(q)  # (T*P, D)
+        keys = torch.cat([x, normed_q]) if block.self_attention else x  # (m, D)
+        token_gates = torch.ones(len(keys), 1)
+        if kind == "patch":
+            token_gates[: len(x)] = torch.sigmoid(block.gate(x))
+        seen = torch.ones(len(q), len(keys), dtype=torch.bool)
+        if block.per_frame:
+            for i, j in torch.cartesian_prod(torch.arange(len(q)), torch.arange(len(x))).tolist():
+                seen[i, j] = i * len(z) // len(q) == j // z.shape[1]  # query i has this frame, token j is of that one
         wk, wv = block.kv.weight.chunk(2)  # (r, D) each
         heads = []
-        for hq, hk, hv in zip(*(w.chunk(block.heads) for w in (block.q.weight, wk, wv)), strict=True):
-            logits = (normed_q @ hq.T) @ (x @ hk.T).T / len(hq) ** 0.5  # (N, T*P); hq, hk, hv: (d, D)
-            heads.append(logits.softmax(-1) @ (x @ hv.T))  # (N, d)
+        for hq, hk, hv in zip(*(w.chunk(block.heads) for w in (block.q.weight, wk, wv)), strict=True):  # (d, D) each
+            logits = (normed_q @ hq.T) @ (keys @ hk.T).T / len(hq) ** 0.5  # (N, m)
+            heads.append(logits.masked_fill(~seen, -torch.inf).softmax(-1) @ (token_gates * (keys @ hv.T)))  # (N, d)
         a = torch.cat(heads, -1) @ block.o.weight.T  # (N, D)
-        pair = [normed_q, F.layer_norm(a, a.shape[-1:])] if block.normed_gate else [q, a]
-        g = torch.sigmoid(block.gate(torch.cat(pair, -1))) if block.gate is not None else 1  # (N, 1)
+        pair = [q, a] if kind == "sigmoid" else [normed_q, F.layer_norm(a, a.shape[-1:])]
+        g = 1 if kind in ("none", "patch") else torch.sigmoid(block.gate(torch.cat(pair, -1)))  # (N, 1), (N, D)
         outputs.append(q + g * a)
     return torch.stack(outputs)  # (B, N, D)
 
@@ -172,26 +243,30 @@ class QAdapter(nn.Module):
     """Queries, frame vectors and one gated block per adapted ViT block.
 
     width, depth: D and the number of blocks of the ViT. queries N, rank r (a multiple of heads), frames T.
-    last_blocks: how many of the last blocks are adapted; 0 means all. gate: normed | sigmoid | none.
+    last_blocks: how many of the last blocks are adapted; 0 means all. time_embed: how the frame vectors start.
+    gate: normed | sigmoid | channel | patch | none; a number a query of normalized or plain inputs, a number a channel,
+    a number a token of the ViT. gate_bias: its logit at the start. per_frame: each query sees one frame only.
     write_back: patches read the queries too; write_last: after the last block as well, for a caller that reads them.
     self_attention: the queries are among their own keys [2].
     """
 
     def __init__(self, width: int, depth: int, queries: int = 16, rank: int = 32, heads: int = 8,
                  frames: int = 8, last_blocks: int = 0, gate: str = "normed", write_back: bool = False,
-                 self_attention: bool = False, write_last: bool = False):  # fmt: skip
+                 self_attention: bool = False, write_last: bool = False, gate_bias: float = 0.0,
+                 time_embed: str = "ramp", per_frame: bool = False):  # fmt: skip
         super().__init__()
         self.write_back = write_back
         self.first = depth - (last_blocks or depth)  # index of the first adapted block
         self.queries = nn.Parameter(torch.randn(queries, width))
-        self.time_embed = nn.Parameter(init_time_embed(frames, width))
+        self.time_embed = nn.Parameter(init_time_embed(frames, width, time_embed), time_embed != "none")
         self.blocks = nn.ModuleList(
             # Without `write_last` nothing would read what is written back after the last block.
-            GatedCrossAttention(width, rank, heads, gate, write_back and (write_last or i < depth - 1), self_attention)
+            GatedCrossAttention(width, rank, heads, gate, write_back and (write_last or i < depth - 1), self_attention,
+                                gate_bias, per_frame)
             for i in range(self.first, depth)
         )
         self.norm = nn.LayerNorm(width)
-        self.gates: Tensor | None = None  # (L, B, N), of the last forward pass
+        self.gates: Tensor | None = None  # (L, B, N), see `GatedCrossAttention.forward`; of the last forward pass
 
     @torch.no_grad()
     def measure_channels(self, outputs: Tensor) -> None:
@@ -233,11 +308,29 @@ class QAdapter(nn.Module):
         self.gates = torch.stack(all_gates)
         return self.norm(queries), z.unflatten(0, (batch, frames))
 
+    @contextmanager
+    def looking_inside(self) -> Iterator[None]:
+        """While it is open, each forward pass keeps the weights of its attention, for `attention`."""
+        for block in self.blocks:
+            block.keep_attention = True
+        yield
+        for block in self.blocks:
+            block.keep_attention = False
+
+    def attention(self, frames: int) -> Tensor:
+        """Of the last pass `looking_inside`, on clips of T = `frames` frames: how much each query read of each token,
+        by block and head (L, B, h, N, T, P). It sums to 1 over T and P, or to less with queries among the keys."""
+        weights = torch.stack([block.attention for block in self.blocks])  # (L, B, h, N, T*P or T*P+N)
+        if self.blocks[0].self_attention:
+            weights = weights[..., : -len(self.queries)]
+        return weights.unflatten(-1, (frames, -1))
+
     def gate_statistics(self) -> dict[str, list[float]]:
         """Of the last forward pass, per adapted block: the mean gate, and the share of saturated gates (below 0.02 or
         above 0.98), which hardly get a gradient."""
         saturated = (self.gates < 0.02) | (self.gates > 0.98)
-        return {"gates": self.gates.mean((1, 2)).tolist(), "saturated": saturated.float().mean((1, 2)).tolist()}
+        return {"gates": self.gates.flatten(1).mean(1).tolist(),
+                "saturated": saturated.float().flatten(1).mean(1).tolist()}  # fmt: skip
 
     def forward(self, vit: nn.Module, pixels: Tensor) -> Tensor:
         """Normalized pixels (B, T, 3, S, S) -> LN(Q_L), (B, N, D), whatever T is."""

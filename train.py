@@ -10,7 +10,7 @@ caption.
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 from torch import Tensor
@@ -51,9 +51,7 @@ def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) 
         folders = resolve_models(args)
     load, dtype = load_meta_models if args.plan else load_models, devices.DTYPES[args.precision]
     models = load(folders, dtype, args.image_size)
-    config = AdapterConfig(args.method, args.write_back, args.queries, args.rank, args.heads, args.last_blocks,
-                           args.gate, args.query_self_attention, args.frames, args.visual, args.grid,
-                           args.instruction)  # fmt: skip
+    config = AdapterConfig(**{f.name: getattr(args, f.name) for f in fields(AdapterConfig)})
     with models.vit.position.device:
         captioner = Captioner(models.vit, models.lm, models.tokenizer, config, models.mllm)
     return (captioner, {}) if args.plan else (captioner.to(device), backbone_hashes(folders))

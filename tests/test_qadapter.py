@@ -64,19 +64,21 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 # ----------------------------------------------------------------------------------- the equations
 
 
-@pytest.mark.parametrize("gate", ["normed", "sigmoid", "none"])
+@pytest.mark.parametrize("gate", ["normed", "sigmoid", "channel", "patch", "none"])
 @pytest.mark.parametrize("self_attention", [False, True])
+@pytest.mark.parametrize("per_frame", [False, True])
 @pytest.mark.parametrize("batch, frames, patches, queries, heads", [(2, 3, 5, 4, 2), (1, 1, 7, 1, 4), (3, 2, 1, 6, 1)])
-def test_the_block_equals_its_naive_version(gate, self_attention, batch, frames, patches, queries, heads):
+def test_the_block_equals_its_naive_version(gate, self_attention, per_frame, batch, frames, patches, queries, heads):
     """Seeds 0 and 1, tolerance 1e-5; frame vectors and gate weights are random, so each term counts."""
     torch.manual_seed(0)
-    block = GatedCrossAttention(WIDTH, 8, heads, gate, write_back=False, self_attention=self_attention)
+    block = GatedCrossAttention(WIDTH, 8, heads, gate, False, self_attention, per_frame=per_frame)
     randomize(block, 1)
     q, e = torch.randn(batch, queries, WIDTH), torch.randn(frames, WIDTH)
     z = torch.randn(batch, frames, patches, WIDTH) * 3 + 1
     found, gates, after = block(q, z, e)
     assert after is z
-    assert gates.shape == (batch, queries)
+    assert gates.shape == {"channel": (batch, queries, WIDTH), "patch": (batch, frames * patches)}.get(
+        gate, (batch, queries))  # fmt: skip
     torch.testing.assert_close(found, naive_gated_cross_attention(block, q, z, e), rtol=0, atol=1e-5)
     for other in (naive_gated_cross_attention(block, q, z, e * 0), naive_gated_cross_attention(block, q * 0.9, z, e)):
         assert (found - other).abs().max() > 1e-3
@@ -116,12 +118,40 @@ def test_the_gate_sees_the_query_and_its_read(gate):
     torch.testing.assert_close(found, q + expected[..., None] * a, rtol=0, atol=1e-5)
 
 
-def test_gates_start_at_one_half():
-    """Seed 4, exactly: weights and bias start at zero."""
-    torch.manual_seed(4)
-    block = GatedCrossAttention(WIDTH, 8, 2, "sigmoid", write_back=False, self_attention=False)
+@pytest.mark.parametrize("gate", ["normed", "sigmoid", "channel", "patch"])
+@pytest.mark.parametrize("bias", [0.0, 1.5])
+def test_gates_start_at_the_sigmoid_of_their_bias(gate, bias):
+    """Seed 55, bit for bit."""
+    torch.manual_seed(55)
+    block = GatedCrossAttention(WIDTH, 8, 2, gate, write_back=False, self_attention=False, gate_bias=bias)
     _, gates, _ = block(torch.randn(2, 4, WIDTH), torch.randn(2, 3, 5, WIDTH), torch.randn(3, WIDTH))
-    assert torch.equal(gates, torch.full((2, 4), 0.5))
+    assert torch.equal(gates, torch.tensor(bias).sigmoid().expand_as(gates))
+
+
+@pytest.mark.parametrize("self_attention", [False, True])
+def test_per_frame_a_query_depends_on_one_frame(self_attention):
+    """Seeds 56 and 57: of 6 queries and 3 frames, 0 and 1 read frame 0, and so on; other frames change no bit."""
+    torch.manual_seed(56)
+    block = GatedCrossAttention(WIDTH, 8, 2, "normed", False, self_attention, per_frame=True)
+    randomize(block, 57)
+    queries, z, e = torch.randn(1, 6, WIDTH), torch.randn(1, 3, 5, WIDTH), torch.randn(3, WIDTH)
+    before, _, _ = block(queries, z, e)
+    for t in range(3):
+        other = z.clone()
+        other[:, t] += torch.randn(5, WIDTH)
+        changed = (block(queries, other, e)[0] - before).abs().amax(-1)[0]
+        assert (changed > 1e-4).tolist() == [i // 2 == t for i in range(6)]
+
+
+def test_the_kinds_of_frame_vectors():
+    """Seed 58: a ramp has rank 1 and ends at plus and minus one direction; random ones have full rank; none are zero
+    and not trained."""
+    torch.manual_seed(58)
+    kinds = ("ramp", "random", "none")
+    ramp, random, none = (QAdapter(WIDTH, DEPTH, frames=5, time_embed=kind).time_embed for kind in kinds)
+    assert torch.linalg.matrix_rank(ramp) == 1 and torch.equal(ramp[0], -ramp[-1]) and ramp.std() > 0.2
+    assert torch.linalg.matrix_rank(random) == 5 and 0.7 < random.std() < 1.3
+    assert not none.any() and not none.requires_grad and ramp.requires_grad and random.requires_grad
 
 
 def naive_write(block: GatedCrossAttention, queries: torch.Tensor, patches: torch.Tensor,
@@ -364,3 +394,56 @@ def test_the_queries_see_every_frame():
             other = pixels.clone()
             other[:, t] *= -1
             assert ((adapter(vit, other) - before).abs().amax(-1) > 1e-4).all()
+
+
+# -------------------------------------------------------------------------------- looking inside
+
+
+@pytest.mark.parametrize("write_back", WRITE_BACK)
+@pytest.mark.parametrize("self_attention", [False, True])
+def test_the_attention_is_the_one_that_was_used(write_back, self_attention):
+    """Seeds 50 to 52, tolerance 1e-5: the weights of each head, applied to the block's own values, are what it read;
+    that is, with the block's gates, what each query gained. They sum to 1, with the queries' part where it has keys."""
+    vit, frames = tiny_vit(50), 3
+    adapter = QAdapter(WIDTH, DEPTH, queries=4, rank=8, heads=2, frames=frames, last_blocks=2, write_back=write_back,
+                       self_attention=self_attention)  # fmt: skip
+    randomize(adapter, 51)
+    seen = []
+    for block in adapter.blocks:
+        block.register_forward_hook(lambda block, args, out: seen.append((block, args, out)))
+    with torch.no_grad(), adapter.looking_inside():
+        alone = adapter(vit, clips(2, frames, 52))
+    attention = adapter.attention(frames)
+    assert attention.shape == (2, 2, 2, 4, frames, 5)  # 5 tokens: a class token and 2 x 2 patches
+    for (block, (queries, z, e), (after, gates, _)), weights in zip(seen, attention, strict=True):
+        x = (F.layer_norm(z, z.shape[-1:]) - block.mean) / block.std + e[:, None]
+        keys, total = weights.flatten(-2), weights.sum((-2, -1))
+        values = x.flatten(1, 2) @ block.kv.weight[8:].T  # (B, T*P, r)
+        if self_attention:
+            keys = block.attention
+            values = torch.cat([values, block.norm(queries) @ block.kv.weight[8:].T], dim=1)
+            assert (total < 0.999).any()
+        torch.testing.assert_close(keys.sum(-1), torch.ones(2, 2, 4), rtol=0, atol=1e-6)
+        read = (keys @ values.unflatten(-1, (2, 4)).transpose(1, 2)).transpose(1, 2).flatten(2) @ block.o.weight.T
+        torch.testing.assert_close(after, queries + gates[..., None] * read, rtol=0, atol=1e-5)
+    before = [block.attention for block in adapter.blocks]
+    assert same_bits(adapter(vit, clips(2, frames, 52)), alone)  # nothing else is changed, and nothing more is kept
+    assert all(block.attention is kept for block, kept in zip(adapter.blocks, before, strict=True))
+
+
+def test_the_attention_follows_a_token_that_moves():
+    """Seeds 53 and 54, tolerance 1e-6: tokens of a frame in another order are read alike, each in its new place."""
+    torch.manual_seed(53)
+    block = GatedCrossAttention(WIDTH, 8, 2, "normed", write_back=False, self_attention=False)
+    randomize(block, 54)
+    block.keep_attention = True
+    queries, z, e = torch.randn(1, 4, WIDTH), torch.randn(1, 3, 6, WIDTH), torch.randn(3, WIDTH)
+    block(queries, z, e)
+    first = block.attention.unflatten(-1, (3, 6))
+    moved = z.clone()
+    moved[:, 1] = z[:, 1, [0, 2, 3, 4, 5, 1]]  # what was at 1 is at 5
+    block(queries, moved, e)
+    second = block.attention.unflatten(-1, (3, 6))
+    torch.testing.assert_close(second[..., 1, 5], first[..., 1, 1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(second[..., 0, :], first[..., 0, :], rtol=0, atol=1e-6)
+    assert (second[..., 1, 1] - first[..., 1, 1]).abs().max() > 1e-3

@@ -33,7 +33,7 @@ DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had
     "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
     "lr_scaling": "none", "gate_lr": 1.0, "passes": None, "micro_batch_size": None, "beams": 1,
     "raw_channels": True, "shapes_seed": 0, "mllm": None, "visual": "queries", "grid": 0,
-    "instruction": INSTRUCTION,
+    "instruction": INSTRUCTION, "gate_bias": 0.0, "time_embed": "ramp", "per_frame": False,
 }  # fmt: skip
 
 
@@ -122,8 +122,13 @@ def add_model_flags(group) -> None:
                        help="of the Q-Adapter's projections, of LoRA, of adapters")  # fmt: skip
     group.add_argument("--heads", type=cli.at_least(1), default=8, help="attention heads of the Q-Adapter")
     group.add_argument("--last-blocks", type=cli.at_least(0), default=3, help="adapt only the last so many; 0: all")
-    group.add_argument("--gate", choices=["normed", "sigmoid", "none"], default="normed",
-                       help="the gating layer: a sigmoid of normalized or of plain inputs")  # fmt: skip
+    group.add_argument("--gate", choices=["normed", "sigmoid", "channel", "patch", "none"], default="normed",
+                       help="the gating layer: a number a query of normalized or plain inputs, a number a channel of "
+                       "a query, a number a token of the ViT")  # fmt: skip
+    group.add_argument("--gate-bias", type=cli.number(-20), default=0.0, help="the gates' logit at the start")
+    group.add_argument("--time-embed", choices=["ramp", "random", "none"], default="ramp",
+                       help="the frame vectors of the Q-Adapter at the start; none: without them")  # fmt: skip
+    group.add_argument("--per-frame", action="store_true", help="each query sees one frame only")
     group.add_argument("--raw-channels", action="store_true",
                        help="the Q-Adapter reads LN(Z) as it is; unset: each channel standardized")  # fmt: skip
     group.add_argument("--query-self-attention", action="store_true", help="queries attend to each other too")
