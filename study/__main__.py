@@ -15,7 +15,7 @@ from study.tables import SEEDS, TABLES
 def describe(name: str, seeds: tuple[int, ...], jobs: int) -> str:
     """How many runs there are, how many are done, and the hours that the others will take."""
     table = TABLES[name]
-    results = load_results(name, table)
+    results = load_results(table)
     firsts = first_runs(table)
     rows_that_train = sum(trains(flags) for flags in table.rows.values())
     total = len(firsts) + rows_that_train * sum(seed != SEEDS[0] for seed in seeds)
@@ -42,10 +42,10 @@ def main() -> int:
     if args.dry_run:
         return 0
     table = TABLES[args.table]
-    results = load_results(args.table, table)
+    results = load_results(table)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    run_all(args.table, table, first_runs(table), results, args.jobs, threads)
-    run_all(args.table, table, later_runs(table, results, tuple(args.seeds)), results, args.jobs, threads)
+    run_all(table, first_runs(table), results, args.jobs, threads)
+    run_all(table, later_runs(table, results, tuple(args.seeds)), results, args.jobs, threads)
     write_page(args.table)
     return 0
 

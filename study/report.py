@@ -38,9 +38,9 @@ def score_of(run: dict, name: str) -> float:
 def reported_runs(table: Table, results: dict[RunKey, dict]) -> dict[str, list[dict]]:
     """{row: its runs with the rate that was chosen}; rows without such runs are left out."""
     found = {}
-    for row in table.rows:
-        lr = chosen_lr(table, results, row)
-        runs = [run for key, run in sorted(results.items(), key=str) if key.row == row and key.lr == lr]
+    for row, flags in table.rows.items():
+        lr = chosen_lr(table, results, flags)
+        runs = [run for key, run in sorted(results.items(), key=str) if key.flags == flags and key.lr == lr]
         found |= {row: runs} if runs else {}
     return found
 
@@ -53,14 +53,23 @@ def difference(a: Sequence[float], b: Sequence[float]) -> str:
     return f"{mean} ± {sum(statistics.variance(x) / len(x) for x in (a, b)) ** 0.5:.1f}"
 
 
+def format_rate(table: Table, row: str, run: dict) -> str:
+    """"0.005"; an arrow says that it is the lowest or the highest that was tried, and a better one may lie beyond."""
+    if run["seconds per step"] is None:
+        return ""
+    rates, lr = table.rates(row), run["lr"]
+    arrow = " ↓" if lr == min(rates) else " ↑" if lr == max(rates) else ""
+    return f"{lr:g}{arrow if len(rates) > 1 else ''}"
+
+
 def format_table(table: Table, results: dict[RunKey, dict]) -> str:
     """The three tables of one comparison, as Markdown: scores, differences from the row `reference`, costs."""
     rows = reported_runs(table, results)
     scores, differences, costs = [], [], []
     for row, runs in rows.items():
         share = f"{100 * runs[0]['trained'] / runs[0]['total']:.2f} %"
-        rate = f"{runs[0]['lr']:g}" if runs[0]["seconds per step"] is not None else ""
         columns = [mean_and_spread([score_of(run, key) for run in runs]) for key in SCORES.values()]
+        rate = format_rate(table, row, runs[0])
         scores.append([row, f"{runs[0]['trained']:,}", share, rate, str(len(runs)), *columns])
         if row != table.reference and table.reference in rows:
             pairs = [[[score_of(run, SCORES[name]) for run in side] for side in (runs, rows[table.reference])]
@@ -90,7 +99,7 @@ def format_figure(table: Table, results: dict[RunKey, dict]) -> str:
 
 def format_part(name: str, table: Table, results: dict[RunKey, dict]) -> str:
     """What stands between the markers of one comparison."""
-    if not results:
+    if not reported_runs(table, results):
         return "No run yet."
     picture = f"![CIDEr, shapes and motion of each row]({figure_path(name).name})"
     return f"{picture}\n\n{format_table(table, results)}"
@@ -107,7 +116,7 @@ def write_page(name: str) -> None:
         raise InputError(f"{PAGE}: expected the lines {begin} and {end}")
     before, _, rest = page.partition(begin)
     after = rest.partition(end)[2]
-    results = load_results(name, TABLES[name])
+    results = load_results(TABLES[name])
     with replace_atomically(figure_path(name)) as file:
         file.write(format_figure(TABLES[name], results).encode())
     with replace_atomically(PAGE) as file:

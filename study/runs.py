@@ -1,7 +1,8 @@
 """The runs of a table: which there are, one after another or several at once, and the figures of each.
 
-A run is a folder below `runs/study/TABLE`. One that was stopped goes on where it was; one that is finished is read
-again. What was measured is kept in `results/TABLE.json`, which outlives the folders.
+A run is a folder below `runs/study/STORE`. One that was stopped goes on where it was; one that is finished is read
+again. What was measured is kept in `results/STORE.json`, which outlives the folders. Tables of the same common flags
+share a store, and rows of the same flags share their runs.
 """
 
 import json
@@ -31,14 +32,14 @@ RESULTS, RUNS = ROOT / "results", ROOT / "runs/study"
 class RunKey:
     """What tells the runs of a table apart."""
 
-    row: str
+    flags: str  # of the row
     lr: float
     seed: int
 
     @property
     def folder_name(self) -> str:
-        words = "".join(letter if letter.isalnum() else " " for letter in self.row).split()
-        return "-".join([*words, f"{self.lr:g}", str(self.seed)])
+        words = self.flags.replace("--", " ").split() or ["default"]
+        return "_".join([*words, f"{self.lr:g}", str(self.seed)]).replace("/", "-")
 
 
 def cpu_name() -> str:
@@ -49,29 +50,26 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def flags_of(table: Table, row: str) -> str:
-    return f"{table.flags} {table.rows[row]}"
-
-
-def load_results(table_name: str, table: Table) -> dict[RunKey, dict]:
-    """The runs in results/TABLE.json. Raises InputError for a run of other flags than its row has today."""
-    path = RESULTS / f"{table_name}.json"
+def load_results(table: Table) -> dict[RunKey, dict]:
+    """The runs in results/STORE.json. Raises InputError for a run of other common flags than the table has today."""
+    path = RESULTS / f"{table.store}.json"
     results = {}
     for run in field(read_json(path), "runs", list, path) if path.exists() else []:
-        key = RunKey(field(run, "row", str, path), field(run, "lr", float, path), field(run, "seed", int, path))
-        if key.row not in table.rows or run.get("flags") != flags_of(table, key.row):
-            raise InputError(f"{path}: holds a run of the row {key.row!r} with other flags than study/tables.py: "
-                             "delete it to run the row again")  # fmt: skip
+        common, own = table.flags, field(run, "flags", str, path)
+        if own != common and not own.startswith(f"{common} "):
+            raise InputError(f"{path}: holds a run with other flags than study/tables.py, {own!r}: delete the file to "
+                             "run them again")  # fmt: skip
         for name, kind in FIELDS.items():
             field(run, name, kind, path)
+        key = RunKey(own.removeprefix(common).strip(), field(run, "lr", float, path), field(run, "seed", int, path))
         results[key] = run
     return results
 
 
-def store_result(name: str, results: dict[RunKey, dict]) -> None:
+def store_results(table: Table, results: dict[RunKey, dict]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    order = sorted(results, key=lambda key: (key.row, key.lr, key.seed))
-    write_json(RESULTS / f"{name}.json", {"runs": [results[key] for key in order]})
+    order = sorted(results, key=lambda key: (key.flags, key.lr, key.seed))
+    write_json(RESULTS / f"{table.store}.json", {"runs": [results[key] for key in order]})
 
 
 def trains(flags: str) -> bool:
@@ -80,13 +78,13 @@ def trains(flags: str) -> bool:
 
 def first_runs(table: Table) -> list[RunKey]:
     """Every learning rate at the first seed. A row that trains nothing has one run."""
-    rates = {row: table.lrs if trains(flags) else table.lrs[:1] for row, flags in table.rows.items()}
-    return [RunKey(row, lr, SEEDS[0]) for row, lrs in rates.items() for lr in lrs]
+    return [RunKey(flags, lr, SEEDS[0]) for row, flags in table.rows.items()
+            for lr in table.rates(row)[: None if trains(flags) else 1]]  # fmt: skip
 
 
-def chosen_lr(table: Table, results: dict[RunKey, dict], row: str) -> float | None:
-    """The rate whose run at the first seed has the highest validation CIDEr; None while one of them is missing."""
-    keys = [key for key in first_runs(table) if key.row == row]
+def chosen_lr(table: Table, results: dict[RunKey, dict], flags: str) -> float | None:
+    """The rate of a row whose run at the first seed has the highest validation CIDEr; None while one is missing."""
+    keys = [key for key in first_runs(table) if key.flags == flags]
     if any(key not in results for key in keys):
         return None
     return max(keys, key=lambda key: results[key]["val CIDEr"]).lr
@@ -94,8 +92,8 @@ def chosen_lr(table: Table, results: dict[RunKey, dict], row: str) -> float | No
 
 def later_runs(table: Table, results: dict[RunKey, dict], seeds: tuple[int, ...]) -> list[RunKey]:
     """The chosen rate at the other seeds."""
-    rows = [row for row, flags in table.rows.items() if trains(flags)]
-    return [RunKey(row, lr, seed) for row in rows if (lr := chosen_lr(table, results, row)) is not None
+    rows = [flags for flags in table.rows.values() if trains(flags)]
+    return [RunKey(flags, lr, seed) for flags in rows if (lr := chosen_lr(table, results, flags)) is not None
             for seed in seeds if seed != SEEDS[0]]  # fmt: skip
 
 
@@ -103,7 +101,7 @@ def command_of(table: Table, key: RunKey, folder: Path) -> list[str]:
     """The words after `python train.py`; a folder that holds a run continues it."""
     if (folder / "config.json").exists():
         return ["--resume", str(folder)]
-    return [*table.flags.split(), *table.rows[key.row].split(), "--lr", str(key.lr), "--seed", str(key.seed),
+    return [*table.flags.split(), *key.flags.split(), "--lr", str(key.lr), "--seed", str(key.seed),
             "--out", str(folder)]  # fmt: skip
 
 
@@ -123,9 +121,9 @@ def read_figures(folder: Path) -> dict:
     }  # fmt: skip
 
 
-def train_one(name: str, table: Table, key: RunKey, threads: int) -> dict:
+def train_one(table: Table, key: RunKey, threads: int) -> dict:
     """Trains a run in a process of its own; -> its figures, with the machine. Raises InputError if it fails."""
-    folder = RUNS / name / key.folder_name
+    folder = RUNS / table.store / key.folder_name
     peak = None
     if not (folder / "test.json").exists():
         words, log = command_of(table, key, folder), folder.with_name(f"{folder.name}.txt")
@@ -140,21 +138,22 @@ def train_one(name: str, table: Table, key: RunKey, threads: int) -> dict:
         peak = usage.ru_maxrss * 1024
     tested = (folder / "test.json").stat().st_mtime
     return {
-        "row": key.row, "lr": key.lr, "seed": key.seed, "flags": flags_of(table, key.row),
+        "flags": f"{table.flags} {key.flags}".strip(), "lr": key.lr, "seed": key.seed,
         "date": time.strftime("%Y-%m-%d", time.localtime(tested)), "machine": f"{threads} thread(s) of {cpu_name()}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "peak bytes": peak,
         **read_figures(folder),
     }  # fmt: skip
 
 
-def run_all(name: str, table: Table, keys: list[RunKey], results: dict[RunKey, dict], jobs: int, threads: int) -> None:
+def run_all(table: Table, keys: list[RunKey], results: dict[RunKey, dict], jobs: int, threads: int) -> None:
     """Runs what `results` lacks, `jobs` at a time, and stores each as it ends."""
     missing = [key for key in keys if key not in results]
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(train_one, name, table, key, threads): key for key in missing}
+        futures = {pool.submit(train_one, table, key, threads): key for key in missing}
         for future in as_completed(futures):
             key = futures[future]
             result = results[key] = future.result()
-            store_result(name, results)
-            print(f"{key.row}, lr {key.lr:g}, seed {key.seed}: validation CIDEr {100 * result['val CIDEr']:.1f}, "
-                  f"test {100 * result['test']['CIDEr']:.1f}, {result['seconds']:.0f} s", flush=True)  # fmt: skip
+            store_results(table, results)
+            print(f"{key.flags or 'default'}, lr {key.lr:g}, seed {key.seed}: validation CIDEr "
+                  f"{100 * result['val CIDEr']:.1f}, test {100 * result['test']['CIDEr']:.1f}, "
+                  f"{result['seconds']:.0f} s", flush=True)  # fmt: skip

@@ -1,13 +1,14 @@
 """The tables of the study: what is compared with what, by the flags of `train.py`.
 
-Each row is trained with the learning rates of its table at the first seed. The rate with the highest validation CIDEr
-is taken for the other seeds, too; only the runs of that rate are reported. Every row of a table has the same clips,
+Each row is trained with its learning rates at the first seed. The rate with the highest validation CIDEr is taken for
+the other seeds, too; only the runs of that rate are reported. Every row of a table has the same clips,
 which are made with a seed that no setting was chosen on, and, unless its flags say otherwise, the same steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LRS = 0.002, 0.005, 0.0125
+FULL_LRS = 0.0002, 0.0005, 0.00125  # of `full`: Adam's steps on millions of weights add up
 SEEDS = 0, 1, 2
 
 
@@ -16,10 +17,38 @@ class Table:
     flags: str  # of every run
     rows: dict[str, str]  # label: flags
     reference: str  # the row that the others are compared with
+    store: str  # the file in results/; tables of the same `flags` share one
     lrs: tuple[float, ...] = LRS
+    row_lrs: dict[str, tuple[float, ...]] = field(default_factory=dict)  # of rows that need others
+
+    def rates(self, row: str) -> tuple[float, ...]:
+        return self.row_lrs.get(row, self.lrs)
 
 
 SHAPES = "--dataset shapes --shapes-sizes 3000 200 500 --shapes-seed 1 --data data/study --eval-every 2"
+PAIR = f"{SHAPES} --epochs 16"
+DEFAULT = "--cache-features"  # the Q-Adapter of train.py
+CACHED = "--cache-features"
+
+# {method: (flags, at half as many trained parameters as the Q-Adapter, as many, four times as many)}
+SIZES = {
+    "`lora-lm`": (f"--method lora-lm {CACHED}", "--rank 7", "--rank 24", "--rank 124"),
+    "`lora`": ("--method lora", "--rank 5", "--rank 17", "--rank 90"),
+    "`adapter`": ("--method adapter", "--rank 10", "--rank 34", "--rank 179"),
+    "`prompt`": ("--method prompt", "--queries 20", "--queries 69", "--queries 360"),
+    "Q-Adapter": (DEFAULT, "--rank 8", "", "--rank 176"),
+}
+
+
+def of_size(column: int) -> dict[str, str]:
+    return {row: f"{words[0]} {words[column]}".strip() for row, words in SIZES.items()}
+
+
+def ablation(rows: dict[str, str], default: str) -> Table:
+    """Rows of flags besides those of the Q-Adapter; `default` is the label of the Q-Adapter as it is. One rate."""
+    flags = {row: f"{DEFAULT} {words}".strip() for row, words in rows.items()}
+    return Table(PAIR, {default: DEFAULT} | flags, default, store="pair", lrs=(0.005,))
+
 
 TABLES = {
     "mllm": Table(
@@ -34,5 +63,41 @@ TABLES = {
             "Q-Adapter, both": "--visual both --cache-features",
         },
         reference="Q-Adapter, queries",
+        store="mllm",
+    ),
+    "methods": Table(
+        PAIR,
+        {"nothing": "--method none", "`linear`": f"--method linear {CACHED}", **of_size(2),
+         "Q-Adapter with write-back": "--write-back --rank 20 --heads 4", "`full`": "--method full"},
+        reference="Q-Adapter",
+        store="pair",
+        row_lrs={"`full`": FULL_LRS},
+    ),
+    "half": Table(PAIR, of_size(1), reference="Q-Adapter", store="pair"),
+    "fourfold": Table(PAIR, of_size(3), reference="Q-Adapter", store="pair"),
+    "queries": ablation({str(n): f"--queries {n}" for n in (1, 4, 8, 32)}, "16"),
+    "rank": ablation({str(n): f"--rank {n}" for n in (8, 16, 64)}, "32"),
+    "blocks": ablation({"the last": "--last-blocks 1", "the last two": "--last-blocks 2", "all": "--last-blocks 0"},
+                       "the last three"),
+    "gate": ablation(
+        {"none": "--gate none", "a number a query, of plain inputs": "--gate sigmoid",
+         "a number a channel": "--gate channel", "a number a token of the ViT": "--gate patch",
+         "a number a query, bias 2 at first": "--gate-bias 2", "a number a query, bias -2 at first": "--gate-bias -2"},
+        "a number a query",
+    ),
+    "time": ablation(
+        {"random frame vectors": "--time-embed random", "no frame vectors": "--time-embed none",
+         "each query sees one frame": "--per-frame"},
+        "a ramp of frame vectors",
+    ),
+    "frames": ablation({str(n): f"--frames {n}" for n in (1, 2, 4, 16)}, "8"),
+    "captions": ablation(
+        {"4 a clip": "--captions-per-clip 4", "4 a clip, half of the epochs": "--captions-per-clip 4 --epochs 8"},
+        "1 a clip",
+    ),
+    "clips": ablation(
+        {str(n): f"--shapes-sizes {n} 200 500 --data data/study-{n} --epochs {48000 // n} --eval-every {6000 // n}"
+         for n in (500, 1500, 6000)},
+        "3000",
     ),
 }  # fmt: skip

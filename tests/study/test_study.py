@@ -19,14 +19,15 @@ from study.runs import RunKey, chosen_lr, first_runs, later_runs
 from study.tables import LRS, SEEDS, TABLES, Table
 from training.config import make_parser
 
-TABLE = Table("--dataset shapes", {"a": "--rank 8", "b": "--method none"}, reference="a")
+A, B = "--rank 8", "--method none"
+TABLE = Table("--dataset shapes", {"a": A, "b": B}, reference="a", store="x")
 
 
 def result(key: RunKey, cider: float, **scores) -> dict:
     test = {"Bleu_4": 0.5, "METEOR[exact,stem]": 0.4, "ROUGE_L": 0.6, "CIDEr": 4.0 - cider, "shapes right": 0.9,
             "motion right": 0.8, "motion_one right": 0.7, "motion_two right": 0.6} | scores  # fmt: skip
-    trains = key.row == "a"
-    return {"row": key.row, "flags": runs.flags_of(TABLE, key.row), "lr": key.lr, "seed": key.seed, "val CIDEr": cider,
+    trains = key.flags == A
+    return {"flags": f"{TABLE.flags} {key.flags}", "lr": key.lr, "seed": key.seed, "val CIDEr": cider,
             "best step": 5, "test": test, "seconds": 90.0, "seconds per step": 0.25 if trains else None,
             "peak bytes": 2 * 10**9, "adapter bytes": 10**6, "trained": 300 * trains, "total": 10_000, "steps": 5,
             "machine": "1 thread(s) of X", "date": "2026-01-01"}  # fmt: skip
@@ -34,22 +35,22 @@ def result(key: RunKey, cider: float, **scores) -> dict:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_flags_of_every_row_are_those_of_train_py(name):
-    for row, flags in TABLES[name].rows.items():
+    for flags in TABLES[name].rows.values():
         assert TABLES[name].reference in TABLES[name].rows
         make_parser().parse_args([*TABLES[name].flags.split(), *flags.split()])
-        assert RunKey(row, LRS[0], 0).folder_name.isprintable()
-    names = {RunKey(row, LRS[0], 0).folder_name for row in TABLES[name].rows}
-    assert len(names) == len(TABLES[name].rows)
+    names = {RunKey(flags, LRS[0], 0).folder_name for flags in TABLES[name].rows.values()}
+    assert len(names) == len(TABLES[name].rows) and not any(set(" /") & set(folder) for folder in names)
+    assert all(other.flags == TABLES[name].flags for other in TABLES.values() if other.store == TABLES[name].store)
 
 
 def test_the_rate_of_the_best_validation_is_taken_for_the_other_seeds():
     keys = first_runs(TABLE)
-    assert [(key.row, key.lr, key.seed) for key in keys] == [*(("a", lr, 0) for lr in LRS), ("b", LRS[0], 0)]
+    assert keys == [*(RunKey(A, lr, 0) for lr in LRS), RunKey(B, LRS[0], 0)]
     results = {key: result(key, cider) for key, cider in zip(keys, (1.0, 3.0, 2.0, 0.5), strict=True)}
-    assert chosen_lr(TABLE, results, "a") == LRS[1] and chosen_lr(TABLE, results, "b") == LRS[0]
-    assert later_runs(TABLE, results, SEEDS) == [RunKey("a", LRS[1], seed) for seed in SEEDS[1:]]
+    assert chosen_lr(TABLE, results, A) == LRS[1] and chosen_lr(TABLE, results, B) == LRS[0]
+    assert later_runs(TABLE, results, SEEDS) == [RunKey(A, LRS[1], seed) for seed in SEEDS[1:]]
     del results[keys[0]]
-    assert chosen_lr(TABLE, results, "a") is None and later_runs(TABLE, results, SEEDS) == []
+    assert chosen_lr(TABLE, results, A) is None and later_runs(TABLE, results, SEEDS) == []
 
 
 def test_a_table_has_means_and_spreads():
@@ -57,10 +58,13 @@ def test_a_table_has_means_and_spreads():
     results = {key: result(key, cider) for key, cider in zip(first_runs(TABLE), (1.0, 3.0, 2.0, 0.5), strict=True)}
     for key, cider in zip(later_runs(TABLE, results, SEEDS), (2.9, 3.3), strict=True):
         results[key] = result(key, cider)
-    text = report.format_table(TABLE, results)
+    text, runs_of = report.format_table(TABLE, results), report.reported_runs(TABLE, results)
     cells = next(line for line in text.splitlines() if line.startswith("| a | 300")).split(" | ")
     ciders = [100.0, 110.0, 70.0]  # of the test split: 4 minus validation
     assert cells[8] == f"{statistics.mean(ciders):.1f} ± {statistics.stdev(ciders):.1f}"
+    assert report.format_rate(TABLE, "a", runs_of["a"][0] | {"lr": LRS[0]}) == f"{LRS[0]:g} ↓"
+    assert report.format_rate(TABLE, "a", runs_of["a"][0] | {"lr": LRS[2]}) == f"{LRS[2]:g} ↑"
+    assert report.format_rate(replace(TABLE, lrs=LRS[:1]), "a", runs_of["a"][0] | {"lr": LRS[0]}) == f"{LRS[0]:g}"
     assert cells[2:5] == ["3.00 %", f"{LRS[1]:g}", "3"] and cells[5] == "50.0 ± 0.0"
     assert "| b | 0 | 0.00 % |  | 1 | 50.0 | 40.0 |" in text
     assert "| a | 0.25 ± 0.00 | 1.50 ± 0.00 | 2.00 ± 0.00 | 1.00 ± 0.00 |" in text
@@ -93,7 +97,7 @@ def test_the_page_is_that_of_the_results(name):
     """Reference: results/TABLE.json."""
     begin, end = report.markers(name)
     found = report.PAGE.read_text().partition(begin)[2].partition(end)[0].strip()
-    results = runs.load_results(name, TABLES[name])
+    results = runs.load_results(TABLES[name])
     assert found == report.format_part(name, TABLES[name], results)
     if results:
         assert report.figure_path(name).read_text() == report.format_figure(TABLES[name], results)
@@ -103,7 +107,8 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     """A tiny table: one rate and one seed. A stopped run is resumed, a finished one is not run again; the figures are
     those of the runs' files."""
     words = " ".join(map(str, flags)).replace("--lr 0.02", "")
-    table = replace(TABLE, flags=words, rows={"a": "--epochs 1 --eval-every 1", "b": "--method none"}, lrs=(0.02,))
+    table = replace(TABLE, flags=words, rows={"a": "--epochs 1 --eval-every 1", "b": "--method none"}, lrs=(0.02,),
+                    store="tiny")
     page = tmp_path / "study.md"
     page.write_text("\n".join(["before", *report.markers("tiny"), "after"]))
     for module, name, value in ((runs, "RESULTS", tmp_path / "results"), (runs, "RUNS", tmp_path / "runs"),
@@ -113,8 +118,9 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["study", "tiny", "--seeds", "0"])
     assert program.main() == 0
     stored = json.loads((tmp_path / "results/tiny.json").read_text())["runs"]
-    assert [(run["row"], run["seed"], run["steps"]) for run in stored] == [("a", 0, 3), ("b", 0, 0)]
-    test = json.loads((tmp_path / "runs/tiny/a-0.02-0/test.json").read_text())["scores"]
+    assert [(run["flags"], run["seed"], run["steps"]) for run in stored] == [
+        (f"{words} --epochs 1 --eval-every 1", 0, 3), (f"{words} --method none", 0, 0)]  # fmt: skip
+    test = json.loads((tmp_path / "runs/tiny/epochs_1_eval-every_1_0.02_0/test.json").read_text())["scores"]
     assert stored[0]["test"] == test and stored[0]["trained"] > 0 == stored[1]["trained"]
     assert stored[0]["peak bytes"] > 10**8 and stored[0]["seconds per step"] > 0
     text = page.read_text()
@@ -133,19 +139,19 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
 
 def test_a_result_of_other_flags_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
-    runs.store_result("x", {RunKey("a", 0.1, 0): result(RunKey("a", 0.1, 0), 1.0)})
-    assert list(runs.load_results("x", TABLE)) == [RunKey("a", 0.1, 0)]
-    with pytest.raises(InputError, match="x.json: holds a run of the row 'a' with other flags"):
-        runs.load_results("x", replace(TABLE, flags="--dataset shapes --epochs 9"))
+    runs.store_results(TABLE, {RunKey(A, 0.1, 0): result(RunKey(A, 0.1, 0), 1.0)})
+    assert list(runs.load_results(TABLE)) == [RunKey(A, 0.1, 0)]
+    with pytest.raises(InputError, match="x.json: holds a run with other flags"):
+        runs.load_results(replace(TABLE, flags="--dataset shapes --epochs 9"))
     for name in runs.FIELDS:
-        bad = result(RunKey("a", 0.1, 0), 1.0)
+        bad = result(RunKey(A, 0.1, 0), 1.0)
         del bad[name]
-        runs.store_result("x", {RunKey("a", 0.1, 0): bad})
+        runs.store_results(TABLE, {RunKey(A, 0.1, 0): bad})
         with pytest.raises(InputError, match=f"x.json.*{name}"):
-            runs.load_results("x", TABLE)
+            runs.load_results(TABLE)
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match="x.json: 'runs' is missing|x.json"):
-        runs.load_results("x", TABLE)
+        runs.load_results(TABLE)
 
 
 def test_figures_are_those_of_the_best_validation(tmp_path):
@@ -165,7 +171,7 @@ def test_figures_are_those_of_the_best_validation(tmp_path):
 
 def test_a_stopped_run_is_resumed(tmp_path):
     folder = tmp_path / "run"
-    key = RunKey("a", 0.01, 2)
+    key = RunKey(A, 0.01, 2)
     assert runs.command_of(TABLE, key, folder)[-6:] == ["--lr", "0.01", "--seed", "2", "--out", str(folder)]
     folder.mkdir()
     (folder / "config.json").touch()
@@ -174,9 +180,9 @@ def test_a_stopped_run_is_resumed(tmp_path):
 
 def test_a_run_that_fails_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RUNS", tmp_path)
-    bad = replace(TABLE, rows={"a": "--rank 7"}, flags=f"--dataset folder --data {tmp_path / 'none'}")
+    bad = replace(TABLE, flags=f"--dataset folder --data {tmp_path / 'none'}")
     with pytest.raises(InputError, match="the run ended with 2, see"):
-        runs.train_one("x", bad, RunKey("a", 0.01, 0), 1)
+        runs.train_one(bad, RunKey(A, 0.01, 0), 1)
 
 
 def test_the_first_seed_is_needed(monkeypatch):
