@@ -1,2 +1,1 @@
-"""Benchmarks, `python -m bench`, and scripts beside them: `bench.curves`, `bench.picture`, `bench.shapes_ceiling`,
-`bench.widths`."""
+"""Benchmarks, `python -m bench`, and scripts beside them: `bench.picture`, `bench.shapes_ceiling`, `bench.widths`."""

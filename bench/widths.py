@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.svg import COLOURS, document, line, text
 from common import cli
 from common.errors import InputError
 from common.files import replace_atomically
@@ -36,6 +35,7 @@ from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
 from models.lm import CausalLM
 from models.tokenizer import load_tokenizer
 from models.vit import ViT, ViTConfig
+from report.svg import COLOURS, document, line, text
 from train import MEASURED_CLIPS, learning_rate
 from training.config import TINY
 from training.devices import DTYPES, keep_freed_memory, select_precision
@@ -150,7 +150,7 @@ def draw_panel(left: int, title: str, curves: list[dict], bounds: tuple[float, f
         x = left + PANEL_WIDTH * (math.log2(lr) - first) / (last - first)
         return x, TOP + PANEL_HEIGHT * (1 - (min(loss, high) - low) / (high - low))
 
-    parts = [text(left, TOP - 28, title, 'font-size="13" fill="#111"')]
+    parts = [text(left, TOP - 28, title, 'font-size="13" fill="currentColor"')]
     for i in range(5):
         loss = low + (high - low) * i / 4
         _, y = place(2**first, loss)

@@ -2,7 +2,7 @@
 
 import statistics
 
-from bench.svg import COLOURS, document, text
+from report.svg import COLOURS, document, text
 
 PANELS = {"CIDEr": None, "shapes": 100, "motion": 100}  # the right end of each axis; None: as needed
 WIDTH, LABELS, LEFT, GAP, TOP, STEP = 210, 230, 12, 36, 44, 24  # pixels: a panel, the rows' names, margins, a row
@@ -12,7 +12,7 @@ def draw_panel(name: str, values: list[list[float]], left: float) -> list[str]:
     """One score: an axis from 0, and the dots of each row."""
     top = PANELS[name] or 100 * -(-max(map(max, values)) // 100)
     bottom = TOP + STEP * len(values)
-    parts = [text(left, TOP - 22, name, 'font-size="13" fill="#111"')]
+    parts = [text(left, TOP - 22, name, 'font-size="13" fill="currentColor"')]
     for i in range(5):
         x = left + WIDTH * i / 4
         parts += [f'<path d="M{x:.1f} {TOP - 8}V{bottom}" stroke="#ddd"/>',
@@ -28,7 +28,8 @@ def draw_panel(name: str, values: list[list[float]], left: float) -> list[str]:
 
 def draw(rows: dict[str, dict[str, list[float]]]) -> str:
     """{row: {score: a value for each seed}} -> SVG."""
-    parts = [text(LEFT, TOP + STEP * (i + 0.5) + 4, row.replace("`", ""), 'fill="#111"') for i, row in enumerate(rows)]
+    parts = [text(LEFT, TOP + STEP * (i + 0.5) + 4, row.replace("`", ""), 'fill="currentColor"')
+             for i, row in enumerate(rows)]  # fmt: skip
     for i, name in enumerate(PANELS):
         parts += draw_panel(name, [scores[name] for scores in rows.values()], LEFT + LABELS + i * (WIDTH + GAP))
     return document(LEFT + LABELS + len(PANELS) * (WIDTH + GAP), TOP + STEP * len(rows) + 24, parts)

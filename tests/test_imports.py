@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EVERYTHING = {
     "common", "models", "video_data", "metrics", "training", "qadapter", "model", "evaluate", "train", "bench",
-    "backbones", "study",
+    "backbones", "study", "report",
 }  # fmt: skip
 ALLOWED = {
     "common": set(),
@@ -18,6 +18,7 @@ ALLOWED = {
     "video_data": {"common"},
     "model": {"common", "models", "qadapter"},
     "training": {"common", "models", "video_data"},
+    "report": {"common"},
     "evaluate": EVERYTHING - {"train", "bench", "backbones", "study"},
     "train": EVERYTHING - {"bench", "backbones", "study"},
     "bench": EVERYTHING,

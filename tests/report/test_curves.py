@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree
 
-from bench import curves
+from report import curves
 from tests.scripts import assert_one_line_error, read_log, run_forked
 
 

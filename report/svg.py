@@ -15,8 +15,8 @@ def line(points: Iterable[tuple[float, float]], colour: str, style: str = "") ->
     return f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1.8" {style}/>'
 
 
-def document(width: int, height: int, parts: Iterable[str]) -> str:
-    """The parts on a white page."""
+def document(width: int, height: int, parts: Iterable[str], background: str = "#fff") -> str:
+    """The parts on a page. Titles have the colour `currentColor`: black, or what a page around the drawing says."""
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="11" fill="#555" '
             'font-family="Helvetica, Arial, sans-serif">')  # fmt: skip
-    return "\n".join([head, f'<rect width="{width}" height="{height}" fill="#fff"/>', *parts, "</svg>\n"])
+    return "\n".join([head, f'<rect width="{width}" height="{height}" fill="{background}"/>', *parts, "</svg>\n"])

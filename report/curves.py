@@ -1,4 +1,4 @@
-"""`python -m bench.curves RUN --save FILE.svg`: loss, gates and validation scores of a run, drawn from its log.jsonl.
+"""`python -m report.curves RUN --save FILE.svg`: loss, gates and validation scores of a run, drawn from its log.jsonl.
 
 The panels share the horizontal axis, steps. The picture is plain SVG without a plotting package.
 """
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from bench.svg import COLOURS, document, line, text
 from common import cli
 from common.errors import InputError
 from common.files import replace_atomically
+from report.svg import COLOURS, document, line, text
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 250, 170, 52, 48, 62  # pixels: a panel, and the margins around it
 
@@ -57,7 +57,7 @@ def make_panels(rows: list[dict], path: Path) -> list[Panel]:
 
 def draw_panel(panel: Panel, left: float, top: float, steps: int) -> str:
     bottom = top + HEIGHT
-    parts = [text(left, top - 26, panel.title, 'font-size="13" fill="#111"')]
+    parts = [text(left, top - 26, panel.title, 'font-size="13" fill="currentColor"')]
     for i in range(5):
         y = bottom - HEIGHT * i / 4
         parts += [f'<path d="M{left} {y:.1f}h{WIDTH}" stroke="#ddd"/>',
@@ -72,7 +72,7 @@ def draw_panel(panel: Panel, left: float, top: float, steps: int) -> str:
     return "\n".join(parts)
 
 
-def draw(panels: list[Panel]) -> str:
+def draw(panels: list[Panel], background: str = "#fff") -> str:
     """All panels, three in a row, as one SVG."""
     columns, steps = min(3, len(panels)), panels[0].lines[""][-1][0]
     width, height = LEFT + columns * (WIDTH + GAP), math.ceil(len(panels) / columns) * (HEIGHT + TOP + 34)
@@ -80,7 +80,7 @@ def draw(panels: list[Panel]) -> str:
     for i, panel in enumerate(panels):
         row, column = divmod(i, columns)
         parts.append(draw_panel(panel, LEFT + column * (WIDTH + GAP), TOP + row * (HEIGHT + TOP + 34), steps))
-    return document(width, height, parts)
+    return document(width, height, parts, background)
 
 
 def main() -> None:
