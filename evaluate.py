@@ -12,10 +12,11 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 import metrics
 from common import cli
@@ -25,6 +26,7 @@ from common.json_fields import field, write_json
 from model import AdapterConfig, Captioner
 from models import hub
 from models.generation import make_generation_config
+from report.build import report_split, report_videos, show_video, video_data_of
 from training import devices
 from training.config import read_run_config, rename_fields
 from training.distributed import ProcessGroup
@@ -78,17 +80,27 @@ def caption_split(captioner: Captioner, cache: Sequence[np.ndarray], indices: Se
     return captions
 
 
-def score_captions(dataset: str, references: dict[str, list[str]], captions: dict[str, str],
-                   names=metrics.METRICS) -> tuple[dict[str, float], str]:  # fmt: skip
-    """Scores by name, unscaled, and their signature; for `shapes` also the accuracy of what the captions claim."""
+@dataclass(frozen=True)
+class SplitResult:
+    """Captions and scores of a split, by clip id; scores are unscaled."""
+
+    captions: dict[str, str]
+    scores: dict[str, float]
+    signature: str
+    clip_scores: dict[str, dict[str, float]]
+
+
+def score_captions(dataset: VideoDataset, split: str, captions: dict[str, str], names=metrics.METRICS) -> SplitResult:
+    """The scores of a split; for `shapes` also the accuracy of what the captions claim."""
+    references = {clip.id: list(clip.captions) for clip in dataset.splits[split]}
     try:
         result = metrics.score(references, captions, metrics=names)
     except metrics.InputError as error:
         raise InputError(str(error)) from error
     scores = dict(result.corpus)
-    if dataset == "shapes":
+    if dataset.name == "shapes":
         scores |= {f"{k} right": v for k, v in shapes.attribute_accuracy(references, captions).items()}
-    return scores, result.signature
+    return SplitResult(captions, scores, f"{result.signature}|{dataset.signature(split)}", result.per_video)
 
 
 def format_scores(scores: dict[str, float]) -> str:
@@ -98,22 +110,20 @@ def format_scores(scores: dict[str, float]) -> str:
 
 def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, cache: Sequence[np.ndarray],
                       batch_size: int, group: ProcessGroup, metric_names=metrics.METRICS,
-                      **generation) -> tuple[dict[str, str], dict[str, float], str]:  # fmt: skip
-    """-> captions of a split by clip id, their scores, the scores' signature. Each process captions its share."""
+                      **generation) -> SplitResult:  # fmt: skip
+    """Captions a split and scores it. Each process captions its share."""
     clips, training = dataset.splits[split], captioner.training
     captioner.eval()
     shard = group.shard(range(len(clips)))
     local = caption_split(captioner, cache, shard, max(1, batch_size // group.world_size), **generation)
     captioner.train(training)
-    references = {clip.id: list(clip.captions) for clip in clips}
-    captions = dict(zip(references, group.gather_shards(local), strict=True))
-    scores, signature = score_captions(dataset.name, references, captions, metric_names)
-    return captions, scores, f"{signature}|{dataset.signature(split)}"
+    captions = dict(zip((clip.id for clip in clips), group.gather_shards(local), strict=True))
+    return score_captions(dataset, split, captions, metric_names)
 
 
 def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, frames: int,
-                   generation: dict) -> dict[str, str]:  # fmt: skip
-    """Captions a split of the run's dataset and prints its scores; -> {clip id: caption}."""
+                   generation: dict) -> None:  # fmt: skip
+    """Captions a split of the run's dataset, prints its scores, and writes --save and --report."""
     path = args.run / "config.json"
     name, root = field(flags, "dataset", str, path), args.data or Path(field(flags, "data", str, path))
     sizes, allow_missing = field(flags, "shapes_sizes", list, path), field(flags, "allow_missing", bool, path)
@@ -122,11 +132,13 @@ def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, 
     print(dataset)
     cache_root = cache_folder(args.cache or field(flags, "cache", str, path, None), name, root)
     cache = cached_frames(dataset.splits[args.split], cache_root, args.split, frames, captioner.vit.preprocessing, 0)
-    captions, scores, signature = caption_and_score(captioner, dataset, args.split, cache, args.batch_size,
-                                                    ProcessGroup(), **generation)  # fmt: skip
-    print(f"{args.split}: {format_scores(scores)}")
-    print(signature)
-    return captions
+    result = caption_and_score(captioner, dataset, args.split, cache, args.batch_size, ProcessGroup(), **generation)
+    print(f"{args.split}: {format_scores(result.scores)}")
+    print(result.signature)
+    if args.save:
+        write_json(args.save, result.captions)
+    if args.report:
+        report_split(args.report, args.run, captioner, dataset, args.split, cache, result)
 
 
 # ------------------------------------------------------------------------------- your own videos
@@ -151,33 +163,44 @@ def expand_video_paths(names: list[str]) -> list[Path]:
     return paths
 
 
-def caption_videos(captioner: Captioner, paths: list[Path], frames: int, **generation) -> Iterator[dict[str, str]]:
-    """Prints a caption or, on stderr, an error for each video, and yields it: {"video", "caption" or "error"}."""
+def caption_videos(captioner: Captioner, paths: list[Path], frames: int,
+                   **generation) -> Iterator[tuple[dict[str, str], Tensor | None]]:  # fmt: skip
+    """Prints a caption or, on stderr, an error for each video, and yields it, {"video", "caption" or "error"}, with the
+    frames that the model saw (T, 3, S, S)."""
     device = next(captioner.parameters()).device
     for path in paths:
         try:
             pixels = read_frames(path, frames, captioner.vit.preprocessing)  # (T, 3, S, S)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            yield {"video": str(path), "error": str(error)}
+            yield {"video": str(path), "error": str(error)}, None
             continue
         caption = captioner.caption(pixels[None].to(device), **generation)[0]
         print(f"{path}: {caption}")
-        yield {"video": str(path), "caption": caption}
+        yield {"video": str(path), "caption": caption}, pixels
 
 
 def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int, generation: dict) -> int:
     """Captions the videos of --video; -> the exit code, 2 if any could not be read."""
-    paths, rows = expand_video_paths(args.video), []
-    if args.save and any(args.save.resolve() == path.resolve() for path in paths):
-        raise InputError(f"--save {args.save}: is one of the videos, expected another file")
+    paths, rows, shown = expand_video_paths(args.video), [], []
+    if args.show and len(paths) > 1:
+        raise InputError(f"--show: expected one video, found {len(paths)}")
+    for flag, output in (("--save", args.save), ("--report", args.report), ("--show", args.show)):
+        if output and any(output.resolve() == path.resolve() for path in paths):
+            raise InputError(f"{flag} {output}: is one of the videos, expected another file")
     try:
-        for row in caption_videos(captioner, paths, frames, **generation):
+        for row, pixels in caption_videos(captioner, paths, frames, **generation):
             rows.append(row)
+            if args.report and pixels is not None:
+                shown.append(video_data_of(captioner, row, pixels, len(shown)))
+            if args.show and pixels is not None:
+                show_video(args.show, captioner, row["caption"], pixels)
     finally:  # after Ctrl-C too
         if args.save and rows:
             with replace_atomically(args.save) as file:
                 file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        if args.report and shown:
+            report_videos(args.report, args.run, captioner, shown)
     failed = sum("error" in row for row in rows)
     if failed and len(rows) > 1:
         print(f"error: {failed} of {len(rows)} videos could not be captioned", file=sys.stderr)
@@ -187,14 +210,14 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
 # ------------------------------------------------------------------------------- the command line
 
 
-def check_save(path: Path, run: Path) -> None:
+def check_output(flag: str, path: Path, run: Path) -> None:
     """Raises InputError for a path that no file can be written to, and for the files of the run."""
     files = {(run / name).resolve() for name in ("config.json", "log.jsonl", "test.json", "lock")}
     if path.resolve() in files or path.resolve().parent == (run / "val").resolve():
-        raise InputError(f"--save {path}: is a file of the run, expected another one")
+        raise InputError(f"{flag} {path}: is a file of the run, expected another one")
     is_file = path.is_file() or not path.exists()
     if not (is_file and path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise InputError(f"--save {path}: expected the name of a file in a folder that can be written to")
+        raise InputError(f"{flag} {path}: expected the name of a file in a folder that can be written to")
 
 
 def parse_args() -> argparse.Namespace:
@@ -217,6 +240,10 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("output and machine")
     group.add_argument("--save", type=cli.path, metavar="FILE",
                        help="writes {id: caption} as JSON; for --video one JSON object per line")  # fmt: skip
+    group.add_argument("--report", type=cli.path, metavar="FILE",
+                       help="writes a page with frames, captions, scores and attention, for a browser")  # fmt: skip
+    group.add_argument("--show", type=cli.path, metavar="FILE.png",
+                       help="draws one --video: its frames, what the queries read of them, the caption")  # fmt: skip
     group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips of a split captioned at a time")
     group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
     return parser.parse_args()
@@ -224,8 +251,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    if args.save:
-        check_save(args.save, args.run)
+    if args.show and not args.video:
+        raise InputError("--show: expected --video too: it draws one video")
+    for flag, path in (("--save", args.save), ("--report", args.report), ("--show", args.show)):
+        if path:
+            check_output(flag, path, args.run)
     device, _ = devices.select_device(args.device)
     devices.keep_freed_memory()
     captioner, flags = load_run(args.run, args.weights)
@@ -237,9 +267,7 @@ def main() -> int:
     make_generation_config(captioner.lm.config, captioner.prefix_length(frames), **generation)  # fail before the work
     if args.video:
         return evaluate_videos(captioner, args, frames, generation)
-    captions = evaluate_split(captioner, flags, args, frames, generation)
-    if args.save:
-        write_json(args.save, captions)
+    evaluate_split(captioner, flags, args, frames, generation)
     return 0
 
 

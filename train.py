@@ -19,6 +19,7 @@ from common import cli
 from common.errors import InputError
 from evaluate import caption_and_score, format_scores
 from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
+from report.build import report_split
 from training import devices, distributed
 from training.config import fill_models, parse_args
 from training.frozen_models import backbone_hashes, load_meta_models, load_models, resolve_models
@@ -116,26 +117,28 @@ def clips_at_once(args, group: distributed.ProcessGroup) -> int:
 def validate(captioner: Captioner, dataset: datasets.VideoDataset, cache, args, group: distributed.ProcessGroup,
              run: Run, step: int, progress: Progress) -> float:  # fmt: skip
     """Scores the validation split, greedily; all captions go into RUN/val/STEP.json, two are printed. -> CIDEr."""
-    captions, scores, signature = caption_and_score(captioner, dataset, "val", cache, clips_at_once(args, group), group,
-                                                    ("BLEU", "ROUGE_L", "CIDEr"))  # fmt: skip
-    run.log({"step": step, "val": scores, "elapsed": progress.elapsed()})
-    run.save_captions(f"val/{step}.json", captions, scores, signature)
-    print(f"val at step {step}: {format_scores(scores)}")
+    result = caption_and_score(captioner, dataset, "val", cache, clips_at_once(args, group), group,
+                               ("BLEU", "ROUGE_L", "CIDEr"))  # fmt: skip
+    run.log({"step": step, "val": result.scores, "elapsed": progress.elapsed()})
+    run.save_captions(f"val/{step}.json", result.captions, result.scores, result.signature)
+    print(f"val at step {step}: {format_scores(result.scores)}")
     for clip in dataset.splits["val"][:2]:
-        print(f"  {clip.id}: {captions[clip.id]}")
-    return scores["CIDEr"]
+        print(f"  {clip.id}: {result.captions[clip.id]}")
+    return result.scores["CIDEr"]
 
 
 def score_test(captioner: Captioner, dataset: datasets.VideoDataset, cache, args, group: distributed.ProcessGroup,
                run: Run, step: int, progress: Progress) -> None:  # fmt: skip
-    """Scores the test split with --beams; all captions go into RUN/test.json, five are printed with a reference."""
-    captions, scores, signature = caption_and_score(captioner, dataset, "test", cache, clips_at_once(args, group),
-                                                    group, beams=args.beams)  # fmt: skip
-    run.log({"step": step, "test": scores, "elapsed": progress.elapsed()})
-    run.save_captions("test.json", captions, scores, signature)
+    """Scores the test split with --beams; all captions go into RUN/test.json and RUN/report.html, five are printed with
+    a reference."""
+    result = caption_and_score(captioner, dataset, "test", cache, clips_at_once(args, group), group, beams=args.beams)
+    run.log({"step": step, "test": result.scores, "elapsed": progress.elapsed()})
+    run.save_captions("test.json", result.captions, result.scores, result.signature)
     for clip in dataset.splits["test"][:5]:
-        print(f"\n{clip.path}\n  caption    {captions[clip.id]}\n  reference  {clip.captions[0]}")
-    print(f"\ntest: {format_scores(scores)}\n{signature}")
+        print(f"\n{clip.path}\n  caption    {result.captions[clip.id]}\n  reference  {clip.captions[0]}")
+    print(f"\ntest: {format_scores(result.scores)}\n{result.signature}")
+    if group.rank == 0:
+        report_split(run.folder / "report.html", run.folder, captioner, dataset, "test", cache, result)
 
 
 def score_untrained(captioner: Captioner, dataset: datasets.VideoDataset, caches: dict, args,

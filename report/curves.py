@@ -83,6 +83,13 @@ def draw(panels: list[Panel], background: str = "#fff") -> str:
     return document(width, height, parts, background)
 
 
+def curves_of(run: Path) -> str:
+    """The curves of a run for a page of any colour; nothing for one that trained nothing."""
+    rows = read_log(run)
+    trained = any("loss" in row for row in rows) and any("val" in row for row in rows)
+    return draw(make_panels(rows, run / "log.jsonl"), "none") if trained else ""
+
+
 def main() -> None:
     parser = cli.Parser("Draws loss, gates and validation scores of a run.")
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")

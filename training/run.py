@@ -7,6 +7,7 @@
     last/         adapter.safetensors, and state.pt: the optimizer, the step, the best score so far
     val/STEP.json captions and scores of the validation split after so many steps
     test.json     captions and scores of the test split
+    report.html   the same as a page, with frames and attention
     lock          held by the process that trains; the system releases it however the process ends
 
 Nothing else is needed to resume bit for bit: the clips, frames and captions of a step are drawn from (seed, epoch,

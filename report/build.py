@@ -1,0 +1,82 @@
+"""The page of a split, and that of a user's videos: what `evaluate.py --report` and the end of training write.
+
+Letters: T frames, S side in pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.json_fields import read_json
+from report.curves import curves_of
+from report.inside import look_inside
+from report.page import ClipRow, clip_data, format_page, write_page
+from report.show import draw_clip, write_picture
+
+MAX_CLIPS, MAX_INSIDE = 500, 50  # on a page; of these with their attention
+SHOWN_SCORES = ("CIDEr", "METEOR")  # of a clip; METEOR's name depends on its tables
+
+
+def settings_of(run: Path) -> dict[str, object]:
+    """What a page says of a run: its numbers of parameters, and the flags that are set."""
+    config = read_json(run / "config.json")
+    counts = {name: f"{config[name]:,}" for name in ("trained", "total") if name in config}
+    return counts | {name: value for name, value in config["flags"].items() if value not in (None, False)}
+
+
+def with_inside(captioner, row: ClipRow) -> ClipRow:
+    """A clip with what the Q-Adapter did with its frames."""
+    device = next(captioner.parameters()).device
+    return replace(row, inside=look_inside(captioner, row.frames[None].to(device)))
+
+
+def select_clips(scores: Sequence[float], count: int) -> list[int]:
+    """Indices of at most `count` clips, in order: half of them are the worst ones, then come the first of the rest."""
+    worst = set(sorted(range(len(scores)), key=scores.__getitem__)[: count // 2])
+    others = [i for i in range(len(scores)) if i not in worst][: count - len(worst)]
+    return sorted([*worst, *others])
+
+
+def report_split(path: Path, run: Path, captioner, dataset, split: str, cache: Sequence[np.ndarray], result) -> None:
+    """Writes the page of a split: its worst clips and some of the others, a part of them with their attention.
+
+    cache: frames uint8 (T, 3, S, S) of each clip; result: an `evaluate.SplitResult`.
+    """
+    clips = dataset.splits[split]
+    ciders = [result.clip_scores[clip.id]["CIDEr"] for clip in clips]
+    shown = select_clips(ciders, MAX_CLIPS)
+    inside = {shown[i] for i in select_clips([ciders[i] for i in shown], MAX_INSIDE)}
+    rows = []
+    for i in shown:
+        clip = clips[i]
+        all_scores = result.clip_scores[clip.id]
+        scores = {name: all_scores[name] for prefix in SHOWN_SCORES for name in all_scores if name.startswith(prefix)}
+        row = ClipRow(clip.id, torch.from_numpy(np.array(cache[i])), result.captions[clip.id], list(clip.captions),
+                      scores)  # fmt: skip
+        rows.append(clip_data(with_inside(captioner, row) if i in inside else row))
+    title = f"{run.resolve().name}: {len(shown)} of {len(clips)} {split} clips of {dataset.name}"
+    page = format_page(title, settings_of(run), rows, captioner.first_block + 1, result.scores, result.signature,
+                       curves_of(run))  # fmt: skip
+    write_page(path, page)
+
+
+def video_data_of(captioner, row: dict[str, str], frames: Tensor, count: int) -> dict:
+    """A user's video {"video", "caption"} and its frames, as part of a page; `count` others are on it already."""
+    clip = ClipRow(row["video"], frames, row["caption"])
+    return clip_data(with_inside(captioner, clip) if count < MAX_INSIDE else clip)
+
+
+def show_video(path: Path, captioner, caption: str, frames: Tensor) -> None:
+    """Writes one picture of a video's frames, what was read of them, and the caption."""
+    inside = with_inside(captioner, ClipRow("", frames, caption)).inside
+    write_picture(path, draw_clip(frames, caption, inside, captioner.first_block + 1))
+
+
+def report_videos(path: Path, run: Path, captioner, clips: list[dict]) -> None:
+    """Writes the page of a user's videos, see `video_data_of`."""
+    title = f"{run.resolve().name}: {len(clips)} video{'s' * (len(clips) != 1)}"
+    write_page(path, format_page(title, settings_of(run), clips, captioner.first_block + 1, {}))

@@ -1,0 +1,27 @@
+"""Frames as pictures inside a page: one JPEG for the frames of a clip, side by side.
+
+Letters: T frames, S side in pixels, H height of the strip.
+"""
+
+import base64
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.io import encode_jpeg
+
+HEIGHT, QUALITY = 96, 75  # of a strip: pixels at most, JPEG's 1 to 100
+
+
+def film_strip(frames: Tensor, height: int = HEIGHT) -> Tensor:
+    """Frames uint8 (T, 3, S, S) -> one picture uint8 (3, H, T * H), never enlarged."""
+    if frames.shape[-1] > height:
+        small = F.interpolate(frames.float(), (height, height), mode="bilinear", antialias=True)  # (T, 3, H, H)
+        frames = small.round().clamp(0, 255).to(torch.uint8)
+    return torch.cat(list(frames), dim=2)
+
+
+def jpeg_uri(picture: Tensor) -> str:
+    """A picture uint8 (3, H, W) -> "data:image/jpeg;base64,..."."""
+    data = encode_jpeg(picture.cpu().contiguous(), QUALITY).numpy().tobytes()
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
