@@ -133,7 +133,7 @@ class Captioner(nn.Module):
         assert config.method != "full" or {self.dtype, lm.embed.weight.dtype} == {torch.float32}, "trained in float32"
         self.check_visual()
         self.requires_grad_(config.method == "full")
-        self.adapter = self.time_embed = self.connector = None
+        self.adapter = self.time_embed = self.connector = self.query_scale = None
         # The language model expects inputs as large as its embeddings; the connector need not learn that.
         self.register_buffer("prefix_scale", lm.embedding_rms(), persistent=False)
         self.add_trained_parts()
@@ -168,6 +168,8 @@ class Captioner(nn.Module):
         if config.method == "qadapter":
             self.adapter = make_adapter(self.vit, config)
             self.adapter.norm.requires_grad_(config.reads_queries)  # else nothing reads LN(Q)
+            if config.reads_queries and config.reads_frames:
+                self.query_scale = nn.Parameter(torch.zeros(1))  # random queries would spoil what is read of the frames
         elif config.method == "linear" or (is_pair and config.method != "none"):
             self.time_embed = nn.Parameter(init_time_embed(config.frames, width if is_pair else lm_width))
         if config.method in ("lora", "lora-lm"):
@@ -305,8 +307,10 @@ class Captioner(nn.Module):
     def project_queries(self, queries: Tensor) -> Tensor:
         """LN(Q) (B, N, D) -> visual tokens (B, N, C)."""
         if self.projects_queries:
-            return self.mllm.project(queries.to(self.dtype))
-        return self.connector(queries) * self.prefix_scale
+            tokens = self.mllm.project(queries.to(self.dtype))
+        else:
+            tokens = self.connector(queries) * self.prefix_scale
+        return tokens if self.query_scale is None else tokens * self.query_scale
 
     def encode(self, frames: Tensor) -> list[Tensor]:
         """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> M groups of visual tokens (B, N', C).
@@ -370,6 +374,8 @@ class Captioner(nn.Module):
         """
         tensors = {current_name(name): tensor for name, tensor in read_safetensors(path).items()}
         targets = self.saved()
+        if self.query_scale is not None:
+            tensors.setdefault("query_scale", torch.ones(1))  # of version 0.6
         if not tensors.keys() & (buffers := targets.keys() - self.trained().keys()):
             targets = {name: target for name, target in targets.items() if name not in buffers}
         if mismatched := sorted(tensors.keys() ^ targets.keys()):
