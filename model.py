@@ -354,8 +354,7 @@ class Captioner(nn.Module):
         if self.mllm is not None:
             parts["projector"] = list(self.mllm.projector.parameters())
             parts["projector"] += [] if self.mllm.newline is None else [self.mllm.newline]
-        if self.time_embed is not None:
-            parts["time_embed"] = [self.time_embed]
+        parts |= {name: [parameter] for name, parameter in self.named_parameters(recurse=False)}
         rows = [(name, sum(p.numel() for p in part if p.requires_grad), sum(p.numel() for p in part))
                 for name, part in parts.items()]  # fmt: skip
         trained, total = (sum(row[i] for row in rows) for i in (1, 2))

@@ -11,6 +11,7 @@ from common.errors import InputError
 from model import AdapterConfig, Captioner, average_grid
 from models.lm import LMConfig
 from models.mllm import MLLM, MLLMConfig
+from models.safetensors import write_safetensors
 from models.vit import ViTConfig
 
 LETTERS, EOS, IMAGE, WIDTH = " abcdefghijklmnopqrstuvwxyz:\n.", 2, 39, 20
@@ -169,6 +170,26 @@ def test_with_both_the_queries_follow_the_last_frame(layout, name):
     assert captioner.prefix(frames).shape[1] == captioner.prefix_length(3)
 
 
+@every_layout
+@pytest.mark.parametrize("name", ["both", "both, write-back"])
+def test_with_both_the_queries_start_as_zeros_behind_the_frames(layout, name):
+    """Model seed 30, frames seed 31, bit for bit: the groups of `--method none`, and zeros behind the last."""
+    captioner, frames = make(layout, name, 30), clips(2, 3, 31)
+    groups, expected = captioner.encode(frames), make(layout, "none", 30).encode(frames)
+    count = TOKENS[layout]
+    for group, tokens in zip(groups, expected, strict=True):
+        assert torch.equal(group[:, :count], tokens) and not group[:, count:].any()
+    assert captioner.query_scale.item() == 0
+
+
+def test_an_adapter_without_the_scale_of_the_queries_is_read_with_1(tmp_path):
+    """Model seed 32: version 0.6 had none."""
+    captioner = perturb(make("llava", "both", 32), 33)
+    write_safetensors(tmp_path / "old", {k: v for k, v in captioner.saved().items() if k != "query_scale"})
+    captioner.load(tmp_path / "old")
+    assert captioner.query_scale.item() == 1
+
+
 def test_linear_adds_a_layer_of_tokens_and_times():
     """Model seed 26, frames seed 27, within 1e-5. Reference: a loop over clips, frames and tokens."""
     captioner, frames = perturb(make("llava", "linear", 26), 28), clips(2, 3, 27)
@@ -244,7 +265,8 @@ def expected_names(layout: str, name: str, captioner: Captioner) -> set[str]:
     if name == "frames":  # queries are only written
         names -= {"adapter.norm.weight", "adapter.norm.bias"}
     has_connector = layout == "smolvlm" and name != "frames"
-    return names | ({"connector.weight", "connector.bias"} if has_connector else set())
+    names |= {"connector.weight", "connector.bias"} if has_connector else set()
+    return names | ({"query_scale"} if name.startswith("both") else set())
 
 
 @every_layout
