@@ -21,7 +21,6 @@ from torch import Tensor
 import metrics
 from common import cli
 from common.errors import InputError
-from common.files import replace_atomically
 from common.json_fields import field, write_json
 from model import AdapterConfig, Captioner
 from models import hub
@@ -180,6 +179,16 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int,
         yield {"video": str(path), "caption": caption}, pixels
 
 
+def write_row(path: Path, row: dict[str, str], is_first: bool) -> None:
+    """Writes a JSON object and a line break, at once, so that it is there whatever ends the program later. The first
+    row replaces the file's old content. Raises InputError if the disk refuses."""
+    try:
+        with open(path, "w" if is_first else "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int, generation: dict) -> int:
     """Captions the videos of --video; -> the exit code, 2 if any could not be read."""
     paths, rows, shown = expand_video_paths(args.video), [], []
@@ -190,15 +199,14 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
             raise InputError(f"{flag} {output}: is one of the videos, expected another file")
     try:
         for row, pixels in caption_videos(captioner, paths, frames, **generation):
+            if args.save:
+                write_row(args.save, row, is_first=not rows)
             rows.append(row)
             if args.report and pixels is not None:
                 shown.append(video_data_of(captioner, row, pixels, len(shown)))
             if args.show and pixels is not None:
                 show_video(args.show, captioner, row["caption"], pixels)
     finally:  # after Ctrl-C too
-        if args.save and rows:
-            with replace_atomically(args.save) as file:
-                file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         if args.report and shown:
             report_videos(args.report, args.run, captioner, shown)
     failed = sum("error" in row for row in rows)
@@ -224,7 +232,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.")
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
     group = parser.add_argument_group("input")
-    group.add_argument("--split", choices=["val", "test"], default="test", help="which split of the run's dataset")
+    group.add_argument("--split", choices=["val", "test"], help="which split of the run's dataset; unset: test")
     group.add_argument("--data", type=cli.path, help="the dataset's folder; unset: as in training")
     group.add_argument("--cache", type=cli.path, help="where decoded frames are stored; unset: as in training")
     group.add_argument("--video", nargs="+", metavar="FILE",
@@ -246,13 +254,17 @@ def parse_args() -> argparse.Namespace:
                        help="draws one --video: its frames, what the queries read of them, the caption")  # fmt: skip
     group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips of a split captioned at a time")
     group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.video and args.split:
+        raise InputError("--video: was given with --split, expected only one of them")
+    if args.show and not args.video:
+        raise InputError("--show: expected --video too: it draws one video")
+    args.split = args.split or "test"
+    return args
 
 
 def main() -> int:
     args = parse_args()
-    if args.show and not args.video:
-        raise InputError("--show: expected --video too: it draws one video")
     for flag, path in (("--save", args.save), ("--report", args.report), ("--show", args.show)):
         if path:
             check_output(flag, path, args.run)

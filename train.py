@@ -9,8 +9,10 @@ caption.
 """
 
 import math
+import shlex
 import time
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -168,6 +170,14 @@ def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner,
                      f"not finite: {names}; last/ is unchanged")  # fmt: skip
 
 
+def format_next_steps(folder: Path, epochs: int) -> str:
+    """What can be done with a finished run, a line each."""
+    words = shlex.quote(str(folder))
+    return (f"look at its captions:  {words}/report.html\n"
+            f"caption your videos:   python evaluate.py {words} --video FILE\n"
+            f"train it longer:       python train.py --resume {words} --epochs {2 * epochs}")  # fmt: skip
+
+
 def main() -> int:
     # 1. Flags, processes, device
     args = parse_args()
@@ -285,6 +295,7 @@ def main() -> int:
     run.load_best(captioner)
     score_test(captioner, dataset, inputs["test"], args, group, run, step, progress)
     print(f"run: {run.folder}, {cli.format_seconds(progress.elapsed())}")
+    print(format_next_steps(run.folder, args.epochs))
     group.destroy()
     return 0
 

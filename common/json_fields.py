@@ -28,7 +28,7 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
     """The JSON object in UTF-8 bytes. Raises an InputError that starts with `where` for anything else."""
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_reject_duplicates)
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_reject_duplicates)
     # ValueError: not UTF-8, not JSON (the message has line and column), a number of 5000 digits.
     # RecursionError: a hundred thousand brackets.
     except (ValueError, RecursionError) as error:

@@ -5,6 +5,8 @@ References: the scores and captions that training wrote; `Captioner.caption` cal
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 
 import evaluate
 from common.errors import InputError
-from tests.scripts import assert_one_line_error, run_forked, run_python
+from tests.scripts import ENVIRONMENT, ROOT, assert_one_line_error, run_forked, run_python
 from video_data.cache import cached_frames
 from video_data.datasets import cache_folder, read_dataset
 
@@ -64,6 +66,20 @@ def test_videos_good_and_bad(finished_run, flags, tmp_path):
     names = f"{folder}/0.mp4\n\n{folder}/1.mp4\n"
     done = run_python("evaluate.py", finished_run, "--video", "-", "--frames", 3, input=names)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+
+
+def test_captions_are_saved_as_they_come(finished_run, flags, tmp_path):
+    """SIGKILL after the fourth caption is printed: those before it are in the file, each a whole JSON object."""
+    video = next((Path(flags[-1]) / "test").glob("*.mp4"))
+    (tmp_path / "c.jsonl").write_text("old\n")
+    command = ["evaluate.py", finished_run, "--video", *[video] * 2000, "--save", tmp_path / "c.jsonl"]
+    child = subprocess.Popen([sys.executable, "-u", *map(str, command)], cwd=ROOT, env=os.environ | ENVIRONMENT,
+                             stdout=subprocess.PIPE)  # fmt: skip
+    lines = [child.stdout.readline().decode() for _ in range(4)]
+    child.kill()
+    child.communicate()
+    rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert len(rows) >= 3 and [f"{row['video']}: {row['caption']}\n" for row in rows[:3]] == lines[:3]
 
 
 def test_a_saved_file_stays_where_nothing_is_captioned(finished_run, tmp_path, monkeypatch):
@@ -131,6 +147,7 @@ def test_each_user_error_is_one_line(finished_run, tmp_path, monkeypatch):
     video.write_bytes(b"video")
     refused([finished_run, "--video", video, "--save", video], "v.mp4", "one of the videos")
     assert video.read_bytes() == b"video"
+    refused([finished_run, "--video", video, "--split", "val"], "--video", "--split")
     refused([finished_run, "--beams", 0], "--beams", "at least 1")
     refused([finished_run, "--length-penalty", "nan"], "--length-penalty", "nan")
     refused([finished_run, "--length-penalty", 11], "length_penalty", "11")

@@ -263,6 +263,20 @@ def test_ctrl_c_and_resume_end_as_the_uninterrupted_run(finished_run, flags, tmp
     assert logs[0] == logs[1]
 
 
+def test_a_finished_run_is_trained_longer(finished_run, tmp_path):
+    """6 epochs in place of 4: 18 steps, the first 12 are not done again; the run keeps the new number."""
+    out = tmp_path / "r"
+    shutil.copytree(finished_run, out)
+    done = run_forked(train, "--resume", out, "--epochs", 6)
+    assert done.returncode == 0, done.stderr
+    assert f"python train.py --resume {out} --epochs 12" in done.stdout
+    rows, before = read_log(out), [row for row in read_log(finished_run) if "test" not in row]
+    assert rows[: len(before)] == before and [row["step"] for row in rows if "loss" in row] == [*range(1, 19)]
+    assert json.loads((out / "config.json").read_text())["flags"]["epochs"] == 6
+    assert torch.load(out / "last/state.pt", weights_only=True)["step"] == 18
+    assert not same_tensors(out / "last/adapter.safetensors", finished_run / "last/adapter.safetensors")
+
+
 def test_sigterm_stops_within_a_step(flags, tmp_path):
     """It counts as Ctrl-C: exit code 130 within 20 seconds, last/ complete."""
     child = start_training(*flags, "--out", tmp_path / "r", "--epochs", "500")
@@ -416,7 +430,7 @@ def test_each_user_error_is_one_line(finished_run, flags, backbones, tmp_path, m
     refused([*flags, *out, "--queries", 300], "300 visual tokens", "256")
     refused([*flags, *out, "--data", ROOT], str(ROOT), "shapes")
     refused([*flags, *out, "--shapes-sizes", 3, 4, 6], str(flags[-1]), "another folder")
-    refused(["--resume", finished_run, "--epochs", 9], "--epochs", "its own flags")
+    refused(["--resume", finished_run, "--epochs", 2], "config.json", "--epochs make 6 steps", "is at step 12")
     refused([*flags, *out, "--colour", "red"], "--colour")
     refused([*flags, *out, "--vit", tmp_path / "gone"], "gone", "expected a folder")
     refused([*flags, *out, "--vit", backbones / "lm"], "config.json", "model_type")

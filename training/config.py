@@ -25,7 +25,7 @@ VISUAL = ("queries", "frames", "both")
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
-ALLOWED_WITH_RESUME = {"resume", "device", "workers", "data", "cache"}
+ALLOWED_WITH_RESUME = {"resume", "device", "workers", "data", "cache", "epochs"}
 NOT_STORED = {"resume", "plan", "speed"}  # of a run's flags in its config.json
 CANDIDATE_FRAMES = 16  # unless --frames is large
 PRESET = "unset: the dataset's preset"
@@ -255,6 +255,18 @@ def resume_args(args: argparse.Namespace, argv: list[str]) -> argparse.Namespace
         raise InputError(f"{path}: flags: {error}") from error
 
 
+def check_together(args: argparse.Namespace) -> None:
+    """Raises InputError for flags that do not fit each other."""
+    check_models(args)
+    if args.cache_features and (args.method not in ("qadapter", "linear", "lora-lm") or args.write_back):
+        raise InputError("--cache-features: expected a method that trains and does not change the ViT: linear, "
+                         "lora-lm, or qadapter without --write-back")  # fmt: skip
+    if args.plan and args.method == "none":
+        raise InputError("--plan: expected a method that trains, --method none has no steps")
+    if args.speed and not args.plan:
+        raise InputError("--speed: is for the time in --plan")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All flags, with --data and --out filled in. Raises InputError."""
     argv = sys.argv[1:] if argv is None else argv
@@ -264,14 +276,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     fill_from_preset(args)
     args.data = args.data or Path("data") / args.dataset
     args.out = args.out or Path(f"runs/{args.dataset}-{args.method}")
-    check_models(args)
-    if args.cache_features and (args.method not in ("qadapter", "linear", "lora-lm") or args.write_back):
-        raise InputError("--cache-features: expected a method that trains and does not change the ViT: linear, "
-                         "lora-lm, or qadapter without --write-back")  # fmt: skip
-    if args.plan and args.method == "none":
-        raise InputError("--plan: expected a method that trains, --method none has no steps")
-    if args.speed and not args.plan:
-        raise InputError("--speed: is for the time in --plan")
+    try:
+        check_together(args)
+    except InputError as error:
+        raise InputError(f"{args.resume}/config.json: flags: {error}" if args.resume else str(error)) from error
     if not args.plan:
         check_out(args.out, bool(args.resume))
     return args

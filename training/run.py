@@ -214,19 +214,20 @@ class Run:
         """Restores the trained tensors and the optimizer; -> the step, the best validation score until then, and the
         seconds that the run had taken.
 
-        Locks the folder, drops later rows of the log, and stores a new --data or --cache.
+        Locks the folder, drops later rows of the log, and stores new --data, --cache and --epochs.
         """
         self._open()
         captioner.load(checkpoint_path(self.folder, "last"))
         step, best = load_state(self.folder / "last" / "state.pt", optimizer, device)
         path = self.folder / "config.json"
         if step > steps:
-            raise InputError(f"{path}: flags: make {steps} steps, {self.folder}/last is at step {step} already")
+            raise InputError(f"{path}: its flags or --epochs make {steps} steps, {self.folder}/last is at step {step}")
         elapsed = 0.0
         if self.group.rank == 0:
             elapsed = truncate_log(self.folder / "log.jsonl", step)
             config = read_json(path)
-            moved = config["flags"] | {"data": str(args.data), "cache": args.cache and str(args.cache)}
+            moved = config["flags"] | {"data": str(args.data), "cache": args.cache and str(args.cache),
+                                       "epochs": args.epochs}  # fmt: skip
             if moved != config["flags"]:
                 write_json(path, config | {"flags": moved})
         return step, best, elapsed

@@ -28,6 +28,12 @@ def test_read_json_refuses(tmp_path, content, word):
         read_json(path)
 
 
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    """Some editors of Windows write one."""
+    (tmp_path / "captions.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')
+    assert read_json(tmp_path / "captions.json") == {"a": "é"}
+
+
 def test_read_json_refuses_what_is_not_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "missing", tmp_path / "pipe"):

@@ -60,8 +60,12 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
     resume = ["--resume", str(tmp_path)]
     resumed = parse_args([*resume, "--workers", "2"])
     assert vars(resumed) == args | {"resume": tmp_path, "out": tmp_path, "workers": 2}
+    assert parse_args([*resume, "--epochs", "9"]).epochs == 9
     with pytest.raises(InputError, match="--lr: a run keeps its own flags"):
         parse_args([*resume, "--lr=1"])
+    path.write_text(json.dumps({"flags": flags | {"visual": "both"}}, default=str))
+    with pytest.raises(InputError, match="config.json: flags: --visual and --grid"):
+        parse_args(resume)
     path.write_text(json.dumps({"flags": flags | {"epochs": 0}}, default=str))
     with pytest.raises(InputError, match="config.json: flags: .*--epochs.*at least 1"):
         parse_args(resume)
