@@ -38,6 +38,7 @@ from video_data.video import as_preprocessing, read_frames
 
 READER_VERSION = 2  # raise this when `read_frames` chooses or converts frames differently
 DAY = 24 * 3600  # seconds
+MAX_NAMED = 100  # clips in one error
 
 
 def _hash(*content) -> str:
@@ -129,28 +130,43 @@ def _fill(cache: ClipCache, what: str, make: Callable[[list[int]], Iterator[int]
     report(f"{what}: {total}/{total} clips in {format_seconds(time.monotonic() - start_time)}")
 
 
-def _decode_clip(cache: ClipCache, path: Path, preprocessing: Preprocessing) -> None:
-    """Runs in a worker, which writes the file itself: nothing large is sent between processes."""
-    cache.write(0, read_frames(path, cache.shape[0], preprocessing).numpy())
+def _decode_clip(cache: ClipCache, path: Path, preprocessing: Preprocessing) -> str | None:
+    """Runs in a worker, which writes the file itself: nothing large is sent between processes. -> what is wrong with
+    the video, if anything is."""
+    try:
+        frames = read_frames(path, cache.shape[0], preprocessing)
+    except InputError as error:
+        return str(error)
+    cache.write(0, frames.numpy())
+    return None
+
+
+def _report_bad(errors: list[str]) -> None:
+    """Raises InputError if there are any: all in one line, so that they can be mended at once."""
+    if errors:
+        more = f"; and {len(errors) - MAX_NAMED} more" if len(errors) > MAX_NAMED else ""
+        count = f"{len(errors)} clips: " if len(errors) > 1 else ""
+        raise InputError(count + "; ".join(sorted(errors)[:MAX_NAMED]) + more)
 
 
 def _decode_clips(cache: ClipCache, missing: list[int], clips: list[Clip], preprocessing: Preprocessing,
                   workers: int) -> Iterator[int]:  # fmt: skip
     workers = min(workers or os.cpu_count() or 1, len(missing))
     with worker_pool(workers) as pool:
-        paths = {}
+        paths, errors = {}, []
         try:
             for i in missing:
                 clip_cache = replace(cache, keys=[cache.keys[i]])  # small enough to be sent to a worker
                 paths[pool.submit(_decode_clip, clip_cache, clips[i].path, preprocessing)] = clips[i].path
             for done, future in enumerate(as_completed(paths), start=1):
-                future.result()
+                errors += [error] if (error := future.result()) else []
                 if done % workers == 1 % workers:  # one clip of each worker since the last time
                     yield done
         except BrokenProcessPool as error:
             lost = [str(path) for future, path in paths.items() if isinstance(future.exception(), BrokenProcessPool)]
             names = ", ".join(lost[:workers])  # tasks start in this order
             raise InputError(f"{names}: a process that decoded one of these died") from error
+    _report_bad(errors)
 
 
 def frames_cache(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing) -> ClipCache:
@@ -168,8 +184,8 @@ def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preproc
                   workers: int, report: Callable = print) -> ClipCache:  # fmt: skip
     """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S). Each clip is decoded only once.
 
-    `workers` processes decode what is missing; 0: one per core. Raises InputError for a clip that cannot be decoded, a
-    worker that dies, and lack of space. Clips that are done stay.
+    `workers` processes decode what is missing; 0: one per core. Raises InputError for clips that cannot be decoded,
+    all of them at once, for a worker that dies, and lack of space. Clips that are done stay.
     """
     preprocessing = as_preprocessing(preprocessing)
     cache = frames_cache(clips, root, split, count, preprocessing)

@@ -309,6 +309,21 @@ def stop_and_kill(pid: int) -> list[int]:
     return workers
 
 
+def test_all_bad_clips_are_named_at_once(tmp_path, decoded, monkeypatch):
+    """Two of five: one line with both, in order; the other three are cached, and only the two are decoded again. More
+    than MAX_NAMED are counted."""
+    clips = make_clips(tmp_path)
+    clips[3].path.write_bytes(b"")
+    clips[1].path.write_bytes(b"no video")
+    for names in (r"^2 clips: \S+/1\.mp4: cannot be read[^;]*; \S+/3\.mp4: an empty file[^;]*$", "."):
+        with pytest.raises(InputError, match=names):
+            fill(clips, tmp_path, workers=2)
+    assert sorted(decoded()) == sorted(["0.mp4", "1.mp4", "2.mp4", "3.mp4", "4.mp4", "1.mp4", "3.mp4"])
+    monkeypatch.setattr(cache, "MAX_NAMED", 1)
+    with pytest.raises(InputError, match=r"^2 clips: \S+/1\.mp4: [^;]*; and 1 more$"):
+        fill(clips, tmp_path)
+
+
 def test_random_kills_lose_nothing_and_damage_nothing(tmp_path, decoded, monkeypatch):
     """10 SIGKILLs of the parent after random delays, seed 0.
 
