@@ -36,7 +36,7 @@ from common.workers import worker_pool
 from video_data.datasets import Clip
 from video_data.video import as_preprocessing, read_frames
 
-READER_VERSION = 2  # raise this when `read_frames` chooses or converts frames differently
+READER_VERSION = 3  # raise this when `read_frames` chooses or converts frames differently
 DAY = 24 * 3600  # seconds
 MAX_NAMED = 100  # clips in one error
 

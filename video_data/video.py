@@ -15,12 +15,14 @@ References
 [1] https://pyav.org/docs/stable/
 [2] https://arxiv.org/abs/1608.00859, sec. 3.1
 [3] transformers, models/smolvlm/video_processing_smolvlm.py
+[4] ISO/IEC 14496-12, track header; FFmpeg, libavutil/display.h
 """
 
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -184,21 +187,43 @@ def frames_at(times: list[float], positions: np.ndarray) -> list[int]:
     return [max(0, bisect_right(times, times[0] + p * span + 1e-9) - 1) for p in positions]
 
 
-def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter: VideoReformatter) -> np.ndarray:
-    """A decoded frame, resized, cropped at its centre and upright: uint8 (S, S, 3)."""
-    if preprocessing.longest_edge is not None:
+def orient(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """A picture (S, S, 3), turned and mirrored as players do with the frame, by quarters of a turn.
+
+    The file's display matrix moves the point (x, y) to (a x + c y, b x + d y) [4].
+    """
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(b) > abs(a):  # x becomes y
+        picture, a, d = picture.transpose(1, 0, 2), c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def pixel_aspect(stream: VideoStream) -> Fraction:
+    """Width of a pixel over its height; 1 where the file does not say, or says something absurd."""
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    return aspect if 0.1 <= aspect <= 10 else Fraction(1)
+
+
+def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter: VideoReformatter,
+                 aspect: Fraction = Fraction(1)) -> np.ndarray:  # fmt: skip
+    """A decoded frame whose pixels have this aspect, resized, cropped at its centre and upright: uint8 (S, S, 3)."""
+    if preprocessing.longest_edge is not None:  # the last step makes squares of all
         picture = resize_twice(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), preprocessing)
-        return np.rot90(picture, round(frame.rotation / 90))
+        return orient(picture, frame)
     size, width, height = preprocessing.size, preprocessing.resize, preprocessing.resize
     if not preprocessing.squash:  # the longer side is rounded down, as in torchvision and transformers
-        short_side = min(frame.width, frame.height)
-        width, height = width * frame.width // short_side, height * frame.height // short_side
+        displayed_width = round(frame.width * aspect)
+        short_side = min(displayed_width, frame.height)
+        width, height = width * displayed_width // short_side, height * frame.height // short_side
     if width * height > MAX_PIXELS:
         raise ValueError(f"{frame.width} x {frame.height} would become {width} x {height}, too many")
     interpolation = {"bicubic": Interpolation.BICUBIC, "bilinear": Interpolation.BILINEAR}[preprocessing.interpolation]
     picture = reformatter.reformat(frame, width, height, "rgb24", interpolation=interpolation, threads=1)
     top, left = (height - size) // 2, (width - size) // 2
-    return np.rot90(picture.to_ndarray()[top : top + size, left : left + size], round(frame.rotation / 90))
+    return orient(picture.to_ndarray()[top : top + size, left : left + size], frame)
 
 
 def resize_twice(picture: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
@@ -235,6 +260,7 @@ def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessin
     """
     preprocessing, positions = as_preprocessing(preprocessing), sample_positions(frames, rng)
     with open_video(path) as (container, stream):
+        aspect = pixel_aspect(stream)
         # _decode_selected holds all packets in memory.
         if _has_display_times(container, stream) and os.path.getsize(path) <= MAX_BUFFERED_BYTES:
             selected = _decode_selected(container, stream, positions)
@@ -243,7 +269,7 @@ def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessin
     selected = selected or _select_frames(path, decode_frames(path), positions)
     reformatter = VideoReformatter()
     try:
-        pictures = np.stack([frame_to_rgb(frame, preprocessing, reformatter) for frame in selected])  # (T, S, S, 3)
+        pictures = np.stack([frame_to_rgb(frame, preprocessing, reformatter, aspect) for frame in selected])
     except (av.error.FFmpegError, ValueError) as error:
         raise InputError(f"{path}: its frames cannot be converted to RGB: {error}") from error
     # numpy makes the copy: torch would wake all cores for it, in every worker

@@ -31,12 +31,14 @@ QUALITY = {"mpeg4": {"qmin": "2", "qmax": "2"}, "libx264": {"crf": "1"}}
 
 
 def write_video(path: Path, times: list[int], width=48, height=32, codec="mpeg4", rotation=0, options=None,
-                pix_fmt="yuv420p", full_range=False) -> Path:  # fmt: skip
+                pix_fmt="yuv420p", full_range=False, aspect=None) -> Path:  # fmt: skip
     """Frame i, displayed from times[i] hundredths of a second on, has grey level 12 i and a white top left corner."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=100, options=QUALITY.get(codec, {}) | (options or {}))
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.time_base = Fraction(1, 100)
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         if full_range:
             stream.codec_context.color_range = 2
         for i, time in enumerate(times):
@@ -424,6 +426,40 @@ def test_rotated_clips_are_upright(real, name, quarters):
     twice = Preprocessing(64, 64, squash=True, interpolation="lanczos", longest_edge=80)
     expected = np.rot90(video.resize_twice(plain_decode(path)[0].to_ndarray(format="rgb24"), twice), quarters)
     assert np.array_equal(video.read_frames(path, 3, twice)[0].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0),
+                                    (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)])  # fmt: skip
+def test_turned_and_mirrored_clips_are_shown_as_players_do(tmp_path, matrix):
+    """Each display matrix a, b, c, d in the file's header, against its equation, pixel by pixel, for a square clip."""
+    path = write_video(tmp_path / "a.mp4", EVEN, width=32, height=32)
+    stored = plain_decode(path)[0].to_ndarray(format="rgb24")
+    data, (a, b, c, d) = bytearray(path.read_bytes()), matrix
+    start = data.index(b"tkhd") + 44  # after version, times, id, duration, layer and volume
+    data[start : start + 36] = struct.pack(">9i", *(65536 * x for x in (a, b, 0, c, d, 0, 0, 0)), 2**30)
+    path.write_bytes(data)
+    expected = np.empty_like(stored)
+    for y in range(32):
+        for x in range(32):
+            u, v = 2 * x - 31, 2 * y - 31  # twice the distance from the centre
+            expected[(b * u + d * v + 31) // 2, (a * u + c * v + 31) // 2] = stored[y, x]
+    assert np.array_equal(video.read_frames(path, 20, 32)[0].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("aspect", [Fraction(2), Fraction(1, 2), Fraction(16, 11)])
+def test_pixels_that_are_not_square_are_stretched(tmp_path, aspect):
+    """48 x 32 pixels, shown 96, 24 or 70 wide. Against FFmpeg's own resizing to the shown shape, bit for bit; a ViT
+    that squashes its input sees the same as ever."""
+    path = write_video(tmp_path / "a.mp4", EVEN, aspect=aspect)
+    shown, frame = round(48 * aspect), plain_decode(path)[0]
+    short = min(shown, 32)
+    width, height = 64 * shown // short, 64 * 32 // short
+    picture = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+    picture = picture[(height - 64) // 2 :, (width - 64) // 2 :][:64, :64]
+    assert np.array_equal(video.read_frames(path, 20, 64)[0].permute(1, 2, 0).numpy(), picture)
+    squashed = Preprocessing(64, 64, squash=True)
+    square = write_video(tmp_path / "b.mp4", EVEN)
+    assert torch.equal(video.read_frames(path, 3, squashed), video.read_frames(square, 3, squashed))
 
 
 @pytest.mark.parametrize("name", ["WrongFile.mp4", "audio_only.mp4", "empty.mp4"])
