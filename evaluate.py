@@ -37,6 +37,7 @@ from video_data.batches import to_tensor
 from video_data.cache import cached_frames
 from video_data.datasets import VideoDataset, cache_folder, read_dataset
 from video_data.video import read_frames
+from video_data.windows import format_srt, iter_windows
 
 # ---------------------------------------------------------------------------------- loading a run
 
@@ -179,12 +180,31 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int,
         yield {"video": str(path), "caption": caption}, pixels
 
 
-def write_row(path: Path, row: dict[str, str], is_first: bool) -> None:
-    """Writes a JSON object and a line break, at once, so that it is there whatever ends the program later. The first
-    row replaces the file's old content. Raises InputError if the disk refuses."""
+def caption_windows(captioner: Captioner, paths: list[Path], frames: int, length: float, stride: float,
+                    **generation) -> Iterator[tuple[dict, Tensor | None]]:  # fmt: skip
+    """Like `caption_videos`, but for each window of `length` seconds: {"video", "start", "end", "caption"}."""
+    device = next(captioner.parameters()).device
+    for path in paths:
+        try:
+            for start, end, pixels in iter_windows(path, length, stride, frames, captioner.vit.preprocessing):
+                caption = captioner.caption(pixels[None].to(device), **generation)[0]
+                print(f"{path}: {start:.1f}-{end:.1f} s: {caption}")
+                yield {"video": str(path), "start": round(start, 3), "end": round(end, 3), "caption": caption}, pixels
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            yield {"video": str(path), "error": str(error)}, None
+
+
+def write_row(path: Path, row: dict, number: int) -> None:
+    """Writes a JSON object and a line break, or a subtitle into a file .srt, at once, so that it is there whatever ends
+    the program later. Row number 1 replaces the file's old content. Raises InputError if the disk refuses."""
+    is_subtitle = path.suffix.lower() == ".srt"
+    if is_subtitle and "error" in row:
+        return
+    text = format_srt(number, row["start"], row["end"], row["caption"]) if is_subtitle else json.dumps(row) + "\n"
     try:
-        with open(path, "w" if is_first else "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(path, "w" if number == 1 else "a") as file:
+            file.write(text)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -192,16 +212,21 @@ def write_row(path: Path, row: dict[str, str], is_first: bool) -> None:
 def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int, generation: dict) -> int:
     """Captions the videos of --video; -> the exit code, 2 if any could not be read."""
     paths, rows, shown = expand_video_paths(args.video), [], []
-    if args.show and len(paths) > 1:
-        raise InputError(f"--show: expected one video, found {len(paths)}")
+    for flag, given in (("--show", args.show), ("--save FILE.srt", args.save and args.save.suffix.lower() == ".srt")):
+        if given and len(paths) > 1:
+            raise InputError(f"{flag}: expected one video, found {len(paths)}")
     for flag, output in (("--save", args.save), ("--report", args.report), ("--show", args.show)):
         if output and any(output.resolve() == path.resolve() for path in paths):
             raise InputError(f"{flag} {output}: is one of the videos, expected another file")
+    if args.window:
+        captioned = caption_windows(captioner, paths, frames, args.window, args.stride or args.window, **generation)
+    else:
+        captioned = caption_videos(captioner, paths, frames, **generation)
     try:
-        for row, pixels in caption_videos(captioner, paths, frames, **generation):
-            if args.save:
-                write_row(args.save, row, is_first=not rows)
+        for row, pixels in captioned:
             rows.append(row)
+            if args.save:
+                write_row(args.save, row, len(rows))
             if args.report and pixels is not None:
                 shown.append(video_data_of(captioner, row, pixels, len(shown)))
             if args.show and pixels is not None:
@@ -237,6 +262,10 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--cache", type=cli.path, help="where decoded frames are stored; unset: as in training")
     group.add_argument("--video", nargs="+", metavar="FILE",
                        help="your own videos instead, or folders of them; - reads paths, one per line")  # fmt: skip
+    group.add_argument("--window", type=cli.number(0, above=True), metavar="SECONDS",
+                       help="caption each --video piece by piece, with times; --save FILE.srt writes subtitles")
+    group.add_argument("--stride", type=cli.number(0, above=True), metavar="SECONDS",
+                       help="from the start of a window to that of the next; unset: --window")  # fmt: skip
     group.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
     group.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
     group = parser.add_argument_group("generation")
@@ -257,8 +286,12 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.video and args.split:
         raise InputError("--video: was given with --split, expected only one of them")
-    if args.show and not args.video:
-        raise InputError("--show: expected --video too: it draws one video")
+    if not args.video and (args.show or args.window or args.stride):
+        raise InputError("--show, --window and --stride: expected --video too")
+    if args.show and args.window or args.stride and not args.window:
+        raise InputError("--window: expected without --show, and with --stride")
+    if args.save and args.save.suffix.lower() == ".srt" and not args.window:
+        raise InputError("--save FILE.srt: expected --window too: subtitles have times")
     args.split = args.split or "test"
     return args
 

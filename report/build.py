@@ -64,9 +64,11 @@ def report_split(path: Path, run: Path, captioner, dataset, split: str, cache: S
     write_page(path, page)
 
 
-def video_data_of(captioner, row: dict[str, str], frames: Tensor, count: int) -> dict:
-    """A user's video {"video", "caption"} and its frames, as part of a page; `count` others are on it already."""
-    clip = ClipRow(row["video"], frames, row["caption"])
+def video_data_of(captioner, row: dict, frames: Tensor, count: int) -> dict:
+    """A user's video {"video", "caption"}, or a window of one, and its frames, as part of a page with `count`
+    others."""
+    name = f"{row['video']}, {row['start']:.1f} to {row['end']:.1f} s" if "start" in row else row["video"]
+    clip = ClipRow(name, frames, row["caption"])
     return clip_data(with_inside(captioner, clip) if count < MAX_INSIDE else clip)
 
 

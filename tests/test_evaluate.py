@@ -82,6 +82,28 @@ def test_captions_are_saved_as_they_come(finished_run, flags, tmp_path):
     assert len(rows) >= 3 and [f"{row['video']}: {row['caption']}\n" for row in rows[:3]] == lines[:3]
 
 
+def test_a_long_video_is_captioned_piece_by_piece(finished_run, flags, tmp_path):
+    """Windows of half a second of a clip of shapes: captions of the frames of `iter_windows`, as JSON and subtitles."""
+    video = next((Path(flags[-1]) / "test").glob("*.mp4"))
+    words = [finished_run, "--video", video, "--window", 0.5, "--stride", 0.25, "--save"]
+    done = run_forked(evaluate, *words, tmp_path / "c.jsonl", "--report", tmp_path / "r.html")
+    assert done.returncode == 0, done.stderr
+    captioner, run_flags = evaluate.load_run(finished_run)
+    expected = [
+        {"video": str(video), "start": round(start, 3), "end": round(end, 3),
+         "caption": captioner.caption(frames[None])[0]}
+        for start, end, frames in evaluate.iter_windows(video, 0.5, 0.25, run_flags["frames"],
+                                                        captioner.vit.preprocessing)
+    ]  # fmt: skip
+    assert len(expected) > 2
+    assert [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()] == expected
+    assert f"{video}, 0.2 to 0.8 s" in (tmp_path / "r.html").read_text()
+    assert run_forked(evaluate, *words, tmp_path / "c.srt").returncode == 0
+    cues = (tmp_path / "c.srt").read_text().split("\n\n")
+    assert [cue.split("\n")[2] for cue in cues[:-1]] == [row["caption"] for row in expected]
+    assert cues[1].startswith("2\n00:00:00,250 --> 00:00:00,750\n")
+
+
 def test_a_saved_file_stays_where_nothing_is_captioned(finished_run, tmp_path, monkeypatch):
     """An empty folder, and an empty list of paths: an error, and the captions of an earlier call are still there."""
     (tmp_path / "c.json").write_text("old")
@@ -148,6 +170,10 @@ def test_each_user_error_is_one_line(finished_run, tmp_path, monkeypatch):
     refused([finished_run, "--video", video, "--save", video], "v.mp4", "one of the videos")
     assert video.read_bytes() == b"video"
     refused([finished_run, "--video", video, "--split", "val"], "--video", "--split")
+    refused([finished_run, "--window", 2], "--window", "--video")
+    refused([finished_run, "--video", video, "--stride", 2], "--window", "--stride")
+    refused([finished_run, "--video", video, "--save", tmp_path / "a.srt"], ".srt", "--window")
+    refused([finished_run, "--video", video, video, "--window", 2, "--save", tmp_path / "a.srt"], ".srt", "one video")
     refused([finished_run, "--beams", 0], "--beams", "at least 1")
     refused([finished_run, "--length-penalty", "nan"], "--length-penalty", "nan")
     refused([finished_run, "--length-penalty", 11], "length_penalty", "11")

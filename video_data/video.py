@@ -87,10 +87,10 @@ def decode_frames(path: str | Path) -> Iterator[tuple[float, av.VideoFrame]]:
     Raises InputError if the file is no video, has no video stream, or none of its frames can be decoded.
     """
     with open_video(path) as (container, stream):
-        yield from _decode_stream(path, container, stream)
+        yield from decode_stream(path, container, stream)
 
 
-def _decode_stream(path: str | Path, container: InputContainer,
+def decode_stream(path: str | Path, container: InputContainer,
                    stream: VideoStream) -> Iterator[tuple[float, av.VideoFrame]]:  # fmt: skip
     duration = float(1 / (stream.average_rate or stream.guessed_rate or 25))
     time = None
@@ -265,7 +265,7 @@ def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessin
         if _has_display_times(container, stream) and os.path.getsize(path) <= MAX_BUFFERED_BYTES:
             selected = _decode_selected(container, stream, positions)
         else:
-            selected = _select_frames(path, _decode_stream(path, container, stream), positions)
+            selected = _select_frames(path, decode_stream(path, container, stream), positions)
     selected = selected or _select_frames(path, decode_frames(path), positions)
     reformatter = VideoReformatter()
     try:

@@ -1,0 +1,92 @@
+"""Windows of a long video. References: a search through all of its frames; FFmpeg's reader of subtitles."""
+
+import math
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from common.preprocessing import Preprocessing
+from tests.video_data.test_video import EVEN, frame_indices, plain_decode, write_video
+from video_data import windows
+from video_data.video import VideoReformatter, frame_to_rgb
+from video_data.windows import format_srt, format_srt_time, iter_windows
+
+SQUARE = Preprocessing(32, 32)
+
+
+def expected_windows(times: list[float], length: float, stride: float, count: int) -> list[tuple]:
+    """(start, end, index of the frame displayed at each centre), by a search through all frames for each centre."""
+    times = [t - times[0] for t in times]
+    end = times[-1] + times[-1] / (len(times) - 1)
+    found, k = [], 0
+    while k * stride < end and (not found or found[-1][1] < end):
+        centres = [k * stride + length * (i + 0.5) / count for i in range(count)]
+        shown = [max(i for i, t in enumerate(times) if t <= centre + 1e-9) for centre in centres if centre < end]
+        if k == 0 and not shown:
+            shown = [len(times) - 1]
+        if shown:
+            shown = [shown[i * len(shown) // count] for i in range(count)]
+            found.append((k * stride, min(k * stride + length, end), shown))
+        k += 1
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize(("length", "stride"), [(0.37, 0.37), (0.5, 0.23), (0.1, 0.3), (0.03, 0.03), (5.0, 5.0)])
+@pytest.mark.parametrize("times", [EVEN, [0, 1, 2, 3, 40, 41, 90, 95, 96, 97]])
+def test_windows_have_the_frames_displayed_at_their_centres(tmp_path, times, length, stride, count):
+    """Windows side by side, overlapping, with gaps, shorter than a frame and longer than the video."""
+    found = list(iter_windows(write_video(tmp_path / "a.mp4", times), length, stride, count, SQUARE))
+    expected = expected_windows([t / 100 for t in times], length, stride, count)
+    assert [(start, end) for start, end, _ in found] == [pytest.approx(row[:2]) for row in expected]
+    assert [frame_indices(frames) for _, _, frames in found] == [row[2] for row in expected]
+
+
+def test_a_video_of_one_frame_has_one_window(tmp_path):
+    ((start, end, frames),) = iter_windows(write_video(tmp_path / "a.mp4", [0]), 2.0, 2.0, 4, SQUARE)
+    assert (start, end) == (0, windows.ONE_FRAME) and frames.shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["clips/12727.mp4", "clips/walk.mkv", "msvd/YouTubeClips/3qqEKTPxLNs_1_15.avi"])
+def test_real_clips(real, name):
+    """Windows of 3 seconds, 5 frames each, bit-identical; the times of AVI files step back."""
+    decoded = plain_decode(real / name)
+    times = np.maximum.accumulate([frame.time for frame in decoded]).tolist()
+    expected = expected_windows(times, 3.0, 3.0, 5)
+    found = list(iter_windows(real / name, 3.0, 3.0, 5, SQUARE))
+    assert [(start, end) for start, end, _ in found] == [pytest.approx(row[:2]) for row in expected]
+    for (_, _, frames), (_, _, indices) in zip(found, expected, strict=True):
+        pictures = [frame_to_rgb(decoded[i], SQUARE, VideoReformatter()) for i in indices]
+        assert torch.equal(frames, torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2)))
+
+
+def test_a_window_is_ready_before_the_next_is_decoded(tmp_path, monkeypatch):
+    """However long the video is, not more of it is held than the windows that are open: one and a bit."""
+    decoded = []
+
+    def count(path, container, stream, real=windows.decode_stream):
+        for time, frame in real(path, container, stream):
+            decoded.append(time)
+            yield time, frame
+
+    monkeypatch.setattr(windows, "decode_stream", count)
+    found = iter_windows(write_video(tmp_path / "a.mp4", EVEN), 0.2, 0.2, 2, SQUARE)
+    for k in range(3):
+        next(found)
+        assert decoded[-1] == pytest.approx(0.2 * (k + 1), abs=0.05)
+
+
+def test_subtitles_are_read_by_ffmpeg(tmp_path):
+    """Start, end and text of each cue; times over an hour."""
+    cues = [(0.0, 2.5, "a red ball"), (2.5, 61.25, "two words"), (3599.9996, 3723.004, "the end")]
+    text = "".join(format_srt(i, *cue) for i, cue in enumerate(cues, start=1))
+    (tmp_path / "a.srt").write_text(text)
+    with av.open(str(tmp_path / "a.srt")) as container:
+        packets = [p for p in container.demux() if p.size]
+        found = [(float(p.pts * p.time_base), float(p.duration * p.time_base), bytes(p).decode()) for p in packets]
+    for (start, end, words), (pts, duration, read) in zip(cues, found, strict=True):
+        assert math.isclose(pts, start, abs_tol=6e-4) and math.isclose(duration, end - start, abs_tol=1.1e-3)
+        assert read == words
+    assert format_srt_time(3723.004) == "01:02:03,004" and format_srt_time(59.9996) == "00:01:00,000"
