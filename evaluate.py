@@ -30,7 +30,7 @@ from training import devices
 from training.config import read_run_config, rename_fields
 from training.distributed import ProcessGroup
 from training.frozen_models import backbone_hashes, load_models
-from training.run import check_checkpoint, checkpoint_path
+from training.run import check_checkpoint, check_sums, checkpoint_path
 from video_data import shapes
 from video_data.annotations import VIDEO_SUFFIXES
 from video_data.batches import to_tensor
@@ -58,6 +58,7 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     if adapter.method == "full" and precision != "fp32":
         raise InputError(f"{path}: flags: precision is {precision!r}, expected 'fp32' with method full")
     checkpoint = checkpoint_path(run, which)
+    check_sums(checkpoint.parent)
     check_checkpoint(checkpoint, backbone_hashes(folders), asdict(adapter))
     models = load_models(folders, devices.DTYPES[precision], field(flags, "image_size", int, path, None))
     captioner = Captioner(models.vit, models.lm, models.tokenizer, adapter, models.mllm)
@@ -126,6 +127,8 @@ def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, 
     """Captions a split of the run's dataset, prints its scores, and writes --save and --report."""
     path = args.run / "config.json"
     name, root = field(flags, "dataset", str, path), args.data or Path(field(flags, "data", str, path))
+    if args.data and not args.data.exists():
+        raise InputError(f"--data {args.data}: expected the folder of the dataset, found none")
     sizes, allow_missing = field(flags, "shapes_sizes", list, path), field(flags, "allow_missing", bool, path)
     seed = field(flags, "shapes_seed", int, path)
     dataset = read_dataset(name, root, sizes, allow_missing, [args.split], seed=seed)

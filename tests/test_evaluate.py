@@ -170,6 +170,7 @@ def test_each_user_error_is_one_line(finished_run, tmp_path, monkeypatch):
     refused([finished_run, "--video", video, "--save", video], "v.mp4", "one of the videos")
     assert video.read_bytes() == b"video"
     refused([finished_run, "--video", video, "--split", "val"], "--video", "--split")
+    refused([finished_run, "--data", tmp_path / "typo"], "--data", "typo")
     refused([finished_run, "--window", 2], "--window", "--video")
     refused([finished_run, "--video", video, "--stride", 2], "--window", "--stride")
     refused([finished_run, "--video", video, "--save", tmp_path / "a.srt"], ".srt", "--window")

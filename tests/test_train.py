@@ -439,6 +439,7 @@ def test_each_user_error_is_one_line(finished_run, flags, backbones, tmp_path, m
     refused([*flags, *out, "--batch-size", 64], "--batch-size 64", "12")
     refused([*flags, "--out", finished_run], str(finished_run), "--resume")
     refused(["--resume", tmp_path / "gone"], "gone", "state.pt")
+    refused(["--resume", finished_run, "--data", tmp_path / "typo"], "--data", "typo")
     refused([*flags, "--out", "/dev/null/x"], "--out /dev/null/x")
     refused([*flags, "--out", ""], "--out", "expected a path")
     refused([*flags, *out, "--vit", ""], "expected a folder")

@@ -274,6 +274,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume:
         args = resume_args(args, argv)
     fill_from_preset(args)
+    if args.resume and not args.data.exists() and any(word.startswith("--data") for word in argv):
+        raise InputError(f"--data {args.data}: expected the folder of the run's dataset, found none")
     args.data = args.data or Path("data") / args.dataset
     args.out = args.out or Path(f"runs/{args.dataset}-{args.method}")
     try:

@@ -5,6 +5,7 @@
     log.jsonl     a row for each log line and each validation; the last row is the test's
     best/         adapter.safetensors: the trained tensors of the best validation so far
     last/         adapter.safetensors, and state.pt: the optimizer, the step, the best score so far
+                  in both sha256.json, the checksums of the other files
     val/STEP.json captions and scores of the validation split after so many steps
     test.json     captions and scores of the test split
     report.html   the same as a page, with frames and attention
@@ -33,13 +34,15 @@ import av
 import torch
 
 from common.errors import InputError
-from common.files import acquire_lock, replace_atomically, sync_folder
-from common.json_fields import parse_object, read_json, write_json
+from common.files import acquire_lock, replace_atomically, sha256_of, sync_folder
+from common.json_fields import field, parse_object, read_json, write_json
 from models.safetensors import read_metadata
 from models.weights import LOAD_ERRORS
 from training.config import NOT_STORED, rename_fields
 from training.distributed import ProcessGroup
 from training.frozen_models import GENERATION_CONFIG
+
+CHECKSUMS = "sha256.json"
 
 # ----------------------------------------------------------------------------------- checkpoints
 
@@ -79,6 +82,7 @@ def save_checkpoint(folder: Path, captioner, metadata: dict[str, str], state: di
         if state is not None:
             with replace_atomically(new / "state.pt") as file:
                 torch.save(state, file)
+        write_json(new / CHECKSUMS, {path.name: sha256_of(path) for path in sorted(new.iterdir())})
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.rename(folder, old)
@@ -91,6 +95,14 @@ def save_checkpoint(folder: Path, captioner, metadata: dict[str, str], state: di
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_sums(folder: Path) -> None:
+    """Raises InputError for a checkpoint whose files are not as they were written. Versions before 0.7 kept no sums."""
+    path = folder / CHECKSUMS
+    for name, digest in read_json(path).items() if path.exists() else ():
+        if sha256_of(folder / name) != digest:
+            raise InputError(f"{folder / name}: is damaged, its SHA-256 is not the one in {path}")
+
+
 def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, float]:
     """Restores the optimizer from `last/state.pt`; -> the step and the best score until then. Raises InputError."""
     try:
@@ -100,7 +112,9 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.devic
         for parameter, moments in optimizer.state.items():
             if moments["exp_avg"].shape != parameter.shape:
                 raise ValueError(f"a moment is {list(moments['exp_avg'].shape)}, expected {list(parameter.shape)}")
-        return int(state["step"]), float(state["best"])
+        if not (step := int(state["step"])) >= 0:
+            raise ValueError(f"step is {step}, expected at least 0")
+        return step, float(state["best"])
     except LOAD_ERRORS as error:
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise InputError(f"{path}: not the state of this run: {reason}") from error
@@ -139,17 +153,22 @@ def append_row(path: Path, row: dict) -> None:
 
 
 def truncate_log(path: Path, step: int) -> float:
-    """Keeps the rows of training and validation up to `step`; a half-written last row is dropped too.
+    """Keeps the rows of training and validation up to `step`; a half-written last row is dropped too. Raises InputError
+    for any other row that is damaged.
 
     From step 0 on, everything is done again, the first validation too. -> the seconds that the run had taken at the
     last row that is kept; 0 in logs of versions before 0.4.
     """
     rows, elapsed = [], 0.0
-    for row in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, row in enumerate(lines, start=1):
         try:
-            content = json.loads(row)
-        except json.JSONDecodeError:
-            break
+            content = parse_object(row.encode(), f"{path}: line {number}")
+            field(content, "step", int, f"{path}: line {number}")
+        except InputError:
+            if number == len(lines):
+                break
+            raise
         if step > 0 and content["step"] <= step and "test" not in content:
             rows.append(row + "\n")
             elapsed = content.get("elapsed", elapsed)
@@ -217,6 +236,7 @@ class Run:
         Locks the folder, drops later rows of the log, and stores new --data, --cache and --epochs.
         """
         self._open()
+        check_sums(self.folder / "last")
         captioner.load(checkpoint_path(self.folder, "last"))
         step, best = load_state(self.folder / "last" / "state.pt", optimizer, device)
         path = self.folder / "config.json"

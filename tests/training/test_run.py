@@ -152,7 +152,7 @@ def test_a_checkpoint_and_a_row_are_flushed_before_what_follows(uninterrupted, t
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (calls.append(n), r(*a))[1])
     run_module.save_checkpoint(tmp_path / "last", captioner, {}, {"step": 1})
-    assert calls == ["fsync", "replace", "fsync"] * 2 + ["rename", "rename", "fsync"]
+    assert calls == ["fsync", "replace", "fsync"] * 3 + ["rename", "rename", "fsync"]
     calls.clear()
     run_module.append_row(tmp_path / "log.jsonl", {"step": 1})
     assert calls == ["fsync"]
@@ -277,7 +277,7 @@ def test_a_run_past_its_last_step_is_refused(uninterrupted, tmp_path):
     config["flags"]["epochs"] = 2
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     done = run_forked(train, "--resume", tmp_path / "run")
-    assert_one_line_error(done, "config.json: flags: make 6 steps", "step 12")
+    assert_one_line_error(done, "config.json: its flags or --epochs make 6 steps", "step 12")
     assert (tmp_path / "run/log.jsonl").read_bytes() == (uninterrupted / "log.jsonl").read_bytes()
 
 
@@ -299,12 +299,49 @@ def test_a_damaged_state_is_refused(uninterrupted, tmp_path):
             load(bytes(content))
         except InputError as error:
             assert str(error).startswith(f"{tmp_path}/state.pt: not the state of this run: ")
+    state = torch.load(io.BytesIO(good), weights_only=True)
+    for damaged in (state | {"step": -1}, {"step": 1, "best": 0.0}, state | {"optimizer": 3}, state | {"best": None}):
+        torch.save(damaged, file := io.BytesIO())
+        optimizer = torch.optim.AdamW(captioner.trained().values(), fused=True)
+        with pytest.raises(InputError, match="not the state of this run: ."):
+            load(file.getvalue())
     for content in (b"", good[:100], good[:-100]):
         with pytest.raises(InputError, match="not the state of this run: ."):
             load(content)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(p[None]) for p in captioner.trained().values()], fused=True)
     with pytest.raises(InputError, match="a moment is .*, expected"):
         load(good)
+
+
+@pytest.mark.parametrize("name", ["last/state.pt", "last/adapter.safetensors", "best/adapter.safetensors"])
+def test_a_flipped_bit_of_a_checkpoint_is_noticed(uninterrupted, tmp_path, name):
+    """One bit in the middle of the file, where the tensors are; a checkpoint of version 0.6 has no checksums."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    path = tmp_path / "run" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    words = (evaluate, tmp_path / "run") if "best" in name else (train, "--resume", tmp_path / "run")
+    log = (tmp_path / "run/log.jsonl").read_bytes()
+    assert_one_line_error(run_forked(*words), f"{path}: is damaged")
+    assert (tmp_path / "run/log.jsonl").read_bytes() == log
+    path.with_name("sha256.json").unlink()
+    assert run_forked(*words).returncode == 0
+
+
+def test_a_damaged_row_of_the_log_is_named_unless_it_is_the_last(uninterrupted, tmp_path):
+    """Rows that are no object, without a step or with one that is no number, and bad bytes: nothing is deleted."""
+    path = tmp_path / "log.jsonl"
+    rows = (uninterrupted / "log.jsonl").read_bytes().splitlines()
+    for bad in (b"[]", b"3", b'{"a": 1}', b'{"step": null}', b'{"step": 1, "loss": 2', b"\xff\xfe"):
+        damaged = b"\n".join([rows[0], bad, *rows[1:]])
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"log\.jsonl: line 2"):
+            run_module.truncate_log(path, 12)
+        assert path.read_bytes() == damaged
+        path.write_bytes(b"\n".join([*rows[:3], bad]))
+        run_module.truncate_log(path, 12)
+        assert path.read_bytes() == b"\n".join(rows[:3]) + b"\n"
 
 
 def test_a_run_resumes_with_data_that_moved(flags, uninterrupted, tmp_path):
