@@ -20,7 +20,8 @@ PROGRAMS = ("train", "evaluate", "metrics", "bench", "report.curves", "bench.pic
 TORCHRUN_FLAGS = {"--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
 SUFFIXES = (".py", ".md", ".txt", ".json", ".jsonl", ".csv", ".pkl", ".zip", ".png", ".svg", ".yml", ".cff", ".toml",
             ".pt", ".bin", ".model", ".safetensors")  # fmt: skip
-MADE_BY_RUNS = ("runs/", "data/", "best/", "last/", "val/", "log.jsonl", "test.json", "adapter.safetensors", "state.pt")
+MADE_BY_RUNS = ("runs/", "data/", "best/", "last/", "val/", "log.jsonl", "test.json", "adapter.safetensors", "state.pt",
+                "sha256.json")  # fmt: skip
 OF_USERS = {  # annotations, models and captions that readers have
     "AllVideoDescriptions.txt", "raw-captions.pkl", "MSR_Video_Description_Corpus.csv", "youtube_mapping.txt",
     "train_list.txt", "val_list.txt", "test_list.txt", "msvd_data.zip", "MSRVTT_data.json",
