@@ -175,11 +175,11 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int,
         try:
             pixels = read_frames(path, frames, captioner.vit.preprocessing)  # (T, 3, S, S)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {cli.printable(error)}", file=sys.stderr)
             yield {"video": str(path), "error": str(error)}, None
             continue
         caption = captioner.caption(pixels[None].to(device), **generation)[0]
-        print(f"{path}: {caption}")
+        print(f"{cli.printable(path)}: {caption}")
         yield {"video": str(path), "caption": caption}, pixels
 
 
@@ -191,10 +191,10 @@ def caption_windows(captioner: Captioner, paths: list[Path], frames: int, length
         try:
             for start, end, pixels in iter_windows(path, length, stride, frames, captioner.vit.preprocessing):
                 caption = captioner.caption(pixels[None].to(device), **generation)[0]
-                print(f"{path}: {start:.1f}-{end:.1f} s: {caption}")
+                print(f"{cli.printable(path)}: {start:.1f}-{end:.1f} s: {caption}")
                 yield {"video": str(path), "start": round(start, 3), "end": round(end, 3), "caption": caption}, pixels
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {cli.printable(error)}", file=sys.stderr)
             yield {"video": str(path), "error": str(error)}, None
 
 

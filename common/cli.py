@@ -61,6 +61,11 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def printable(text: object) -> str:
+    """A text for the terminal: control characters, which file names may contain, are escaped; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
+
+
 def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lambda: True) -> None:
     """Runs a script. Its exit code is that of main; 2 after an InputError, 130 after Ctrl-C.
 
@@ -82,8 +87,12 @@ def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lamb
         code = 141
     except OSError as error:
         code, message = 2, f"error: {error.filename or 'input or output'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:  # torch has no error of its own for a CPU without memory
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        code, message = 2, f"error: out of memory: {(str(error).splitlines() or ['no more is known'])[0]}"
     if message and should_report():
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not interrupt the exit
     sys.exit(code)
 

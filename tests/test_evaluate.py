@@ -6,6 +6,7 @@ References: the scores and captions that training wrote; `Captioner.caption` cal
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,19 @@ def test_a_run_of_version_0_1_is_read(finished_run, tmp_path):
     assert done.returncode == 0, done.stderr
     test = json.loads((finished_run / "test.json").read_text())
     assert json.loads((tmp_path / "p.json").read_text()) == test["captions"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("frames", 0, "at least 1"), ("frames", 10**30, "at most 4096"), ("frames", "8", "whole"), ("beams", -1, "least")],
+)
+def test_a_flag_changed_by_hand_is_named_with_its_file(finished_run, tmp_path, name, value, words):
+    shutil.copytree(finished_run, tmp_path / "r")
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    config["flags"][name] = value
+    (tmp_path / "r/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"r/config.json: .*{words}"):
+        evaluate.load_run(tmp_path / "r")
 
 
 def test_each_user_error_is_one_line(finished_run, tmp_path, monkeypatch):

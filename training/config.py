@@ -14,7 +14,7 @@ import torch
 
 from common import cli
 from common.errors import InputError
-from common.json_fields import field, read_json
+from common.json_fields import bounded, field, read_json
 from models.mllm_prompts import INSTRUCTION
 from training.devices import DTYPES
 from training.presets import PRESETS
@@ -27,6 +27,7 @@ CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
 ALLOWED_WITH_RESUME = {"resume", "device", "workers", "data", "cache", "epochs"}
 NOT_STORED = {"resume", "plan", "speed"}  # of a run's flags in its config.json
+MAX_FRAMES = 4096
 CANDIDATE_FRAMES = 16  # unless --frames is large
 PRESET = "unset: the dataset's preset"
 DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had in effect
@@ -89,16 +90,16 @@ def add_data_flags(group) -> None:
     group.add_argument("--data", type=cli.path, help="the dataset's folder; unset: data/DATASET")
     group.add_argument("--allow-missing", action="store_true", help="leave out clips without a video or a caption")
     group.add_argument("--cache", type=cli.path, help="where frames are stored; unset: .cache in the dataset's folder")
-    group.add_argument("--shapes-sizes", type=cli.at_least(1), nargs=3, default=list(DEFAULT_SIZES),
+    group.add_argument("--shapes-sizes", type=cli.at_least(1, 10**6), nargs=3, default=list(DEFAULT_SIZES),
                        metavar=("TRAIN", "VAL", "TEST"), help="clips of each split of shapes")  # fmt: skip
     group.add_argument("--shapes-seed", type=cli.at_least(0), default=0, help="of the clips of shapes")
     group.add_argument("--cache-features", action="store_true",
                        help="run the frozen ViT once for each frame and store its outputs on the disk, in bf16")
-    group.add_argument("--frames", type=cli.at_least(1, 4096), help=f"frames per clip; {PRESET}")
-    group.add_argument("--candidate-frames", type=cli.at_least(1, 4096),
+    group.add_argument("--frames", type=cli.at_least(1, MAX_FRAMES), help=f"frames per clip; {PRESET}")
+    group.add_argument("--candidate-frames", type=cli.at_least(1, MAX_FRAMES),
                        help="frames stored of a training clip, of which a step draws --frames; unset: "
                        f"{CANDIDATE_FRAMES} or twice --frames; with --cache-features --frames")  # fmt: skip
-    group.add_argument("--captions-per-clip", type=cli.at_least(1), help=f"captions per clip in a step; {PRESET}")
+    group.add_argument("--captions-per-clip", type=cli.at_least(1, 1000), help=f"captions per clip in a step; {PRESET}")
 
 
 def add_model_flags(group) -> None:
@@ -113,14 +114,14 @@ def add_model_flags(group) -> None:
     group.add_argument("--write-back", action="store_true", help="patches read the queries too")
     group.add_argument("--visual", choices=VISUAL, default="queries",
                        help="what an MLLM's language model reads: the queries, its own tokens of each frame, both")
-    group.add_argument("--grid", type=cli.at_least(0), default=0, metavar="G",
+    group.add_argument("--grid", type=cli.at_least(0, 256), default=0, metavar="G",
                        help="average an MLLM's tokens of a frame to G x G; 0: as they are")  # fmt: skip
     group.add_argument("--instruction", default=INSTRUCTION, help="to an MLLM")
-    group.add_argument("--queries", type=cli.at_least(1), default=16,
+    group.add_argument("--queries", type=cli.at_least(1, 4096), default=16,
                        help="query tokens of the Q-Adapter; prompts of a block")  # fmt: skip
-    group.add_argument("--rank", type=cli.at_least(1), default=32,
+    group.add_argument("--rank", type=cli.at_least(1, 8192), default=32,
                        help="of the Q-Adapter's projections, of LoRA, of adapters")  # fmt: skip
-    group.add_argument("--heads", type=cli.at_least(1), default=8, help="attention heads of the Q-Adapter")
+    group.add_argument("--heads", type=cli.at_least(1, 1024), default=8, help="attention heads of the Q-Adapter")
     group.add_argument("--last-blocks", type=cli.at_least(0), default=3, help="adapt only the last so many; 0: all")
     group.add_argument("--gate", choices=["normed", "sigmoid", "channel", "patch", "none"], default="normed",
                        help="the gating layer: a number a query of normalized or plain inputs, a number a channel of "
@@ -201,7 +202,7 @@ def check_out(folder: Path, resume: bool) -> None:
     if (folder / "config.json").exists() and not resume:
         raise InputError(f"{folder}: holds a run already; --resume {folder} continues it, --out names another folder")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--out {folder}: cannot be written to")
 
 
@@ -232,7 +233,8 @@ def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(f"{run}: expected the folder of a run, with config.json and last/state.pt in it")
     config = read_json(path)
     flags = rename_fields(DEFAULTS_IN_OLDER_RUNS | field(config, "flags", dict, path))
-    frames = field(flags, "frames", int, path)
+    frames = bounded(flags, "frames", int, path, 1, MAX_FRAMES)
+    bounded(flags, "beams", int, path, 1, 2**31)
     return config, {"candidate_frames": default_candidate_frames(frames)} | flags
 
 
@@ -258,6 +260,8 @@ def resume_args(args: argparse.Namespace, argv: list[str]) -> argparse.Namespace
 def check_together(args: argparse.Namespace) -> None:
     """Raises InputError for flags that do not fit each other."""
     check_models(args)
+    if args.method == "qadapter" and args.rank % args.heads:
+        raise InputError(f"--rank {args.rank}: expected a multiple of --heads {args.heads}")
     if args.cache_features and (args.method not in ("qadapter", "linear", "lora-lm") or args.write_back):
         raise InputError("--cache-features: expected a method that trains and does not change the ViT: linear, "
                          "lora-lm, or qadapter without --write-back")  # fmt: skip
