@@ -46,11 +46,14 @@ def format_table(scores):
 # --- the CSV of per-video scores ----------------------------------------------------------------------------------
 
 
-def check_writable(path):
-    """Raises InputError if no CSV can be written to `path`. Called before the scores are computed."""
+def check_writable(path, *inputs):
+    """Raises InputError if no CSV can be written to `path`, or if it is one of the inputs. Called before the scores are
+    computed."""
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"--per-video {path}: expected a file in an existing folder")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--per-video {path}: expected a file in an existing folder that can be written to")
+    if os.path.realpath(path) in map(os.path.realpath, inputs):
+        raise InputError(f"--per-video {path}: is one of the inputs, expected another file")
 
 
 def write_rows(file, per_video):
@@ -127,7 +130,7 @@ def main(argv=None):
     try:
         args = parse_arguments(argv)
         if args.per_video:
-            check_writable(args.per_video)
+            check_writable(args.per_video, args.references, args.hypotheses)
         scores = score(
             inputs.read_references(args.references),
             inputs.read_hypotheses(args.hypotheses),
@@ -139,12 +142,12 @@ def main(argv=None):
             names=(args.references, args.hypotheses),
             progress=Progress(),
         )
-        if args.per_video:
-            write_csv(args.per_video, scores.per_video)
         for note in scores.notes:
             print(note, file=sys.stderr)
         as_json = json.dumps({**scores.corpus, "signature": scores.signature})
         print(as_json if args.json else format_table(scores), flush=True)
+        if args.per_video:  # after the scores, which a full disk must not lose
+            write_csv(args.per_video, scores.per_video)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

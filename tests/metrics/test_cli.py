@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import metrics
+from metrics import __main__ as program
 from metrics import meteor_data
 from metrics.__main__ import Progress, main
 
@@ -82,6 +83,19 @@ def test_per_video(files, capsys, tmp_path):
     code, out, err = run_main(capsys, *files[0], "--per-video", tmp_path / "none" / "rows.csv")
     assert (code, out) == (2, "") and len(err.splitlines()) == 1 and "rows.csv: expected a file" in err
     assert run_main(capsys, *files[0], "--per-video", tmp_path)[0] == 2
+    before = files[1].read_bytes()
+    (tmp_path / "link.json").symlink_to(files[1])
+    code, out, err = run_main(capsys, *files[0], "--per-video", tmp_path / "link.json")
+    assert (code, out) == (2, "") and "is one of the inputs" in err and files[1].read_bytes() == before
+
+
+def test_scores_are_printed_though_their_file_cannot_be_written(files, capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "rows.csv"))
+
+    monkeypatch.setattr(program, "write_csv", full)
+    code, out, err = run_main(capsys, *files[0], "--per-video", tmp_path / "rows.csv")
+    assert code == 2 and "CIDEr" in out and "No space left" in err
 
 
 def test_per_video_to_a_pipe_or_a_link(files, capsys, tmp_path):
