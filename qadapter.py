@@ -313,9 +313,11 @@ class QAdapter(nn.Module):
         """While it is open, each forward pass keeps the weights of its attention, for `attention`."""
         for block in self.blocks:
             block.keep_attention = True
-        yield
-        for block in self.blocks:
-            block.keep_attention = False
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                block.keep_attention = False
 
     def attention(self, frames: int) -> Tensor:
         """Of the last pass `looking_inside`, on clips of T = `frames` frames: how much each query read of each token,

@@ -25,7 +25,9 @@ class Table:
         return self.row_lrs.get(row, self.lrs)
 
 
-SHAPES = "--dataset shapes --shapes-sizes 3000 200 500 --shapes-seed 1 --data data/study --eval-every 2"
+# Every row sees the same 8 frames of a clip in each epoch: those that --cache-features can store.
+SHAPES = ("--dataset shapes --shapes-sizes 3000 200 500 --shapes-seed 1 --data data/study --eval-every 2 "
+          "--candidate-frames 8")  # fmt: skip
 PAIR = f"{SHAPES} --epochs 16"
 DEFAULT = "--cache-features"  # the Q-Adapter of train.py
 CACHED = "--cache-features"
@@ -90,7 +92,7 @@ TABLES = {
          "each query sees one frame": "--per-frame"},
         "a ramp of frame vectors",
     ),
-    "frames": ablation({str(n): f"--frames {n}" for n in (1, 2, 4, 16)}, "8"),
+    "frames": ablation({str(n): f"--frames {n} --candidate-frames {n}" for n in (1, 2, 4, 16)}, "8"),
     "captions": ablation(
         {"4 a clip": "--captions-per-clip 4", "4 a clip, half of the epochs": "--captions-per-clip 4 --epochs 8"},
         "1 a clip",
