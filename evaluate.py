@@ -3,6 +3,9 @@
     python evaluate.py RUN [--split {val,test}] [--save predictions.json]
     python evaluate.py RUN --video a.mp4 folder/ [--save captions.jsonl]
     ls clips/*.mov | python evaluate.py RUN --video -
+    python evaluate.py RUN --video film.mp4 --window 10 --save film.srt
+
+`--report page.html` makes a page of what was captioned, `--show picture.png` a picture of one video (`report/`).
 
 Letters: B clips, T frames, S side in pixels.
 """
@@ -25,7 +28,7 @@ from common.json_fields import field, write_json
 from model import AdapterConfig, Captioner
 from models import hub
 from models.generation import make_generation_config
-from report.build import report_split, report_videos, show_video, video_data_of
+from report.build import MAX_CLIPS, report_split, report_videos, show_video, video_data_of
 from training import devices
 from training.config import read_run_config, rename_fields
 from training.distributed import ProcessGroup
@@ -133,6 +136,9 @@ def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, 
     seed = field(flags, "shapes_seed", int, path)
     dataset = read_dataset(name, root, sizes, allow_missing, [args.split], seed=seed)
     print(dataset)
+    for flag, output in (("--save", args.save), ("--report", args.report)):
+        if output and output.exists() and root.resolve() in output.resolve().parents:
+            raise InputError(f"{flag} {output}: is a file of the dataset, expected another one")
     cache_root = cache_folder(args.cache or field(flags, "cache", str, path, None), name, root)
     cache = cached_frames(dataset.splits[args.split], cache_root, args.split, frames, captioner.vit.preprocessing, 0)
     result = caption_and_score(captioner, dataset, args.split, cache, args.batch_size, ProcessGroup(), **generation)
@@ -179,7 +185,7 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int,
             yield {"video": str(path), "error": str(error)}, None
             continue
         caption = captioner.caption(pixels[None].to(device), **generation)[0]
-        print(f"{cli.printable(path)}: {caption}")
+        print(f"{cli.printable(path)}: {cli.printable(caption)}")
         yield {"video": str(path), "caption": caption}, pixels
 
 
@@ -191,7 +197,7 @@ def caption_windows(captioner: Captioner, paths: list[Path], frames: int, length
         try:
             for start, end, pixels in iter_windows(path, length, stride, frames, captioner.vit.preprocessing):
                 caption = captioner.caption(pixels[None].to(device), **generation)[0]
-                print(f"{cli.printable(path)}: {start:.1f}-{end:.1f} s: {caption}")
+                print(f"{cli.printable(path)}: {start:.1f}-{end:.1f} s: {cli.printable(caption)}")
                 yield {"video": str(path), "start": round(start, 3), "end": round(end, 3), "caption": caption}, pixels
         except InputError as error:
             print(f"error: {cli.printable(error)}", file=sys.stderr)
@@ -206,7 +212,7 @@ def write_row(path: Path, row: dict, number: int) -> None:
         return
     text = format_srt(number, row["start"], row["end"], row["caption"]) if is_subtitle else json.dumps(row) + "\n"
     try:
-        with open(path, "w" if number == 1 else "a") as file:
+        with open(path, "w" if number == 1 else "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
@@ -230,7 +236,7 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
             rows.append(row)
             if args.save:
                 write_row(args.save, row, len(rows))
-            if args.report and pixels is not None:
+            if args.report and pixels is not None and len(shown) < MAX_CLIPS:
                 shown.append(video_data_of(captioner, row, pixels, len(shown)))
             if args.show and pixels is not None:
                 show_video(args.show, captioner, row["caption"], pixels)
@@ -238,8 +244,8 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
         if args.report and shown:
             report_videos(args.report, args.run, captioner, shown)
     failed = sum("error" in row for row in rows)
-    if failed and len(rows) > 1:
-        print(f"error: {failed} of {len(rows)} videos could not be captioned", file=sys.stderr)
+    if failed and len(paths) > 1:
+        print(f"error: {failed} of {len(paths)} videos could not be captioned", file=sys.stderr)
     return 2 if failed else 0
 
 
@@ -249,7 +255,8 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
 def check_output(flag: str, path: Path, run: Path) -> None:
     """Raises InputError for a path that no file can be written to, and for the files of the run."""
     files = {(run / name).resolve() for name in ("config.json", "log.jsonl", "test.json", "lock")}
-    if path.resolve() in files or path.resolve().parent == (run / "val").resolve():
+    folders = {(run / name).resolve() for name in ("best", "last", "val")}
+    if path.resolve() in files or folders & set(path.resolve().parents):
         raise InputError(f"{flag} {path}: is a file of the run, expected another one")
     is_file = path.is_file() or not path.exists()
     if not (is_file and path.parent.is_dir() and os.access(path.parent, os.W_OK)):
@@ -265,9 +272,9 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--cache", type=cli.path, help="where decoded frames are stored; unset: as in training")
     group.add_argument("--video", nargs="+", metavar="FILE",
                        help="your own videos instead, or folders of them; - reads paths, one per line")  # fmt: skip
-    group.add_argument("--window", type=cli.number(0, above=True), metavar="SECONDS",
+    group.add_argument("--window", type=cli.number(0.1), metavar="SECONDS",
                        help="caption each --video piece by piece, with times; --save FILE.srt writes subtitles")
-    group.add_argument("--stride", type=cli.number(0, above=True), metavar="SECONDS",
+    group.add_argument("--stride", type=cli.number(0.1), metavar="SECONDS",
                        help="from the start of a window to that of the next; unset: --window")  # fmt: skip
     group.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
     group.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
@@ -291,8 +298,10 @@ def parse_args() -> argparse.Namespace:
         raise InputError("--video: was given with --split, expected only one of them")
     if not args.video and (args.show or args.window or args.stride):
         raise InputError("--show, --window and --stride: expected --video too")
-    if args.show and args.window or args.stride and not args.window:
-        raise InputError("--window: expected without --show, and with --stride")
+    if args.show and args.window:
+        raise InputError("--show: expected without --window: it draws a whole video")
+    if args.stride and not args.window:
+        raise InputError("--stride: expected --window too")
     if args.save and args.save.suffix.lower() == ".srt" and not args.window:
         raise InputError("--save FILE.srt: expected --window too: subtitles have times")
     args.split = args.split or "test"
@@ -301,7 +310,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    for flag, path in (("--save", args.save), ("--report", args.report), ("--show", args.show)):
+    outputs = {"--save": args.save, "--report": args.report, "--show": args.show}
+    given = [path.resolve() for path in outputs.values() if path]
+    if len(given) > len(set(given)):
+        raise InputError(f"{', '.join(outputs)}: expected different files")
+    for flag, path in outputs.items():
         if path:
             check_output(flag, path, args.run)
     device, _ = devices.select_device(args.device)

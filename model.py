@@ -98,8 +98,9 @@ def make_adapter(vit: ViT, config: AdapterConfig) -> QAdapter:
         raise InputError(f"--last-blocks {config.last_blocks}: the ViT has {vit.config.depth} blocks")
     return QAdapter(
         vit.config.width, vit.config.depth, config.queries, config.rank, config.heads, config.frames,
-        config.last_blocks, config.gate, config.write_back, config.query_self_attention, config.reads_frames,
-        config.gate_bias, config.time_embed, config.per_frame,
+        config.last_blocks, config.gate, config.write_back, self_attention=config.query_self_attention,
+        write_last=config.reads_frames, gate_bias=config.gate_bias, time_embed=config.time_embed,
+        per_frame=config.per_frame,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The Q-Adapter: query tokens that read a frozen ViT through a gate; and LoRA, the method it is compared with.
+"""The Q-Adapter: query tokens that read a frozen ViT through a gate.
 
 This is our reading of the abstract of [1], the only part of that paper we could read. N learnable queries
 flow alongside the blocks of the ViT. After each adapted block they attend to all patches of all frames at
@@ -12,9 +12,11 @@ once, and a gating layer decides, query by query, how much of what they read is 
     Q <- Q + g * A
 
 The gate reads normalized vectors, so that its logits grow neither with the width of the ViT nor with the size
-of a read (`gate` "normed"; "sigmoid" reads Q and A as they are). By default Z is not changed, so the ViT needs
-no gradients. With write-back the patches also read the gated queries, through a projection that starts at
-zero: deeper frozen blocks then work on adapted patches, and gradients pass through the ViT.
+of a read (`gate` "normed"; "sigmoid" reads Q and A as they are). "channel" has a gate for each channel of a query,
+g = sigmoid(LN(Q) * w + LN(A) * w' + b), and "patch" one for each token, sigmoid(X w + b), which scales its value; then
+g = 1. By default Z is not changed, so the ViT needs no gradients. With write-back the patches also read the gated
+queries, through a projection that starts at zero: deeper frozen blocks then work on adapted patches, and gradients pass
+through the ViT.
 
 Letters: B clips, T frames of S x S pixels, P tokens per frame (class token and patches), D ViT width,
 N queries Q, Q_L after the last block, A what they read, L adapted blocks, r rank, h heads, d = r/h;

@@ -63,7 +63,7 @@ def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) 
 def format_gates(gates: dict[str, list[float]]) -> str:
     """"gates 0.37 0.68 0.81 (0 3 0 % saturated)  ", per block, and a warning where almost every gate is saturated: then
     little more is learned."""
-    if not gates or min(gates["gates"]) == 1:  # without a gate
+    if not gates:
         return ""
     means = " ".join(f"{mean:.2f}" for mean in gates["gates"])
     shares = " ".join(f"{100 * share:.0f}" for share in gates["saturated"])
@@ -271,7 +271,8 @@ def main() -> int:
 
             if step % args.log_every == 0 or step == steps:
                 speed, timing = progress.update(step)
-                gates = {} if captioner.adapter is None else captioner.adapter.gate_statistics()
+                has_gates = captioner.adapter is not None and captioner.config.gate != "none"
+                gates = captioner.adapter.gate_statistics() if has_gates else {}
                 row = {"step": step, "loss": loss, "lr": lr, "clips/s": speed, "elapsed": progress.elapsed()}
                 run.log(row | gates)
                 print(f"step {step}/{steps}  loss {loss:.3f}  lr {lr:.1e}  {format_gates(gates)}{timing}")

@@ -52,8 +52,8 @@ class AdaptedMLP(ViTMLP):
         self.up, self.down, self.activation, self.scale = base.up, base.down, base.activation, base.scale
         width = base.up.in_features
         self.adapter_down, self.adapter_up = nn.Linear(width, rank), nn.Linear(rank, width)
-        nn.init.zeros_(self.adapter_up.weight)
-        nn.init.zeros_(self.adapter_up.bias)
+        for zero in (self.adapter_down.bias, self.adapter_up.weight, self.adapter_up.bias):
+            nn.init.zeros_(zero)
 
     def forward(self, y: Tensor) -> Tensor:
         """(n, P, D) -> (n, P, D)."""

@@ -18,6 +18,7 @@ from report.page import ClipRow, clip_data, format_page, write_page
 from report.show import draw_clip, write_picture
 
 MAX_CLIPS, MAX_INSIDE = 500, 50  # on a page; of these with their attention
+MAX_BYTES = 6 * 10**6  # of the attention of all clips, one byte a patch, block and query
 SHOWN_SCORES = ("CIDEr", "METEOR")  # of a clip; METEOR's name depends on its tables
 
 
@@ -25,13 +26,21 @@ def settings_of(run: Path) -> dict[str, object]:
     """What a page says of a run: its numbers of parameters, and the flags that are set."""
     config = read_json(run / "config.json")
     counts = {name: f"{config[name]:,}" for name in ("trained", "total") if name in config}
-    return counts | {name: value for name, value in config["flags"].items() if value not in (None, False)}
+    return counts | {name: value for name, value in config["flags"].items() if value is not None and value is not False}
 
 
 def with_inside(captioner, row: ClipRow) -> ClipRow:
     """A clip with what the Q-Adapter did with its frames."""
     device = next(captioner.parameters()).device
     return replace(row, inside=look_inside(captioner, row.frames[None].to(device)))
+
+
+def max_inside(captioner, frames: int) -> int:
+    """How many clips of T = `frames` frames are shown with their attention."""
+    if captioner.adapter is None:
+        return 0
+    blocks, queries = len(captioner.adapter.blocks), len(captioner.adapter.queries)
+    return min(MAX_INSIDE, MAX_BYTES // (blocks * queries * frames * len(captioner.vit.position)))
 
 
 def select_clips(scores: Sequence[float], count: int) -> list[int]:
@@ -49,7 +58,7 @@ def report_split(path: Path, run: Path, captioner, dataset, split: str, cache: S
     clips = dataset.splits[split]
     ciders = [result.clip_scores[clip.id]["CIDEr"] for clip in clips]
     shown = select_clips(ciders, MAX_CLIPS)
-    inside = {shown[i] for i in select_clips([ciders[i] for i in shown], MAX_INSIDE)}
+    inside = {shown[i] for i in select_clips([ciders[i] for i in shown], max_inside(captioner, len(cache[0])))}
     rows = []
     for i in shown:
         clip = clips[i]
@@ -69,7 +78,7 @@ def video_data_of(captioner, row: dict, frames: Tensor, count: int) -> dict:
     others."""
     name = f"{row['video']}, {row['start']:.1f} to {row['end']:.1f} s" if "start" in row else row["video"]
     clip = ClipRow(name, frames, row["caption"])
-    return clip_data(with_inside(captioner, clip) if count < MAX_INSIDE else clip)
+    return clip_data(with_inside(captioner, clip) if count < max_inside(captioner, len(frames)) else clip)
 
 
 def show_video(path: Path, captioner, caption: str, frames: Tensor) -> None:

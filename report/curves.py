@@ -3,7 +3,6 @@
 The panels share the horizontal axis, steps. The picture is plain SVG without a plotting package.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from itertools import cycle
@@ -12,6 +11,7 @@ from pathlib import Path
 from common import cli
 from common.errors import InputError
 from common.files import replace_atomically
+from common.json_fields import parse_object
 from report.svg import COLOURS, document, line, text
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 250, 170, 52, 48, 62  # pixels: a panel, and the margins around it
@@ -27,13 +27,18 @@ class Panel:
 
 
 def read_log(run: Path) -> list[dict]:
-    path = run / "log.jsonl"
+    """The rows of a run's log; the last one may be half written. Raises InputError for any other that is damaged."""
+    path, rows = run / "log.jsonl", []
     if not path.is_file():
         raise InputError(f"{path}: expected the log of a run")
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: expected a JSON object in each line: {error}") from error
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, row in enumerate(lines, start=1):
+        try:
+            rows.append(parse_object(row.encode(), f"{path}: line {number}"))
+        except InputError:
+            if number < len(lines):
+                raise
+    return rows
 
 
 def make_panels(rows: list[dict], path: Path) -> list[Panel]:

@@ -35,5 +35,5 @@ def look_inside(captioner, frames: torch.Tensor) -> Inside | None:
     attention = adapter.attention(frames.shape[1]).float().mean(2).transpose(0, 1)  # (B, L, N, T, P)
     gates = adapter.gates.float().transpose(0, 1)  # (B, L, N), or with other gates (B, L, N, D) or (B, L, T*P)
     gates = gates.mean(-1) if gates.dim() == 4 else gates
-    is_per_query = gates.shape[-1] == attention.shape[2]
+    is_per_query = adapter.blocks[0].gate_kind != "patch"
     return Inside(attention.cpu().numpy(), gates.cpu().numpy() if is_per_query else None)

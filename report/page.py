@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.files import replace_atomically
 from report.inside import Inside
-from report.strips import film_strip, jpeg_uri
+from report.strips import MAX_FRAMES, film_strip, jpeg_uri
 
 HERE = Path(__file__).parent
 CURVES = '<details open><summary>Training</summary><div class="curves">{}</div></details>'
@@ -52,8 +52,8 @@ def encode_attention(patches: np.ndarray) -> str:
 def clip_data(row: ClipRow) -> dict:
     """What the page's script needs of one clip."""
     scores = {name: round(value, 4) for name, value in row.scores.items()}
-    data = {"id": row.id, "strip": jpeg_uri(film_strip(row.frames)), "frames": len(row.frames), "caption": row.caption,
-            "references": row.references, "scores": scores}  # fmt: skip
+    data = {"id": row.id, "strip": jpeg_uri(film_strip(row.frames)), "frames": min(len(row.frames), MAX_FRAMES),
+            "caption": row.caption, "references": row.references, "scores": scores}  # fmt: skip
     if row.inside is not None:
         patches = row.inside.patches()[0]
         data |= {"attention": encode_attention(patches), "shape": patches.shape[:4]}  # L, N, T, side
@@ -62,22 +62,28 @@ def clip_data(row: ClipRow) -> dict:
     return data
 
 
+def read(name: str) -> str:
+    """A part of the page that lies beside this file."""
+    return (HERE / name).read_text(encoding="utf-8")
+
+
 def format_page(title: str, settings: dict[str, object], clips: list[dict], first_block: int, scores: dict[str, float],
                 signature: str = "", curves: str = "") -> str:  # fmt: skip
     """The page. clips: see `clip_data`; first_block: number of the first adapted block; curves: an SVG, or nothing."""
     data = {"clips": clips, "sortable": list(clips[0]["scores"]) if clips else [], "first": first_block}
     shown = format_rows({name: f"{100 * value:.1f}" for name, value in scores.items()})
-    return Template((HERE / "page.html").read_text()).substitute(
+    return Template(read("page.html")).substitute(
         title=html.escape(title),
-        css=(HERE / "page.css").read_text(),
+        css=read("page.css"),
         scores=f'{shown}<p class="signature">{html.escape(signature)}</p>' if scores else "",
         settings=format_rows(settings),
         curves=CURVES.format(curves) if curves else "",
         data=json.dumps(data).replace("<", "\\u003c"),
-        script=(HERE / "page.js").read_text(),
+        script=read("page.js"),
     )
 
 
 def write_page(path: Path, page: str) -> None:
+    """Writes the page as UTF-8. Raises InputError if the disk refuses."""
     with replace_atomically(path) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="backslashreplace"))  # names of files need not be UTF-8

@@ -42,7 +42,7 @@ def light(inside: Inside) -> Tensor:
     if inside.gates is not None:
         attention = attention * torch.from_numpy(inside.gates[0])[..., None, None, None]
     read = attention.sum(1)  # (L, T, side, side)
-    return DARK + (1 - DARK) * read / read.amax((1, 2, 3), keepdim=True)
+    return DARK + (1 - DARK) * read / read.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 
 def draw_clip(frames: Tensor, caption: str, inside: Inside | None, first_block: int) -> Tensor:

@@ -11,10 +11,13 @@ from torch import Tensor
 from torchvision.io import encode_jpeg
 
 HEIGHT, QUALITY = 96, 75  # of a strip: pixels at most, JPEG's 1 to 100
+MAX_FRAMES = 64  # a JPEG is at most 65,500 pixels wide
 
 
 def film_strip(frames: Tensor, height: int = HEIGHT) -> Tensor:
-    """Frames uint8 (T, 3, S, S) -> one picture uint8 (3, H, T * H), never enlarged."""
+    """Frames uint8 (T, 3, S, S) -> one picture uint8 (3, H, T * H), never enlarged; of many frames, MAX_FRAMES."""
+    if len(frames) > MAX_FRAMES:
+        frames = frames[torch.linspace(0, len(frames) - 1, MAX_FRAMES).round().long()]
     if frames.shape[-1] > height:
         small = F.interpolate(frames.float(), (height, height), mode="bilinear", antialias=True)  # (T, 3, H, H)
         frames = small.round().clamp(0, 255).to(torch.uint8)

@@ -46,7 +46,7 @@ def main() -> int:
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     run_all(table, first_runs(table), results, args.jobs, threads)
     run_all(table, later_runs(table, results, tuple(args.seeds)), results, args.jobs, threads)
-    write_page(args.table)
+    write_page(table.store)
     return 0
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from common.errors import InputError
 from common.files import replace_atomically
 from study.figures import PANELS, draw
-from study.runs import ROOT, RunKey, chosen_lr, load_results
+from study.runs import ROOT, RunKey, chosen_lr, load_results, trains
 from study.tables import TABLES, Table
 
 PAGE = ROOT / "docs/study.md"
 SCORES = {"BLEU-4": "Bleu_4", "METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr": "CIDEr", "shapes": "shapes right",
           "motion": "motion right", "of one": "motion_one right", "of two": "motion_two right"}  # fmt: skip
 DIFFERENCES = ("CIDEr", "shapes", "motion")
-COSTS = {"s a step": ("seconds per step", 1), "minutes in all": ("seconds", 60), "GB, peak": ("peak bytes", 1e9),
+COSTS = {"s a step": ("seconds per step", 1), "minutes": ("seconds", 60), "GB, peak": ("peak bytes", 1e9),
          "MB, file": ("adapter bytes", 1e6)}  # fmt: skip
 
 
@@ -25,6 +25,7 @@ def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of Markdown, its first column to the left."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
@@ -55,7 +56,7 @@ def difference(a: Sequence[float], b: Sequence[float]) -> str:
 
 def format_rate(table: Table, row: str, run: dict) -> str:
     """"0.005"; an arrow says that it is the lowest or the highest that was tried, and a better one may lie beyond."""
-    if run["seconds per step"] is None:
+    if not trains(table.rows[row]):
         return ""
     rates, lr = table.rates(row), run["lr"]
     arrow = " ↓" if lr == min(rates) else " ↑" if lr == max(rates) else ""
@@ -106,18 +107,25 @@ def format_part(name: str, table: Table, results: dict[RunKey, dict]) -> str:
 
 
 def markers(name: str) -> tuple[str, str]:
+    """The lines around a table in the page."""
     return f"<!-- {name}: begins -->", f"<!-- {name}: ends -->"
 
 
-def write_page(name: str) -> None:
-    """Puts the tables of one comparison into its place in docs/study.md, and its figure beside the page."""
-    page, (begin, end) = PAGE.read_text(), markers(name)
-    if begin not in page or end not in page:
-        raise InputError(f"{PAGE}: expected the lines {begin} and {end}")
-    before, _, rest = page.partition(begin)
-    after = rest.partition(end)[2]
-    results = load_results(TABLES[name])
-    with replace_atomically(figure_path(name)) as file:
-        file.write(format_figure(TABLES[name], results).encode())
+def write_page(store: str) -> None:
+    """Puts the tables whose runs are in results/STORE.json into their places in docs/study.md, and their figures beside
+    the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        if table.store != store:
+            continue
+        begin, end = markers(name)
+        if begin not in page or end not in page:
+            raise InputError(f"{PAGE}: expected the lines {begin} and {end}")
+        before, _, rest = page.partition(begin)
+        results = load_results(table)
+        page = f"{before}{begin}\n\n{format_part(name, table, results)}\n\n{end}{rest.partition(end)[2]}"
+        if reported_runs(table, results):
+            with replace_atomically(figure_path(name)) as file:
+                file.write(format_figure(table, results).encode())
     with replace_atomically(PAGE) as file:
-        file.write(f"{before}{begin}\n\n{format_part(name, TABLES[name], results)}\n\n{end}{after}".encode())
+        file.write(page.encode())

@@ -1,10 +1,11 @@
 """The runs of a table: which there are, one after another or several at once, and the figures of each.
 
-A run is a folder below `runs/study/STORE`. One that was stopped goes on where it was; one that is finished is read
+A run is a folder below `runs/study`. One that was stopped goes on where it was; one that is finished is read
 again. What was measured is kept in `results/STORE.json`, which outlives the folders. Tables of the same common flags
 share a store, and rows of the same flags share their runs.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from common.json_fields import field, read_json, write_json
 from study.tables import SEEDS, Table
 
 ROOT = Path(__file__).resolve().parent.parent
+SOMETIMES = ("seconds per step", "peak bytes")  # null where nothing was trained, or where the run was only read again
 FIELDS = {"val CIDEr": float, "test": dict, "seconds": float, "trained": int, "total": int, "adapter bytes": int,
           "machine": str, "date": str}  # fmt: skip
 RESULTS, RUNS = ROOT / "results", ROOT / "runs/study"
@@ -61,6 +63,8 @@ def load_results(table: Table) -> dict[RunKey, dict]:
                              "run them again")  # fmt: skip
         for name, kind in FIELDS.items():
             field(run, name, kind, path)
+        if lacking := [name for name in SOMETIMES if name not in run]:
+            raise InputError(f"{path}: field {lacking[0]!r} is missing in a run")
         key = RunKey(own.removeprefix(common).strip(), field(run, "lr", float, path), field(run, "seed", int, path))
         results[key] = run
     return results
@@ -112,18 +116,24 @@ def read_figures(folder: Path) -> dict:
     batch_size, speeds = config["flags"]["batch_size"], [row["clips/s"] for row in rows if "clips/s" in row]
     validations = [row for row in rows if "val" in row]
     validations = validations[1:] or validations  # step 0 is before training: its weights are not kept
+    started = next(row["elapsed"] for row in rows if "val" in row)  # before that, data and caches are made
     best = max(validations, key=lambda row: row["val"]["CIDEr"])
     return {
         "steps": rows[-1]["step"], "best step": best["step"], "val CIDEr": best["val"]["CIDEr"],
-        "test": rows[-1]["test"], "seconds": rows[-1]["elapsed"],
+        "test": rows[-1]["test"], "seconds": rows[-1]["elapsed"] - started,
         "seconds per step": batch_size / statistics.median(speeds) if speeds else None,
         "adapter bytes": adapter.stat().st_size, "trained": config["trained"], "total": config["total"],
     }  # fmt: skip
 
 
-def train_one(table: Table, key: RunKey, threads: int) -> dict:
+def run_folder(table: Table, key: RunKey) -> Path:
+    """The folder of a run; tables of other common flags have others."""
+    return RUNS / f"{table.store}-{hashlib.sha256(table.flags.encode()).hexdigest()[:8]}" / key.folder_name
+
+
+def train_one(table: Table, key: RunKey, threads: int, jobs: int) -> dict:
     """Trains a run in a process of its own; -> its figures, with the machine. Raises InputError if it fails."""
-    folder = RUNS / table.store / key.folder_name
+    folder = run_folder(table, key)
     peak = None
     if not (folder / "test.json").exists():
         words, log = command_of(table, key, folder), folder.with_name(f"{folder.name}.txt")
@@ -137,9 +147,10 @@ def train_one(table: Table, key: RunKey, threads: int) -> dict:
             raise InputError(f"{folder}: the run ended with {child.returncode}, see {log}")
         peak = usage.ru_maxrss * 1024
     tested = (folder / "test.json").stat().st_mtime
+    machine = f"{threads} thread(s) of {cpu_name()}, {jobs} at a time"
     return {
         "flags": f"{table.flags} {key.flags}".strip(), "lr": key.lr, "seed": key.seed,
-        "date": time.strftime("%Y-%m-%d", time.localtime(tested)), "machine": f"{threads} thread(s) of {cpu_name()}",
+        "date": time.strftime("%Y-%m-%d", time.localtime(tested)), "machine": machine,
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "peak bytes": peak,
         **read_figures(folder),
     }  # fmt: skip
@@ -148,8 +159,9 @@ def train_one(table: Table, key: RunKey, threads: int) -> dict:
 def run_all(table: Table, keys: list[RunKey], results: dict[RunKey, dict], jobs: int, threads: int) -> None:
     """Runs what `results` lacks, `jobs` at a time, and stores each as it ends."""
     missing = [key for key in keys if key not in results]
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(train_one, table, key, threads): key for key in missing}
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = {pool.submit(train_one, table, key, threads, jobs): key for key in missing}
         for future in as_completed(futures):
             key = futures[future]
             result = results[key] = future.result()
@@ -157,3 +169,5 @@ def run_all(table: Table, keys: list[RunKey], results: dict[RunKey, dict], jobs:
             print(f"{key.flags or 'default'}, lr {key.lr:g}, seed {key.seed}: validation CIDEr "
                   f"{100 * result['val CIDEr']:.1f}, test {100 * result['test']['CIDEr']:.1f}, "
                   f"{result['seconds']:.0f} s", flush=True)  # fmt: skip
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: no more runs, those that run end

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import evaluate
+from common.cli import printable
 from common.errors import InputError
 from tests.scripts import ENVIRONMENT, ROOT, assert_one_line_error, run_forked, run_python
 from video_data.cache import cached_frames
@@ -62,7 +63,8 @@ def test_videos_good_and_bad(finished_run, flags, tmp_path):
     assert len(done.stdout.splitlines()) == 8 and "3bad.mp4" in done.stderr and "5bad.mp4" in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "c.json").read_text().splitlines()]
     assert [Path(row["video"]) for row in rows] == sorted(folder.iterdir())
-    assert [f"{row['video']}: {row['caption']}" for row in rows if "caption" in row] == done.stdout.splitlines()
+    printed = [printable(f"{row['video']}: {row['caption']}") for row in rows if "caption" in row]
+    assert printed == done.stdout.splitlines()
     assert [Path(row["video"]).name for row in rows if "error" in row] == ["3bad.mp4", "5bad.mp4"]
     names = f"{folder}/0.mp4\n\n{folder}/1.mp4\n"
     done = run_python("evaluate.py", finished_run, "--video", "-", "--frames", 3, input=names)
@@ -80,7 +82,7 @@ def test_captions_are_saved_as_they_come(finished_run, flags, tmp_path):
     child.kill()
     child.communicate()
     rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
-    assert len(rows) >= 3 and [f"{row['video']}: {row['caption']}\n" for row in rows[:3]] == lines[:3]
+    assert len(rows) >= 3 and [printable(f"{row['video']}: {row['caption']}\n") for row in rows[:3]] == lines[:3]
 
 
 def test_a_long_video_is_captioned_piece_by_piece(finished_run, flags, tmp_path):
@@ -164,7 +166,7 @@ def test_a_flag_changed_by_hand_is_named_with_its_file(finished_run, tmp_path, n
         evaluate.load_run(tmp_path / "r")
 
 
-def test_each_user_error_is_one_line(finished_run, tmp_path, monkeypatch):
+def test_each_user_error_is_one_line(finished_run, flags, tmp_path, monkeypatch):
     """In this process, where `cli.run` would turn the InputError into exit code 2; two of them as a user sees them."""
 
     def refused(words, *expected: str) -> None:
@@ -186,7 +188,12 @@ def test_each_user_error_is_one_line(finished_run, tmp_path, monkeypatch):
     refused([finished_run, "--video", video, "--split", "val"], "--video", "--split")
     refused([finished_run, "--data", tmp_path / "typo"], "--data", "typo")
     refused([finished_run, "--window", 2], "--window", "--video")
-    refused([finished_run, "--video", video, "--stride", 2], "--window", "--stride")
+    refused([finished_run, "--video", video, "--stride", 2], "--stride", "expected --window")
+    refused([finished_run, "--video", video, "--window", 2, "--show", "x.png"], "--show", "without --window")
+    refused([finished_run, "--video", video, "--window", 1e-9], "--window", "0.1")
+    refused([finished_run, "--save", finished_run / "best/adapter.safetensors"], "a file of the run")
+    refused([finished_run, "--save", tmp_path / "x", "--report", tmp_path / "x"], "different files")
+    refused([finished_run, "--save", Path(flags[-1]) / "captions.json"], "captions.json", "a file of the dataset")
     refused([finished_run, "--video", video, "--save", tmp_path / "a.srt"], ".srt", "--window")
     refused([finished_run, "--video", video, video, "--window", 2, "--save", tmp_path / "a.srt"], ".srt", "one video")
     refused([finished_run, "--beams", 0], "--beams", "at least 1")

@@ -262,6 +262,8 @@ def check_together(args: argparse.Namespace) -> None:
     check_models(args)
     if args.method == "qadapter" and args.rank % args.heads:
         raise InputError(f"--rank {args.rank}: expected a multiple of --heads {args.heads}")
+    if args.per_frame and args.queries < args.frames:
+        raise InputError(f"--per-frame: --queries {args.queries} cannot see all of --frames {args.frames}")
     if args.cache_features and (args.method not in ("qadapter", "linear", "lora-lm") or args.write_back):
         raise InputError("--cache-features: expected a method that trains and does not change the ViT: linear, "
                          "lora-lm, or qadapter without --write-back")  # fmt: skip

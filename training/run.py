@@ -245,6 +245,8 @@ class Run:
         elapsed = 0.0
         if self.group.rank == 0:
             elapsed = truncate_log(self.folder / "log.jsonl", step)
+            for name in ("test.json", "report.html"):  # of a shorter run, or written anew
+                (self.folder / name).unlink(missing_ok=True)
             config = read_json(path)
             moved = config["flags"] | {"data": str(args.data), "cache": args.cache and str(args.cache),
                                        "epochs": args.epochs}  # fmt: skip
@@ -266,6 +268,7 @@ class Run:
     def load_best(self, captioner) -> None:
         """Gives every rank the trained tensors of the best validation."""
         if self.group.rank == 0:
+            check_sums(self.folder / "best")
             captioner.load(checkpoint_path(self.folder, "best"))
         self.group.broadcast(captioner.saved().values())
 

@@ -215,7 +215,7 @@ def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter
         return orient(picture, frame)
     size, width, height = preprocessing.size, preprocessing.resize, preprocessing.resize
     if not preprocessing.squash:  # the longer side is rounded down, as in torchvision and transformers
-        displayed_width = round(frame.width * aspect)
+        displayed_width = max(1, round(frame.width * aspect))
         short_side = min(displayed_width, frame.height)
         width, height = width * displayed_width // short_side, height * frame.height // short_side
     if width * height > MAX_PIXELS:

@@ -1,5 +1,8 @@
 """A long video, piece by piece: frames of one window of time after another, in constant memory.
 
+`read_frames` sorts the times of a file whose times step back. Here the frames after it are not known yet, so a frame
+before a step back is not displayed; all frames of a file without times are one.
+
 Letters: T frames, S side in pixels.
 """
 

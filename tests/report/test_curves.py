@@ -2,6 +2,9 @@
 
 from xml.etree import ElementTree
 
+import pytest
+
+from common.errors import InputError
 from report import curves
 from tests.scripts import assert_one_line_error, read_log, run_forked
 
@@ -16,6 +19,17 @@ def test_the_lines_are_those_of_the_log(finished_run, tmp_path):
     losses = [row["loss"] for row in read_log(finished_run) if "loss" in row]
     heights = [float(point.split(",")[1]) for point in lines[0]]
     assert sorted(range(12), key=losses.__getitem__) == sorted(range(12), key=lambda i: (-heights[i], losses[i]))
+
+
+def test_a_half_written_last_row_is_left_out(tmp_path):
+    rows = ['{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.0}']
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join([*rows, '{"step": 3, "lo']))
+    assert [row["step"] for row in curves.read_log(tmp_path)] == [1, 2]
+    for bad in (b"3", b"[]", b"\xff", b'{"step": 1'):
+        path.write_bytes(b"\n".join([bad, *(row.encode() for row in rows)]))
+        with pytest.raises(InputError, match="log.jsonl: line 1"):
+            curves.read_log(tmp_path)
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path):

@@ -16,6 +16,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_image
 
 import evaluate
+from common.cli import printable
 from report import build, page, show, strips
 from report.inside import Inside, look_inside
 from tests.scripts import assert_one_line_error, run_forked
@@ -77,12 +78,14 @@ def test_other_methods_have_nothing_inside():
         assert (look_inside(make(name), clips(1, 4, 2)) is None) == (config.method != "qadapter")
 
 
+@pytest.mark.parametrize("frames", [1, 4])
 @pytest.mark.parametrize("gate", ["channel", "patch"])
-def test_other_gates_are_means_over_channels_or_not_shown(gate, monkeypatch):
-    """Model seed 3, frames seed 4: gates of channels (B, N, D) become a number a query; those of tokens are of none."""
+def test_other_gates_are_means_over_channels_or_not_shown(gate, frames, monkeypatch):
+    """Model seed 3, frames seed 4: gates of channels (B, N, D) become a number a query; those of tokens are of none,
+    also where there are as many tokens as queries, 5."""
     monkeypatch.setitem(CONFIGS, "other gate", replace(CONFIGS["no write-back"], gate=gate))
     captioner = make("other gate", 3)
-    found = look_inside(captioner, clips(2, 4, 4))
+    found = look_inside(captioner, clips(2, frames, 4))
     if gate == "channel":
         assert np.allclose(found.gates, captioner.adapter.gates.mean(-1).transpose(0, 1), atol=1e-6)
     else:
@@ -102,6 +105,16 @@ def test_a_strip_holds_the_frames_side_by_side():
     large = small.repeat_interleave(4, 2).repeat_interleave(4, 3)
     found = decode(strips.jpeg_uri(strips.film_strip(large)))
     assert found.shape == (3, 96, 192) and abs(found[0, 50, 48].item() - ramp[0, 0, 32].item()) < 12
+
+
+def test_the_strip_of_many_frames_is_a_part_of_them():
+    """1,000 frames, each of one grey: 64 of them from the first to the last, since a JPEG is at most 65,500 wide."""
+    frames = (torch.arange(1000) // 4).to(torch.uint8)[:, None, None, None].expand(1000, 3, 64, 64)
+    strip = strips.film_strip(frames)
+    assert strip.shape == (3, 64, 64 * 64) and (strip[0, 0, 0], strip[0, 0, -1]) == (0, 249)
+    assert decode(strips.jpeg_uri(strip)).shape == strip.shape
+    data = page.clip_data(page.ClipRow("a", frames, "b"))
+    assert data["frames"] == 64
 
 
 def test_attention_is_a_byte_a_patch_by_each_querys_own_maximum():
@@ -131,6 +144,26 @@ def test_the_page_needs_no_network():
     policy = next(attributes["content"] for tag, attributes in Page(text).tags if "http-equiv" in attributes)
     assert policy.startswith("default-src 'none'; img-src data:")
     assert "http://" not in text and "https://" not in text and "src=" not in text.partition("<body>")[2]
+
+
+def test_a_name_that_is_no_unicode_is_escaped(tmp_path):
+    page.write_page(tmp_path / "p.html", page.format_page("run\udcff", {"out": "run\udcff"}, [], 1, {}))
+    assert (tmp_path / "p.html").read_text(encoding="utf-8").count("run\\udcff") == 3
+
+
+def test_settings_are_those_that_are_set(tmp_path):
+    """0 is a value: --last-blocks 0 means all blocks."""
+    flags = {"seed": 0, "last_blocks": 0, "gate_bias": 0.0, "mllm": None, "compile": False, "cache_features": True}
+    (tmp_path / "config.json").write_text(json.dumps({"flags": flags, "trained": 1234}))
+    assert build.settings_of(tmp_path) == {"trained": "1,234", "seed": 0, "last_blocks": 0, "gate_bias": 0.0,
+                                           "cache_features": True}  # fmt: skip
+
+
+def test_the_attention_of_large_models_is_shown_for_fewer_clips():
+    """3 blocks, 5 queries, 4 frames of 5 tokens: 300 bytes a clip."""
+    captioner = make("no write-back")
+    assert build.max_inside(captioner, 4) == 50 and build.max_inside(make("linear"), 4) == 0
+    assert build.max_inside(captioner, 4 * 1000) == build.MAX_BYTES // 300_000
 
 
 def test_half_of_the_shown_clips_are_the_worst():
@@ -172,7 +205,7 @@ def test_the_page_of_videos(finished_run, flags, tmp_path):
     done = run_forked(evaluate, finished_run, "--video", *videos, tmp_path / "bad.mp4", "--report", tmp_path / "r.html")
     assert done.returncode == 2
     data = json.loads(Page((tmp_path / "r.html").read_text()).data)
-    assert [f"{clip['id']}: {clip['caption']}" for clip in data["clips"]] == done.stdout.splitlines()
+    assert [printable(f"{clip['id']}: {clip['caption']}") for clip in data["clips"]] == done.stdout.splitlines()
     assert all(clip["scores"] == {} and "attention" in clip for clip in data["clips"])
 
 
@@ -194,6 +227,11 @@ def test_what_is_read_is_bright():
     row = picture[0, top : top + side, show.MARGIN : -show.MARGIN]
     assert row[side // 4, side + 3 * side // 4] == 200 and row[side // 4, side // 4] == 30
     assert (picture[:, show.MARGIN : show.MARGIN + side, show.MARGIN : -show.MARGIN] == 200).all()
+
+
+def test_closed_gates_are_dark():
+    attention = np.full((1, 1, 2, 1, 4), 0.25, dtype=np.float32)
+    assert (show.light(Inside(attention, np.zeros((1, 1, 2), dtype=np.float32))) == show.DARK).all()
 
 
 def test_a_long_caption_has_several_lines():

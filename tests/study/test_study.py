@@ -6,6 +6,7 @@ References: plain statistics of the standard library, the files of tiny runs, an
 import json
 import re
 import statistics
+import time
 import xml.etree.ElementTree
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ def result(key: RunKey, cider: float, **scores) -> dict:
     return {"flags": f"{TABLE.flags} {key.flags}", "lr": key.lr, "seed": key.seed, "val CIDEr": cider,
             "best step": 5, "test": test, "seconds": 90.0, "seconds per step": 0.25 if trains else None,
             "peak bytes": 2 * 10**9, "adapter bytes": 10**6, "trained": 300 * trains, "total": 10_000, "steps": 5,
-            "machine": "1 thread(s) of X", "date": "2026-01-01"}  # fmt: skip
+            "machine": "1 thread(s) of X, 2 at a time", "date": "2026-01-01"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -99,7 +100,7 @@ def test_the_page_is_that_of_the_results(name):
     found = report.PAGE.read_text().partition(begin)[2].partition(end)[0].strip()
     results = runs.load_results(TABLES[name])
     assert found == report.format_part(name, TABLES[name], results)
-    if results:
+    if report.reported_runs(TABLES[name], results):
         assert report.figure_path(name).read_text() == report.format_figure(TABLES[name], results)
 
 
@@ -120,7 +121,9 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     stored = json.loads((tmp_path / "results/tiny.json").read_text())["runs"]
     assert [(run["flags"], run["seed"], run["steps"]) for run in stored] == [
         (f"{words} --epochs 1 --eval-every 1", 0, 3), (f"{words} --method none", 0, 0)]  # fmt: skip
-    test = json.loads((tmp_path / "runs/tiny/epochs_1_eval-every_1_0.02_0/test.json").read_text())["scores"]
+    folder = runs.run_folder(table, RunKey("--epochs 1 --eval-every 1", 0.02, 0))
+    assert folder != runs.run_folder(replace(table, flags=f"{words} "), RunKey("--epochs 1 --eval-every 1", 0.02, 0))
+    test = json.loads((folder / "test.json").read_text())["scores"]
     assert stored[0]["test"] == test and stored[0]["trained"] > 0 == stored[1]["trained"]
     assert stored[0]["peak bytes"] > 10**8 and stored[0]["seconds per step"] > 0
     text = page.read_text()
@@ -143,28 +146,29 @@ def test_a_result_of_other_flags_is_refused(tmp_path, monkeypatch):
     assert list(runs.load_results(TABLE)) == [RunKey(A, 0.1, 0)]
     with pytest.raises(InputError, match="x.json: holds a run with other flags"):
         runs.load_results(replace(TABLE, flags="--dataset shapes --epochs 9"))
-    for name in runs.FIELDS:
+    for name in (*runs.FIELDS, *runs.SOMETIMES):
         bad = result(RunKey(A, 0.1, 0), 1.0)
         del bad[name]
         runs.store_results(TABLE, {RunKey(A, 0.1, 0): bad})
         with pytest.raises(InputError, match=f"x.json.*{name}"):
             runs.load_results(TABLE)
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(InputError, match="x.json: 'runs' is missing|x.json"):
+    with pytest.raises(InputError, match="x.json: field 'runs' is missing"):
         runs.load_results(TABLE)
 
 
 def test_figures_are_those_of_the_best_validation(tmp_path):
     """A log of validations before training and after 3 and 6 steps; the median speed is that of the middle row."""
-    rows = [{"step": 0, "val": {"CIDEr": 1.1}}, *({"step": i, "clips/s": speed} for i, speed in ((1, 10), (2, 40))),
-            {"step": 3, "clips/s": 20}, {"step": 3, "val": {"CIDEr": 0.9}}, {"step": 6, "val": {"CIDEr": 0.5}},
+    rows = [{"step": 0, "val": {"CIDEr": 1.1}, "elapsed": 2.5},
+            *({"step": i, "clips/s": speed} for i, speed in ((1, 10), (2, 40), (3, 20))),
+            {"step": 3, "val": {"CIDEr": 0.9}}, {"step": 6, "val": {"CIDEr": 0.5}},
             {"step": 6, "test": {"CIDEr": 0.3}, "elapsed": 7.0}]  # fmt: skip
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "config.json").write_text(json.dumps({"flags": {"batch_size": 5}, "trained": 1, "total": 2}))
     (tmp_path / "best").mkdir()
     (tmp_path / "best/adapter.safetensors").write_bytes(b"12345")
     assert runs.read_figures(tmp_path) == {
-        "steps": 6, "best step": 3, "val CIDEr": 0.9, "test": {"CIDEr": 0.3}, "seconds": 7.0, "seconds per step": 0.25,
+        "steps": 6, "best step": 3, "val CIDEr": 0.9, "test": {"CIDEr": 0.3}, "seconds": 4.5, "seconds per step": 0.25,
         "adapter bytes": 5, "trained": 1, "total": 2,
     }  # fmt: skip
 
@@ -182,7 +186,26 @@ def test_a_run_that_fails_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RUNS", tmp_path)
     bad = replace(TABLE, flags=f"--dataset folder --data {tmp_path / 'none'}")
     with pytest.raises(InputError, match="the run ended with 2, see"):
-        runs.train_one(bad, RunKey(A, 0.01, 0), 1)
+        runs.train_one(bad, RunKey(A, 0.01, 0), 1, 1)
+
+
+@pytest.mark.parametrize("error", [InputError("the disk is full"), KeyboardInterrupt()])
+def test_nothing_more_is_started_after_an_error(monkeypatch, error):
+    """Four runs, one at a time: the second fails. The first is stored, the third is never begun."""
+    begun, stored = [], []
+
+    def train_one(table, key, threads, jobs):
+        begun.append(key)
+        if len(begun) == 2:
+            raise error
+        time.sleep(0.3 * (len(begun) > 2))
+        return result(key, 1.0)
+
+    monkeypatch.setattr(runs, "train_one", train_one)
+    monkeypatch.setattr(runs, "store_results", lambda table, results: stored.append(len(results)))
+    with pytest.raises(type(error)):
+        runs.run_all(TABLE, [RunKey(A, lr, 0) for lr in (0.1, 0.2, 0.3, 0.4)], {}, 1, 1)
+    assert stored == [1] and len(begun) <= 3
 
 
 def test_the_first_seed_is_needed(monkeypatch):
