@@ -25,6 +25,7 @@ import metrics
 from common import cli
 from common.errors import InputError
 from common.json_fields import field, write_json
+from common.preprocessing import Preprocessing
 from model import AdapterConfig, Captioner
 from models import hub
 from models.generation import make_generation_config
@@ -136,8 +137,8 @@ def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, 
     seed = field(flags, "shapes_seed", int, path)
     dataset = read_dataset(name, root, sizes, allow_missing, [args.split], seed=seed)
     print(dataset)
-    for flag, output in (("--save", args.save), ("--report", args.report)):
-        if output and output.exists() and root.resolve() in output.resolve().parents:
+    for flag, output in outputs(args).items():
+        if output.exists() and root.resolve() in output.resolve().parents:
             raise InputError(f"{flag} {output}: is a file of the dataset, expected another one")
     cache_root = cache_folder(args.cache or field(flags, "cache", str, path, None), name, root)
     cache = cached_frames(dataset.splits[args.split], cache_root, args.split, frames, captioner.vit.preprocessing, 0)
@@ -172,35 +173,31 @@ def expand_video_paths(names: list[str]) -> list[Path]:
     return paths
 
 
-def caption_videos(captioner: Captioner, paths: list[Path], frames: int,
-                   **generation) -> Iterator[tuple[dict[str, str], Tensor | None]]:  # fmt: skip
-    """Prints a caption or, on stderr, an error for each video, and yields it, {"video", "caption" or "error"}, with the
-    frames that the model saw (T, 3, S, S)."""
+def read_pieces(path: Path, frames: int, preprocessing: Preprocessing, window: float | None,
+                stride: float | None) -> Iterator[tuple[dict[str, float], Tensor]]:  # fmt: skip
+    """A video as a whole, or window after window: ({} or {"start", "end"} in seconds, frames (T, 3, S, S))."""
+    if window is None:
+        yield {}, read_frames(path, frames, preprocessing)
+        return
+    for start, end, pixels in iter_windows(path, window, stride or window, frames, preprocessing):
+        yield {"start": round(start, 3), "end": round(end, 3)}, pixels
+
+
+def caption_videos(captioner: Captioner, paths: list[Path], frames: int, window: float | None = None,
+                   stride: float | None = None, **generation) -> Iterator[tuple[dict, Tensor | None]]:  # fmt: skip
+    """Prints a caption or, on stderr, an error for each video, or for each window of `window` seconds, one every
+    `stride` seconds; yields it, {"video", "start", "end", "caption"} or {"video", "error"}, with the frames that the
+    model saw (T, 3, S, S)."""
     device = next(captioner.parameters()).device
     for path in paths:
         try:
-            pixels = read_frames(path, frames, captioner.vit.preprocessing)  # (T, 3, S, S)
-        except InputError as error:
-            print(f"error: {cli.printable(error)}", file=sys.stderr)
-            yield {"video": str(path), "error": str(error)}, None
-            continue
-        caption = captioner.caption(pixels[None].to(device), **generation)[0]
-        print(f"{cli.printable(path)}: {cli.printable(caption)}")
-        yield {"video": str(path), "caption": caption}, pixels
-
-
-def caption_windows(captioner: Captioner, paths: list[Path], frames: int, length: float, stride: float,
-                    **generation) -> Iterator[tuple[dict, Tensor | None]]:  # fmt: skip
-    """Like `caption_videos`, but for each window of `length` seconds: {"video", "start", "end", "caption"}."""
-    device = next(captioner.parameters()).device
-    for path in paths:
-        try:
-            for start, end, pixels in iter_windows(path, length, stride, frames, captioner.vit.preprocessing):
+            for times, pixels in read_pieces(path, frames, captioner.vit.preprocessing, window, stride):
                 caption = captioner.caption(pixels[None].to(device), **generation)[0]
-                print(f"{cli.printable(path)}: {start:.1f}-{end:.1f} s: {cli.printable(caption)}")
-                yield {"video": str(path), "start": round(start, 3), "end": round(end, 3), "caption": caption}, pixels
+                when = f" {times['start']:.1f}-{times['end']:.1f} s:" if times else ""
+                print(cli.printable(f"{path}:{when} {caption}"))
+                yield {"video": str(path), **times, "caption": caption}, pixels
         except InputError as error:
-            print(f"error: {cli.printable(error)}", file=sys.stderr)
+            print(cli.printable(f"error: {error}"), file=sys.stderr)
             yield {"video": str(path), "error": str(error)}, None
 
 
@@ -224,15 +221,11 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
     for flag, given in (("--show", args.show), ("--save FILE.srt", args.save and args.save.suffix.lower() == ".srt")):
         if given and len(paths) > 1:
             raise InputError(f"{flag}: expected one video, found {len(paths)}")
-    for flag, output in (("--save", args.save), ("--report", args.report), ("--show", args.show)):
-        if output and any(output.resolve() == path.resolve() for path in paths):
+    for flag, output in outputs(args).items():
+        if any(output.resolve() == path.resolve() for path in paths):
             raise InputError(f"{flag} {output}: is one of the videos, expected another file")
-    if args.window:
-        captioned = caption_windows(captioner, paths, frames, args.window, args.stride or args.window, **generation)
-    else:
-        captioned = caption_videos(captioner, paths, frames, **generation)
     try:
-        for row, pixels in captioned:
+        for row, pixels in caption_videos(captioner, paths, frames, args.window, args.stride, **generation):
             rows.append(row)
             if args.save:
                 write_row(args.save, row, len(rows))
@@ -250,6 +243,12 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
 
 
 # ------------------------------------------------------------------------------- the command line
+
+
+def outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The files to write, by their flags."""
+    named = {"--save": args.save, "--report": args.report, "--show": args.show}
+    return {flag: path for flag, path in named.items() if path}
 
 
 def check_output(flag: str, path: Path, run: Path) -> None:
@@ -304,19 +303,17 @@ def parse_args() -> argparse.Namespace:
         raise InputError("--stride: expected --window too")
     if args.save and args.save.suffix.lower() == ".srt" and not args.window:
         raise InputError("--save FILE.srt: expected --window too: subtitles have times")
+    written = outputs(args)
+    if len({path.resolve() for path in written.values()}) < len(written):
+        raise InputError(f"{', '.join(written)}: expected different files")
     args.split = args.split or "test"
     return args
 
 
 def main() -> int:
     args = parse_args()
-    outputs = {"--save": args.save, "--report": args.report, "--show": args.show}
-    given = [path.resolve() for path in outputs.values() if path]
-    if len(given) > len(set(given)):
-        raise InputError(f"{', '.join(outputs)}: expected different files")
-    for flag, path in outputs.items():
-        if path:
-            check_output(flag, path, args.run)
+    for flag, path in outputs(args).items():
+        check_output(flag, path, args.run)
     device, _ = devices.select_device(args.device)
     devices.keep_freed_memory()
     captioner, flags = load_run(args.run, args.weights)

@@ -63,8 +63,8 @@ def attention_weights(q: Tensor, k: Tensor, heads: int, mask: Tensor | None = No
 
 
 def same_frame(queries: int, frames: int, tokens: int, device: torch.device) -> Tensor:
-    """Which of T*P tokens each of N queries sees where a query sees one frame only (N, T*P), the first N / T queries
-    the first frame and so on."""
+    """Which of T*P tokens each of N queries sees where it sees one frame only: query i has frame i T / N, rounded down
+    -> (N, T*P)."""
     frame_of_query = torch.arange(queries, device=device) * frames // queries  # (N,)
     return frame_of_query[:, None] == torch.arange(frames, device=device).repeat_interleave(tokens)
 
@@ -196,7 +196,7 @@ class GatedCrossAttention(nn.Module):
         return self.gate(torch.cat(pair, dim=-1)).sigmoid()
 
     def project(self, layer: CastLinear, x: Tensor, time_embed: Tensor) -> Tensor:
-        """((x - m) / s + E) W for x = LN(Z), (B, T, P, D) -> (B, T, P, r or 2r).
+        """((x - m) / s + E) W for x = LN(Z), (B, T, P, D) -> (B, T, P, r, 2r or 1).
 
         It is computed as x W/s + (E - m/s) W, whose sum is r wide, not D.
         """
@@ -227,8 +227,9 @@ def naive_gated_cross_attention(block: GatedCrossAttention, queries: Tensor, pat
             token_gates[: len(x)] = torch.sigmoid(block.gate(x))
         seen = torch.ones(len(q), len(keys), dtype=torch.bool)
         if block.per_frame:
-            for i, j in torch.cartesian_prod(torch.arange(len(q)), torch.arange(len(x))).tolist():
-                seen[i, j] = i * len(z) // len(q) == j // z.shape[1]  # query i has this frame, token j is of that one
+            for i in range(len(q)):
+                for j in range(len(x)):  # query i has this frame, token j is of that one
+                    seen[i, j] = i * len(z) // len(q) == j // z.shape[1]
         wk, wv = block.kv.weight.chunk(2)  # (r, D) each
         heads = []
         for hq, hk, hv in zip(*(w.chunk(block.heads) for w in (block.q.weight, wk, wv)), strict=True):  # (d, D) each

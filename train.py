@@ -71,6 +71,16 @@ def format_gates(gates: dict[str, list[float]]) -> str:
     return f"gates {means} ({shares} % saturated){warning}  "
 
 
+def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, steps: int, loss: float,
+             lr: float) -> None:  # fmt: skip
+    """A row of the log and a line on the console."""
+    speed, timing = progress.update(step)
+    has_gates = captioner.adapter is not None and captioner.config.gate != "none"
+    gates = captioner.adapter.gate_statistics() if has_gates else {}
+    run.log({"step": step, "loss": loss, "lr": lr, "clips/s": speed, "elapsed": progress.elapsed()} | gates)
+    print(f"step {step}/{steps}  loss {loss:.3f}  lr {lr:.1e}  {format_gates(gates)}{timing}")
+
+
 def read_dataset(args) -> datasets.VideoDataset:
     """The dataset of the flags; with --plan nothing is made."""
     if args.plan:
@@ -86,6 +96,12 @@ def load_examples(args, clips: list[datasets.Clip], cache, captioner: Captioner)
     if examples.num_truncated:
         print(f"captions: {examples.num_truncated} are longer than {MAX_CAPTION_TOKENS} tokens and are truncated")
     return examples
+
+
+def measure_channels(captioner: Captioner, examples: list, device: torch.device) -> None:
+    """Gives the adapter the channel statistics of some examples, which are the same in every process."""
+    frames, _ = collate(examples)
+    captioner.measure_channels(frames.to(device))
 
 
 def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, tokens: int,
@@ -233,8 +249,7 @@ def main() -> int:
         print(f"resuming after step {step}")
     else:
         if captioner.adapter is not None and not args.raw_channels:
-            frames, _ = collate([examples[key] for key in first_batch[:MEASURED_CLIPS]])  # the same in every process
-            captioner.measure_channels(frames.to(device))
+            measure_channels(captioner, [examples[key] for key in first_batch[:MEASURED_CLIPS]], device)
         run.create(captioner, optimizer, args, dataset)
     group.broadcast(captioner.saved().values())
 
@@ -270,12 +285,7 @@ def main() -> int:
             step += 1
 
             if step % args.log_every == 0 or step == steps:
-                speed, timing = progress.update(step)
-                has_gates = captioner.adapter is not None and captioner.config.gate != "none"
-                gates = captioner.adapter.gate_statistics() if has_gates else {}
-                row = {"step": step, "loss": loss, "lr": lr, "clips/s": speed, "elapsed": progress.elapsed()}
-                run.log(row | gates)
-                print(f"step {step}/{steps}  loss {loss:.3f}  lr {lr:.1e}  {format_gates(gates)}{timing}")
+                log_step(run, captioner, progress, step, steps, loss, lr)
 
             if step in validation_steps:
                 with progress.validation():

@@ -4,7 +4,6 @@ Letters: T frames, S side in pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from common.json_fields import read_json
 from report.curves import curves_of
-from report.inside import look_inside
+from report.inside import Inside, look_inside
 from report.page import ClipRow, clip_data, format_page, write_page
 from report.show import draw_clip, write_picture
 
@@ -29,10 +28,9 @@ def settings_of(run: Path) -> dict[str, object]:
     return counts | {name: value for name, value in config["flags"].items() if value is not None and value is not False}
 
 
-def with_inside(captioner, row: ClipRow) -> ClipRow:
-    """A clip with what the Q-Adapter did with its frames."""
-    device = next(captioner.parameters()).device
-    return replace(row, inside=look_inside(captioner, row.frames[None].to(device)))
+def inside_of(captioner, frames: Tensor) -> Inside | None:
+    """What the Q-Adapter did with one clip's frames (T, 3, S, S)."""
+    return look_inside(captioner, frames[None].to(next(captioner.parameters()).device))
 
 
 def max_inside(captioner, frames: int) -> int:
@@ -64,9 +62,9 @@ def report_split(path: Path, run: Path, captioner, dataset, split: str, cache: S
         clip = clips[i]
         all_scores = result.clip_scores[clip.id]
         scores = {name: all_scores[name] for prefix in SHOWN_SCORES for name in all_scores if name.startswith(prefix)}
-        row = ClipRow(clip.id, torch.from_numpy(np.array(cache[i])), result.captions[clip.id], list(clip.captions),
-                      scores)  # fmt: skip
-        rows.append(clip_data(with_inside(captioner, row) if i in inside else row))
+        frames = torch.from_numpy(np.array(cache[i]))  # (T, 3, S, S)
+        rows.append(clip_data(ClipRow(clip.id, frames, result.captions[clip.id], list(clip.captions), scores,
+                                      inside_of(captioner, frames) if i in inside else None)))  # fmt: skip
     title = f"{run.resolve().name}: {len(shown)} of {len(clips)} {split} clips of {dataset.name}"
     page = format_page(title, settings_of(run), rows, captioner.first_block + 1, result.scores, result.signature,
                        curves_of(run))  # fmt: skip
@@ -77,14 +75,13 @@ def video_data_of(captioner, row: dict, frames: Tensor, count: int) -> dict:
     """A user's video {"video", "caption"}, or a window of one, and its frames, as part of a page with `count`
     others."""
     name = f"{row['video']}, {row['start']:.1f} to {row['end']:.1f} s" if "start" in row else row["video"]
-    clip = ClipRow(name, frames, row["caption"])
-    return clip_data(with_inside(captioner, clip) if count < max_inside(captioner, len(frames)) else clip)
+    inside = inside_of(captioner, frames) if count < max_inside(captioner, len(frames)) else None
+    return clip_data(ClipRow(name, frames, row["caption"], inside=inside))
 
 
 def show_video(path: Path, captioner, caption: str, frames: Tensor) -> None:
     """Writes one picture of a video's frames, what was read of them, and the caption."""
-    inside = with_inside(captioner, ClipRow("", frames, caption)).inside
-    write_picture(path, draw_clip(frames, caption, inside, captioner.first_block + 1))
+    write_picture(path, draw_clip(frames, caption, inside_of(captioner, frames), captioner.first_block + 1))
 
 
 def report_videos(path: Path, run: Path, captioner, clips: list[dict]) -> None:

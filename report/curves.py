@@ -61,6 +61,7 @@ def make_panels(rows: list[dict], path: Path) -> list[Panel]:
 
 
 def draw_panel(panel: Panel, left: float, top: float, steps: int) -> str:
+    """One panel, whose axes begin at this left edge and end `steps` to the right; its upper edge is at `top`."""
     bottom = top + HEIGHT
     parts = [text(left, top - 26, panel.title, 'font-size="13" fill="currentColor"')]
     for i in range(5):

@@ -14,6 +14,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from common.files import replace_atomically
 from report.inside import Inside
+from report.strips import side_by_side
 
 HEIGHT, LINE, LETTER, MARGIN = 160, 32, 12, 12  # pixels: H, a line of text, the width of a letter at most, margins
 DARK = 0.15  # how bright that is which is not read
@@ -30,12 +31,6 @@ def draw_text(words: str, width: int) -> Tensor:
     return torch.cat(pictures, dim=1)
 
 
-def strip(frames: Tensor) -> Tensor:
-    """Frames (T, 3, S, S) with values up to 255, side by side -> uint8 (3, H, T * H)."""
-    frames = F.interpolate(frames.float(), (HEIGHT, HEIGHT), mode="bilinear", antialias=True)  # (T, 3, H, H)
-    return torch.cat(list(frames.round().clamp(0, 255).to(torch.uint8)), dim=2)
-
-
 def light(inside: Inside) -> Tensor:
     """How brightly each patch is shown (L, T, side, side), DARK to 1: what all queries read of it, by their gates."""
     attention = torch.from_numpy(inside.patches()[0])  # (L, N, T, side, side)
@@ -48,14 +43,16 @@ def light(inside: Inside) -> Tensor:
 def draw_clip(frames: Tensor, caption: str, inside: Inside | None, first_block: int) -> Tensor:
     """Frames uint8 (T, 3, S, S) and what `look_inside` found of this clip alone -> a picture uint8 (3, *, *)."""
     width = HEIGHT * len(frames)
-    parts = [strip(frames), draw_text(caption, width)]  # (3, H, W), (3, lines * LINE, W)
+    parts = [side_by_side(frames, HEIGHT), draw_text(caption, width)]  # (3, H, W), (3, lines * LINE, W)
     for i, row in enumerate(light(inside) if inside is not None else ()):
         bright = F.interpolate(row[:, None], frames.shape[-2:], mode="nearest")  # (T, 1, S, S)
         gate = "" if inside.gates is None else f", mean gate {inside.gates[0, i].mean():.2f}"
-        parts += [strip(frames * bright), draw_text(f"read after block {first_block + i}{gate}", width)]
+        parts += [side_by_side(frames * bright, HEIGHT),
+                  draw_text(f"read after block {first_block + i}{gate}", width)]  # fmt: skip
     return F.pad(torch.cat(parts, dim=1), (MARGIN,) * 4, value=255)
 
 
 def write_picture(path: Path, picture: Tensor) -> None:
+    """Writes a picture uint8 (3, height, width) as PNG. Raises InputError if the disk refuses."""
     with replace_atomically(path) as file:
         file.write(encode_png(picture).numpy().tobytes())

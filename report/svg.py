@@ -6,6 +6,7 @@ COLOURS = ("#1f6fb4", "#d1495b", "#2a9d5c", "#8a6d1f", "#6b4fa0", "#555")
 
 
 def text(x: float, y: float, words: str, style: str = "") -> str:
+    """Words of ours: they are not escaped. x, y: pixels from the top left corner."""
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{words}</text>'
 
 

@@ -1,4 +1,4 @@
-"""`python -m study TABLE`: trains the runs of a table, keeps them in results/TABLE.json, and writes docs/study.md.
+"""`python -m study TABLE`: trains the runs of a table, keeps them in results/, and writes docs/study.md.
 
 What is in results/ already is not run again, so a study that was stopped goes on.
 """

@@ -88,6 +88,7 @@ def format_table(table: Table, results: dict[RunKey, dict]) -> str:
 
 
 def figure_path(name: str) -> Path:
+    """The figure of a table, beside the page."""
     return PAGE.with_name(f"study-{name}.svg")
 
 

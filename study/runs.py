@@ -6,7 +6,6 @@ share a store, and rows of the same flags share their runs.
 """
 
 import hashlib
-import json
 import os
 import platform
 import statistics
@@ -21,6 +20,7 @@ import torch
 
 from common.errors import InputError
 from common.json_fields import field, read_json, write_json
+from report.curves import read_log
 from study.tables import SEEDS, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,12 +71,14 @@ def load_results(table: Table) -> dict[RunKey, dict]:
 
 
 def store_results(table: Table, results: dict[RunKey, dict]) -> None:
+    """Writes results/STORE.json, in an order that does not depend on when a run ended."""
     RESULTS.mkdir(exist_ok=True)
     order = sorted(results, key=lambda key: (key.flags, key.lr, key.seed))
     write_json(RESULTS / f"{table.store}.json", {"runs": [results[key] for key in order]})
 
 
 def trains(flags: str) -> bool:
+    """Whether a row with these flags trains anything."""
     return "--method none" not in flags
 
 
@@ -111,7 +113,7 @@ def command_of(table: Table, key: RunKey, folder: Path) -> list[str]:
 
 def read_figures(folder: Path) -> dict:
     """The scores and costs of a finished run, from the files in its folder."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows = read_log(folder)
     config, adapter = read_json(folder / "config.json"), folder / "best/adapter.safetensors"
     batch_size, speeds = config["flags"]["batch_size"], [row["clips/s"] for row in rows if "clips/s" in row]
     validations = [row for row in rows if "val" in row]

@@ -1,8 +1,8 @@
 """The tables of the study: what is compared with what, by the flags of `train.py`.
 
 Each row is trained with its learning rates at the first seed. The rate with the highest validation CIDEr is taken for
-the other seeds, too; only the runs of that rate are reported. Every row of a table has the same clips,
-which are made with a seed that no setting was chosen on, and, unless its flags say otherwise, the same steps.
+the other seeds, too; only the runs of that rate are reported. Every row of a table has the same clips, which are made
+with a seed that no setting was chosen on, and, unless its flags say otherwise, the same steps.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +14,8 @@ SEEDS = 0, 1, 2
 
 @dataclass(frozen=True)
 class Table:
+    """Runs to compare, by the flags of `train.py`."""
+
     flags: str  # of every run
     rows: dict[str, str]  # label: flags
     reference: str  # the row that the others are compared with
@@ -22,6 +24,7 @@ class Table:
     row_lrs: dict[str, tuple[float, ...]] = field(default_factory=dict)  # of rows that need others
 
     def rates(self, row: str) -> tuple[float, ...]:
+        """The learning rates that a row tries."""
         return self.row_lrs.get(row, self.lrs)
 
 
@@ -29,8 +32,7 @@ class Table:
 SHAPES = ("--dataset shapes --shapes-sizes 3000 200 500 --shapes-seed 1 --data data/study --eval-every 2 "
           "--candidate-frames 8")  # fmt: skip
 PAIR = f"{SHAPES} --epochs 16"
-DEFAULT = "--cache-features"  # the Q-Adapter of train.py
-CACHED = "--cache-features"
+CACHED = "--cache-features"  # alone: the Q-Adapter of train.py
 
 # {method: (flags, at half as many trained parameters as the Q-Adapter, as many, four times as many)}
 SIZES = {
@@ -38,18 +40,19 @@ SIZES = {
     "`lora`": ("--method lora", "--rank 5", "--rank 17", "--rank 90"),
     "`adapter`": ("--method adapter", "--rank 10", "--rank 34", "--rank 179"),
     "`prompt`": ("--method prompt", "--queries 20", "--queries 69", "--queries 360"),
-    "Q-Adapter": (DEFAULT, "--rank 8", "", "--rank 176"),
+    "Q-Adapter": (CACHED, "--rank 8", "", "--rank 176"),
 }
 
 
 def of_size(column: int) -> dict[str, str]:
+    """The rows of SIZES with the flags of one of its columns."""
     return {row: f"{words[0]} {words[column]}".strip() for row, words in SIZES.items()}
 
 
 def ablation(rows: dict[str, str], default: str) -> Table:
     """Rows of flags besides those of the Q-Adapter; `default` is the label of the Q-Adapter as it is. One rate."""
-    flags = {row: f"{DEFAULT} {words}".strip() for row, words in rows.items()}
-    return Table(PAIR, {default: DEFAULT} | flags, default, store="pair", lrs=(0.005,))
+    flags = {row: f"{CACHED} {words}" for row, words in rows.items()}
+    return Table(PAIR, {default: CACHED} | flags, default, store="pair", lrs=(0.005,))
 
 
 TABLES = {
@@ -57,12 +60,12 @@ TABLES = {
         f"{SHAPES} --mllm backbones/tiny-mllm --epochs 8",
         {
             "nothing (zero-shot)": "--method none",
-            "`linear`": "--method linear --cache-features",
-            "`lora-lm`": "--method lora-lm --cache-features",
+            "`linear`": f"--method linear {CACHED}",
+            "`lora-lm`": f"--method lora-lm {CACHED}",
             "`lora`": "--method lora",
-            "Q-Adapter, queries": "--visual queries --cache-features",
+            "Q-Adapter, queries": f"--visual queries {CACHED}",
             "Q-Adapter, frames with write-back": "--visual frames --write-back",
-            "Q-Adapter, both": "--visual both --cache-features",
+            "Q-Adapter, both": f"--visual both {CACHED}",
         },
         reference="Q-Adapter, queries",
         store="mllm",

@@ -234,7 +234,7 @@ def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = read_json(path)
     flags = rename_fields(DEFAULTS_IN_OLDER_RUNS | field(config, "flags", dict, path))
     frames = bounded(flags, "frames", int, path, 1, MAX_FRAMES)
-    bounded(flags, "beams", int, path, 1, 2**31)
+    bounded(flags, "beams", int, path, 1, 2**31)  # evaluate.py takes these two from here, without its own parser
     return config, {"candidate_frames": default_candidate_frames(frames)} | flags
 
 

@@ -112,7 +112,8 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.devic
         for parameter, moments in optimizer.state.items():
             if moments["exp_avg"].shape != parameter.shape:
                 raise ValueError(f"a moment is {list(moments['exp_avg'].shape)}, expected {list(parameter.shape)}")
-        if not (step := int(state["step"])) >= 0:
+        step = int(state["step"])
+        if step < 0:
             raise ValueError(f"step is {step}, expected at least 0")
         return step, float(state["best"])
     except LOAD_ERRORS as error:
@@ -245,7 +246,7 @@ class Run:
         elapsed = 0.0
         if self.group.rank == 0:
             elapsed = truncate_log(self.folder / "log.jsonl", step)
-            for name in ("test.json", "report.html"):  # of a shorter run, or written anew
+            for name in ("test.json", "report.html") if step < steps else ():  # they are of a shorter run
                 (self.folder / name).unlink(missing_ok=True)
             config = read_json(path)
             moved = config["flags"] | {"data": str(args.data), "cache": args.cache and str(args.cache),

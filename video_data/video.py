@@ -91,7 +91,8 @@ def decode_frames(path: str | Path) -> Iterator[tuple[float, av.VideoFrame]]:
 
 
 def decode_stream(path: str | Path, container: InputContainer,
-                   stream: VideoStream) -> Iterator[tuple[float, av.VideoFrame]]:  # fmt: skip
+                  stream: VideoStream) -> Iterator[tuple[float, av.VideoFrame]]:  # fmt: skip
+    """`decode_frames` of a file that is open."""
     duration = float(1 / (stream.average_rate or stream.guessed_rate or 25))
     time = None
     for packet in _iter_packets(container, stream):
@@ -241,7 +242,7 @@ def resize_twice(picture: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
         for size in ((max(height, 1), max(width, 1)), (preprocessing.size, preprocessing.size)):
             if x.shape[2:] != size:
                 x = F.interpolate(x, size, mode="lanczos", align_corners=False, antialias=True)
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:  # the one of the mode, the other of antialias with this mode
         raise ValueError(f"torch {torch.__version__} cannot resize with LANCZOS, expected 2.12 or newer") from error
     return x[0].permute(1, 2, 0).numpy()  # (S, S, 3)
 
@@ -269,8 +270,8 @@ def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessin
     selected = selected or _select_frames(path, decode_frames(path), positions)
     reformatter = VideoReformatter()
     try:
-        pictures = np.stack([frame_to_rgb(frame, preprocessing, reformatter, aspect) for frame in selected])
+        pictures = [frame_to_rgb(frame, preprocessing, reformatter, aspect) for frame in selected]  # T of (S, S, 3)
     except (av.error.FFmpegError, ValueError) as error:
         raise InputError(f"{path}: its frames cannot be converted to RGB: {error}") from error
     # numpy makes the copy: torch would wake all cores for it, in every worker
-    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))  # (T, 3, S, S)
+    return torch.from_numpy(np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2)))  # (T, 3, S, S)

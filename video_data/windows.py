@@ -41,7 +41,7 @@ class Window:
         """uint8 (T, 3, S, S). Where the video ended within the window, its frames are repeated evenly."""
         count = len(self.centres)
         pictures = [self.pictures[i * len(self.pictures) // count] for i in range(count)]
-        return torch.from_numpy(np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2)))
+        return torch.from_numpy(np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2)))  # (T, 3, S, S)
 
 
 def convert(path: str | Path, *args) -> np.ndarray:
