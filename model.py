@@ -53,12 +53,13 @@ class AdapterConfig:
     write_back: bool = False
     queries: int = 16  # or prompts of a block
     rank: int = 32
-    heads: int = 8
+    heads: int = 4
     last_blocks: int = 3  # 0: all
     gate: str = "normed"  # normed | sigmoid | channel | patch | none
     gate_bias: float = 0.0
     time_embed: str = "ramp"  # ramp | random | none
     per_frame: bool = False
+    no_changes: bool = False
     query_self_attention: bool = False
     frames: int = 8
     visual: str = "queries"  # queries | frames | both: of the Q-Adapter in an MLLM; the other methods read frames
@@ -87,6 +88,7 @@ class AdapterConfig:
         types = {f.name: f.type for f in fields(cls)}
         if unexpected := sorted(values.keys() - types.keys()):
             raise InputError(f"{where}: expected the fields {', '.join(types)}, found {unexpected[0]!r}")
+        values = {"no_changes": True} | values  # runs before 0.8 had none
         return cls(**{name: field(values, name, types[name], where) for name in values})
 
 
@@ -100,7 +102,7 @@ def make_adapter(vit: ViT, config: AdapterConfig) -> QAdapter:
         vit.config.width, vit.config.depth, config.queries, config.rank, config.heads, config.frames,
         config.last_blocks, config.gate, config.write_back, self_attention=config.query_self_attention,
         write_last=config.reads_frames, gate_bias=config.gate_bias, time_embed=config.time_embed,
-        per_frame=config.per_frame,
+        per_frame=config.per_frame, changes=not config.no_changes,
     )  # fmt: skip
 
 
@@ -142,9 +144,10 @@ class Captioner(nn.Module):
         visual = self.num_visual_tokens(config.frames)
         prompt = self.prefix_length(config.frames) - visual
         if (positions := visual + prompt + MAX_CAPTION_TOKENS) > lm.config.max_positions:  # EOS is not fed back
+            flags = "--frames or --grid" if mllm is not None and config.reads_frames else "--frames or --queries"
             raise InputError(
                 f"{visual} visual tokens, {prompt} of the prompt and {MAX_CAPTION_TOKENS} of a caption need "
-                f"{positions} positions, the language model has {lm.config.max_positions}"
+                f"{positions} positions, the language model has {lm.config.max_positions}; lower {flags}"
             )
         self.lm_hidden = lm.hidden  # or a compiled version of it
         self.train()
@@ -158,9 +161,11 @@ class Captioner(nn.Module):
             raise InputError("--visual frames: expected --write-back, else nothing reads the queries")
         if self.mllm is None or not config.grid:
             return
-        if config.grid > self.mllm.config.grid or self.mllm.config.class_token:
-            raise InputError(f"--grid {config.grid}: expected an MLLM with a larger grid of tokens a frame, this one "
-                             f"has {self.mllm.config.tokens_per_image} tokens")  # fmt: skip
+        if self.mllm.config.class_token:
+            raise InputError(f"--grid {config.grid}: expected 0, this MLLM's tokens of a frame are not a grid")
+        if config.grid > self.mllm.config.grid:
+            raise InputError(f"--grid {config.grid}: expected at most {self.mllm.config.grid}, the side of this MLLM's "
+                             "grid of tokens a frame")  # fmt: skip
 
     def add_trained_parts(self) -> None:
         """Makes what the method adds to the frozen models, and the connector and frame vectors where it needs them."""

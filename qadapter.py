@@ -4,17 +4,19 @@ This is our reading of the abstract of [1], the only part of that paper we could
 flow alongside the blocks of the ViT. After each adapted block they attend to all patches of all frames at
 once, and a gating layer decides, query by query, how much of what they read is kept:
 
-    X  = (LN(Z) - m) / s + E_t                        Z: the block's output, E: one vector per frame; this LN has no
-                                                      scale and no shift; m, s: mean and standard deviation of each
-                                                      channel of LN(Z) in the first training clips
+    Y  = (LN(Z) - m) / s                              Z: the block's output; this LN has no scale and no shift; m, s:
+                                                      mean and standard deviation of each channel of LN(Z) in the
+                                                      first training clips
+    X  = [Y + E_t ; Y_t - Y_(t-1)]                    E: one vector per frame; the second half is the change since the
+                                                      frame before, at the same place, and zero in the first frame
     A  = softmax((LN(Q) W_q)(X W_k)^T / sqrt(d)) (X W_v) W_o
     g  = sigmoid([LN(Q) ; LN(A)] W_g + b_g)           the gating layer
     Q <- Q + g * A
 
 The gate reads normalized vectors, so that its logits grow neither with the width of the ViT nor with the size
 of a read (`gate` "normed"; "sigmoid" reads Q and A as they are). "channel" has a gate for each channel of a query,
-g = sigmoid(LN(Q) * w + LN(A) * w' + b), and "patch" one for each token, sigmoid(X w + b), which scales its value; then
-g = 1. By default Z is not changed, so the ViT needs no gradients. With write-back the patches also read the gated
+g = sigmoid(LN(Q) * w + LN(A) * w' + b), and "patch" one for each token, sigmoid((Y + E) w + b), which scales its value;
+then g = 1. By default Z is not changed, so the ViT needs no gradients. With write-back the patches also read the gated
 queries, through a projection that starts at zero: deeper frozen blocks then work on adapted patches, and gradients pass
 through the ViT.
 
@@ -140,7 +142,7 @@ class GatedCrossAttention(nn.Module):
     """The adapter of one ViT block: the queries' cross-attention, its gate and, with write-back, the patches' own."""
 
     def __init__(self, width: int, rank: int, heads: int, gate: str, write_back: bool, self_attention: bool,
-                 gate_bias: float = 0.0, per_frame: bool = False):  # fmt: skip
+                 gate_bias: float = 0.0, per_frame: bool = False, changes: bool = True):  # fmt: skip
         super().__init__()
         self.heads, self.self_attention, self.per_frame = heads, self_attention, per_frame
         self.keep_attention, self.attention = False, None  # see `QAdapter.looking_inside`
@@ -148,7 +150,8 @@ class GatedCrossAttention(nn.Module):
         self.register_buffer("std", torch.ones(width))
         self.norm = nn.LayerNorm(width)
         self.q = CastLinear(width, rank, bias=False)
-        self.kv = CastLinear(width, 2 * rank, bias=False)
+        self.kv = CastLinear(width, 2 * rank, bias=False)  # of Y + E
+        self.kv_change = CastLinear(width, 2 * rank, bias=False) if changes else None
         self.o = CastLinear(rank, width, bias=False)
         self.gate_kind, self.gate = gate, make_gate(gate, width, gate_bias)
         self.write_q = self.write_kv = self.write_o = None
@@ -168,7 +171,10 @@ class GatedCrossAttention(nn.Module):
         x = F.layer_norm(patches, patches.shape[-1:])  # (B, T, P, D)
         normed_queries = self.norm(queries)  # (B, N, D)
         q = self.q(normed_queries)  # (B, N, r)
-        k, v = self.project(self.kv, x, time_embed).flatten(1, 2).chunk(2, dim=-1)  # (B, T*P, r)
+        kv = self.project(self.kv, x, time_embed)  # (B, T, P, 2r)
+        if self.kv_change is not None:
+            kv = kv + self.project_changes(x)
+        k, v = kv.flatten(1, 2).chunk(2, dim=-1)  # (B, T*P, r)
         if self.gate_kind == "patch":
             gates = self.project(self.gate, x, time_embed).flatten(1, 2).sigmoid()  # (B, T*P, 1)
             v = gates * v
@@ -203,6 +209,11 @@ class GatedCrossAttention(nn.Module):
         constant = layer(time_embed - self.mean / self.std)  # (T, r)
         return F.linear(x, (layer.weight / self.std).to(x.dtype)) + constant[:, None]
 
+    def project_changes(self, x: Tensor) -> Tensor:
+        """(Y_t - Y_(t-1)) W for x = LN(Z), (B, T, P, D) -> (B, T, P, 2r), zero in the first frame. m cancels."""
+        projected = F.linear(x, (self.kv_change.weight / self.std).to(x.dtype))  # (B, T, P, 2r)
+        return projected - torch.cat([projected[:, :1], projected[:, :-1]], dim=1)
+
     def write(self, x: Tensor, queries: Tensor, patches: Tensor, time_embed: Tensor) -> Tensor:
         """Write-back: patches (B, T, P, D), whose LN is x, attend to the queries (B, N, D) -> new patches."""
         q = self.project(self.write_q, x, time_embed).flatten(1, 2)  # (B, T*P, r)
@@ -213,26 +224,32 @@ class GatedCrossAttention(nn.Module):
 
 def naive_gated_cross_attention(block: GatedCrossAttention, queries: Tensor, patches: Tensor,
                                 time_embed: Tensor) -> Tensor:  # fmt: skip
-    """The four equations at the top of this file, one clip and one head at a time: slow, for reading.
+    """The equations at the top of this file, one clip and one head at a time: slow, for reading.
 
     -> the new queries (B, N, D), without write-back. m keys: all tokens, and the queries if they attend to each other.
     """
     outputs, kind = [], block.gate_kind
     for q, z in zip(queries, patches, strict=True):  # (N, D), (T, P, D)
-        x = (F.layer_norm(z, z.shape[-1:]) - block.mean) / block.std + time_embed[:, None]  # (T, P, D)
-        x, normed_q = x.flatten(0, 1), block.norm(q)  # (T*P, D)
-        keys = torch.cat([x, normed_q]) if block.self_attention else x  # (m, D)
+        y = (F.layer_norm(z, z.shape[-1:]) - block.mean) / block.std  # (T, P, D)
+        change = torch.zeros_like(y)
+        for t in range(1, len(y)):
+            change[t] = y[t] - y[t - 1]
+        y_and_time, normed_q = (y + time_embed[:, None]).flatten(0, 1), block.norm(q)  # (T*P, D)
+        keys = x = torch.cat([y_and_time, change.flatten(0, 1)], -1)  # (T*P, 2D)
+        if block.self_attention:
+            keys = torch.cat([x, F.pad(normed_q, (0, x.shape[1] // 2))])  # (m, 2D): a query has no frame before
         token_gates = torch.ones(len(keys), 1)
         if kind == "patch":
-            token_gates[: len(x)] = torch.sigmoid(block.gate(x))
+            token_gates[: len(x)] = torch.sigmoid(block.gate(y_and_time))
         seen = torch.ones(len(q), len(keys), dtype=torch.bool)
         if block.per_frame:
             for i in range(len(q)):
                 for j in range(len(x)):  # query i has this frame, token j is of that one
                     seen[i, j] = i * len(z) // len(q) == j // z.shape[1]
-        wk, wv = block.kv.weight.chunk(2)  # (r, D) each
+        w_change = block.kv.weight * 0 if block.kv_change is None else block.kv_change.weight
+        wk, wv = torch.cat([block.kv.weight, w_change], -1).chunk(2)  # (r, 2D) each
         heads = []
-        for hq, hk, hv in zip(*(w.chunk(block.heads) for w in (block.q.weight, wk, wv)), strict=True):  # (d, D) each
+        for hq, hk, hv in zip(*(w.chunk(block.heads) for w in (block.q.weight, wk, wv)), strict=True):  # d rows each
             logits = (normed_q @ hq.T) @ (keys @ hk.T).T / len(hq) ** 0.5  # (N, m)
             heads.append(logits.masked_fill(~seen, -torch.inf).softmax(-1) @ (token_gates * (keys @ hv.T)))  # (N, d)
         a = torch.cat(heads, -1) @ block.o.weight.T  # (N, D)
@@ -248,15 +265,15 @@ class QAdapter(nn.Module):
     width, depth: D and the number of blocks of the ViT. queries N, rank r (a multiple of heads), frames T.
     last_blocks: how many of the last blocks are adapted; 0 means all. time_embed: how the frame vectors start.
     gate: normed | sigmoid | channel | patch | none; a number a query of normalized or plain inputs, a number a channel,
-    a number a token of the ViT. gate_bias: its logit at the start. per_frame: each query sees one frame only.
+    a number a token of the ViT. gate_bias: its logit at the start. per_frame: each query attends to one frame only.
     write_back: patches read the queries too; write_last: after the last block as well, for a caller that reads them.
-    self_attention: the queries are among their own keys [2].
+    self_attention: the queries are among their own keys [2]. changes: X has its second half.
     """
 
-    def __init__(self, width: int, depth: int, queries: int = 16, rank: int = 32, heads: int = 8,
+    def __init__(self, width: int, depth: int, queries: int = 16, rank: int = 32, heads: int = 4,
                  frames: int = 8, last_blocks: int = 0, gate: str = "normed", write_back: bool = False,
                  self_attention: bool = False, write_last: bool = False, gate_bias: float = 0.0,
-                 time_embed: str = "ramp", per_frame: bool = False):  # fmt: skip
+                 time_embed: str = "ramp", per_frame: bool = False, changes: bool = True):  # fmt: skip
         super().__init__()
         self.write_back = write_back
         self.first = depth - (last_blocks or depth)  # index of the first adapted block
@@ -265,7 +282,7 @@ class QAdapter(nn.Module):
         self.blocks = nn.ModuleList(
             # Without `write_last` nothing would read what is written back after the last block.
             GatedCrossAttention(width, rank, heads, gate, write_back and (write_last or i < depth - 1), self_attention,
-                                gate_bias, per_frame)
+                                gate_bias, per_frame, changes)
             for i in range(self.first, depth)
         )
         self.norm = nn.LayerNorm(width)

@@ -169,6 +169,8 @@ def score_untrained(captioner: Captioner, dataset: datasets.VideoDataset, caches
     progress = Progress(0, [0], args.batch_size, start_time, test_ratio=0)
     validate(captioner, dataset, caches["val"], args, group, run, 0, progress)
     score_test(captioner, dataset, caches["test"], args, group, run, 0, progress)
+    print(f"run: {run.folder}, {cli.format_seconds(progress.elapsed())}")
+    print(format_next_steps(run.folder, None))
 
 
 @torch.no_grad()
@@ -186,12 +188,14 @@ def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner,
                      f"not finite: {names}; last/ is unchanged")  # fmt: skip
 
 
-def format_next_steps(folder: Path, epochs: int) -> str:
-    """What can be done with a finished run, a line each."""
+def format_next_steps(folder: Path, epochs: int | None) -> str:
+    """What can be done with a finished run of so many epochs, or of none, a line each."""
     words = shlex.quote(str(folder))
-    return (f"look at its captions:  {words}/report.html\n"
-            f"caption your videos:   python evaluate.py {words} --video FILE\n"
-            f"train it longer:       python train.py --resume {words} --epochs {2 * epochs}")  # fmt: skip
+    lines = [f"look at its captions:  {words}/report.html",
+             f"caption your videos:   python evaluate.py {words} --video FILE"]  # fmt: skip
+    if epochs is not None:
+        lines.append(f"train it longer:       python train.py --resume {words} --epochs {2 * epochs}")
+    return "\n".join(lines)
 
 
 def main() -> int:

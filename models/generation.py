@@ -56,8 +56,9 @@ def make_generation_config(lm_config: LMConfig, prefix_length: int, max_new_toke
         raise InputError(f"early_stopping: {early_stopping!r}, expected False, True or 'never'")
     needed = prefix_length + max_new_tokens - 1  # the last token is not fed back
     if needed > lm_config.max_positions:
-        raise InputError(f"language model: {prefix_length} positions and {max_new_tokens} new tokens need {needed} "
-                         f"positions, it has {lm_config.max_positions}")  # fmt: skip
+        raise InputError(f"language model: {prefix_length} positions before a caption and {max_new_tokens - 1} of its "
+                         f"{max_new_tokens} tokens, without the last, need {needed}, it has {lm_config.max_positions}; "
+                         "--frames and --max-new-tokens may be lower")  # fmt: skip
     return GenerationConfig(max_new_tokens, min_new_tokens, beams, length_penalty, early_stopping, eos_ids)
 
 

@@ -179,7 +179,9 @@ def read_mllm_preprocessing(folder: Path, config: dict[str, Any]) -> Preprocessi
     """What the folder's files say about the frames of videos. Raises InputError if it does not fit config.json."""
     path, size = folder / "preprocessor_config.json", config["vit"]["image_size"]
     if config["layout"] == "llava":
-        if path.is_file() and field(read_json(path), "do_pad", bool, path, False):
+        if not path.is_file():
+            raise InputError(f"{path}: expected a file, without which the frames' size and colours are not known")
+        if field(read_json(path), "do_pad", bool, path, False):
             raise InputError(f"{path}: do_pad is true, only false is supported")
         return read_folder_preprocessing(folder, config["vit_family"], config["vit"])
     if config["layout"] == "llava_onevision":

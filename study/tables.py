@@ -31,16 +31,18 @@ class Table:
 # Every row sees the same 8 frames of a clip in each epoch: those that --cache-features can store.
 SHAPES = ("--dataset shapes --shapes-sizes 3000 200 500 --shapes-seed 1 --data data/study --eval-every 2 "
           "--candidate-frames 8")  # fmt: skip
-PAIR = f"{SHAPES} --epochs 16"
+PAIR = ("--dataset shapes --shapes-sizes 6000 200 500 --shapes-seed 1 --data data/study-pair --candidate-frames 8 "
+        "--epochs 4 --eval-every 1")  # fmt: skip
+VERSION_07 = "--heads 8 --no-changes"  # the Q-Adapter of that version
 CACHED = "--cache-features"  # alone: the Q-Adapter of train.py
 
 # {method: (flags, at half as many trained parameters as the Q-Adapter, as many, four times as many)}
 SIZES = {
-    "`lora-lm`": (f"--method lora-lm {CACHED}", "--rank 7", "--rank 24", "--rank 124"),
-    "`lora`": ("--method lora", "--rank 5", "--rank 17", "--rank 90"),
-    "`adapter`": ("--method adapter", "--rank 10", "--rank 34", "--rank 179"),
-    "`prompt`": ("--method prompt", "--queries 20", "--queries 69", "--queries 360"),
-    "Q-Adapter": (CACHED, "--rank 8", "", "--rank 176"),
+    "`lora-lm`": (f"--method lora-lm {CACHED}", "--rank 12", "--rank 35", "--rank 166"),
+    "`lora`": ("--method lora", "--rank 9", "--rank 25", "--rank 121"),
+    "`adapter`": ("--method adapter", "--rank 17", "--rank 50", "--rank 241"),
+    "`prompt`": ("--method prompt", "--queries 35", "--queries 101", "--queries 485"),
+    "Q-Adapter": (CACHED, "--rank 10 --heads 1", "", "--rank 160"),
 }
 
 
@@ -57,15 +59,16 @@ def ablation(rows: dict[str, str], default: str) -> Table:
 
 TABLES = {
     "mllm": Table(
-        f"{SHAPES} --mllm backbones/tiny-mllm --epochs 8",
+        f"{SHAPES} --mllm backbones/tiny-mllm --epochs 8 --weight-decay 0.01",
         {
             "nothing (zero-shot)": "--method none",
             "`linear`": f"--method linear {CACHED}",
             "`lora-lm`": f"--method lora-lm {CACHED}",
             "`lora`": "--method lora",
             "Q-Adapter, queries": f"--visual queries {CACHED}",
-            "Q-Adapter, frames with write-back": "--visual frames --write-back",
-            "Q-Adapter, both": f"--visual both {CACHED}",
+            "the same of version 0.7": f"--visual queries {CACHED} {VERSION_07}",
+            "Q-Adapter of version 0.7, frames with write-back": f"--visual frames --write-back {VERSION_07}",
+            "Q-Adapter of version 0.7, both": f"--visual both {CACHED} {VERSION_07}",
         },
         reference="Q-Adapter, queries",
         store="mllm",
@@ -73,7 +76,7 @@ TABLES = {
     "methods": Table(
         PAIR,
         {"nothing": "--method none", "`linear`": f"--method linear {CACHED}", **of_size(2),
-         "Q-Adapter with write-back": "--write-back --rank 20 --heads 4", "`full`": "--method full"},
+         "Q-Adapter with write-back": "--write-back --rank 22 --heads 2", "`full`": "--method full"},
         reference="Q-Adapter",
         store="pair",
         row_lrs={"`full`": FULL_LRS},
@@ -82,6 +85,7 @@ TABLES = {
     "fourfold": Table(PAIR, of_size(3), reference="Q-Adapter", store="pair"),
     "queries": ablation({str(n): f"--queries {n}" for n in (1, 4, 8, 32)}, "16"),
     "rank": ablation({str(n): f"--rank {n}" for n in (8, 16, 64)}, "32"),
+    "heads": ablation({str(n): f"--heads {n}" for n in (1, 2, 8)}, "4"),
     "blocks": ablation({"the last": "--last-blocks 1", "the last two": "--last-blocks 2", "all": "--last-blocks 0"},
                        "the last three"),
     "gate": ablation(
@@ -92,17 +96,20 @@ TABLES = {
     ),
     "time": ablation(
         {"random frame vectors": "--time-embed random", "no frame vectors": "--time-embed none",
-         "each query sees one frame": "--per-frame"},
-        "a ramp of frame vectors",
+         "no changes since the frame before": "--no-changes",
+         "neither": "--time-embed none --no-changes",
+         "each query attends to one frame, no changes": "--per-frame --no-changes"},
+        "a ramp of frame vectors, and changes",
     ),
     "frames": ablation({str(n): f"--frames {n} --candidate-frames {n}" for n in (1, 2, 4, 16)}, "8"),
+    "decay": ablation({str(n): f"--weight-decay {n}" for n in (0.01, 0.05, 0.5)}, "0.2"),
     "captions": ablation(
-        {"4 a clip": "--captions-per-clip 4", "4 a clip, half of the epochs": "--captions-per-clip 4 --epochs 8"},
+        {"4 a clip": "--captions-per-clip 4", "4 a clip, half of the epochs": "--captions-per-clip 4 --epochs 2"},
         "1 a clip",
     ),
     "clips": ablation(
-        {str(n): f"--shapes-sizes {n} 200 500 --data data/study-{n} --epochs {48000 // n} --eval-every {6000 // n}"
-         for n in (500, 1500, 6000)},
-        "3000",
+        {str(n): f"--shapes-sizes {n} 200 500 --data data/study-{n} --epochs {24000 // n} --eval-every {6000 // n}"
+         for n in (500, 1500)},
+        "6000",
     ),
 }  # fmt: skip

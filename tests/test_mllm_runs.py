@@ -171,7 +171,8 @@ def test_flags_that_do_not_fit_are_one_line(mllm, flags, tmp_path):
     assert_one_line_error(run_forked(train, *words, "--visual", "both"), "expected --mllm too")
     words = [*TWELVE_STEPS, "--mllm", mllm, "--data", flags[-1], "--out", tmp_path / "out"]
     assert_one_line_error(run_forked(train, *words, "--visual", "frames"), "expected --write-back too")
-    assert_one_line_error(run_forked(train, *words, "--method", "lora", "--visual", "both"), "are of --method qadapter")
+    assert_one_line_error(run_forked(train, *words, "--method", "lora", "--visual", "both"),
+                          "expected --method qadapter, found lora")  # fmt: skip
     assert_one_line_error(run_forked(train, *words, "--grid", 2), "--grid: expected --visual frames or both")
     assert_one_line_error(run_forked(train, *words, "--mllm", ""), "--mllm: expected a folder")
     assert_one_line_error(run_forked(train, *words, "--instruction", "\udcff"), "--instruction: contains half")

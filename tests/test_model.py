@@ -266,7 +266,7 @@ def expected_names(name: str, captioner: Captioner) -> set[str]:
     names = connector | {f"adapter.{x}" for x in ("queries", "time_embed", "norm.weight", "norm.bias")}
     adapted = config.last_blocks or DEPTH
     for i in range(adapted):
-        parts = ["norm.weight", "norm.bias", "q.weight", "kv.weight", "o.weight"]
+        parts = ["norm.weight", "norm.bias", "q.weight", "kv.weight", "kv_change.weight", "o.weight"]
         parts += ["gate.weight", "gate.bias"] if config.gate != "none" else []
         parts += [f"write_{x}.weight" for x in ("q", "kv", "o")] if config.write_back and i < adapted - 1 else []
         names |= {f"adapter.blocks.{i}.{part}" for part in parts}

@@ -67,11 +67,13 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("gate", ["normed", "sigmoid", "channel", "patch", "none"])
 @pytest.mark.parametrize("self_attention", [False, True])
 @pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("changes", [False, True])
 @pytest.mark.parametrize("batch, frames, patches, queries, heads", [(2, 3, 5, 4, 2), (1, 1, 7, 1, 4), (3, 2, 1, 6, 1)])
-def test_the_block_equals_its_naive_version(gate, self_attention, per_frame, batch, frames, patches, queries, heads):
+def test_the_block_equals_its_naive_version(gate, self_attention, per_frame, changes, batch, frames, patches, queries,
+                                            heads):  # fmt: skip
     """Seeds 0 and 1, tolerance 1e-5; frame vectors and gate weights are random, so each term counts."""
     torch.manual_seed(0)
-    block = GatedCrossAttention(WIDTH, 8, heads, gate, False, self_attention, per_frame=per_frame)
+    block = GatedCrossAttention(WIDTH, 8, heads, gate, False, self_attention, per_frame=per_frame, changes=changes)
     randomize(block, 1)
     q, e = torch.randn(batch, queries, WIDTH), torch.randn(frames, WIDTH)
     z = torch.randn(batch, frames, patches, WIDTH) * 3 + 1
@@ -128,11 +130,26 @@ def test_gates_start_at_the_sigmoid_of_their_bias(gate, bias):
     assert torch.equal(gates, torch.tensor(bias).sigmoid().expand_as(gates))
 
 
+def test_changes_are_since_the_frame_before():
+    """Seeds 59 and 60. One frame, and a clip of equal frames, have none: without their weights no bit is another."""
+    torch.manual_seed(59)
+    block = GatedCrossAttention(WIDTH, 8, 2, "normed", False, False)
+    randomize(block, 60)
+    queries, z, e = torch.randn(1, 6, WIDTH), torch.randn(1, 1, 5, WIDTH), torch.randn(3, WIDTH)
+    still, moving = z.expand(-1, 3, -1, -1), torch.randn(1, 3, 5, WIDTH)
+    with_changes = [block(queries, clip, e[: clip.shape[1]])[0] for clip in (z, still, moving)]
+    block.kv_change = None
+    without = [block(queries, clip, e[: clip.shape[1]])[0] for clip in (z, still, moving)]
+    assert [torch.equal(a, b) for a, b in zip(with_changes, without, strict=True)] == [True, True, False]
+
+
+@pytest.mark.parametrize("changes", [False, True])
 @pytest.mark.parametrize("self_attention", [False, True])
-def test_per_frame_a_query_depends_on_one_frame(self_attention):
-    """Seeds 56 and 57: of 6 queries and 3 frames, 0 and 1 read frame 0, and so on; other frames change no bit."""
+def test_per_frame_a_query_depends_on_one_frame(self_attention, changes):
+    """Seeds 56 and 57: of 6 queries and 3 frames, 0 and 1 read frame 0, and so on, with `changes` also the frame
+    before; other frames change no bit."""
     torch.manual_seed(56)
-    block = GatedCrossAttention(WIDTH, 8, 2, "normed", False, self_attention, per_frame=True)
+    block = GatedCrossAttention(WIDTH, 8, 2, "normed", False, self_attention, per_frame=True, changes=changes)
     randomize(block, 57)
     queries, z, e = torch.randn(1, 6, WIDTH), torch.randn(1, 3, 5, WIDTH), torch.randn(3, WIDTH)
     before, _, _ = block(queries, z, e)
@@ -140,7 +157,7 @@ def test_per_frame_a_query_depends_on_one_frame(self_attention):
         other = z.clone()
         other[:, t] += torch.randn(5, WIDTH)
         changed = (block(queries, other, e)[0] - before).abs().amax(-1)[0]
-        assert (changed > 1e-4).tolist() == [i // 2 == t for i in range(6)]
+        assert (changed > 1e-4).tolist() == [t in (i // 2, i // 2 - changes) for i in range(6)]
 
 
 def test_the_kinds_of_frame_vectors():
@@ -364,13 +381,17 @@ def test_the_last_k_blocks_are_adapted_and_report_a_mean_gate_each(last_blocks, 
 
 @pytest.mark.parametrize("write_back", WRITE_BACK)
 def test_the_order_of_frames_matters(write_back):
-    """Seeds 33 to 35: the reversed clip gives other tokens, and the same ones without frame vectors (1e-5)."""
+    """Seeds 33 to 35: the reversed clip gives other tokens, also where only changes tell it, and without frame vectors
+    and changes the same ones (1e-5)."""
     vit, adapter = tiny_vit(33), QAdapter(WIDTH, DEPTH, queries=4, rank=8, frames=5, write_back=write_back)
     randomize(adapter, 34)
     pixels = clips(2, 5, 35)
     with torch.no_grad():
         assert (adapter(vit, pixels) - adapter(vit, pixels.flip(1))).abs().max() > 1e-2
         adapter.time_embed.zero_()
+        assert (adapter(vit, pixels) - adapter(vit, pixels.flip(1))).abs().max() > 1e-2
+        for block in adapter.blocks:
+            block.kv_change.weight.zero_()
         torch.testing.assert_close(adapter(vit, pixels), adapter(vit, pixels.flip(1)), rtol=0, atol=1e-5)
 
 
@@ -416,9 +437,11 @@ def test_the_attention_is_the_one_that_was_used(write_back, self_attention):
     attention = adapter.attention(frames)
     assert attention.shape == (2, 2, 2, 4, frames, 5)  # 5 tokens: a class token and 2 x 2 patches
     for (block, (queries, z, e), (after, gates, _)), weights in zip(seen, attention, strict=True):
-        x = (F.layer_norm(z, z.shape[-1:]) - block.mean) / block.std + e[:, None]
+        y = (F.layer_norm(z, z.shape[-1:]) - block.mean) / block.std
+        changes = torch.cat([torch.zeros_like(y[:, :1]), y.diff(dim=1)], dim=1)
         keys, total = weights.flatten(-2), weights.sum((-2, -1))
-        values = x.flatten(1, 2) @ block.kv.weight[8:].T  # (B, T*P, r)
+        values = (y + e[:, None]) @ block.kv.weight[8:].T + changes @ block.kv_change.weight[8:].T
+        values = values.flatten(1, 2)  # (B, T*P, r)
         if self_attention:
             keys = block.attention
             values = torch.cat([values, block.norm(queries) @ block.kv.weight[8:].T], dim=1)
@@ -432,9 +455,10 @@ def test_the_attention_is_the_one_that_was_used(write_back, self_attention):
 
 
 def test_the_attention_follows_a_token_that_moves():
-    """Seeds 53 and 54, tolerance 1e-6: tokens of a frame in another order are read alike, each in its new place."""
+    """Seeds 53 and 54, tolerance 1e-6: tokens of a frame in another order are read alike, each in its new place.
+    Without changes, which are another token's then."""
     torch.manual_seed(53)
-    block = GatedCrossAttention(WIDTH, 8, 2, "normed", write_back=False, self_attention=False)
+    block = GatedCrossAttention(WIDTH, 8, 2, "normed", write_back=False, self_attention=False, changes=False)
     randomize(block, 54)
     block.keep_attention = True
     queries, z, e = torch.randn(1, 4, WIDTH), torch.randn(1, 3, 6, WIDTH), torch.randn(3, WIDTH)

@@ -34,7 +34,7 @@ DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had
     "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
     "lr_scaling": "none", "gate_lr": 1.0, "passes": None, "micro_batch_size": None, "beams": 1,
     "raw_channels": True, "shapes_seed": 0, "mllm": None, "visual": "queries", "grid": 0,
-    "instruction": INSTRUCTION, "gate_bias": 0.0, "time_embed": "ramp", "per_frame": False,
+    "instruction": INSTRUCTION, "gate_bias": 0.0, "time_embed": "ramp", "per_frame": False, "no_changes": True,
 }  # fmt: skip
 
 
@@ -63,7 +63,9 @@ def check_models(args: argparse.Namespace) -> None:
     if args.mllm is None and (args.visual != "queries" or args.grid):
         raise InputError("--visual and --grid: expected --mllm too: only its language model can read frames")
     if args.method != "qadapter" and (args.visual != "queries" or args.write_back):
-        raise InputError(f"--visual and --write-back: are of --method qadapter; {args.method} reads frames")
+        raise InputError(f"--visual and --write-back: expected --method qadapter, found {args.method}")
+    if args.mllm is None and args.instruction != INSTRUCTION:
+        raise InputError("--instruction: expected --mllm too: the prompt of a ViT and a language model is fixed")
     if args.grid and args.method == "qadapter" and args.visual == "queries":
         raise InputError("--grid: expected --visual frames or both: the queries have no grid")
     if args.visual == "frames" and not args.write_back:
@@ -121,7 +123,7 @@ def add_model_flags(group) -> None:
                        help="query tokens of the Q-Adapter; prompts of a block")  # fmt: skip
     group.add_argument("--rank", type=cli.at_least(1, 8192), default=32,
                        help="of the Q-Adapter's projections, of LoRA, of adapters")  # fmt: skip
-    group.add_argument("--heads", type=cli.at_least(1, 1024), default=8, help="attention heads of the Q-Adapter")
+    group.add_argument("--heads", type=cli.at_least(1, 1024), default=4, help="attention heads of the Q-Adapter")
     group.add_argument("--last-blocks", type=cli.at_least(0), default=3, help="adapt only the last so many; 0: all")
     group.add_argument("--gate", choices=["normed", "sigmoid", "channel", "patch", "none"], default="normed",
                        help="the gating layer: a number a query of normalized or plain inputs, a number a channel of "
@@ -129,7 +131,10 @@ def add_model_flags(group) -> None:
     group.add_argument("--gate-bias", type=cli.number(-20), default=0.0, help="the gates' logit at the start")
     group.add_argument("--time-embed", choices=["ramp", "random", "none"], default="ramp",
                        help="the frame vectors of the Q-Adapter at the start; none: without them")  # fmt: skip
-    group.add_argument("--per-frame", action="store_true", help="each query sees one frame only")
+    group.add_argument("--per-frame", action="store_true", help="each query attends to one frame only")
+    group.add_argument("--no-changes", action="store_true",
+                       help="the Q-Adapter reads each token of the ViT alone; unset: and its change since the frame "
+                       "before")  # fmt: skip
     group.add_argument("--raw-channels", action="store_true",
                        help="the Q-Adapter reads LN(Z) as it is; unset: each channel standardized")  # fmt: skip
     group.add_argument("--query-self-attention", action="store_true", help="queries attend to each other too")
@@ -147,7 +152,7 @@ def add_optimization_flags(group) -> None:
                        help="scale the learning rate of a matrix with 1 / fan_in, so that one --lr fits every width")
     group.add_argument("--gate-lr", type=cli.number(0), default=0.1,
                        help="a factor of the gates' learning rate: gates that learn fast close early")
-    group.add_argument("--weight-decay", type=cli.number(0), default=0.01, help="of AdamW")
+    group.add_argument("--weight-decay", type=cli.number(0), help=f"of AdamW; {PRESET}")
     group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
     group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, clip order, frames and captions")
 

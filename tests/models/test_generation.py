@@ -334,7 +334,7 @@ def test_too_few_positions_are_refused_before_any_work(tmp_path):
     for beams in (1, 3):
         assert len(generate(lm, x, 3, beams=beams, eos_id=-1)[0]) == 3
         calls.clear()
-        with refused("10 positions and 4 new tokens need 13 positions, it has 12"):
+        with refused("10 positions before a caption and 3 of its 4 tokens, without the last, need 13, it has 12"):
             generate(lm, x, 4, beams=beams, eos_id=-1)
         assert not calls
 

@@ -358,10 +358,10 @@ def test_unsupported_preprocessing_is_refused(tmp_path, name, file, fields, word
         read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llava-onevision-qwen2-0.5b", "smolvlm2-256m"])
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-onevision-qwen2-0.5b", "smolvlm2-256m"])
 def test_missing_preprocessing_is_refused(tmp_path, name):
     """The defaults of transformers are not those of the published models."""
-    with refused("video_preprocessor_config.json" if "llava" in name else "preprocessor_config.json"):
+    with refused("video_preprocessor_config.json" if "onevision" in name else "/preprocessor_config.json"):
         read(config_folder(tmp_path, name))
 
 
