@@ -44,6 +44,7 @@ from training.distributed import ProcessGroup
 from training.frozen_models import GENERATION_CONFIG
 
 CHECKSUMS = "sha256.json"
+RESULTS = "test.json", "report.html"
 
 # ----------------------------------------------------------------------------------- checkpoints
 
@@ -112,8 +113,10 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.devic
         # The groups are ours: those of version 0.2 were one, of the same tensors in the same order.
         optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         for parameter, moments in optimizer.state.items():
-            if moments["exp_avg"].shape != parameter.shape:
-                raise ValueError(f"a moment is {list(moments['exp_avg'].shape)}, expected {list(parameter.shape)}")
+            for name, shape in (("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape), ("step", ())):
+                found = list(moments[name].shape) if isinstance(moments[name], torch.Tensor) else type(moments[name])
+                if found != list(shape):
+                    raise ValueError(f"a moment is {found}, expected {list(shape)} for {name}")
         step = int(state["step"])
         if step < 0:
             raise ValueError(f"step is {step}, expected at least 0")
@@ -231,6 +234,9 @@ class Run:
         Locks the folder, drops later rows of the log, and stores new --data, --cache and --epochs.
         """
         self._open()
+        for name in RESULTS:
+            if (self.folder / name).is_dir():
+                raise InputError(f"{self.folder / name}: expected a file, found a folder")
         for which in ("best", "last"):  # best/ is needed at the end, so its damage must not be found only then
             if which == "last" or (self.folder / which).exists():
                 check_sums(self.folder / which)
@@ -242,7 +248,7 @@ class Run:
         elapsed = 0.0
         if self.group.rank == 0:
             elapsed = truncate_log(self.folder / "log.jsonl", step)
-            for name in ("test.json", "report.html") if step < steps else ():  # they are of a shorter run
+            for name in RESULTS if step < steps else ():  # they are of a shorter run
                 (self.folder / name).unlink(missing_ok=True)
             config = read_json(path)
             moved = config["flags"] | {"data": str(args.data), "cache": args.cache and str(args.cache),

@@ -300,7 +300,11 @@ def test_a_damaged_state_is_refused(uninterrupted, tmp_path):
         except InputError as error:
             assert str(error).startswith(f"{tmp_path}/state.pt: not the state of this run: ")
     state = torch.load(io.BytesIO(good), weights_only=True)
-    for damaged in (state | {"step": -1}, {"step": 1, "best": 0.0}, state | {"optimizer": 3}, state | {"best": None}):
+    moments = state["optimizer"]["state"][0]
+    wrapped = [state | {"optimizer": state["optimizer"] | {"state": state["optimizer"]["state"] | {
+        0: moments | {name: [moments[name]]}}}} for name in moments]  # fmt: skip
+    others = state | {"step": -1}, {"step": 1, "best": 0.0}, state | {"optimizer": 3}, state | {"best": None}
+    for damaged in (*wrapped, *others):
         torch.save(damaged, file := io.BytesIO())
         optimizer = torch.optim.AdamW(captioner.trained().values(), fused=True)
         with pytest.raises(InputError, match="not the state of this run: ."):
@@ -342,6 +346,15 @@ def test_a_best_checkpoint_that_is_no_more_is_found_before_the_log_is_cut(uninte
     (tmp_path / "run/best/adapter.safetensors").unlink()
     (tmp_path / "run/best/sha256.json").unlink()
     assert_one_line_error(run_forked(train, "--resume", tmp_path / "run"), "best/adapter.safetensors")
+    assert (tmp_path / "run/log.jsonl").read_bytes() == (uninterrupted / "log.jsonl").read_bytes()
+
+
+def test_a_folder_in_the_place_of_a_result_is_found_before_the_log_is_cut(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run/test.json").unlink()
+    (tmp_path / "run/test.json").mkdir()
+    done = run_forked(train, "--resume", tmp_path / "run", "--epochs", 9)
+    assert_one_line_error(done, "test.json: expected a file, found a folder")
     assert (tmp_path / "run/log.jsonl").read_bytes() == (uninterrupted / "log.jsonl").read_bytes()
 
 
