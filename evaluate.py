@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,6 +47,15 @@ from video_data.windows import format_srt, iter_windows
 # ---------------------------------------------------------------------------------- loading a run
 
 
+@contextmanager
+def naming(where: str | Path) -> Iterator[None]:
+    """An InputError in the block gets the place that its values came from."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
 def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     """The captioner of a run's folder and its flags: config.json, the frozen models and `which`/adapter.safetensors.
 
@@ -54,7 +64,11 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     path = run / "config.json"
     config, flags = read_run_config(run)
     parts = ["mllm"] if field(flags, "mllm", str, path, None) else ["vit", "lm"]
-    folders = {part: hub.resolve(field(flags, part, str, path)) for part in parts}
+    folders = {}
+    for part in parts:
+        name = field(flags, part, str, path)
+        with naming(f"{path}: {part}"):
+            folders[part] = hub.resolve(name)
     precision = field(flags, "precision", str, path)
     if precision not in devices.DTYPES:
         raise InputError(f"{path}: flags: precision is {precision!r}, expected one of {', '.join(devices.DTYPES)}")
@@ -65,7 +79,8 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     check_sums(checkpoint.parent)
     check_checkpoint(checkpoint, backbone_hashes(folders), asdict(adapter))
     models = load_models(folders, devices.DTYPES[precision], field(flags, "image_size", int, path, None))
-    captioner = Captioner(models.vit, models.lm, models.tokenizer, adapter, models.mllm)
+    with naming(f"{path}: adapter"):
+        captioner = Captioner(models.vit, models.lm, models.tokenizer, adapter, models.mllm)
     captioner.load(checkpoint)
     return captioner, flags
 
@@ -254,6 +269,8 @@ def outputs(args: argparse.Namespace) -> dict[str, Path]:
 def check_output(flag: str, path: Path, run: Path) -> None:
     """Raises InputError for a path that no file can be written to, and for the files of the run."""
     files = {(run / name).resolve() for name in ("config.json", "log.jsonl", "test.json", "lock")}
+    if flag != "--report":
+        files.add((run / "report.html").resolve())
     folders = {(run / name).resolve() for name in ("best", "last", "val")}
     if path.resolve() in files or folders & set(path.resolve().parents):
         raise InputError(f"{flag} {path}: is a file of the run, expected another one")
@@ -262,7 +279,7 @@ def check_output(flag: str, path: Path, run: Path) -> None:
         raise InputError(f"{flag} {path}: expected the name of a file in a folder that can be written to")
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.")
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
     group = parser.add_argument_group("input")
@@ -292,7 +309,12 @@ def parse_args() -> argparse.Namespace:
                        help="draws one --video: its frames, what the queries read of them, the caption")  # fmt: skip
     group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips of a split captioned at a time")
     group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
-    args = parser.parse_args()
+    return parser
+
+
+def parse_args() -> argparse.Namespace:
+    """All flags. Raises InputError for those that do not fit each other."""
+    args = make_parser().parse_args()
     if args.video and args.split:
         raise InputError("--video: was given with --split, expected only one of them")
     if not args.video and (args.show or args.window or args.stride):
@@ -318,8 +340,11 @@ def main() -> int:
     devices.keep_freed_memory()
     captioner, flags = load_run(args.run, args.weights)
     captioner.to(device)
-    frames = args.frames or field(flags, "frames", int, args.run / "config.json")
-    args.beams = args.beams or field(flags, "beams", int, args.run / "config.json")
+    frames = args.frames or flags["frames"]
+    if args.beams is None:
+        args.beams = flags["beams"]
+        with naming(args.run / "config.json"):
+            make_generation_config(captioner.lm.config, 0, max_new_tokens=1, beams=args.beams)
     names = "beams", "length_penalty", "min_new_tokens", "max_new_tokens"
     generation = {name: getattr(args, name) for name in names}
     make_generation_config(captioner.lm.config, captioner.prefix_length(frames), **generation)  # fail before the work

@@ -21,6 +21,7 @@ from common import cli
 from common.errors import InputError
 from evaluate import caption_and_score, format_scores
 from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
+from models.generation import make_generation_config
 from report.build import report_split
 from training import devices, distributed
 from training.config import fill_models, parse_args
@@ -57,7 +58,16 @@ def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) 
     config = AdapterConfig(**{f.name: getattr(args, f.name) for f in fields(AdapterConfig)})
     with models.vit.position.device:
         captioner = Captioner(models.vit, models.lm, models.tokenizer, config, models.mllm)
+    check_beams(args, captioner)
     return (captioner, {}) if args.plan else (captioner.to(device), backbone_hashes(folders))
+
+
+def check_beams(args, captioner: Captioner) -> None:
+    """Raises InputError for a search on the test split that would fail after training."""
+    try:
+        make_generation_config(captioner.lm.config, captioner.prefix_length(args.frames), beams=args.beams)
+    except InputError as error:
+        raise InputError(f"--beams {args.beams}: {error}") from error
 
 
 def format_gates(gates: dict[str, list[float]]) -> str:
@@ -81,10 +91,8 @@ def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, step
     print(f"step {step}/{steps}  loss {loss:.3f}  lr {lr:.1e}  {format_gates(gates)}{timing}")
 
 
-def read_dataset(args) -> datasets.VideoDataset:
-    """The dataset of the flags; with --plan nothing is made."""
-    if args.plan:
-        return planned_dataset(args)
+def make_dataset(args) -> datasets.VideoDataset:
+    """The dataset of the flags; `shapes` is made if it does not exist yet."""
     return datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing, workers=args.workers,
                                  seed=args.shapes_seed)  # fmt: skip
 
@@ -208,10 +216,9 @@ def main() -> int:
 
     # 2. Data and model
     with group.rank0_first():
-        dataset = read_dataset(args)
+        dataset = planned_dataset(args)  # makes nothing: flags that do not fit are refused first
     print(dataset)
-    train_clips = dataset.splits["train"]
-    schedule = schedule_run(args, train_clips)
+    schedule = schedule_run(args, dataset.splits["train"])
     steps = schedule.steps
     if args.method != "none":
         print(format_schedule(schedule, args))
@@ -226,6 +233,9 @@ def main() -> int:
         run.check(asdict(captioner.config), dataset.counts(), args.data)
     if args.compile:
         captioner.compile_blocks()
+    with group.rank0_first():
+        dataset = make_dataset(args)
+    train_clips = dataset.splits["train"]
     with group.rank0_first():  # one process of each machine decodes
         inputs = cached_inputs(args, dataset, captioner, hashes, device)
     if args.method == "none":

@@ -38,17 +38,17 @@ def at_least(least: int, most: int = 2**31) -> Callable[[str], int]:
     return parse
 
 
-def number(least: float, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number of at least `least`, or above it."""
+def number(least: float, most: float = sys.float_info.max, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least `least`, or above it, and at most `most`."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = float("nan")
-        if not (value > least if above else value >= least) or value == float("inf"):
-            kind = "above" if above else "of at least"
-            raise argparse.ArgumentTypeError(f"expected a finite number {kind} {least:g}, found {text!r:.40}")
+        if not (value > least if above else value >= least) or value > most:
+            kind, limit = "above" if above else "of at least", f" and at most {most:g}" if value > most < 1e300 else ""
+            raise argparse.ArgumentTypeError(f"expected a finite number {kind} {least:g}{limit}, found {text!r:.40}")
         return value
 
     return parse
@@ -66,12 +66,26 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
+def open_streams() -> None:
+    """Opens /dev/null for the standard streams that the caller has closed. A file that is opened later would get their
+    number, and what is printed."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+
+
+def discard_output() -> None:
+    """Sends what is printed, also what could not be printed yet, to /dev/null: else the interpreter tries again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lambda: True) -> None:
     """Runs a script. Its exit code is that of main; 2 after an InputError, 130 after Ctrl-C.
 
     `should_report` decides whether this process prints the error: of several processes one is enough. Each line of the
     output is flushed, so that a log file has it at once.
     """
+    open_streams()
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # file names need not be UTF-8
     sys.stderr.reconfigure(errors="backslashreplace")
     code, message = 0, ""
@@ -83,7 +97,7 @@ def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lamb
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         code = 141
     except OSError as error:
         code, message = 2, f"error: {error.filename or 'input or output'}: {error.strerror or error}"
@@ -91,6 +105,10 @@ def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lamb
         if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
             raise
         code, message = 2, f"error: out of memory: {(str(error).splitlines() or ['no more is known'])[0]}"
+    try:
+        sys.stdout.flush()
+    except OSError:  # the disk is full
+        discard_output()
     if message and should_report():
         print(printable(message), file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not interrupt the exit

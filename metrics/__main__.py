@@ -50,8 +50,15 @@ def check_writable(path, *inputs):
     """Raises InputError if no CSV can be written to `path`, or if it is one of the inputs. Called before the scores are
     computed."""
     path = Path(path)
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--per-video {path}: expected a file in an existing folder that can be written to")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        if not path.exists() or path.is_file():
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(
+            f"--per-video {path}: expected a file in an existing folder that can be written to"
+        ) from error
     if os.path.realpath(path) in map(os.path.realpath, inputs):
         raise InputError(f"--per-video {path}: is one of the inputs, expected another file")
 
@@ -65,7 +72,7 @@ def write_rows(file, per_video):
 
 
 def write_csv(path, per_video):
-    """Writes one row of unscaled scores per video.
+    """Writes one row of unscaled scores per video. Raises OSError.
 
     A regular file is replaced atomically. Anything else, such as a pipe, is written to directly.
     """
@@ -101,7 +108,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def parse_arguments(argv):
+def make_parser():
     parser = Parser(
         prog="python -m metrics",
         allow_abbrev=False,
@@ -122,13 +129,16 @@ def parse_arguments(argv):
     parser.add_argument("--strict", action="store_true", help="fail if METEOR's tables are missing")
     parser.add_argument("--meteor-data", metavar="DIR", help="folder of meteor-1.5.jar and paraphrase-en.gz")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="which to compute (all)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv=None):
     """Runs the command; returns its exit code."""
+    for name in ("stdin", "stdout", "stderr"):  # None if the caller has closed it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     try:
-        args = parse_arguments(argv)
+        args = make_parser().parse_args(argv)
         if args.per_video:
             check_writable(args.per_video, args.references, args.hypotheses)
         scores = score(
@@ -147,7 +157,10 @@ def main(argv=None):
         as_json = json.dumps({**scores.corpus, "signature": scores.signature})
         print(as_json if args.json else format_table(scores), flush=True)
         if args.per_video:  # after the scores, which a full disk must not lose
-            write_csv(args.per_video, scores.per_video)
+            try:
+                write_csv(args.per_video, scores.per_video)
+            except OSError as error:  # which names a temporary file
+                raise InputError(f"--per-video {args.per_video}: {error.strerror or error}") from error
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -155,7 +168,10 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {InputError(str(error.filename or 'output'))}: {error.strerror}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: out of memory", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -16,7 +16,12 @@ NAMES = ("references", "hypotheses")
 
 
 class InputError(ValueError):
-    """Bad input. The text names the file, the field or id, and what was expected."""
+    """Bad input. The text, one line, names the file, the field or id, and what was expected."""
+
+    def __init__(self, message):
+        # Names and ids may hold line breaks, terminal escapes or a megabyte of text.
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().__init__(message if len(message) <= 2000 else message[:2000] + " ...")
 
 
 def format_ids(ids, limit=3):
@@ -49,8 +54,11 @@ def reject_duplicate_keys(path):
 
 def read_json(path):
     """The contents of a JSON file. Raises InputError."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # might never end
+        raise InputError(f"{path}: is a pipe or a device, expected a JSON file")
     try:
-        raw = Path(path).read_bytes()
+        raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}, expected a JSON file") from error
     if not raw.strip():

@@ -22,6 +22,7 @@ References
 import numpy as np
 
 from . import meteor_text
+from .inputs import InputError
 from .meteor_align import align, count_chunks, span_mask
 from .meteor_match import EXACT, PARAPHRASE, STEM, SYNONYM, Hypothesis, Lexicon
 from .meteor_text import Prefixes
@@ -32,6 +33,7 @@ NUM_COUNTS = 23
 HYP_WORDS, REF_WORDS, HYP_FUNCTION, REF_FUNCTION = range(4)
 CHUNKS, HYP_MATCHED, REF_MATCHED = 20, 21, 22
 ROUNDING_MARGIN = 1 + 1e-9
+MAX_PAIRS = 250_000  # words of a hypothesis times words of a reference; 500 equal words take ten seconds
 
 
 # --- from counts to a score ---------------------------------------------------------------------------------------
@@ -106,6 +108,13 @@ def sum_counts(segments):
         if is_perfect(counts):
             total[CHUNKS] -= counts[CHUNKS]
     return total
+
+
+def check_lengths(hypothesis, reference):
+    """Raises InputError for captions (tuples of words) that would take too long to align."""
+    if len(hypothesis) * len(reference) > MAX_PAIRS:
+        sizes = " and ".join(f"{len(words)} ({' '.join(words[:5])[:40]!r} ...)" for words in (hypothesis, reference))
+        raise InputError(f"METEOR: two captions have {sizes} words, expected at most {MAX_PAIRS} pairs of words")
 
 
 # --- the best reference -------------------------------------------------------------------------------------------
@@ -224,7 +233,8 @@ def score(references, hypotheses, tables, progress=None):
 
     references: for each video a list of str; hypotheses: for each video one str; tables: meteor_data.Tables;
     progress: called as progress("METEOR", done, total) after every video.
-    Returns (corpus score, per-video scores (V,), per-video counts (V, 23)).
+    Returns (corpus score, per-video scores (V,), per-video counts (V, 23)). Raises InputError for captions that are too
+    long.
     """
     prefixes = tables.words.prefixes if tables.words is not None else Prefixes()
     # pycocoevalcap does this to hypotheses only.
@@ -235,6 +245,9 @@ def score(references, hypotheses, tables, progress=None):
         text: tuple(meteor_text.split_words(text, prefixes))
         for text in {*hypotheses, *(text for group in references for text in group)}
     }
+    for group, text in zip(references, hypotheses, strict=True):
+        for reference in group:
+            check_lengths(words[text], words[reference])
     lexicon = Lexicon(
         tables,
         {words[text] for group in references for text in group},

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.json_fields import read_json
+from common.json_fields import field, read_json
 from report.curves import curves_of
 from report.inside import Inside, look_inside
 from report.page import ClipRow, clip_data, format_page, write_page
@@ -23,9 +23,12 @@ SHOWN_SCORES = ("CIDEr", "METEOR")  # of a clip; METEOR's name depends on its ta
 
 def settings_of(run: Path) -> dict[str, object]:
     """What a page says of a run: its numbers of parameters, and the flags that are set."""
-    config = read_json(run / "config.json")
-    counts = {name: f"{config[name]:,}" for name in ("trained", "total") if name in config}
-    return counts | {name: value for name, value in config["flags"].items() if value is not None and value is not False}
+    path = run / "config.json"
+    config = read_json(path)
+    counts = {name: config[name] for name in ("trained", "total") if name in config}
+    counts = {name: f"{count:,}" if type(count) is int else count for name, count in counts.items()}
+    flags = field(config, "flags", dict, path)
+    return counts | {name: value for name, value in flags.items() if value is not None and value is not False}
 
 
 def inside_of(captioner, frames: Tensor) -> Inside | None:

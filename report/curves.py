@@ -11,7 +11,7 @@ from pathlib import Path
 from common import cli
 from common.errors import InputError
 from common.files import replace_atomically
-from common.json_fields import parse_object
+from common.run_log import read_log
 from report.svg import COLOURS, document, line, text
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 250, 170, 52, 48, 62  # pixels: a panel, and the margins around it
@@ -26,31 +26,16 @@ class Panel:
     lines: dict[str, list[tuple[int, float]]]
 
 
-def read_log(run: Path) -> list[dict]:
-    """The rows of a run's log; the last one may be half written. Raises InputError for any other that is damaged."""
-    path, rows = run / "log.jsonl", []
-    if not path.is_file():
-        raise InputError(f"{path}: expected the log of a run")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, row in enumerate(lines, start=1):
-        try:
-            rows.append(parse_object(row.encode(), f"{path}: line {number}"))
-        except InputError:
-            if number < len(lines):
-                raise
-    return rows
-
-
 def make_panels(rows: list[dict], path: Path) -> list[Panel]:
     """Loss, mean gates and saturated shares of each adapted block, CIDEr, correct captions; what the log has of it."""
     train = [row for row in rows if "loss" in row]
     val = [(row["step"], row["val"]) for row in rows if "val" in row]
     if not train or not val:
         raise InputError(f"{path}: expected rows of training and of validation")
-    top = math.ceil(max(row["loss"] for row in train))
+    top = max(1, math.ceil(max(row["loss"] for row in train)))
     panels = [Panel("training loss", top, {"": [(row["step"], row["loss"]) for row in train]})]
     for title, name in ("mean gate of each adapted block", "gates"), ("saturated share of its gates", "saturated"):
-        lines = {f"{i + 1}": [(row["step"], row[name][i]) for row in train if name in row]
+        lines = {f"{i + 1}": [(row["step"], row[name][i]) for row in train if i < len(row.get(name, []))]
                  for i in range(len(train[0].get(name, [])))}  # fmt: skip
         panels += [Panel(title, 1, lines)] if lines else []
     cider = [(step, 100 * scores["CIDEr"]) for step, scores in val]
@@ -91,9 +76,10 @@ def draw(panels: list[Panel], background: str = "#fff") -> str:
 
 def curves_of(run: Path) -> str:
     """The curves of a run for a page of any colour; nothing for one that trained nothing."""
-    rows = read_log(run)
+    path = run / "log.jsonl"
+    rows = [row for _, row in read_log(path)]
     trained = any("loss" in row for row in rows) and any("val" in row for row in rows)
-    return draw(make_panels(rows, run / "log.jsonl"), "none") if trained else ""
+    return draw(make_panels(rows, path), "none") if trained else ""
 
 
 def main() -> None:
@@ -101,8 +87,10 @@ def main() -> None:
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
     parser.add_argument("--save", type=cli.path, required=True, metavar="FILE", help="the SVG to write")
     args = parser.parse_args()
+    path = args.run / "log.jsonl"
+    panels = make_panels([row for _, row in read_log(path)], path)
     with replace_atomically(args.save) as file:
-        file.write(draw(make_panels(read_log(args.run), args.run / "log.jsonl")).encode())
+        file.write(draw(panels).encode())
 
 
 if __name__ == "__main__":

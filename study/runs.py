@@ -20,7 +20,7 @@ import torch
 
 from common.errors import InputError
 from common.json_fields import field, read_json, write_json
-from report.curves import read_log
+from common.run_log import read_log
 from study.tables import SEEDS, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +113,7 @@ def command_of(table: Table, key: RunKey, folder: Path) -> list[str]:
 
 def read_figures(folder: Path) -> dict:
     """The scores and costs of a finished run, from the files in its folder."""
-    rows = read_log(folder)
+    rows = [row for _, row in read_log(folder / "log.jsonl")]
     config, adapter = read_json(folder / "config.json"), folder / "best/adapter.safetensors"
     batch_size, speeds = config["flags"]["batch_size"], [row["clips/s"] for row in rows if "clips/s" in row]
     validations = [row for row in rows if "val" in row]

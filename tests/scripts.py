@@ -9,15 +9,41 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
+from unittest.mock import patch
 
+import torch
+
+from backbones import pretrain
 from common import cli
+from models.safetensors import read_safetensors, write_safetensors
 from training import distributed
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 TIMEOUT = 120  # seconds
+TWELVE_STEPS = ["--shapes-sizes", "12", "4", "6", "--batch-size", "4", "--epochs", "4", "--eval-every", "2",
+                "--log-every", "1", "--workers", "1", "--device", "cpu", "--queries", "4", "--rank", "4",
+                "--heads", "2", "--last-blocks", "0", "--captions-per-clip", "2", "--precision", "fp32",
+                "--lr", "0.02"]  # fmt: skip
+
+
+def make_backbones(folder: Path) -> Path:
+    """Writes two tiny backbones, `vit` and `lm`, seed 0. The language model's weights are large: its text depends on
+    all of its input."""
+    torch.manual_seed(0)
+    vit = replace(pretrain.VIT, width=16, depth=2, heads=2, mlp_width=32)
+    lm = replace(pretrain.LM, vocab=400, width=32, depth=2, heads=2, kv_heads=1, head_width=16, mlp_width=48)
+    with patch.object(pretrain, "VIT", vit), patch.object(pretrain, "LM", lm):
+        pretrain.pretrain_vit(folder / "vit", count=8, steps=1, batch_size=4, seed=0)
+        pretrain.pretrain_lm(folder / "lm", count=300, steps=1, batch_size=2, seed=0)
+    path = folder / "lm/model.safetensors"
+    tensors = read_safetensors(path)
+    random = {name: 0.3 * torch.randn(tensor.shape) for name, tensor in tensors.items() if "norm" not in name}
+    write_safetensors(path, tensors | {name: tensor.half() for name, tensor in random.items()})
+    return folder
 
 
 def run_python(*words, **options) -> subprocess.CompletedProcess:

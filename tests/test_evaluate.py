@@ -155,7 +155,8 @@ def test_a_run_of_version_0_1_is_read(finished_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
-    [("frames", 0, "at least 1"), ("frames", 10**30, "at most 4096"), ("frames", "8", "whole"), ("beams", -1, "least")],
+    [("frames", 0, "at least 1"), ("frames", 10**30, "at most 4096"), ("frames", "8", "whole"), ("beams", -1, "least"),
+     ("vit", "gone", "vit: gone: expected a folder"), ("dataset", "x", "dataset")],
 )
 def test_a_flag_changed_by_hand_is_named_with_its_file(finished_run, tmp_path, name, value, words):
     shutil.copytree(finished_run, tmp_path / "r")
@@ -181,6 +182,7 @@ def test_each_user_error_is_one_line(finished_run, flags, tmp_path, monkeypatch)
     refused([finished_run, "--save", tmp_path / "gone/p.json"], "gone/p.json")
     refused([finished_run, "--save", tmp_path], str(tmp_path), "name of a file")
     refused([finished_run, "--save", finished_run / "config.json"], "config.json", "a file of the run")
+    refused([finished_run, "--save", finished_run / "report.html"], "report.html", "a file of the run")
     video = tmp_path / "v.mp4"
     video.write_bytes(b"video")
     refused([finished_run, "--video", video, "--save", video], "v.mp4", "one of the videos")

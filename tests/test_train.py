@@ -440,6 +440,9 @@ def test_each_user_error_is_one_line(finished_run, flags, backbones, tmp_path, m
     refused([*flags, *out, "--queries", 10**7, "--data", tmp_path / "new"], "--queries", "at most 4096")
     refused([*flags, *out, "--captions-per-clip", 2**31, "--data", tmp_path / "new"], "--captions-per-clip")
     refused([*flags, *out, "--cache-features", "--method", "lora", "--data", tmp_path / "new"], "--cache-features")
+    refused([*flags, *out, "--last-blocks", 3, "--data", tmp_path / "new"], "--last-blocks 3")
+    refused([*flags, *out, "--batch-size", 64, "--data", tmp_path / "new"], "--batch-size 64")
+    refused([*flags, *out, "--beams", 400, "--data", tmp_path / "new"], "--beams 400", "399")
     (tmp_path / "file").touch()
     refused([*flags, "--out", tmp_path / "file"], "--out", "cannot be written")
     assert not (tmp_path / "new").exists()  # refused before anything was made

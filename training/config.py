@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from common.json_fields import bounded, field, read_json
 from models.mllm_prompts import INSTRUCTION
 from training.devices import DTYPES
 from training.presets import PRESETS
-from video_data.datasets import DATASETS, DEFAULT_SIZES
+from video_data.datasets import DATASETS, DEFAULT_SIZES, MAX_SIZE, check_sizes
 
 METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "prompt", "full")
 VISUAL = ("queries", "frames", "both")
@@ -27,7 +28,7 @@ CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
 ALLOWED_WITH_RESUME = {"resume", "device", "workers", "data", "cache", "epochs"}
 NOT_STORED = {"resume", "plan", "speed"}  # of a run's flags in its config.json
-MAX_FRAMES = 4096
+MAX_FRAMES, MAX_SIDE, MAX_EPOCHS = 4096, 4096, 10**5
 CANDIDATE_FRAMES = 16  # unless --frames is large
 PRESET = "unset: the dataset's preset"
 DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had in effect
@@ -82,7 +83,7 @@ class Reading(argparse.Action):
 def add_old_names(parser: argparse.ArgumentParser) -> None:
     """The names that flags had in version 0.1."""
     hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-    parser.add_argument("--clips", dest="shapes_sizes", type=cli.at_least(1), nargs=3, **hidden)
+    parser.add_argument("--clips", dest="shapes_sizes", type=cli.at_least(1, MAX_SIZE), nargs=3, **hidden)
     parser.add_argument("--talk", dest="query_self_attention", action="store_true", **hidden)
     parser.add_argument("--reading", dest="write_back", action=Reading, choices=["read", "write"], **hidden)
 
@@ -92,7 +93,7 @@ def add_data_flags(group) -> None:
     group.add_argument("--data", type=cli.path, help="the dataset's folder; unset: data/DATASET")
     group.add_argument("--allow-missing", action="store_true", help="leave out clips without a video or a caption")
     group.add_argument("--cache", type=cli.path, help="where frames are stored; unset: .cache in the dataset's folder")
-    group.add_argument("--shapes-sizes", type=cli.at_least(1, 10**6), nargs=3, default=list(DEFAULT_SIZES),
+    group.add_argument("--shapes-sizes", type=cli.at_least(1, MAX_SIZE), nargs=3, default=list(DEFAULT_SIZES),
                        metavar=("TRAIN", "VAL", "TEST"), help="clips of each split of shapes")  # fmt: skip
     group.add_argument("--shapes-seed", type=cli.at_least(0), default=0, help="of the clips of shapes")
     group.add_argument("--cache-features", action="store_true",
@@ -110,7 +111,7 @@ def add_model_flags(group) -> None:
     group.add_argument("--lm", help="the language model: a folder or a hub id; unset: the tiny one for shapes, else "
                        f"{TINYLLAMA} with a GPU, {LLAMA_160M} without")  # fmt: skip
     group.add_argument("--mllm", help="a multimodal language model, in place of --vit and --lm: a folder or a hub id")
-    group.add_argument("--image-size", type=cli.at_least(1, 4096),
+    group.add_argument("--image-size", type=cli.at_least(1, MAX_SIDE),
                        help="side of the ViT's input in pixels; unset: the ViT's own")  # fmt: skip
     group.add_argument("--method", choices=METHODS, default="qadapter", help="what is trained")
     group.add_argument("--write-back", action="store_true", help="patches read the queries too")
@@ -128,7 +129,7 @@ def add_model_flags(group) -> None:
     group.add_argument("--gate", choices=["normed", "sigmoid", "channel", "patch", "none"], default="normed",
                        help="the gating layer: a number a query of normalized or plain inputs, a number a channel of "
                        "a query, a number a token of the ViT")  # fmt: skip
-    group.add_argument("--gate-bias", type=cli.number(-20), default=0.0, help="the gates' logit at the start")
+    group.add_argument("--gate-bias", type=cli.number(-20, 20), default=0.0, help="the gates' logit at the start")
     group.add_argument("--time-embed", choices=["ramp", "random", "none"], default="ramp",
                        help="the frame vectors of the Q-Adapter at the start; none: without them")  # fmt: skip
     group.add_argument("--per-frame", action="store_true", help="each query attends to one frame only")
@@ -144,8 +145,9 @@ def add_optimization_flags(group) -> None:
     group.add_argument("--batch-size", type=cli.at_least(1), help=f"clips per step, over all processes; {PRESET}")
     group.add_argument("--micro-batch-size", type=cli.at_least(1),
                        help="clips of a process in memory at once; gradients are summed; unset: its whole batch")
-    group.add_argument("--passes", type=cli.number(0, above=True), help=f"passes over the training captions; {PRESET}")
-    group.add_argument("--epochs", type=cli.at_least(1),
+    group.add_argument("--passes", type=cli.number(0, MAX_EPOCHS, above=True),
+                       help=f"passes over the training captions; {PRESET}")  # fmt: skip
+    group.add_argument("--epochs", type=cli.at_least(1, MAX_EPOCHS),
                        help="passes over the training clips, in place of --passes")  # fmt: skip
     group.add_argument("--lr", type=cli.number(0, above=True), help=f"peak learning rate of AdamW; {PRESET}")
     group.add_argument("--lr-scaling", choices=["fan-in", "none"], default="fan-in",
@@ -164,14 +166,15 @@ def add_run_flags(group) -> None:
     group.add_argument("--beams", type=cli.at_least(1), help=f"beams of the search on the test split; {PRESET}")
     group.add_argument("--log-every", type=cli.at_least(1), default=20, help="steps between log lines")
     group.add_argument("--save-every", type=cli.at_least(1), default=200, help="steps between checkpoints")
-    group.add_argument("--workers", type=cli.at_least(0), default=0, help="processes that decode; 0: one per core")
+    group.add_argument("--workers", type=cli.at_least(0, 1024), default=0,
+                       help="processes that decode; 0: one per core")  # fmt: skip
     group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
     group.add_argument("--precision", choices=["auto", *DTYPES], default="auto",
                        help="of the frozen weights; auto: bf16 where the device has instructions for it")  # fmt: skip
     group.add_argument("--compile", action="store_true", help="compile the blocks, which takes a minute or two")
     group.add_argument("--plan", action="store_true",
                        help="print steps, passes, caches and memory of the run, and train nothing")  # fmt: skip
-    group.add_argument("--speed", type=cli.number(0, above=True), metavar="CLIPS/S", help="for the time in --plan")
+    group.add_argument("--speed", type=cli.number(1e-6), metavar="CLIPS/S", help="for the time in --plan")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -238,8 +241,15 @@ def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(f"{run}: expected the folder of a run, with config.json and last/state.pt in it")
     config = read_json(path)
     flags = rename_fields(DEFAULTS_IN_OLDER_RUNS | field(config, "flags", dict, path))
+    # evaluate.py takes these from here, without a parser of its own.
     frames = bounded(flags, "frames", int, path, 1, MAX_FRAMES)
-    bounded(flags, "beams", int, path, 1, 2**31)  # evaluate.py takes these two from here, without its own parser
+    bounded(flags, "beams", int, path, 1, 2**31)
+    bounded(flags, "shapes_seed", int, path, 0, 2**31)
+    if flags["image_size"] is not None:
+        bounded(flags, "image_size", int, path, 1, MAX_SIDE)
+    if flags.get("dataset", "shapes") not in DATASETS:
+        raise InputError(f"{path}: dataset is {short(flags['dataset'])}, expected one of {', '.join(DATASETS)}")
+    check_sizes(flags.get("shapes_sizes", DEFAULT_SIZES), f"{path}: shapes_sizes")
     return config, {"candidate_frames": default_candidate_frames(frames)} | flags
 
 

@@ -34,8 +34,9 @@ import av
 import torch
 
 from common.errors import InputError
-from common.files import acquire_lock, replace_atomically, sha256_of, sync_folder
-from common.json_fields import field, parse_object, read_json, write_json
+from common.files import acquire_lock, open_to_read, replace_atomically, sha256_of, sync_folder
+from common.json_fields import parse_object, read_json, write_json
+from common.run_log import read_log
 from models.safetensors import read_metadata
 from models.weights import LOAD_ERRORS
 from training.config import NOT_STORED, rename_fields
@@ -43,6 +44,7 @@ from training.distributed import ProcessGroup
 from training.frozen_models import GENERATION_CONFIG
 
 CHECKSUMS = "sha256.json"
+RESULTS = "test.json", "report.html"
 
 # ----------------------------------------------------------------------------------- checkpoints
 
@@ -106,12 +108,15 @@ def check_sums(folder: Path) -> None:
 def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, float]:
     """Restores the optimizer from `last/state.pt`; -> the step and the best score until then. Raises InputError."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with open_to_read(path) as file:
+            state = torch.load(file, map_location=device, weights_only=True)
         # The groups are ours: those of version 0.2 were one, of the same tensors in the same order.
         optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         for parameter, moments in optimizer.state.items():
-            if moments["exp_avg"].shape != parameter.shape:
-                raise ValueError(f"a moment is {list(moments['exp_avg'].shape)}, expected {list(parameter.shape)}")
+            for name, shape in (("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape), ("step", ())):
+                found = list(moments[name].shape) if isinstance(moments[name], torch.Tensor) else type(moments[name])
+                if found != list(shape):
+                    raise ValueError(f"a moment is {found}, expected {list(shape)} for {name}")
         step = int(state["step"])
         if step < 0:
             raise ValueError(f"step is {step}, expected at least 0")
@@ -161,20 +166,12 @@ def truncate_log(path: Path, step: int) -> float:
     last row that is kept; 0 in logs of versions before 0.4.
     """
     rows, elapsed = [], 0.0
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    for number, row in enumerate(lines, start=1):
-        try:
-            content = parse_object(row.encode(), f"{path}: line {number}")
-            field(content, "step", int, f"{path}: line {number}")
-        except InputError:
-            if number == len(lines):
-                break
-            raise
-        if step > 0 and content["step"] <= step and "test" not in content:
-            rows.append(row + "\n")
-            elapsed = content.get("elapsed", elapsed)
+    for line, row in read_log(path) if path.exists() else ():
+        if step > 0 and row["step"] <= step and "test" not in row:
+            rows.append(line + b"\n")
+            elapsed = row.get("elapsed") or elapsed
     with replace_atomically(path) as file:
-        file.write("".join(rows).encode())
+        file.write(b"".join(rows))
     return elapsed
 
 
@@ -237,8 +234,13 @@ class Run:
         Locks the folder, drops later rows of the log, and stores new --data, --cache and --epochs.
         """
         self._open()
-        check_sums(self.folder / "last")
-        captioner.load(checkpoint_path(self.folder, "last"))
+        for name in RESULTS:
+            if (self.folder / name).is_dir():
+                raise InputError(f"{self.folder / name}: expected a file, found a folder")
+        for which in ("best", "last"):  # best/ is needed at the end, so its damage must not be found only then
+            if which == "last" or (self.folder / which).exists():
+                check_sums(self.folder / which)
+                captioner.load(checkpoint_path(self.folder, which))
         step, best = load_state(self.folder / "last" / "state.pt", optimizer, device)
         path = self.folder / "config.json"
         if step > steps:
@@ -246,7 +248,7 @@ class Run:
         elapsed = 0.0
         if self.group.rank == 0:
             elapsed = truncate_log(self.folder / "log.jsonl", step)
-            for name in ("test.json", "report.html") if step < steps else ():  # they are of a shorter run
+            for name in RESULTS if step < steps else ():  # they are of a shorter run
                 (self.folder / name).unlink(missing_ok=True)
             config = read_json(path)
             moved = config["flags"] | {"data": str(args.data), "cache": args.cache and str(args.cache),

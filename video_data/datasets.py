@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 
 from common.errors import InputError
 from common.json_fields import field, read_json
@@ -30,6 +31,7 @@ from video_data.layouts import LAYOUTS
 READERS = {"msvd": annotations.read_msvd, "msrvtt": annotations.read_msrvtt}  # of annotation files
 DATASETS = ("shapes", *READERS, "folder")
 DEFAULT_SIZES = (6000, 200, 500)  # clips of each split of shapes
+MAX_SIZE = 10**6  # of a split of shapes
 
 # Clips and captions per split in published results.
 STANDARD_SIZES = {
@@ -170,6 +172,13 @@ def build_dataset(name: str, root: Path, annotated: Annotations, paths: dict[str
     return VideoDataset(name, clips, tuple(annotated.files), missing, annotated.skipped)
 
 
+def check_sizes(sizes: Sequence[int], where: str) -> None:
+    """Raises an InputError that starts with `where` unless `shapes` can be made with these sizes of its splits."""
+    is_list = isinstance(sizes, Sequence) and len(sizes) == 3
+    if not is_list or not all(type(n) is int and 0 < n <= MAX_SIZE for n in sizes):
+        raise InputError(f"{where}: {short(sizes)}, expected three whole numbers from 1 to {MAX_SIZE}")
+
+
 def read_dataset(name: str, root: Path, sizes: Sequence[int] = DEFAULT_SIZES, allow_missing: bool = False,
                  splits: Sequence[str] = SPLITS, workers: int = 0, seed: int = 0) -> VideoDataset:  # fmt: skip
     """The given splits of a dataset in the folder `root`. `shapes` is generated there first, `sizes` clips per split of
@@ -180,8 +189,7 @@ def read_dataset(name: str, root: Path, sizes: Sequence[int] = DEFAULT_SIZES, al
     """
     if name not in DATASETS:
         raise InputError(f"dataset {name!r}: expected one of {', '.join(DATASETS)}")
-    if len(sizes) != 3 or not all(type(n) is int and n > 0 for n in sizes):
-        raise InputError(f"shapes_sizes: {list(sizes)}, expected three whole numbers above 0")
+    check_sizes(sizes, "shapes_sizes")
     if name == "shapes":
         shapes.make_dataset(root, dict(zip(SPLITS, sizes, strict=True)), seed, workers=workers)
     if not root.is_dir() or not any(root.iterdir()):

@@ -35,6 +35,8 @@ def test_numbers_are_finite(text):
     assert cli.number(0)("0.5") == 0.5
     with pytest.raises(argparse.ArgumentTypeError, match="expected a finite number"):
         cli.number(0)(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 0 and at most 5, found '6'"):
+        cli.number(0, 5)("6")
 
 
 def test_an_empty_path_is_refused():
@@ -80,3 +82,24 @@ cli.run(main)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     run = [sys.executable, "-c", script]
     assert subprocess.check_output(run, cwd=ROOT, env=environment, text=True) == "device: cpu\n"
+
+
+@pytest.mark.parametrize(("closed", "code", "output"), [
+    (">&-", 0, ""), ("2>&-", 0, "text\n"), ("<&-", 0, "text\n"), (">&- 2>&- <&-", 0, ""),
+    (">/dev/full", 2, "error: input or output: No space left on device\n"),
+])  # fmt: skip
+def test_streams_that_are_closed_or_full(closed, code, output):
+    """As a shell closes them. What is read or printed there is nothing; a file that is opened gets another number."""
+    script = """
+import os, sys
+from common import cli
+def main():
+    assert sys.stdin.read() == ""
+    assert open(os.devnull).fileno() > 2
+    print("text")
+    print("", end="", file=sys.stderr)
+cli.run(main)
+"""
+    command = ["bash", "-c", f'"$0" -c "$1" </dev/null {closed}', sys.executable, script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (code, output)

@@ -296,3 +296,33 @@ def test_folder_works_alone(files, tmp_path):
     path, *modules = imported.stdout.split()
     assert Path(path).parent == tmp_path / "other" / "metrics"
     assert not {"torch", "pycocoevalcap", "av", "common", "models", "video_data", "training"} & set(modules)
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "pipe"])
+def test_what_might_never_end_is_not_read(files, capsys, tmp_path, device):
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / device  # an absolute path stays as it is
+    code, out, err = run_main(capsys, "--references", path, "--hypotheses", files[2])
+    assert (code, out, err) == (2, "", f"error: {path}: is a pipe or a device, expected a JSON file\n")
+
+
+def test_an_error_is_one_line_whatever_is_in_a_name(capsys, tmp_path, files):
+    code, _, err = run_main(capsys, "--references", tmp_path / "a\nb\x1b[31m", "--hypotheses", files[2])
+    assert code == 2 and err == f"error: {tmp_path}/a\\nb\\x1b[31m: No such file or directory, expected a JSON file\n"
+    files[1].write_text(json.dumps({"x" * 10**6: 3}))
+    assert len(run_main(capsys, *files[0])[2]) < 3000
+
+
+def test_the_rows_are_checked_before_the_work_and_named_if_the_disk_is_full(files, capsys):
+    """/proc takes no files, although its owner may write; /dev/full takes nothing."""
+    code, out, err = run_main(capsys, *files[0], "--per-video", "/proc/rows.csv")
+    assert (code, out) == (2, "") and err.startswith("error: --per-video /proc/rows.csv: expected a file in")
+    code, out, err = run_main(capsys, *files[0], "--metrics", "BLEU", "--per-video", "/dev/full")
+    assert code == 2 and "Bleu_4" in out and err == "error: --per-video /dev/full: No space left on device\n"
+
+
+@pytest.mark.parametrize(("closed", "has_output"), [(">&-", False), ("2>&-", True), ("<&-", True)])
+def test_streams_that_are_closed(files, closed, has_output):
+    command = ["bash", "-c", f'"$0" -m metrics --metrics BLEU "$@" {closed}', sys.executable, *files[0]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and ("Bleu_4" in done.stdout) == has_output

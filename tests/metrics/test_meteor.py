@@ -4,12 +4,14 @@ Stems, normalised lines and the 23 counts of a segment are compared for equality
 """
 
 import random
+import time
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from metrics import meteor, meteor_data, meteor_text, porter2, ptb, score
-from metrics.meteor_align import Match, align, count_chunks
+from metrics import InputError, meteor, meteor_align, meteor_data, meteor_text, porter2, ptb, score
+from metrics.meteor_align import Match, align, count_chunks, extend_path
 from metrics.meteor_match import Hypothesis, Lexicon
 from tests.metrics.captions import COLLISION, CORPORA, TOLERANCE, golden, random_strings
 from tests.metrics.small_tables import write_tables
@@ -177,6 +179,38 @@ def test_beam_size(tables, hypothesis, reference, expected):
     second. The expected scores are the Java program's, tolerance 1e-9."""
     _, scores, _ = meteor.score([[reference]], [hypothesis], tables)
     assert abs(scores[0] - expected) <= TOLERANCE
+
+
+def all_extensions(path, position, matches):
+    """`extend_path` without leaving out a path."""
+    with patch.object(meteor_align, "BEAM_SIZE", 10**9):
+        return extend_path(path, position, matches)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_paths_that_are_left_out_change_nothing(seed):
+    """50 or 60 words of a vocabulary of 1, 2 or 3, and random phrases: more than BEAM_SIZE matches at a position.
+    Reference: the search that keeps all paths until it cuts the beam."""
+    rng = random.Random(seed)
+    hypothesis, reference = ([rng.randrange(1 + seed % 3) for _ in range(size)] for size in (60, 50))
+    matches = [[Match(i, 1, k, 1, rng.choice([0, 0, 1, 2])) for k, other in enumerate(hypothesis) if word == other]
+               for i, word in enumerate(reference)]  # fmt: skip
+    for i in rng.sample(range(48), 10):
+        matches[i] += [Match(i, rng.randint(1, 3), k, rng.randint(1, 3), 3) for k in rng.sample(range(57), 20)]
+    found = align(matches, 60)
+    with patch.object(meteor_align, "extend_path", all_extensions):
+        assert align(matches, 60) == found
+
+
+def test_captions_that_take_too_long_are_named(small_tables):
+    """Captions of 500 words are aligned; a word that is repeated 300 times takes a few seconds."""
+    tables = meteor_data.load()
+    text = "1,000.50 " * 300
+    start_time = time.process_time()
+    assert meteor.score([[text + " b"]], [text], tables)[1][0] > 0.8
+    assert time.process_time() - start_time < 30
+    with pytest.raises(InputError, match="METEOR: two captions have 501 .'x x x x x' .* at most 250000 pairs"):
+        meteor.score([["x " * 500]], ["x " * 501], tables)
 
 
 def test_small_tables_match(small_tables):

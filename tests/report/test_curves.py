@@ -4,6 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from common import run_log
 from common.errors import InputError
 from report import curves
 from tests.scripts import assert_one_line_error, read_log, run_forked
@@ -25,11 +26,18 @@ def test_a_half_written_last_row_is_left_out(tmp_path):
     rows = ['{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.0}']
     path = tmp_path / "log.jsonl"
     path.write_text("\n".join([*rows, '{"step": 3, "lo']))
-    assert [row["step"] for row in curves.read_log(tmp_path)] == [1, 2]
-    for bad in (b"3", b"[]", b"\xff", b'{"step": 1'):
+    assert [row["step"] for _, row in run_log.read_log(path)] == [1, 2]
+    for bad in (b"3", b"[]", b"\xff", b'{"step": 1', b'{"step": 2, "val": 3}'):
         path.write_bytes(b"\n".join([bad, *(row.encode() for row in rows)]))
         with pytest.raises(InputError, match="log.jsonl: line 1"):
-            curves.read_log(tmp_path)
+            curves.curves_of(tmp_path)
+
+
+def test_a_loss_of_zero_and_rows_of_fewer_gates_are_drawn(tmp_path):
+    rows = ['{"step": 1, "loss": 0, "gates": [0.5, 0.5]}', '{"step": 2, "loss": 0, "gates": [0.5]}',
+            '{"step": 2, "val": {"CIDEr": 0}}']  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("\n".join(rows))
+    assert curves.curves_of(tmp_path).startswith("<svg")
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path):

@@ -159,6 +159,11 @@ def test_settings_are_those_that_are_set(tmp_path):
                                            "cache_features": True}  # fmt: skip
 
 
+def test_numbers_of_parameters_that_were_changed_by_hand_are_shown_as_they_are(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"trained": 1234, "total": [3], "flags": {}}))
+    assert build.settings_of(tmp_path) == {"trained": "1,234", "total": [3]}
+
+
 def test_the_attention_of_large_models_is_shown_for_fewer_clips():
     """3 blocks, 5 queries, 4 frames of 5 tokens: 300 bytes a clip."""
     captioner = make("no write-back")

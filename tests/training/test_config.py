@@ -73,3 +73,23 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
     path.write_text(json.dumps({"flags": flags}, default=str))
     with pytest.raises(InputError, match="config.json: flags: expected a field 'epochs'"):
         parse_args(resume)
+
+
+@pytest.mark.parametrize("words", [
+    ["--clips", "2147483647", "1", "1"], ["--shapes-sizes", "1000001", "1", "1"], ["--epochs", "2147483647"],
+    ["--passes", "1e300"], ["--workers", "1000000"], ["--gate-bias", "1e300"],
+])  # fmt: skip
+def test_sizes_that_no_run_has_are_refused(words, tmp_path):
+    with pytest.raises(InputError, match=f"{words[0]}: .*at most"):
+        parse_args([*words, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("shapes_sizes", [1, 2]), ("shapes_sizes", 3), ("shapes_sizes", [1, 2, 10**9]), ("shapes_seed", -1),
+    ("dataset", "x"), ("dataset", []), ("image_size", 0), ("image_size", "8"),
+])  # fmt: skip
+def test_a_flag_of_a_run_that_was_changed_by_hand_is_named_with_its_file(name, value, tmp_path):
+    flags = vars(parse_args(["--out", str(tmp_path)])) | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps({"flags": flags}, default=str))
+    with pytest.raises(InputError, match=f"config.json: .*{name}"):
+        read_run_config(tmp_path)

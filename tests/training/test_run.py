@@ -300,7 +300,11 @@ def test_a_damaged_state_is_refused(uninterrupted, tmp_path):
         except InputError as error:
             assert str(error).startswith(f"{tmp_path}/state.pt: not the state of this run: ")
     state = torch.load(io.BytesIO(good), weights_only=True)
-    for damaged in (state | {"step": -1}, {"step": 1, "best": 0.0}, state | {"optimizer": 3}, state | {"best": None}):
+    moments = state["optimizer"]["state"][0]
+    wrapped = [state | {"optimizer": state["optimizer"] | {"state": state["optimizer"]["state"] | {
+        0: moments | {name: [moments[name]]}}}} for name in moments]  # fmt: skip
+    others = state | {"step": -1}, {"step": 1, "best": 0.0}, state | {"optimizer": 3}, state | {"best": None}
+    for damaged in (*wrapped, *others):
         torch.save(damaged, file := io.BytesIO())
         optimizer = torch.optim.AdamW(captioner.trained().values(), fused=True)
         with pytest.raises(InputError, match="not the state of this run: ."):
@@ -308,6 +312,11 @@ def test_a_damaged_state_is_refused(uninterrupted, tmp_path):
     for content in (b"", good[:100], good[:-100]):
         with pytest.raises(InputError, match="not the state of this run: ."):
             load(content)
+    (tmp_path / "state.pt").unlink()
+    os.mkfifo(tmp_path / "state.pt")  # reading it would wait for ever
+    with pytest.raises(InputError, match="state.pt: not the state of this run: .*expected a file"):
+        run_module.load_state(tmp_path / "state.pt", optimizer, torch.device("cpu"))
+    (tmp_path / "state.pt").unlink()
     optimizer = torch.optim.AdamW([torch.nn.Parameter(p[None]) for p in captioner.trained().values()], fused=True)
     with pytest.raises(InputError, match="a moment is .*, expected"):
         load(good)
@@ -331,11 +340,30 @@ def test_a_flipped_bit_of_a_checkpoint_is_noticed(uninterrupted, tmp_path, name,
     assert run_forked(*words).returncode == 0
 
 
+def test_a_best_checkpoint_that_is_no_more_is_found_before_the_log_is_cut(uninterrupted, tmp_path):
+    """It is read again after training."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run/best/adapter.safetensors").unlink()
+    (tmp_path / "run/best/sha256.json").unlink()
+    assert_one_line_error(run_forked(train, "--resume", tmp_path / "run"), "best/adapter.safetensors")
+    assert (tmp_path / "run/log.jsonl").read_bytes() == (uninterrupted / "log.jsonl").read_bytes()
+
+
+def test_a_folder_in_the_place_of_a_result_is_found_before_the_log_is_cut(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run/test.json").unlink()
+    (tmp_path / "run/test.json").mkdir()
+    done = run_forked(train, "--resume", tmp_path / "run", "--epochs", 9)
+    assert_one_line_error(done, "test.json: expected a file, found a folder")
+    assert (tmp_path / "run/log.jsonl").read_bytes() == (uninterrupted / "log.jsonl").read_bytes()
+
+
 def test_a_damaged_row_of_the_log_is_named_unless_it_is_the_last(uninterrupted, tmp_path):
     """Rows that are no object, without a step or with one that is no number, and bad bytes: nothing is deleted."""
     path = tmp_path / "log.jsonl"
     rows = (uninterrupted / "log.jsonl").read_bytes().splitlines()
-    for bad in (b"[]", b"3", b'{"a": 1}', b'{"step": null}', b'{"step": 1, "loss": 2', b"\xff\xfe"):
+    for bad in (b"[]", b"3", b'{"a": 1}', b'{"step": null}', b'{"step": 1, "loss": 2', b"\xff\xfe",
+                b'{"step": 1, "lo\xffss": 2}', b'{"step": 1, "elapsed": "x"}'):  # fmt: skip
         damaged = b"\n".join([rows[0], bad, *rows[1:]])
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"log\.jsonl: line 2"):

@@ -1,0 +1,41 @@
+"""The log of a run, `log.jsonl`: in each line a JSON object of numbers, as `train.py` writes it."""
+
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError
+from common.files import open_to_read
+from common.json_fields import bounded, field, parse_object
+
+
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """A row, whose known fields have the right types. Raises an InputError that starts with `where`."""
+    row = parse_object(line, where)
+    bounded(row, "step", int, where, 1 if "loss" in row else 0, 2**53)
+    field(row, "elapsed", float, where, 0.0)
+    if "loss" in row:
+        bounded(row, "loss", float, where, 0, 1e9)
+    for name in ("gates", "saturated"):
+        values = field(row, name, list, where, [])
+        for i in range(len(values)):
+            bounded({name: values[i]}, name, float, where, 0, 1)
+    for name in {"val", "test"} & row.keys():
+        scores = field(row, name, dict, where)
+        for metric in {"CIDEr", *scores}:
+            bounded(scores, metric, float, f"{where}: {name}", 0, 1e3)
+    return row
+
+
+def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each row as it is written, and as an object. The last row is left out if it is damaged: a process that was
+    killed may have written half of it. Raises InputError for any other row that is damaged."""
+    with open_to_read(path) as file:
+        lines = file.read().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append((line, parse_row(line, f"{path}: line {number}")))
+        except InputError:
+            if number < len(lines):
+                raise
+    return rows
