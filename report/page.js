@@ -100,4 +100,8 @@ document.getElementById("hint").hidden = !data.clips.some((clip) => clip.attenti
 order.addEventListener("change", show);
 search.addEventListener("input", show);
 document.getElementById("tools").addEventListener("submit", (event) => event.preventDefault());
+// A link to what is shown: page.html#WORD searches, page.html#WORD@3 also chooses query 3 of the first clip, last block.
+const [word, query] = new URLSearchParams("a=" + location.hash.slice(1)).get("a").split("@");
+search.value = word;
 show();
+if (query) list.querySelectorAll("article .block:last-of-type button")[query - 1]?.click();

@@ -18,6 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("train", "evaluate", "metrics", "bench", "report.curves", "bench.picture", "bench.shapes_ceiling",
             "bench.widths", "backbones.pretrain", "backbones.pretrain_mllm", "study", "tests.fuzz")  # fmt: skip
 TORCHRUN_FLAGS = {"--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
+CHROMIUM_FLAGS = {"--headless", "--hide-scrollbars", "--window-size", "--screenshot"}
 SUFFIXES = (".py", ".md", ".txt", ".json", ".jsonl", ".csv", ".pkl", ".zip", ".png", ".svg", ".yml", ".cff", ".toml",
             ".pt", ".bin", ".model", ".safetensors")  # fmt: skip
 MADE_BY_RUNS = ("runs/", "data/", "best/", "last/", "val/", "log.jsonl", "test.json", "adapter.safetensors", "state.pt",
@@ -99,7 +100,7 @@ def test_commands_exist_and_accept_their_flags(page, help_flags):
 
 @every_page
 def test_flags_exist(page, help_flags):
-    unknown = find_flags(page.read_text()) - set.union(TORCHRUN_FLAGS, *help_flags.values())
+    unknown = find_flags(page.read_text()) - set.union(TORCHRUN_FLAGS, CHROMIUM_FLAGS, *help_flags.values())
     assert not unknown
 
 
