@@ -81,6 +81,7 @@ def test_a_run_of_no_steps_scores_what_another_run_starts_from(mllm, mllm_run, f
                       "--out", out)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "trained: 0.00 %" in done.stdout and "steps of" not in done.stdout
+    assert f"run: {out}" in done.stdout and "train it longer" not in done.stdout
     none, trained = (json.loads((run / "val/0.json").read_text()) for run in (out, mllm_run))
     assert none == trained and len(set(none["captions"].values())) > 1
     assert [row["step"] for row in read_log(out)] == [0, 0]
@@ -177,6 +178,8 @@ def test_flags_that_do_not_fit_are_one_line(mllm, flags, tmp_path):
     assert_one_line_error(run_forked(train, *words, "--mllm", ""), "--mllm: expected a folder")
     assert_one_line_error(run_forked(train, *words, "--instruction", "\udcff"), "--instruction: contains half")
     assert_one_line_error(run_forked(train, *words, "--instruction", "a video " * 200), "of the prompt")
+    pair = [*flags, "--out", tmp_path / "out", "--instruction", "What is it?"]
+    assert_one_line_error(run_forked(train, *pair), "--instruction: expected --mllm too")
     assert_one_line_error(run_forked(train, *words, "--image-size", 64), "--image-size: was given with --mllm")
     assert_one_line_error(run_forked(train, *words, "--method", "none", "--plan"), "has no steps")
     assert_one_line_error(run_forked(train, *words, "--method", "lora", "--cache-features"), "--cache-features")

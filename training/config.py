@@ -261,6 +261,8 @@ def resume_args(args: argparse.Namespace, argv: list[str]) -> argparse.Namespace
         raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; with --resume only {allowed}")
     path = args.resume / "config.json"
     _, flags = read_run_config(args.resume)
+    if "epochs" in given and flags.get("method") == "none":
+        raise InputError(f"--epochs: {args.resume} is of --method none, which trains nothing")
     words = []  # parsed again, so that a flag that was changed by hand is checked like any other
     for name in sorted(vars(args).keys() - NOT_STORED - {"out"}):
         if name not in flags:

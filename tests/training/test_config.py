@@ -63,6 +63,9 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
     assert parse_args([*resume, "--epochs", "9"]).epochs == 9
     with pytest.raises(InputError, match="--lr: a run keeps its own flags"):
         parse_args([*resume, "--lr=1"])
+    path.write_text(json.dumps({"flags": flags | {"method": "none"}}, default=str))
+    with pytest.raises(InputError, match="--epochs: .* is of --method none"):
+        parse_args([*resume, "--epochs", "9"])
     path.write_text(json.dumps({"flags": flags | {"visual": "both"}}, default=str))
     with pytest.raises(InputError, match="config.json: flags: --visual and --grid"):
         parse_args(resume)
