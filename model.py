@@ -81,14 +81,15 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, values: dict, where: str) -> "AdapterConfig":
-        """Fields that are missing keep their defaults: older runs lack the newest ones.
+        """Fields that are missing keep their defaults: older runs lack the newest ones. But runs before 0.8 had
+        no changes.
 
         Raises an InputError that starts with `where` for unexpected fields and for values of another type.
         """
         types = {f.name: f.type for f in fields(cls)}
         if unexpected := sorted(values.keys() - types.keys()):
             raise InputError(f"{where}: expected the fields {', '.join(types)}, found {unexpected[0]!r}")
-        values = {"no_changes": True} | values  # runs before 0.8 had none
+        values = {"no_changes": True} | values
         return cls(**{name: field(values, name, types[name], where) for name in values})
 
 
@@ -144,10 +145,13 @@ class Captioner(nn.Module):
         visual = self.num_visual_tokens(config.frames)
         prompt = self.prefix_length(config.frames) - visual
         if (positions := visual + prompt + MAX_CAPTION_TOKENS) > lm.config.max_positions:  # EOS is not fed back
-            flags = "--frames or --grid" if mllm is not None and config.reads_frames else "--frames or --queries"
+            flags = ["--queries"] if config.reads_queries else []
+            flags += ["--frames"] if config.reads_frames else []
+            flags += ["--grid"] if mllm is not None and config.reads_frames else []
             raise InputError(
                 f"{visual} visual tokens, {prompt} of the prompt and {MAX_CAPTION_TOKENS} of a caption need "
-                f"{positions} positions, the language model has {lm.config.max_positions}; lower {flags}"
+                f"{positions} positions, the language model has {lm.config.max_positions}: expected smaller "
+                f"{' or '.join(flags)}"
             )
         self.lm_hidden = lm.hidden  # or a compiled version of it
         self.train()

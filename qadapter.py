@@ -7,7 +7,7 @@ once, and a gating layer decides, query by query, how much of what they read is 
     Y  = (LN(Z) - m) / s                              Z: the block's output; this LN has no scale and no shift; m, s:
                                                       mean and standard deviation of each channel of LN(Z) in the
                                                       first training clips
-    X  = [Y + E_t ; Y_t - Y_(t-1)]                    E: one vector per frame; the second half is the change since the
+    X  = [Y_t + E_t ; Y_t - Y_(t-1)]                  E: one vector per frame; the second half is the change since the
                                                       frame before, at the same place, and zero in the first frame
     A  = softmax((LN(Q) W_q)(X W_k)^T / sqrt(d)) (X W_v) W_o
     g  = sigmoid([LN(Q) ; LN(A)] W_g + b_g)           the gating layer
@@ -16,9 +16,9 @@ once, and a gating layer decides, query by query, how much of what they read is 
 The gate reads normalized vectors, so that its logits grow neither with the width of the ViT nor with the size
 of a read (`gate` "normed"; "sigmoid" reads Q and A as they are). "channel" has a gate for each channel of a query,
 g = sigmoid(LN(Q) * w + LN(A) * w' + b), and "patch" one for each token, sigmoid((Y + E) w + b), which scales its value;
-then g = 1. By default Z is not changed, so the ViT needs no gradients. With write-back the patches also read the gated
-queries, through a projection that starts at zero: deeper frozen blocks then work on adapted patches, and gradients pass
-through the ViT.
+with "patch" g is 1. By default Z is not changed, so the ViT needs no gradients. With write-back the patches also read
+the gated queries, through a projection that starts at zero: deeper frozen blocks then work on adapted patches, and
+gradients pass through the ViT.
 
 Letters: B clips, T frames of S x S pixels, P tokens per frame (class token and patches), D ViT width,
 N queries Q, Q_L after the last block, A what they read, L adapted blocks, r rank, h heads, d = r/h;
@@ -150,7 +150,8 @@ class GatedCrossAttention(nn.Module):
         self.register_buffer("std", torch.ones(width))
         self.norm = nn.LayerNorm(width)
         self.q = CastLinear(width, rank, bias=False)
-        self.kv = CastLinear(width, 2 * rank, bias=False)  # of Y + E
+        # W_k and W_v in one layer, and their rows for the two halves of X apart: X W = (Y + E) W' + change W''
+        self.kv = CastLinear(width, 2 * rank, bias=False)
         self.kv_change = CastLinear(width, 2 * rank, bias=False) if changes else None
         self.o = CastLinear(rank, width, bias=False)
         self.gate_kind, self.gate = gate, make_gate(gate, width, gate_bias)
@@ -165,8 +166,8 @@ class GatedCrossAttention(nn.Module):
         """Queries (B, N, D), patches (B, T, P, D), frame vectors (T, D) -> new queries, gates, patches.
 
         Gates are (B, N), a number a query; (B, N, D) with gates of channels, (B, T*P) with gates of tokens. Tensors of
-        T*P rows and width D keep the dtype of the patches. Those of width r or 2r become float32 when the frame vectors
-        are added, and everything else is float32.
+        T*P rows and width D, and the projected changes, keep the dtype of the patches. The others of width r or 2r
+        become float32 when the frame vectors are added, and everything else is float32.
         """
         x = F.layer_norm(patches, patches.shape[-1:])  # (B, T, P, D)
         normed_queries = self.norm(queries)  # (B, N, D)
@@ -210,7 +211,10 @@ class GatedCrossAttention(nn.Module):
         return F.linear(x, (layer.weight / self.std).to(x.dtype)) + constant[:, None]
 
     def project_changes(self, x: Tensor) -> Tensor:
-        """(Y_t - Y_(t-1)) W for x = LN(Z), (B, T, P, D) -> (B, T, P, 2r), zero in the first frame. m cancels."""
+        """(Y_t - Y_(t-1)) W for x = LN(Z), (B, T, P, D) -> (B, T, P, 2r), zero in the first frame. m cancels.
+
+        Where the ViT computes in bf16, small changes of large values are rounded: the projections are subtracted.
+        """
         projected = F.linear(x, (self.kv_change.weight / self.std).to(x.dtype))  # (B, T, P, 2r)
         return projected - torch.cat([projected[:, :1], projected[:, :-1]], dim=1)
 
@@ -244,7 +248,7 @@ def naive_gated_cross_attention(block: GatedCrossAttention, queries: Tensor, pat
         seen = torch.ones(len(q), len(keys), dtype=torch.bool)
         if block.per_frame:
             for i in range(len(q)):
-                for j in range(len(x)):  # query i has this frame, token j is of that one
+                for j in range(len(x)):  # the frame of query i, the frame of token j
                     seen[i, j] = i * len(z) // len(q) == j // z.shape[1]
         w_change = block.kv.weight * 0 if block.kv_change is None else block.kv_change.weight
         wk, wv = torch.cat([block.kv.weight, w_change], -1).chunk(2)  # (r, 2D) each

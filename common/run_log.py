@@ -1,4 +1,4 @@
-"""The log of a run, `log.jsonl`: in each line a JSON object of numbers, as `train.py` writes it."""
+"""The log of a run, `log.jsonl`: in each line a JSON object, as `train.py` writes it."""
 
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
     if "loss" in row:
         bounded(row, "loss", float, where, 0, 1e9)
     for name in ("gates", "saturated"):
-        values = field(row, name, list, where, [])
-        for i in range(len(values)):
-            bounded({name: values[i]}, name, float, where, 0, 1)
+        for value in field(row, name, list, where, []):
+            bounded({name: value}, name, float, where, 0, 1)
     for name in {"val", "test"} & row.keys():
         scores = field(row, name, dict, where)
         for metric in {"CIDEr", *scores}:

@@ -158,9 +158,9 @@ def run_case(rng: random.Random, world: World, case: Path) -> Case:
     chosen = {rng.choice(names) for _ in range(rng.choice([1, 1, 2]))}
     changed = [damage_file(rng, run / name) for name in sorted(chosen)]
     if rng.random() < 0.7:  # checkpoints of older versions have none
-        for path in run.glob("*/sha256.json"):
+        for path in sorted(run.glob("*/sha256.json")):
             path.unlink() if path.is_file() else None
-    clip = next((world.root / "data/val").glob("*.mp4"))
+    clip = min((world.root / "data/val").glob("*.mp4"))
     if rng.random() < 0.5:
         words = rng.choice([["--split", "val"], ["--video", clip], ["--video", clip, "--window", 0.5]])
         words += rng.choice([[], ["--report", "page.html"], ["--save", "p.json"], ["--weights", "last"]])
@@ -245,7 +245,7 @@ def flag_case(rng: random.Random, world: World, case: Path) -> Case:
         words = ["--references", files[0], "--hypotheses", files[1], *odd_flags(rng, parser, True, set())]
         return Case(script, words, kept=[*files])
     if script is evaluate:
-        run, clip = world.copy("run", case), next((world.root / "data/val").glob("*.mp4"))
+        run, clip = world.copy("run", case), min((world.root / "data/val").glob("*.mp4"))
         words = [run, *rng.choice([["--split", "val"], ["--video", clip]])]
         words += odd_flags(rng, evaluate.make_parser(), False, {"device"})
         return Case(script, words, kept=[run, clip], made=[case / "gone", case / "x"])

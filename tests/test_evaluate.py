@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import evaluate
+import train
 from common.cli import printable
 from common.errors import InputError
 from tests.scripts import ENVIRONMENT, ROOT, assert_one_line_error, run_forked, run_python
@@ -128,28 +129,34 @@ def test_real_videos_are_captioned_or_named(finished_run, real):
     assert all(name in done.stderr for name in ("WrongFile.mp4", "audio_only.mp4", "empty.mp4"))
 
 
-def test_a_run_of_version_0_1_is_read(finished_run, tmp_path):
-    """Its flags, its adapter's fields and the names of its tensors were others; the captions stay the same."""
+def test_a_run_of_version_0_1_is_read(flags, tmp_path):
+    """Its flags, its adapter's fields and the names of its tensors were others, and its queries did not read changes;
+    the captions stay the same."""
     from models.safetensors import read_metadata, read_safetensors, write_safetensors
+
+    run = tmp_path / "run"
+    done = run_forked(train, *flags, "--no-changes", "--out", run)
+    assert done.returncode == 0, done.stderr
 
     def old_fields(fields: dict) -> dict:
         fields = dict(fields)
+        assert fields.pop("no_changes")
         fields["talk"] = fields.pop("query_self_attention")
         return fields | {"reading": "write" if fields.pop("write_back") else "read"}
 
-    config = json.loads((finished_run / "config.json").read_text())
-    flags, adapter = old_fields(config["flags"]), old_fields(config["adapter"])
-    flags["clips"] = flags.pop("shapes_sizes")
-    path = finished_run / "best/adapter.safetensors"
+    config = json.loads((run / "config.json").read_text())
+    old_flags, adapter = old_fields(config["flags"]), old_fields(config["adapter"])
+    old_flags["clips"] = old_flags.pop("shapes_sizes")
+    path = run / "best/adapter.safetensors"
     tensors = {name.replace("time_embed", "frames"): tensor for name, tensor in read_safetensors(path).items()}
     assert "adapter.frames" in tensors
-    (tmp_path / "best").mkdir()
+    (tmp_path / "old/best").mkdir(parents=True)
     metadata = read_metadata(path) | {"adapter": json.dumps(adapter)}
-    write_safetensors(tmp_path / "best/adapter.safetensors", tensors, metadata)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"flags": flags, "adapter": adapter}))
-    done = run_forked(evaluate, tmp_path, "--save", tmp_path / "p.json", "--device", "cpu")
+    write_safetensors(tmp_path / "old/best/adapter.safetensors", tensors, metadata)
+    (tmp_path / "old/config.json").write_text(json.dumps(config | {"flags": old_flags, "adapter": adapter}))
+    done = run_forked(evaluate, tmp_path / "old", "--save", tmp_path / "p.json", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    test = json.loads((finished_run / "test.json").read_text())
+    test = json.loads((run / "test.json").read_text())
     assert json.loads((tmp_path / "p.json").read_text()) == test["captions"]
 
 
@@ -203,4 +210,4 @@ def test_each_user_error_is_one_line(finished_run, flags, tmp_path, monkeypatch)
     refused([finished_run, "--length-penalty", 11], "length_penalty", "11")
     refused([finished_run, "--beams", 400], "beams: 400", "399")
     refused([finished_run, "--min-new-tokens", 31], "min_new_tokens: 31", "30")
-    refused([finished_run, "--max-new-tokens", 2000], "2000 new tokens", "256")
+    refused([finished_run, "--max-new-tokens", 2000], "2000 tokens", "256")

@@ -38,14 +38,16 @@ def bad_flag(*made):
     ("a traceback", lambda folder: 1 // 0), ("exit code 3", lambda folder: 3),
     ("no line of error", lambda folder: 2), ("a hang", lambda folder: time.sleep(9)),
     ("a late refusal, out exists", lambda folder: bad_flag(folder / "out")),
-    ("harm", lambda folder: (folder / "kept").write_text("other") and 0),
+    ("harm to a file that", lambda folder: (folder / "kept").write_text("other") and 0),
+    ("the run was refused", lambda folder: (folder / "log").write_text("other") and bad_flag()),
     ("", lambda folder: bad_flag()), ("", lambda folder: print("good", file=sys.stderr)),
 ])  # fmt: skip
 def test_faults_are_found(fault, main, tmp_path, monkeypatch):
     def make_case(rng, world, folder):
-        (folder / "kept").write_text("text")
+        for name in ("kept", "log"):
+            (folder / name).write_text("text")
         script = SimpleNamespace(main=lambda: main(folder), __name__="script")
-        return fuzz.Case(script, [], kept=[folder / "kept"], made=[folder / "out"])
+        return fuzz.Case(script, [], kept=[folder / "kept"], kept_if_refused=[folder / "log"], made=[folder / "out"])
 
     monkeypatch.setattr(fuzz, "FAMILIES", {"one": make_case})
     family, found, _ = fuzz.fuzz_one(None, 0, 0, tmp_path, seconds=2)

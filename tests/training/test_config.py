@@ -29,7 +29,8 @@ def test_fields_of_version_0_1_are_renamed(tmp_path):
     assert rename_fields(old) == new and rename_fields(new) == new
     assert rename_fields({"reading": "read"}) == {"write_back": False}
     (tmp_path / "config.json").write_text(json.dumps({"flags": old}))
-    assert read_run_config(tmp_path)[1] == DEFAULTS_IN_OLDER_RUNS | new | {"candidate_frames": 24}
+    flags = read_run_config(tmp_path)[1]
+    assert flags == DEFAULTS_IN_OLDER_RUNS | new | {"candidate_frames": 24} and flags["no_changes"] is True
 
 
 def test_every_dataset_has_defaults(tmp_path, monkeypatch):

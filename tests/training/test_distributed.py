@@ -25,7 +25,7 @@ from training.distributed import ProcessGroup
 
 # With seed 1 the best validation is not the last.
 TWENTY_STEPS = ["--shapes-sizes", 22, 5, 7, "--batch-size", 5, "--epochs", 5, "--precision", "fp32", "--cache-features",
-                "--seed", 1]  # fmt: skip
+                "--seed", 1, "--no-changes"]  # fmt: skip  # with these the best step is not the last one
 
 
 def torchrun(*words, stop_at: str | None = None) -> subprocess.CompletedProcess:

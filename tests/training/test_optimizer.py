@@ -14,7 +14,8 @@ def test_which_tensors_are_scaled(width):
     """Matrices whose fan_in is the width D, or 2D: by 128 / fan_in. From rank r, and vectors: not at all."""
     adapter = QAdapter(width, 3, last_blocks=1)
     scales = {name: lr_scale(name, parameter) for name, parameter in adapter.named_parameters()}
-    expected = {"blocks.0.q.weight": 128 / width, "blocks.0.kv.weight": 128 / width, "blocks.0.gate.weight": 64 / width}
+    expected = {"blocks.0.q.weight": 128 / width, "blocks.0.kv.weight": 128 / width,
+                "blocks.0.kv_change.weight": 128 / width, "blocks.0.gate.weight": 64 / width}
     assert scales == dict.fromkeys(scales, 1.0) | expected
     assert {"queries", "time_embed", "blocks.0.o.weight", "blocks.0.gate.bias", "norm.weight"} <= scales.keys()
 
