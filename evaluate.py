@@ -24,7 +24,7 @@ from torch import Tensor
 
 import metrics
 from common import cli
-from common.errors import InputError
+from common.errors import InputError, memory_for
 from common.json_fields import field, write_json
 from common.preprocessing import Preprocessing
 from model import AdapterConfig, Captioner
@@ -95,7 +95,8 @@ def caption_split(captioner: Captioner, cache: Sequence[np.ndarray], indices: Se
     time_left = cli.TimeLeft("captions", len(indices))
     for start in range(0, len(indices), batch_size):
         frames = to_tensor(np.stack([cache[i] for i in indices[start : start + batch_size]]))  # (B, T, ...)
-        captions += captioner.caption(frames.to(device), **generation)
+        with memory_for(f"captions of {len(frames)} clips at once, the batch may be smaller"):
+            captions += captioner.caption(frames.to(device), **generation)
         time_left.update(len(captions))
     return captions
 

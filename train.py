@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.errors import InputError
+from common.errors import InputError, memory_for
 from evaluate import caption_and_score, format_scores
 from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
 from models.generation import make_generation_config
@@ -121,8 +121,9 @@ def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, t
     device, size = next(captioner.parameters()).device, micro_batch_size or len(frames)
     total = torch.zeros((), device=device)
     for micro_frames, micro_labels in zip(frames.split(size), labels.split(size), strict=True):
-        loss = captioner(micro_frames.to(device, non_blocking=True), micro_labels) / tokens
-        loss.backward()
+        with memory_for(f"a step on {len(micro_frames)} clips at once, --micro-batch-size may be smaller"):
+            loss = captioner(micro_frames.to(device, non_blocking=True), micro_labels) / tokens
+            loss.backward()
         total += loss.detach()
     return total
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, is_out_of_memory, memory_line
 
 REPORT_EVERY = 5  # seconds
 
@@ -101,10 +101,10 @@ def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lamb
         code = 141
     except OSError as error:
         code, message = 2, f"error: {error.filename or 'input or output'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:  # torch has no error of its own for a CPU without memory
-        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        code, message = 2, f"error: out of memory: {(str(error).splitlines() or ['no more is known'])[0]}"
+        code, message = 2, f"error: {memory_line(error)}"
     try:
         sys.stdout.flush()
     except OSError:  # the disk is full

@@ -1,4 +1,8 @@
-"""The one exception that users see."""
+"""The one exception that users see, and memory that runs out."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -12,3 +16,25 @@ class InputError(ValueError):
         # or a megabyte of text in one must not reach the user's screen.
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         super().__init__(message if len(message) <= 2000 else message[:2000] + " ...")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has no error of its own for a CPU without memory."""
+    return isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)) is not None
+
+
+def memory_line(error: Exception, during: str = "") -> str:
+    """One line: what was being done, and what the allocator says, which often has the size."""
+    reason = (str(error).splitlines() or ["no more is known"])[0]
+    return "out of memory: " + (f"{during}: {reason}" if during else reason)
+
+
+@contextmanager
+def memory_for(during: str) -> Iterator[None]:
+    """Raises an InputError that says what was being done if an allocation in the block fails."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(memory_line(error, during)) from error

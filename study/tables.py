@@ -1,8 +1,8 @@
 """The tables of the study: what is compared with what, by the flags of `train.py`.
 
 Each row is trained with its learning rates at the first seed. The rate with the highest validation CIDEr is taken for
-the other seeds, too; only the runs of that rate are reported. Every row of a table has the same clips, which are made
-with a seed that no setting was chosen on, and, unless its flags say otherwise, the same steps.
+the other seeds, too; only the runs of that rate are reported. Every row of a table has the same clips and, unless its
+flags say otherwise, the same steps. The clips are of another seed than those of the demo and of most trials.
 """
 
 from dataclasses import dataclass, field

@@ -52,13 +52,15 @@ def test_an_empty_path_is_refused():
     ("raise InputError('a\\x1b[31m\\udcff: y')", 2, "error: a\\x1b[31m\\udcff: y\n"),
     ("raise MemoryError", 2, "error: out of memory: no more is known\n"),
     ("import torch; torch.empty(2**62, dtype=torch.uint8)", 2, "error: out of memory: [enforce fail"),
+    ("import torch\n    with memory_for('a step'): torch.empty(2**62, dtype=torch.uint8)", 2,
+     "error: out of memory: a step: [enforce fail"),
 ])  # fmt: skip
 def test_exit_codes_and_messages(statement, code, message):
     """SIGINT while the process exits changes neither."""
     script = f"""
 import atexit, os, signal
 from common import cli
-from common.errors import InputError
+from common.errors import InputError, memory_for
 def main():
     {statement}
 atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
