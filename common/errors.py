@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MEMORY_ERRORS = "allocate memory|out of memory|could not create a primitive"  # the last one is oneDNN's
+
 
 class InputError(ValueError):
     """Input that cannot be used: one line that names the file, the field and what was expected.
@@ -20,7 +22,7 @@ class InputError(ValueError):
 
 def is_out_of_memory(error: Exception) -> bool:
     """torch has no error of its own for a CPU without memory."""
-    return isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)) is not None
+    return isinstance(error, MemoryError) or re.search(MEMORY_ERRORS, str(error)) is not None
 
 
 def memory_line(error: Exception, during: str = "") -> str:

@@ -50,6 +50,7 @@ def test_an_empty_path_is_refused():
     ("raise KeyboardInterrupt", 130, "stopped\n"),
     ("open('/none/x')", 2, "error: /none/x: No such file or directory\n"),
     ("raise InputError('a\\x1b[31m\\udcff: y')", 2, "error: a\\x1b[31m\\udcff: y\n"),
+    ("raise RuntimeError('could not create a primitive')", 2, "error: out of memory: could not create a primitive\n"),
     ("raise MemoryError", 2, "error: out of memory: no more is known\n"),
     ("import torch; torch.empty(2**62, dtype=torch.uint8)", 2, "error: out of memory: [enforce fail"),
     ("import torch\n    with memory_for('a step'): torch.empty(2**62, dtype=torch.uint8)", 2,
