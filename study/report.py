@@ -99,9 +99,14 @@ def format_figure(table: Table, results: dict[RunKey, dict]) -> str:
                  for row, runs in rows.items()})  # fmt: skip
 
 
+def is_begun(table: Table, results: dict[RunKey, dict]) -> bool:
+    """Whether there is anything to compare. Tables share rows, so one row may be of another's runs."""
+    return len(reported_runs(table, results)) > 1
+
+
 def format_part(name: str, table: Table, results: dict[RunKey, dict]) -> str:
     """What stands between the markers of one comparison."""
-    if not reported_runs(table, results):
+    if not is_begun(table, results):
         return "No run yet."
     picture = f"![CIDEr, shapes and motion of each row]({figure_path(name).name})"
     return f"{picture}\n\n{format_table(table, results)}"
@@ -125,7 +130,7 @@ def write_page(store: str) -> None:
         before, _, rest = page.partition(begin)
         results = load_results(table)
         page = f"{before}{begin}\n\n{format_part(name, table, results)}\n\n{end}{rest.partition(end)[2]}"
-        if reported_runs(table, results):
+        if is_begun(table, results):
             with replace_atomically(figure_path(name)) as file:
                 file.write(format_figure(table, results).encode())
     with replace_atomically(PAGE) as file:

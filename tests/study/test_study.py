@@ -100,7 +100,7 @@ def test_the_page_is_that_of_the_results(name):
     found = report.PAGE.read_text().partition(begin)[2].partition(end)[0].strip()
     results = runs.load_results(TABLES[name])
     assert found == report.format_part(name, TABLES[name], results)
-    if report.reported_runs(TABLES[name], results):
+    if report.is_begun(TABLES[name], results):
         assert report.figure_path(name).read_text() == report.format_figure(TABLES[name], results)
 
 
