@@ -101,7 +101,21 @@ order.addEventListener("change", show);
 search.addEventListener("input", show);
 document.getElementById("tools").addEventListener("submit", (event) => event.preventDefault());
 // A link to what is shown: page.html#WORD searches, page.html#WORD@3 also chooses query 3 of the first clip, last block.
-const [word, query] = new URLSearchParams("a=" + location.hash.slice(1)).get("a").split("@");
-search.value = word;
-show();
-if (query) list.querySelectorAll("article .block:last-of-type button")[query - 1]?.click();
+function decode(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // such as "100%"
+  }
+}
+
+function follow() {
+  const [word, query] = location.hash.slice(1).split("@");
+  search.value = decode(word);
+  show();
+  const button = list.querySelector("article")?.querySelectorAll(".block:last-of-type button")[query - 1];
+  if (button?.getAttribute("aria-pressed") === "false") button.click();
+}
+
+window.addEventListener("hashchange", follow);
+follow();
