@@ -4,7 +4,6 @@ Stems, normalised lines and the 23 counts of a segment are compared for equality
 """
 
 import random
-import time
 from unittest.mock import patch
 
 import numpy as np
@@ -135,8 +134,8 @@ def test_identical_captions(tables):
 
 
 def test_random_strings(tables):
-    """5,000 random strings (seeds 5 and 6), raw and tokenised, against others and against themselves."""
-    hyps, refs = random_strings(5_000, seed=5), random_strings(5_000, seed=6)
+    """2,000 random strings (seeds 5 and 6), raw and tokenised, against others and against themselves."""
+    hyps, refs = random_strings(2_000, seed=5), random_strings(2_000, seed=6)
     refs = [[a, b] for a, b in zip(refs, hyps[1:] + hyps[:1], strict=True)]
     for tokenize in (list, ptb.tokenize_captions):
         _, scores, counts = meteor.score([tokenize(group) for group in refs], tokenize(hyps), tables)
@@ -203,12 +202,12 @@ def test_paths_that_are_left_out_change_nothing(seed):
 
 
 def test_captions_that_take_too_long_are_named(small_tables):
-    """Captions of 500 words are aligned; a word that is repeated 300 times takes a few seconds."""
-    tables = meteor_data.load()
-    text = "1,000.50 " * 300
-    start_time = time.process_time()
-    assert meteor.score([[text + " b"]], [text], tables)[1][0] > 0.8
-    assert time.process_time() - start_time < 30
+    """Two captions of one word, repeated, have the score of the search that keeps all paths; of more than 250,000 pairs
+    of words they are refused."""
+    tables, text = meteor_data.load(), "1,000.50 " * 40
+    found = meteor.score([[text + " b"]], [text], tables)[0]
+    with patch.object(meteor_align, "extend_path", all_extensions):
+        assert meteor.score([[text + " b"]], [text], tables)[0] == found > 0.6
     with pytest.raises(InputError, match="METEOR: two captions have 501 .'x x x x x' .* at most 250000 pairs"):
         meteor.score([["x " * 500]], ["x " * 501], tables)
 
