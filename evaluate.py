@@ -15,7 +15,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import metrics
 from common import cli
-from common.errors import InputError, memory_for
+from common.errors import InputError, memory_for, naming
 from common.json_fields import field, write_json
 from common.preprocessing import Preprocessing
 from model import AdapterConfig, Captioner
@@ -45,15 +44,6 @@ from video_data.video import read_frames
 from video_data.windows import format_srt, iter_windows
 
 # ---------------------------------------------------------------------------------- loading a run
-
-
-@contextmanager
-def naming(where: str | Path) -> Iterator[None]:
-    """An InputError in the block gets the place that its values came from."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.errors import InputError, memory_for
+from common.errors import InputError, memory_for, naming
 from evaluate import caption_and_score, format_scores
 from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
 from models.generation import make_generation_config
@@ -64,10 +64,8 @@ def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) 
 
 def check_beams(args, captioner: Captioner) -> None:
     """Raises InputError for a search on the test split that would fail after training."""
-    try:
+    with naming(f"--beams {args.beams}"):
         make_generation_config(captioner.lm.config, captioner.prefix_length(args.frames), beams=args.beams)
-    except InputError as error:
-        raise InputError(f"--beams {args.beams}: {error}") from error
 
 
 def format_gates(gates: dict[str, list[float]]) -> str:
@@ -234,11 +232,10 @@ def main() -> int:
         run.check(asdict(captioner.config), dataset.counts(), args.data)
     if args.compile:
         captioner.compile_blocks()
-    with group.rank0_first():
+    with group.rank0_first():  # one process of each machine makes `shapes` and decodes
         dataset = make_dataset(args)
-    train_clips = dataset.splits["train"]
-    with group.rank0_first():  # one process of each machine decodes
         inputs = cached_inputs(args, dataset, captioner, hashes, device)
+    train_clips = dataset.splits["train"]
     if args.method == "none":
         score_untrained(captioner, dataset, inputs, args, group, run, start_time)
         group.destroy()

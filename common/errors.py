@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 MEMORY_ERRORS = "allocate memory|out of memory|could not create a primitive"  # the last one is oneDNN's
 
@@ -18,6 +19,15 @@ class InputError(ValueError):
         # or a megabyte of text in one must not reach the user's screen.
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         super().__init__(message if len(message) <= 2000 else message[:2000] + " ...")
+
+
+@contextmanager
+def naming(where: str | Path) -> Iterator[None]:
+    """An InputError in the block gets the place that its values came from."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

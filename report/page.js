@@ -100,7 +100,7 @@ document.getElementById("hint").hidden = !data.clips.some((clip) => clip.attenti
 order.addEventListener("change", show);
 search.addEventListener("input", show);
 document.getElementById("tools").addEventListener("submit", (event) => event.preventDefault());
-// A link to what is shown: page.html#WORD searches, page.html#WORD@3 also chooses query 3 of the first clip, last block.
+
 function decode(text) {
   try {
     return decodeURIComponent(text);
@@ -109,6 +109,7 @@ function decode(text) {
   }
 }
 
+// A link to what is shown: page.html#WORD searches, page.html#WORD@3 also chooses query 3 of the first clip, last block.
 function follow() {
   const [word, query] = location.hash.slice(1).split("@");
   search.value = decode(word);

@@ -28,9 +28,9 @@ class Table:
         return self.row_lrs.get(row, self.lrs)
 
 
-# Every row sees the same 8 frames of a clip in each epoch: those that --cache-features can store.
-SHAPES = ("--dataset shapes --shapes-sizes 3000 200 500 --shapes-seed 1 --data data/study --eval-every 2 "
-          "--candidate-frames 8")  # fmt: skip
+# Every row sees the same frames of a clip in each epoch: those that --cache-features can store.
+MLLM = ("--dataset shapes --shapes-sizes 3000 200 500 --shapes-seed 1 --data data/study --eval-every 2 "
+        "--candidate-frames 8 --mllm backbones/tiny-mllm --epochs 8 --weight-decay 0.01")  # fmt: skip
 PAIR = ("--dataset shapes --shapes-sizes 6000 200 500 --shapes-seed 1 --data data/study-pair --candidate-frames 8 "
         "--epochs 4 --eval-every 1")  # fmt: skip
 VERSION_07 = "--heads 8 --no-changes"  # the Q-Adapter of that version
@@ -59,7 +59,7 @@ def ablation(rows: dict[str, str], default: str) -> Table:
 
 TABLES = {
     "mllm": Table(
-        f"{SHAPES} --mllm backbones/tiny-mllm --epochs 8 --weight-decay 0.01",
+        MLLM,
         {
             "nothing (zero-shot)": "--method none",
             "`linear`": f"--method linear {CACHED}",

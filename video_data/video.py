@@ -242,7 +242,7 @@ def resize_twice(picture: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
         for size in ((max(height, 1), max(width, 1)), (preprocessing.size, preprocessing.size)):
             if x.shape[2:] != size:
                 x = F.interpolate(x, size, mode="lanczos", align_corners=False, antialias=True)
-    except (NotImplementedError, ValueError) as error:  # the one of the mode, the other of antialias with this mode
+    except (NotImplementedError, ValueError) as error:  # an older torch: no such mode, or not with antialias
         raise ValueError(f"torch {torch.__version__} cannot resize with LANCZOS, expected 2.12 or newer") from error
     return x[0].permute(1, 2, 0).numpy()  # (S, S, 3)
 
