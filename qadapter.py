@@ -22,8 +22,8 @@ gradients pass through the ViT.
 
 Letters: B clips, T frames of S x S pixels, P tokens per frame (class token and patches), D ViT width,
 N queries Q, Q_L after the last block, A what they read, L adapted blocks, r rank, h heads, d = r/h;
-n and m count any queries and keys, T' is another number of frames. Z, Y, E and X are those above; in the code x is LN(Z),
-but in the naive version X.
+n and m count any queries and keys, T' is another number of frames. Z, Y, E and X are those above; x is
+LN(Z) in the code, but X in its naive version.
 
 References
 [1] Q-Adapter, https://arxiv.org/abs/2510.10022 (abstract only).

@@ -233,7 +233,8 @@ def main() -> int:
     if args.compile:
         captioner.compile_blocks()
     with group.rank0_first():  # one process of each machine makes `shapes` and decodes
-        dataset = make_dataset(args)
+        if args.dataset == "shapes":
+            dataset = make_dataset(args)
         inputs = cached_inputs(args, dataset, captioner, hashes, device)
     train_clips = dataset.splits["train"]
     if args.method == "none":
