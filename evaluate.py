@@ -13,6 +13,7 @@ Letters: B clips, T frames, S side in pixels.
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ from common.preprocessing import Preprocessing
 from model import AdapterConfig, Captioner
 from models import hub
 from models.generation import make_generation_config
-from report.build import MAX_CLIPS, report_split, report_videos, show_video, video_data_of
+from report.build import has_room, report_split, report_videos, show_video, video_data_of
 from training import devices
 from training.config import read_run_config, rename_fields
 from training.distributed import ProcessGroup
@@ -230,16 +231,17 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
     for flag, output in outputs(args).items():
         if any(output.resolve() == path.resolve() for path in paths):
             raise InputError(f"{flag} {output}: is one of the videos, expected another file")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the page is written
     try:
         for row, pixels in caption_videos(captioner, paths, frames, args.window, args.stride, **generation):
             rows.append(row)
             if args.save:
                 write_row(args.save, row, len(rows))
-            if args.report and pixels is not None and len(shown) < MAX_CLIPS:
+            if args.report and pixels is not None and has_room(shown):
                 shown.append(video_data_of(captioner, row, pixels, len(shown)))
             if args.show and pixels is not None:
                 show_video(args.show, captioner, row["caption"], pixels)
-    finally:  # after Ctrl-C too
+    finally:
         if args.report and shown:
             report_videos(args.report, args.run, captioner, shown)
     failed = sum("error" in row for row in rows)
@@ -308,8 +310,12 @@ def parse_args() -> argparse.Namespace:
     args = make_parser().parse_args()
     if args.video and args.split:
         raise InputError("--video: was given with --split, expected only one of them")
+    if args.video and (args.data or args.cache):
+        raise InputError("--data and --cache: expected without --video: it reads no dataset")
     if not args.video and (args.show or args.window or args.stride):
         raise InputError("--show, --window and --stride: expected --video too")
+    if args.show and args.show.suffix.lower() != ".png":
+        raise InputError(f"--show {args.show}: expected a name that ends in .png")
     if args.show and args.window:
         raise InputError("--show: expected without --window: it draws a whole video")
     if args.stride and not args.window:

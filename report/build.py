@@ -15,9 +15,11 @@ from report.curves import curves_of
 from report.inside import Inside, look_inside
 from report.page import ClipRow, clip_data, format_page, write_page
 from report.show import draw_clip, write_picture
+from report.strips import film_strip, jpeg_uri
 
 MAX_CLIPS, MAX_INSIDE = 500, 50  # on a page; of these with their attention
-MAX_BYTES = 6 * 10**6  # of the attention of all clips, one byte a patch, block and query
+# A page is to stay below 15 MB. Attention takes a byte a patch, block and query, and a third more as text.
+MAX_INSIDE_BYTES, MAX_STRIP_BYTES = 4_500_000, 8_000_000  # of all clips together
 SHOWN_SCORES = ("CIDEr", "METEOR")  # of a clip; METEOR's name depends on its tables
 
 
@@ -41,7 +43,7 @@ def max_inside(captioner, frames: int) -> int:
     if captioner.adapter is None:
         return 0
     blocks, queries = len(captioner.adapter.blocks), len(captioner.adapter.queries)
-    return min(MAX_INSIDE, MAX_BYTES // (blocks * queries * frames * len(captioner.vit.position)))
+    return min(MAX_INSIDE, MAX_INSIDE_BYTES // (blocks * queries * frames * len(captioner.vit.position)))
 
 
 def select_clips(scores: Sequence[float], count: int) -> list[int]:
@@ -51,6 +53,26 @@ def select_clips(scores: Sequence[float], count: int) -> list[int]:
     return sorted([*worst, *others])
 
 
+def select_strips(scores: Sequence[float], cache: Sequence[np.ndarray]) -> dict[int, str]:
+    """{index: strip} of the clips to show, see `select_clips`: at most MAX_CLIPS, fewer where strips are large."""
+    count = min(MAX_CLIPS, len(scores))
+    strips = {i: make_strip(frames_of(cache, i)) for i in select_clips(scores, count)}
+    while (size := sum(map(len, strips.values()))) > MAX_STRIP_BYTES and count > 1:
+        count = min(count - 1, count * MAX_STRIP_BYTES // size)
+        strips = {i: strips[i] for i in select_clips(scores, count)}
+    return strips
+
+
+def frames_of(cache: Sequence[np.ndarray], index: int) -> Tensor:
+    """The frames (T, 3, S, S) of a clip, in memory of their own."""
+    return torch.from_numpy(np.array(cache[index]))
+
+
+def make_strip(frames: Tensor) -> str:
+    """Frames uint8 (T, 3, S, S) -> the address of a picture of them."""
+    return jpeg_uri(film_strip(frames))
+
+
 def report_split(path: Path, run: Path, captioner, dataset, split: str, cache: Sequence[np.ndarray], result) -> None:
     """Writes the page of a split: its worst clips and some of the others, a part of them with their attention.
 
@@ -58,20 +80,26 @@ def report_split(path: Path, run: Path, captioner, dataset, split: str, cache: S
     """
     clips = dataset.splits[split]
     ciders = [result.clip_scores[clip.id]["CIDEr"] for clip in clips]
-    shown = select_clips(ciders, MAX_CLIPS)
+    strips = select_strips(ciders, cache)
+    shown = list(strips)
     inside = {shown[i] for i in select_clips([ciders[i] for i in shown], max_inside(captioner, len(cache[0])))}
     rows = []
-    for i in shown:
+    for i, strip in strips.items():
         clip = clips[i]
         all_scores = result.clip_scores[clip.id]
         scores = {name: all_scores[name] for prefix in SHOWN_SCORES for name in all_scores if name.startswith(prefix)}
-        frames = torch.from_numpy(np.array(cache[i]))  # (T, 3, S, S)
-        rows.append(clip_data(ClipRow(clip.id, frames, result.captions[clip.id], list(clip.captions), scores,
-                                      inside_of(captioner, frames) if i in inside else None)))  # fmt: skip
+        found = inside_of(captioner, frames_of(cache, i)) if i in inside else None
+        rows.append(clip_data(ClipRow(clip.id, strip, len(cache[i]), result.captions[clip.id], list(clip.captions),
+                                      scores, found)))  # fmt: skip
     title = f"{run.resolve().name}: {len(shown)} of {len(clips)} {split} clips of {dataset.name}"
     page = format_page(title, settings_of(run), rows, captioner.first_block + 1, result.scores, result.signature,
-                       curves_of(run))  # fmt: skip
+                       curves_of(run, captioner.first_block + 1))  # fmt: skip
     write_page(path, page)
+
+
+def has_room(clips: Sequence[dict]) -> bool:
+    """Whether a page of these videos takes another one."""
+    return len(clips) < MAX_CLIPS and sum(len(clip["strip"]) for clip in clips) < MAX_STRIP_BYTES
 
 
 def video_data_of(captioner, row: dict, frames: Tensor, count: int) -> dict:
@@ -79,7 +107,7 @@ def video_data_of(captioner, row: dict, frames: Tensor, count: int) -> dict:
     others."""
     name = f"{row['video']}, {row['start']:.1f} to {row['end']:.1f} s" if "start" in row else row["video"]
     inside = inside_of(captioner, frames) if count < max_inside(captioner, len(frames)) else None
-    return clip_data(ClipRow(name, frames, row["caption"], inside=inside))
+    return clip_data(ClipRow(name, make_strip(frames), len(frames), row["caption"], inside=inside))
 
 
 def show_video(path: Path, captioner, caption: str, frames: Tensor) -> None:

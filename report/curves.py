@@ -26,8 +26,11 @@ class Panel:
     lines: dict[str, list[tuple[int, float]]]
 
 
-def make_panels(rows: list[dict], path: Path) -> list[Panel]:
-    """Loss, mean gates and saturated shares of each adapted block, CIDEr, correct captions; what the log has of it."""
+def make_panels(rows: list[dict], path: Path, first_block: int = 1) -> list[Panel]:
+    """Loss, mean gates and saturated shares of each adapted block, CIDEr, correct captions; what the log has of it.
+
+    first_block: the number of the first adapted block.
+    """
     train = [row for row in rows if "loss" in row]
     val = [(row["step"], row["val"]) for row in rows if "val" in row]
     if not train or not val:
@@ -35,7 +38,7 @@ def make_panels(rows: list[dict], path: Path) -> list[Panel]:
     top = max(1, math.ceil(max(row["loss"] for row in train)))
     panels = [Panel("training loss", top, {"": [(row["step"], row["loss"]) for row in train]})]
     for title, name in ("mean gate of each adapted block", "gates"), ("saturated share of its gates", "saturated"):
-        lines = {f"{i + 1}": [(row["step"], row[name][i]) for row in train if i < len(row.get(name, []))]
+        lines = {f"{first_block + i}": [(row["step"], row[name][i]) for row in train if i < len(row.get(name, []))]
                  for i in range(len(train[0].get(name, [])))}  # fmt: skip
         panels += [Panel(title, 1, lines)] if lines else []
     cider = [(step, 100 * scores["CIDEr"]) for step, scores in val]
@@ -51,7 +54,7 @@ def draw_panel(panel: Panel, left: float, top: float, steps: int) -> str:
     parts = [text(left, top - 26, panel.title, 'font-size="13" fill="currentColor"')]
     for i in range(5):
         y = bottom - HEIGHT * i / 4
-        parts += [f'<path d="M{left} {y:.1f}h{WIDTH}" stroke="#ddd"/>',
+        parts += [f'<path d="M{left} {y:.1f}h{WIDTH}" stroke="currentColor" stroke-opacity="0.15"/>',
                   text(left - 6, y + 4, f"{panel.top * i / 4:.3g}", 'text-anchor="end"')]  # fmt: skip
     parts += [text(left, bottom + 16, "0"), text(left + WIDTH, bottom + 16, f"{steps} steps", 'text-anchor="end"')]
     x_label = left
@@ -63,9 +66,9 @@ def draw_panel(panel: Panel, left: float, top: float, steps: int) -> str:
     return "\n".join(parts)
 
 
-def draw(panels: list[Panel], background: str = "#fff") -> str:
+def draw(panels: list[Panel], steps: int, background: str = "#fff") -> str:
     """All panels, three in a row, as one SVG."""
-    columns, steps = min(3, len(panels)), panels[0].lines[""][-1][0]
+    columns = min(3, len(panels))
     width, height = LEFT + columns * (WIDTH + GAP), math.ceil(len(panels) / columns) * (HEIGHT + TOP + 34)
     parts = []
     for i, panel in enumerate(panels):
@@ -74,12 +77,19 @@ def draw(panels: list[Panel], background: str = "#fff") -> str:
     return document(width, height, parts, background)
 
 
-def curves_of(run: Path) -> str:
-    """The curves of a run for a page of any colour; nothing for one that trained nothing."""
+def last_step(panels: list[Panel]) -> int:
+    """Where the axes end."""
+    return panels[0].lines[""][-1][0]
+
+
+def curves_of(run: Path, first_block: int) -> str:
+    """The curves of a run for a page of any colour and width, an SVG each; nothing for a run that trained nothing."""
     path = run / "log.jsonl"
     rows = [row for _, row in read_log(path)]
-    trained = any("loss" in row for row in rows) and any("val" in row for row in rows)
-    return draw(make_panels(rows, path), "none") if trained else ""
+    if not (any("loss" in row for row in rows) and any("val" in row for row in rows)):
+        return ""
+    panels = make_panels(rows, path, first_block)
+    return "\n".join(draw([panel], last_step(panels), "none") for panel in panels)
 
 
 def main() -> None:
@@ -90,7 +100,7 @@ def main() -> None:
     path = args.run / "log.jsonl"
     panels = make_panels([row for _, row in read_log(path)], path)
     with replace_atomically(args.save) as file:
-        file.write(draw(panels).encode())
+        file.write(draw(panels, last_step(panels)).encode())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 The page needs no network and no framework. Captions, references and names of files are foreign text: in the markup they
 are escaped, and the script makes nothing but text of them.
 
-Letters: T frames, S side in pixels, L adapted blocks, N queries.
+Letters: T frames, L adapted blocks, N queries.
 """
 
 import base64
@@ -14,11 +14,10 @@ from pathlib import Path
 from string import Template
 
 import numpy as np
-from torch import Tensor
 
 from common.files import replace_atomically
 from report.inside import Inside
-from report.strips import MAX_FRAMES, film_strip, jpeg_uri
+from report.strips import MAX_FRAMES
 
 HERE = Path(__file__).parent
 CURVES = '<details open><summary>Training</summary><div class="curves">{}</div></details>'
@@ -29,7 +28,8 @@ class ClipRow:
     """One clip of the page."""
 
     id: str
-    frames: Tensor  # uint8 (T, 3, S, S), as the model saw them
+    strip: str  # the address of a picture of its T frames side by side
+    frames: int  # T
     caption: str
     references: list[str] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)  # unscaled
@@ -52,7 +52,7 @@ def encode_attention(patches: np.ndarray) -> str:
 def clip_data(row: ClipRow) -> dict:
     """What the page's script needs of one clip."""
     scores = {name: round(value, 4) for name, value in row.scores.items()}
-    data = {"id": row.id, "strip": jpeg_uri(film_strip(row.frames)), "frames": min(len(row.frames), MAX_FRAMES),
+    data = {"id": row.id, "strip": row.strip, "frames": min(row.frames, MAX_FRAMES),
             "caption": row.caption, "references": row.references, "scores": scores}  # fmt: skip
     if row.inside is not None:
         patches = row.inside.patches()[0]
@@ -69,7 +69,7 @@ def read(name: str) -> str:
 
 def format_page(title: str, settings: dict[str, object], clips: list[dict], first_block: int, scores: dict[str, float],
                 signature: str = "", curves: str = "") -> str:  # fmt: skip
-    """The page. clips: see `clip_data`; first_block: number of the first adapted block; curves: an SVG, or nothing."""
+    """The page. clips: see `clip_data`; first_block: number of the first adapted block; curves: SVGs, or nothing."""
     data = {"clips": clips, "sortable": list(clips[0]["scores"]) if clips else [], "first": first_block}
     shown = format_rows({name: f"{100 * value:.1f}" for name, value in scores.items()})
     return Template(read("page.html")).substitute(

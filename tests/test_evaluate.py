@@ -86,6 +86,20 @@ def test_captions_are_saved_as_they_come(finished_run, flags, tmp_path):
     assert len(rows) >= 3 and [printable(f"{row['video']}: {row['caption']}\n") for row in rows[:3]] == lines[:3]
 
 
+def test_sigterm_leaves_the_page_of_what_was_captioned(finished_run, flags, tmp_path):
+    """SIGTERM after the second of 2,000 captions, as `timeout` and batch systems send it."""
+    video = next((Path(flags[-1]) / "test").glob("*.mp4"))
+    command = ["evaluate.py", finished_run, "--video", *[video] * 2000, "--report", tmp_path / "r.html"]
+    child = subprocess.Popen([sys.executable, "-u", *map(str, command)], cwd=ROOT, env=os.environ | ENVIRONMENT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    first = [child.stdout.readline() for _ in range(2)]
+    child.terminate()
+    rest, errors = child.communicate()
+    assert (child.returncode, errors) == (130, b"stopped\n") and b"" not in first
+    shown = (tmp_path / "r.html").read_text().count('"strip"')
+    assert 0 <= 2 + rest.count(b"\n") - shown <= 1  # the signal may come after a caption was printed
+
+
 def test_a_long_video_is_captioned_piece_by_piece(finished_run, flags, tmp_path):
     """Windows of half a second of a clip of shapes: captions of the frames of `iter_windows`, as JSON and subtitles."""
     video = next((Path(flags[-1]) / "test").glob("*.mp4"))
@@ -196,6 +210,8 @@ def test_each_user_error_is_one_line(finished_run, flags, tmp_path, monkeypatch)
     assert video.read_bytes() == b"video"
     refused([finished_run, "--video", video, "--split", "val"], "--video", "--split")
     refused([finished_run, "--data", tmp_path / "typo"], "--data", "typo")
+    refused([finished_run, "--video", video, "--data", flags[-1]], "--data", "without --video")
+    refused([finished_run, "--video", video, "--show", tmp_path / "x.srt"], "--show", "x.srt", ".png")
     refused([finished_run, "--window", 2], "--window", "--video")
     refused([finished_run, "--video", video, "--stride", 2], "--stride", "expected --window")
     refused([finished_run, "--video", video, "--window", 2, "--show", "x.png"], "--show", "without --window")

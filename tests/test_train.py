@@ -76,6 +76,9 @@ def test_the_files_and_the_output_of_a_run(finished_run):
     assert (finished_run / "last/state.pt").exists() and not (finished_run / "best/state.pt").exists()
     output = (finished_run / "stdout.txt").read_text()
     assert output.count("reference  ") == 5 and "trained: " in output and "left 0:0" in output
+    assert output.endswith(f"look at its captions:  {finished_run}/report.html\n"
+                           f"caption your videos:   python evaluate.py {finished_run} --video FILE\n"
+                           f"train it longer:       python train.py --resume {finished_run} --epochs 8\n")  # fmt: skip
     test = json.loads((finished_run / "test.json").read_text())
     assert len(set(test["captions"].values())) == 6 and test["scores"]["CIDEr"] > 0, "captions tell clips apart"
     best, last = (finished_run / which / "adapter.safetensors" for which in ("best", "last"))

@@ -71,7 +71,7 @@ def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]
         raise InputError(f"{path}: cannot be read as a video: {reason}") from error
 
 
-def _iter_packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet | None]:
+def iter_packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet | None]:
     """The stream's packets up to the first damage between two of them, then None, which flushes the decoder."""
     try:
         yield from (packet for packet in container.demux(stream) if packet.size)
@@ -95,7 +95,7 @@ def decode_stream(path: str | Path, container: InputContainer,
     """`decode_frames` of a file that is open."""
     duration = float(1 / (stream.average_rate or stream.guessed_rate or 25))
     time = None
-    for packet in _iter_packets(container, stream):
+    for packet in iter_packets(container, stream):
         try:
             frames = stream.codec_context.decode(packet)
         except av.error.MemoryError:
@@ -125,7 +125,7 @@ def _decode_selected(container: InputContainer, stream: VideoStream,
     decodes as usual. None if the file has any irregularity: a missing or repeated time, damage, frames out of order, a
     wanted frame that is not returned.
     """
-    context, packets = stream.codec_context, list(_iter_packets(container, stream))
+    context, packets = stream.codec_context, list(iter_packets(container, stream))
     # A clip that was cut out of a video begins with packets that cannot be decoded.
     first = next((i for i, packet in enumerate(packets) if packet and packet.is_keyframe), 0)
     timestamps = [packet.pts for packet in packets[first:-1] if not packet.is_discard]

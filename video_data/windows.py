@@ -19,16 +19,18 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.preprocessing import Preprocessing
-from video_data.video import decode_stream, frame_to_rgb, open_video, pixel_aspect, sample_positions
+from video_data.video import decode_stream, frame_to_rgb, iter_packets, open_video, pixel_aspect, sample_positions
 
 ONE_FRAME = 0.04  # seconds that the only frame of a video is displayed
 
 
 @dataclass
 class Window:
-    """The frames displayed at the centres of T equal segments of a window, as far as they were met."""
+    """The frames displayed at the centres of T equal segments of a window, as far as they were met. Times are the
+    file's."""
 
-    start: float  # seconds from the first frame
+    start: float  # seconds
+    end: float
     centres: np.ndarray  # (T,)
     pictures: list[np.ndarray] = field(default_factory=list)  # (S, S, 3) each
 
@@ -52,51 +54,84 @@ def convert(path: str | Path, *args) -> np.ndarray:
         raise InputError(f"{path}: its frames cannot be converted to RGB: {error}") from error
 
 
-def displayed_frames(path: str | Path, preprocessing: Preprocessing) -> Iterator[tuple[float, Callable]]:
-    """(time at which a frame's display ends, a function that makes its picture (S, S, 3)) for each frame of a video.
+def find_bounds(path: str | Path) -> tuple[float | None, float]:
+    """(start of the file, end of its pictures) in seconds of its clock, from packets, which are not decoded.
 
-    Times are in seconds from the first frame; where they step back, they stay. The last frame is displayed as long as
-    the others are on average.
+    Players count from the start of the file, where a sound may begin before the pictures. The start is None where the
+    file has none; the end is infinite where packets have no times.
     """
-    reformatter, now, count, frame = VideoReformatter(), 0.0, 0, None
+    least, most, count = float("inf"), float("-inf"), 0
     with open_video(path) as (container, stream):
-        aspect, first = pixel_aspect(stream), None
+        for packet in iter_packets(container, stream):
+            ticks = packet and (packet.dts if packet.pts is None else packet.pts)
+            if ticks is not None and not packet.is_discard:
+                time = float(ticks * stream.time_base)
+                least, most, count = min(least, time), max(most, time), count + 1
+        start = None if container.start_time is None else container.start_time / av.time_base
+    return start, most + frame_duration(most - least, count) if count else float("inf")
+
+
+def frame_duration(span: float, count: int) -> float:
+    """How long the last of `count` frames is displayed: as long as the others on average; span: from first to last."""
+    return span / (count - 1) if span > 0 else ONE_FRAME
+
+
+def displayed_frames(path: str | Path,
+                     preprocessing: Preprocessing) -> Iterator[tuple[float, float, Callable]]:  # fmt: skip
+    """(begin, end, a function that makes its picture (S, S, 3)) for each frame of a video.
+
+    A frame is displayed from begin to end, in seconds of the file's clock; where its times step back, they stay. The
+    last frame is displayed as long as the others are on average.
+    """
+    reformatter, count, frame = VideoReformatter(), 0, None
+    with open_video(path) as (container, stream):
+        aspect = pixel_aspect(stream)
         for time, following in decode_stream(path, container, stream):
-            first = time if first is None else first
-            now, count = max(now, time - first), count + 1
-            if frame is not None:
-                yield now, partial(convert, path, frame, preprocessing, reformatter, aspect)
-            frame = following
-    last = now / (count - 1) if now else ONE_FRAME
-    yield now + last, partial(convert, path, frame, preprocessing, reformatter, aspect)
+            if frame is None:
+                first = begin = time
+            else:
+                end = max(begin, time)
+                yield begin, end, partial(convert, path, frame, preprocessing, reformatter, aspect)
+                begin = end
+            frame, count = following, count + 1
+    end = begin + frame_duration(begin - first, count)
+    yield begin, end, partial(convert, path, frame, preprocessing, reformatter, aspect)
 
 
 def iter_windows(path: str | Path, length: float, stride: float, frames: int,
                  preprocessing: Preprocessing) -> Iterator[tuple[float, float, Tensor]]:  # fmt: skip
     """(start, end, frames uint8 (T, 3, S, S)) of each window of `length` seconds, one every `stride` seconds.
 
-    Times are in seconds from the first frame. The last window ends with the video; it is left out if the one before
-    it already reaches the end, or if no centre of a segment lies in it. A video has at least one. Raises InputError.
+    Times are in seconds from the start of the file; the first window begins with the first frame. The last one ends
+    with the video, and its T frames are spread over what there is. It is left out if the one before it already reaches
+    the end, or if it is shorter than half a segment of a whole window. A video has at least one. Raises InputError.
     """
-    positions, windows, count, end, reached = sample_positions(frames, None), [], 0, 0.0, 0.0
-    for end, make_picture in displayed_frames(path, preprocessing):
-        while count * stride < end:
-            windows.append(Window(count * stride, count * stride + positions * length))
+    file_start, file_end = find_bounds(path)
+    positions, windows, count, zero = sample_positions(frames, None), [], 0, None
+    for begin, end, make_picture in displayed_frames(path, preprocessing):
+        if zero is None:
+            first, zero = begin, begin if file_start is None else min(begin, file_start)
+            opened = reached = first
+        while (start := first + count * stride) < end:
             count += 1
+            stop = min(start + length, file_end) if start < file_end else start + length
+            if stop > opened and (count == 1 or start + length / (2 * frames) < stop):
+                windows.append(Window(start, stop, start + positions * (stop - start)))
+                opened = stop
         if any(window.wanted(end) for window in windows):
             picture = make_picture()
             for window in windows:
                 window.pictures += [picture] * window.wanted(end)
-        while windows and windows[0].start + length <= end:
+        while windows and windows[0].end <= end:
             done = windows.pop(0)
-            reached = done.start + length
-            yield done.start, reached, done.frames()
-    if reached == 0 and not windows[0].pictures:  # a video that ends before the first centre
+            reached = done.end
+            yield done.start - zero, done.end - zero, done.frames()
+    if reached == first and not windows[0].pictures:  # a video that ends before the first centre
         windows[0].pictures.append(make_picture())
-    for window in windows:
+    for window in windows:  # those that end later than the video
         if window.pictures and reached < end:
-            reached = min(window.start + length, end)
-            yield window.start, reached, window.frames()
+            reached = min(window.end, end)
+            yield window.start - zero, reached - zero, window.frames()
 
 
 def format_srt_time(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """The drawing of a run's log. References: the rows of log.jsonl, and XML."""
 
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -19,6 +20,8 @@ def test_the_lines_are_those_of_the_log(finished_run, tmp_path):
     assert [len(points) for points in lines] == [12, 12, 12, 12, 12, 3, 3, 3, 3]
     losses = [row["loss"] for row in read_log(finished_run) if "loss" in row]
     heights = [float(point.split(",")[1]) for point in lines[0]]
+    pages = curves.curves_of(finished_run, 5)  # one SVG a panel; blocks have the numbers of the page
+    assert pages.count("<svg") == 5 and re.findall('bold"[^>]*>([0-9]+)<', pages) == ["5", "6", "5", "6"]
     assert sorted(range(12), key=losses.__getitem__) == sorted(range(12), key=lambda i: (-heights[i], losses[i]))
 
 
@@ -30,14 +33,14 @@ def test_a_half_written_last_row_is_left_out(tmp_path):
     for bad in (b"3", b"[]", b"\xff", b'{"step": 1', b'{"step": 2, "val": 3}'):
         path.write_bytes(b"\n".join([bad, *(row.encode() for row in rows)]))
         with pytest.raises(InputError, match="log.jsonl: line 1"):
-            curves.curves_of(tmp_path)
+            curves.curves_of(tmp_path, 4)
 
 
 def test_a_loss_of_zero_and_rows_of_fewer_gates_are_drawn(tmp_path):
     rows = ['{"step": 1, "loss": 0, "gates": [0.5, 0.5]}', '{"step": 2, "loss": 0, "gates": [0.5]}',
             '{"step": 2, "val": {"CIDEr": 0}}']  # fmt: skip
     (tmp_path / "log.jsonl").write_text("\n".join(rows))
-    assert curves.curves_of(tmp_path).startswith("<svg")
+    assert curves.curves_of(tmp_path, 4).startswith("<svg")
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path):

@@ -113,7 +113,7 @@ def test_the_strip_of_many_frames_is_a_part_of_them():
     strip = strips.film_strip(frames)
     assert strip.shape == (3, 64, 64 * 64) and (strip[0, 0, 0], strip[0, 0, -1]) == (0, 249)
     assert decode(strips.jpeg_uri(strip)).shape == strip.shape
-    data = page.clip_data(page.ClipRow("a", frames, "b"))
+    data = page.clip_data(page.ClipRow("a", "", len(frames), "b"))
     assert data["frames"] == 64
 
 
@@ -126,9 +126,9 @@ def test_attention_is_a_byte_a_patch_by_each_querys_own_maximum():
 
 def test_foreign_text_is_only_text():
     """Captions, references, ids, flags and titles with markup: no new tag, no way out of the JSON, the same words."""
-    frames = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    clip = page.clip_data(page.ClipRow(MARKUP, frames, MARKUP, [MARKUP], {"CIDEr": 0.5}))
-    plain = page.clip_data(page.ClipRow("a", frames, "b", ["c"], {"CIDEr": 0.5}))
+    strip = build.make_strip(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    clip = page.clip_data(page.ClipRow(MARKUP, strip, 2, MARKUP, [MARKUP], {"CIDEr": 0.5}))
+    plain = page.clip_data(page.ClipRow("a", strip, 2, "b", ["c"], {"CIDEr": 0.5}))
     found = Page(page.format_page(MARKUP, {MARKUP: MARKUP}, [clip], 4, {MARKUP: 0.1}, MARKUP))
     expected = Page(page.format_page("a", {"b": "c"}, [plain], 4, {"d": 0.1}, "e"))
     assert [tag for tag, _ in found.tags] == [tag for tag, _ in expected.tags]
@@ -168,7 +168,7 @@ def test_the_attention_of_large_models_is_shown_for_fewer_clips():
     """3 blocks, 5 queries, 4 frames of 5 tokens: 300 bytes a clip."""
     captioner = make("no write-back")
     assert build.max_inside(captioner, 4) == 50 and build.max_inside(make("linear"), 4) == 0
-    assert build.max_inside(captioner, 4 * 1000) == build.MAX_BYTES // 300_000
+    assert build.max_inside(captioner, 4 * 1000) == build.MAX_INSIDE_BYTES // 300_000
 
 
 def test_half_of_the_shown_clips_are_the_worst():
@@ -177,6 +177,21 @@ def test_half_of_the_shown_clips_are_the_worst():
     assert build.select_clips(scores, 6) == [0, 1, 2, 3, 4, 5]
     assert build.select_clips(scores[::-1], 4) == [0, 1, 6, 8]
     assert build.select_clips(scores, 50) == list(range(10))
+
+
+def test_a_page_of_large_frames_shows_fewer_clips():
+    """600 clips of 12 frames of noise, 96 pixels, as large as JPEGs get: the strips fit; the worst are shown first."""
+    noise = torch.randint(0, 256, (12, 3, 96, 96), generator=torch.Generator().manual_seed(6), dtype=torch.uint8)
+    size = len(build.make_strip(noise))
+    scores = list(np.random.default_rng(7).permutation(600))
+    found = build.select_strips(scores, [noise.numpy()] * 600)
+    assert build.MAX_STRIP_BYTES - 2 * size < len(found) * size <= build.MAX_STRIP_BYTES
+    assert list(found) == build.select_clips(scores, len(found))
+    strip = next(iter(found.values()))
+    assert build.has_room([{"strip": strip}] * 10) and not build.has_room([{"strip": strip}] * 1000)
+    small = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    assert list(build.select_strips(scores, [small.numpy()] * 600)) == build.select_clips(scores, 500)
+    assert not build.has_room([{"strip": ""}] * 500)
 
 
 def test_the_page_of_a_run_is_about_its_test_split(finished_run, tmp_path):

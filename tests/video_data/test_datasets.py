@@ -204,6 +204,9 @@ def test_the_layout_of_a_folder(tmp_path):
     assert [clip.path for clip in found.splits["train"]] == [tmp_path / "a.mp4", tmp_path / "b/c.mov"]
     assert found.differences() == [] and found.signature("test") == "data:folder test"
     assert "differs: " not in str(found)
+    content = (tmp_path / "captions.json").read_bytes()
+    (tmp_path / "captions.json").write_bytes(b"\xef\xbb\xbf" + content)  # a byte-order mark, as Windows editors write
+    assert datasets.read_dataset("folder", tmp_path).splits == found.splits
 
 
 def test_shapes_is_made_by_as_many_workers_as_given(tmp_path, monkeypatch):

@@ -18,17 +18,13 @@ SQUARE = Preprocessing(32, 32)
 
 def expected_windows(times: list[float], length: float, stride: float, count: int) -> list[tuple]:
     """(start, end, index of the frame displayed at each centre), by a search through all frames for each centre."""
-    times = [t - times[0] for t in times]
-    end = times[-1] + times[-1] / (len(times) - 1)
+    end = times[-1] + (times[-1] - times[0]) / (len(times) - 1)
     found, k = [], 0
-    while k * stride < end and (not found or found[-1][1] < end):
-        centres = [k * stride + length * (i + 0.5) / count for i in range(count)]
-        shown = [max(i for i, t in enumerate(times) if t <= centre + 1e-9) for centre in centres if centre < end]
-        if k == 0 and not shown:
-            shown = [len(times) - 1]
-        if shown:
-            shown = [shown[i * len(shown) // count] for i in range(count)]
-            found.append((k * stride, min(k * stride + length, end), shown))
+    while (start := times[0] + k * stride) < end and (not found or found[-1][1] < end):
+        stop = min(start + length, end)
+        centres = [start + (stop - start) * (i + 0.5) / count for i in range(count)]
+        if k == 0 or start + length / count / 2 < stop:
+            found.append((start, stop, [max(i for i, t in enumerate(times) if t <= x + 1e-9) for x in centres]))
         k += 1
     return found
 
@@ -37,7 +33,8 @@ def expected_windows(times: list[float], length: float, stride: float, count: in
 @pytest.mark.parametrize(("length", "stride"), [(0.37, 0.37), (0.5, 0.23), (0.1, 0.3), (0.03, 0.03), (5.0, 5.0)])
 @pytest.mark.parametrize("times", [EVEN, [0, 1, 2, 3, 40, 41, 90, 95, 96, 97]])
 def test_windows_have_the_frames_displayed_at_their_centres(tmp_path, times, length, stride, count):
-    """Windows side by side, overlapping, with gaps, shorter than a frame and longer than the video."""
+    """Windows side by side, overlapping, with gaps, shorter than a frame and longer than the video, whose last one has
+    its frames from what there is."""
     found = list(iter_windows(write_video(tmp_path / "a.mp4", times), length, stride, count, SQUARE))
     expected = expected_windows([t / 100 for t in times], length, stride, count)
     assert [(start, end) for start, end, _ in found] == [pytest.approx(row[:2]) for row in expected]
@@ -49,9 +46,46 @@ def test_a_video_of_one_frame_has_one_window(tmp_path):
     assert (start, end) == (0, windows.ONE_FRAME) and frames.shape == (4, 3, 32, 32)
 
 
+def add_silence(path, source, seconds: float):
+    """A copy of a video, with silence from 0 on."""
+    with av.open(str(source)) as read, av.open(str(path), "w") as written:
+        picture = written.add_stream_from_template(read.streams.video[0])
+        sound = written.add_stream("pcm_s16le", rate=8000, layout="mono")
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, int(8000 * seconds)), np.int16), "s16", "mono")
+        silence.sample_rate, silence.pts = 8000, 0
+        written.mux([*sound.encode(silence), *sound.encode()])
+        for packet in read.demux(video=0):
+            if packet.size:
+                packet.stream = picture
+                written.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(("suffix", "has_sound", "expected"), [(".ts", False, 0.0), (".mkv", True, 1.5)])
+def test_times_count_from_the_start_of_the_file(tmp_path, suffix, has_sound, expected):
+    """As players count. The clock of both files is 1.5 seconds or more at the first frame; one begins there."""
+    path = write_video(tmp_path / f"a{suffix}", [150 + t for t in EVEN])
+    path = add_silence(tmp_path / f"b{suffix}", path, 2.0) if has_sound else path
+    with av.open(str(path)) as container:
+        assert next(container.decode(video=0)).time >= 1.5
+    found = list(iter_windows(path, 0.2, 0.2, 2, SQUARE))
+    assert found[0][:2] == pytest.approx((expected, expected + 0.2))
+    assert [frame_indices(frames) for _, _, frames in found] == [[1, 3], [6, 8], [11, 13], [16, 18]]
+
+
+@pytest.mark.parametrize(("end", "last"), [(0.8, [15, 17, 19]), (0.95, [16, 16, 18]), (float("inf"), [16, 16, 18]),
+                                           (0.5, [16, 16, 18])])  # fmt: skip
+def test_the_end_of_a_video_need_not_be_known(tmp_path, monkeypatch, end, last):
+    """Packets may say a later end, as where the last ones are damaged, none, or an earlier one."""
+    monkeypatch.setattr(windows, "find_bounds", lambda path: (0.0, end))
+    found = list(iter_windows(write_video(tmp_path / "a.mp4", EVEN), 0.3, 0.3, 3, SQUARE))
+    assert found[-1][1] == pytest.approx(0.8) and frame_indices(found[-1][2]) == last
+
+
 @pytest.mark.parametrize("name", ["clips/12727.mp4", "clips/walk.mkv", "msvd/YouTubeClips/3qqEKTPxLNs_1_15.avi"])
 def test_real_clips(real, name):
-    """Windows of 3 seconds, 5 frames each, bit-identical; the times of AVI files step back."""
+    """Windows of 3 seconds, 5 frames each, bit-identical. The times of AVI files step back; the pictures of 12727.mp4
+    begin 2.6 seconds after the file."""
     decoded = plain_decode(real / name)
     times = np.maximum.accumulate([frame.time for frame in decoded]).tolist()
     expected = expected_windows(times, 3.0, 3.0, 5)
