@@ -144,9 +144,7 @@ def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, 
     seed = field(flags, "shapes_seed", int, path)
     dataset = read_dataset(name, root, sizes, allow_missing, [args.split], seed=seed)
     print(dataset)
-    for flag, output in outputs(args).items():
-        if output.exists() and root.resolve() in output.resolve().parents:
-            raise InputError(f"{flag} {output}: is a file of the dataset, expected another one")
+    check_outputs_outside(args, root, "dataset")
     cache_root = cache_folder(args.cache or field(flags, "cache", str, path, None), name, root)
     cache = cached_frames(dataset.splits[args.split], cache_root, args.split, frames, captioner.vit.preprocessing, 0)
     result = caption_and_score(captioner, dataset, args.split, cache, args.batch_size, ProcessGroup(), **generation)
@@ -259,6 +257,13 @@ def outputs(args: argparse.Namespace) -> dict[str, Path]:
     return {flag: path for flag, path in named.items() if path}
 
 
+def check_outputs_outside(args: argparse.Namespace, folder: Path, name: str) -> None:
+    """Raises InputError if a file to write is one of the folder that the run reads: its dataset or a frozen model."""
+    for flag, output in outputs(args).items():
+        if output.exists() and folder.resolve() in output.resolve().parents:
+            raise InputError(f"{flag} {output}: is a file of the {name}, expected another one")
+
+
 def check_output(flag: str, path: Path, run: Path) -> None:
     """Raises InputError for a path that no file can be written to, and for the files of the run."""
     files = {(run / name).resolve() for name in ("config.json", "log.jsonl", "test.json", "lock")}
@@ -336,6 +341,9 @@ def main() -> int:
     device, _ = devices.select_device(args.device)
     devices.keep_freed_memory()
     captioner, flags = load_run(args.run, args.weights)
+    for part in ("vit", "lm", "mllm"):
+        if flags.get(part) and Path(flags[part]).is_dir():
+            check_outputs_outside(args, Path(flags[part]), f"run's frozen {part}")
     captioner.to(device)
     frames = args.frames or flags["frames"]
     if args.beams is None:

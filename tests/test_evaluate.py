@@ -188,7 +188,7 @@ def test_a_flag_changed_by_hand_is_named_with_its_file(finished_run, tmp_path, n
         evaluate.load_run(tmp_path / "r")
 
 
-def test_each_user_error_is_one_line(finished_run, flags, tmp_path, monkeypatch):
+def test_each_user_error_is_one_line(finished_run, backbones, flags, tmp_path, monkeypatch):
     """In this process, where `cli.run` would turn the InputError into exit code 2; two of them as a user sees them."""
 
     def refused(words, *expected: str) -> None:
@@ -210,6 +210,7 @@ def test_each_user_error_is_one_line(finished_run, flags, tmp_path, monkeypatch)
     assert video.read_bytes() == b"video"
     refused([finished_run, "--video", video, "--split", "val"], "--video", "--split")
     refused([finished_run, "--data", tmp_path / "typo"], "--data", "typo")
+    refused([finished_run, "--save", backbones / "lm/model.safetensors"], "model.safetensors", "frozen lm")
     refused([finished_run, "--video", video, "--data", flags[-1]], "--data", "without --video")
     refused([finished_run, "--video", video, "--show", tmp_path / "x.srt"], "--show", "x.srt", ".png")
     refused([finished_run, "--window", 2], "--window", "--video")
