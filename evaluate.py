@@ -13,9 +13,8 @@ Letters: B clips, T frames, S side in pixels.
 import argparse
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -159,13 +158,17 @@ def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, 
 # ------------------------------------------------------------------------------- your own videos
 
 
-def expand_video_paths(names: list[str]) -> list[Path]:
-    """Files as they are, folders as the videos in them by name; `-` stands for paths on the standard input."""
+def expand_video_paths(names: Iterable[str]) -> list[Path]:
+    """Files as they are, folders as the videos in them by name; `-` stands for paths on the standard input, a line
+    each."""
     paths = []
     for name in names:
         path = Path(name)
+        if "\0" in name:
+            raise InputError(f"--video {name!r}: is no path")
         if name == "-":
-            paths += [Path(line) for line in sys.stdin.read().splitlines() if line.strip()]
+            lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
+            paths += expand_video_paths(line for line in lines if line.strip() not in ("", "-"))
         elif path.is_dir():
             videos = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
             if not videos:
@@ -173,8 +176,6 @@ def expand_video_paths(names: list[str]) -> list[Path]:
             paths += videos
         else:
             paths.append(path)
-    if not paths:
-        raise InputError("--video -: expected paths of videos on the standard input, one per line, found none")
     return paths
 
 
@@ -195,11 +196,12 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int, window:
     model saw (T, 3, S, S)."""
     device = next(captioner.parameters()).device
     for path in paths:
+        name = str(path).replace("\n", "\\n")
         try:
             for times, pixels in read_pieces(path, frames, captioner.vit.preprocessing, window, stride):
                 caption = captioner.caption(pixels[None].to(device), **generation)[0]
-                when = f" {times['start']:.1f}-{times['end']:.1f} s:" if times else ""
-                print(cli.printable(f"{path}:{when} {caption}"))
+                when = f" {times['start']:.2f}-{times['end']:.2f} s:" if times else ""
+                print(cli.printable(f"{name}:{when} {caption}"))
                 yield {"video": str(path), **times, "caption": caption}, pixels
         except InputError as error:
             print(cli.printable(f"error: {error}"), file=sys.stderr)
@@ -213,35 +215,45 @@ def write_row(path: Path, row: dict, number: int) -> None:
     if is_subtitle and "error" in row:
         return
     text = format_srt(number, row["start"], row["end"], row["caption"]) if is_subtitle else json.dumps(row) + "\n"
+    size = 0 if number == 1 or not path.exists() else path.stat().st_size
     try:
         with open(path, "w" if number == 1 else "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError as error:
+        if path.is_file() and path.stat().st_size > size:
+            os.truncate(path, size)  # the disk is full: no half of a row stays
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int, generation: dict) -> int:
-    """Captions the videos of --video; -> the exit code, 2 if any could not be read."""
-    paths, rows, shown = expand_video_paths(args.video), [], []
+def check_videos(paths: list[Path], args: argparse.Namespace) -> None:
+    """Raises InputError for no videos, for several with an output for one, and for outputs that are one of them."""
+    if not paths:
+        raise InputError("--video -: expected paths of videos on the standard input, one per line, found none")
     for flag, given in (("--show", args.show), ("--save FILE.srt", args.save and args.save.suffix.lower() == ".srt")):
         if given and len(paths) > 1:
             raise InputError(f"{flag}: expected one video, found {len(paths)}")
     for flag, output in outputs(args).items():
         if any(output.resolve() == path.resolve() for path in paths):
             raise InputError(f"{flag} {output}: is one of the videos, expected another file")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the page is written
-    try:
-        for row, pixels in caption_videos(captioner, paths, frames, args.window, args.stride, **generation):
-            rows.append(row)
-            if args.save:
-                write_row(args.save, row, len(rows))
-            if args.report and pixels is not None and has_room(shown):
-                shown.append(video_data_of(captioner, row, pixels, len(shown)))
-            if args.show and pixels is not None:
-                show_video(args.show, captioner, row["caption"], pixels)
-    finally:
-        if args.report and shown:
-            report_videos(args.report, args.run, captioner, shown)
+
+
+def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int, generation: dict) -> int:
+    """Captions the videos of --video; -> the exit code, 2 if any could not be read."""
+    paths, rows, shown = expand_video_paths(args.video), [], []
+    check_videos(paths, args)
+    with cli.one_interrupt():
+        try:
+            for row, pixels in caption_videos(captioner, paths, frames, args.window, args.stride, **generation):
+                rows.append(row)
+                if args.save:
+                    write_row(args.save, row, len(rows))
+                if args.report and pixels is not None and has_room(shown):
+                    shown.append(video_data_of(captioner, row, pixels, len(shown)))
+                if args.show and pixels is not None:
+                    show_video(args.show, captioner, row["caption"], pixels)
+        finally:  # after Ctrl-C and SIGTERM, too
+            if args.report and shown:
+                report_videos(args.report, args.run, captioner, shown, rows)
     failed = sum("error" in row for row in rows)
     if failed and len(paths) > 1:
         print(f"error: {failed} of {len(paths)} videos could not be captioned", file=sys.stderr)

@@ -6,7 +6,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import InputError, is_out_of_memory, memory_line
@@ -113,6 +114,26 @@ def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lamb
         print(printable(message), file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not interrupt the exit
     sys.exit(code)
+
+
+@contextmanager
+def one_interrupt() -> Iterator[None]:
+    """Inside the block the first Ctrl-C or SIGTERM raises KeyboardInterrupt. Others are ignored, so a `finally` in the
+    block ends."""
+    signals = signal.SIGINT, signal.SIGTERM
+
+    def interrupt(*_) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:  # else the process ends, and no signal may disturb that
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def format_seconds(seconds: float) -> str:

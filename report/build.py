@@ -105,7 +105,7 @@ def has_room(clips: Sequence[dict]) -> bool:
 def video_data_of(captioner, row: dict, frames: Tensor, count: int) -> dict:
     """A user's video {"video", "caption"}, or a window of one, and its frames, as part of a page with `count`
     others."""
-    name = f"{row['video']}, {row['start']:.1f} to {row['end']:.1f} s" if "start" in row else row["video"]
+    name = f"{row['video']}, {row['start']:.2f} to {row['end']:.2f} s" if "start" in row else row["video"]
     inside = inside_of(captioner, frames) if count < max_inside(captioner, len(frames)) else None
     return clip_data(ClipRow(name, make_strip(frames), len(frames), row["caption"], inside=inside))
 
@@ -115,7 +115,10 @@ def show_video(path: Path, captioner, caption: str, frames: Tensor) -> None:
     write_picture(path, draw_clip(frames, caption, inside_of(captioner, frames), captioner.first_block + 1))
 
 
-def report_videos(path: Path, run: Path, captioner, clips: list[dict]) -> None:
-    """Writes the page of a user's videos, see `video_data_of`."""
-    title = f"{run.resolve().name}: {len(clips)} video{'s' * (len(clips) != 1)}"
-    write_page(path, format_page(title, settings_of(run), clips, captioner.first_block + 1, {}))
+def report_videos(path: Path, run: Path, captioner, clips: list[dict], rows: list[dict]) -> None:
+    """Writes the page of a user's videos, see `video_data_of`; rows: all captions and errors so far."""
+    failed = [row["video"] for row in rows if "error" in row]
+    what = "windows of videos" if any("start" in row for row in rows) else "videos"
+    title = f"{run.resolve().name}: {len(clips)} of {len(rows) - len(failed)} {what}"
+    settings = settings_of(run) | ({"not captioned": ", ".join(failed)} if failed else {})
+    write_page(path, format_page(title, settings, clips, captioner.first_block + 1, {}))

@@ -58,11 +58,14 @@ function queryButtons(clip, canvas) {
 
 function card(clip) {
   const node = element("article", ""), strip = element("div", "strip"), image = element("img", "");
+  const scroller = element("div", "scroller");
   image.src = clip.strip;
   image.alt = "frames of " + clip.id;
   image.width = clip.frames * 96;
+  strip.style.setProperty("--frames", clip.frames);
   strip.append(image);
-  node.append(strip, element("p", "caption", clip.caption));
+  scroller.append(strip);
+  node.append(scroller, element("p", "caption", clip.caption));
   const scores = Object.entries(clip.scores).map(([name, value]) => `${name} ${(100 * value).toFixed(1)}`);
   node.append(element("div", "numbers", [clip.id, ...scores].join("  ·  ")));
   for (const reference of clip.references.slice(0, 3)) node.append(element("p", "reference", reference));
@@ -95,7 +98,7 @@ for (const clip of data.clips) clip.text = [clip.id, clip.caption, ...clip.refer
 for (const name of data.sortable) {
   order.append(new Option(`${name}, worst first`, `${name}|1`), new Option(`${name}, best first`, `${name}|-1`));
 }
-order.append(new Option("as in the dataset", "|1"));
+order.append(new Option("in their order", "|1"));
 document.getElementById("hint").hidden = !data.clips.some((clip) => clip.attention);
 order.addEventListener("change", show);
 search.addEventListener("input", show);
@@ -111,7 +114,7 @@ function decode(text) {
 
 // A link to what is shown: page.html#WORD searches, page.html#WORD@3 also chooses query 3 of the first clip, last block.
 function follow() {
-  const [word, query] = location.hash.slice(1).split("@");
+  const [, word, query] = location.hash.slice(1).match(/^(.*?)(?:@(\d+))?$/s);
   search.value = decode(word);
   show();
   const button = list.querySelector("article")?.querySelectorAll(".block:last-of-type button")[query - 1];

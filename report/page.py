@@ -17,7 +17,7 @@ import numpy as np
 
 from common.files import replace_atomically
 from report.inside import Inside
-from report.strips import MAX_FRAMES
+from report.strips import shown_frames
 
 HERE = Path(__file__).parent
 CURVES = '<details open><summary>Training</summary><div class="curves">{}</div></details>'
@@ -43,20 +43,25 @@ def format_rows(rows: dict[str, object]) -> str:
 
 
 def encode_attention(patches: np.ndarray) -> str:
-    """Attention (L, N, T, side, side) -> base64 of a byte a patch; 255 is the most that the query reads there."""
+    """Attention (L, N, T, side, side) -> base64 of a byte a patch of the frames that a strip shows; 255 is the most
+    that the query reads in any frame."""
     largest = patches.max((-3, -2, -1), keepdims=True)
     levels = np.round(255 * patches / np.maximum(largest, 1e-12)).astype(np.uint8)
+    levels = levels[:, :, shown_frames(patches.shape[2])]
     return base64.b64encode(levels.tobytes()).decode()
 
 
 def clip_data(row: ClipRow) -> dict:
     """What the page's script needs of one clip."""
     scores = {name: round(value, 4) for name, value in row.scores.items()}
-    data = {"id": row.id, "strip": row.strip, "frames": min(row.frames, MAX_FRAMES),
+    count = len(shown_frames(row.frames))
+    name = row.id.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
+    data = {"id": name, "strip": row.strip, "frames": count,
             "caption": row.caption, "references": row.references, "scores": scores}  # fmt: skip
     if row.inside is not None:
         patches = row.inside.patches()[0]
-        data |= {"attention": encode_attention(patches), "shape": patches.shape[:4]}  # L, N, T, side
+        blocks, queries, _, side = patches.shape[:4]
+        data |= {"attention": encode_attention(patches), "shape": [blocks, queries, count, side]}
         if row.inside.gates is not None:
             data["gates"] = np.round(row.inside.gates[0].astype(float), 3).tolist()
     return data

@@ -16,7 +16,7 @@ from common.files import replace_atomically
 from report.inside import Inside
 from report.strips import side_by_side
 
-HEIGHT, LINE, LETTER, MARGIN = 160, 32, 12, 12  # pixels: H, a line of text, the width of a letter at most, margins
+HEIGHT, LINE, LETTER, MARGIN = 160, 32, 12, 12  # pixels: H, a line of text, a wide letter, margins
 DARK = 0.15  # how bright that is which is not read
 
 

@@ -21,11 +21,14 @@ def side_by_side(frames: Tensor, height: int) -> Tensor:
     return torch.cat(list(frames.round().clamp(0, 255).to(torch.uint8)), dim=2)  # (3, H, T * H)
 
 
+def shown_frames(count: int) -> list[int]:
+    """Indices of the frames that a strip of `count` frames shows: MAX_FRAMES from the first to the last, or all."""
+    return torch.linspace(0, count - 1, min(count, MAX_FRAMES)).round().long().tolist()
+
+
 def film_strip(frames: Tensor) -> Tensor:
-    """Frames uint8 (T, 3, S, S) -> one picture uint8 (3, H, T * H), never enlarged; of many frames, MAX_FRAMES."""
-    if len(frames) > MAX_FRAMES:
-        frames = frames[torch.linspace(0, len(frames) - 1, MAX_FRAMES).round().long()]
-    return side_by_side(frames, min(HEIGHT, frames.shape[-1]))
+    """Frames uint8 (T, 3, S, S) -> one picture uint8 (3, H, T * H) of those that are shown, never enlarged."""
+    return side_by_side(frames[shown_frames(len(frames))], min(HEIGHT, frames.shape[-1]))
 
 
 def jpeg_uri(picture: Tensor) -> str:

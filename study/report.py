@@ -100,8 +100,9 @@ def format_figure(table: Table, results: dict[RunKey, dict]) -> str:
 
 
 def is_begun(table: Table, results: dict[RunKey, dict]) -> bool:
-    """Whether there is anything to compare. Tables share rows, so one row may be of another's runs."""
-    return len(reported_runs(table, results)) > 1
+    """Whether the row `reference` has others to compare it with. Tables share rows, so some may be of others' runs."""
+    rows = reported_runs(table, results)
+    return table.reference in rows and len(rows) > 1
 
 
 def format_part(name: str, table: Table, results: dict[RunKey, dict]) -> str:

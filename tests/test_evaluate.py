@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,8 @@ def test_sigterm_leaves_the_page_of_what_was_captioned(finished_run, flags, tmp_
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     first = [child.stdout.readline() for _ in range(2)]
     child.terminate()
+    time.sleep(0.01)
+    child.terminate()  # as an impatient user, or `timeout`, which signals the process and then its group
     rest, errors = child.communicate()
     assert (child.returncode, errors) == (130, b"stopped\n") and b"" not in first
     shown = (tmp_path / "r.html").read_text().count('"strip"')
@@ -115,7 +118,7 @@ def test_a_long_video_is_captioned_piece_by_piece(finished_run, flags, tmp_path)
     ]  # fmt: skip
     assert len(expected) > 2
     assert [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()] == expected
-    assert f"{video}, 0.2 to 0.8 s" in (tmp_path / "r.html").read_text()
+    assert f"{video}, 0.25 to 0.75 s" in (tmp_path / "r.html").read_text()
     assert run_forked(evaluate, *words, tmp_path / "c.srt").returncode == 0
     cues = (tmp_path / "c.srt").read_text().split("\n\n")
     assert [cue.split("\n")[2] for cue in cues[:-1]] == [row["caption"] for row in expected]
@@ -126,13 +129,46 @@ def test_a_saved_file_stays_where_nothing_is_captioned(finished_run, tmp_path, m
     """An empty folder, and an empty list of paths: an error, and the captions of an earlier call are still there."""
     (tmp_path / "c.json").write_text("old")
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     for videos in (tmp_path / "empty", "-"):
         words = map(str, ["evaluate.py", finished_run, "--video", videos, "--save", tmp_path / "c.json"])
         monkeypatch.setattr(sys, "argv", list(words))
         with pytest.raises(InputError, match="found none"):
             evaluate.main()
         assert (tmp_path / "c.json").read_text() == "old"
+
+
+def test_paths_on_the_standard_input_may_have_any_name(tmp_path, monkeypatch):
+    """A line each: names that are no UTF-8, that contain other line breaks of Unicode, and a folder. NUL is no path."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.mp4").touch()
+    names = [b"\xff.mp4", "a\u2028b.mp4".encode(), b"-", bytes(tmp_path / "folder")]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join([*names, b""]))))
+    found = evaluate.expand_video_paths(["-"])
+    assert [os.fsencode(path) for path in found] == [*names[:2], bytes(tmp_path / "folder/a.mp4")]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\0b")))
+    with pytest.raises(InputError, match="is no path"):
+        evaluate.expand_video_paths(["-"])
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
+    """Reference: a file that takes 10 more bytes."""
+
+    def write_part(self, text):
+        real_write(self, text[:10])
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "c.jsonl"
+    evaluate.write_row(path, {"video": "a"}, 1)
+
+    class Full(io.TextIOWrapper):
+        write = write_part
+
+    real_write = io.TextIOWrapper.write
+    monkeypatch.setattr(evaluate, "open", lambda name, mode, **kw: Full(io.FileIO(name, mode), **kw), raising=False)
+    with pytest.raises(InputError, match="c.jsonl: No space"):
+        evaluate.write_row(path, {"video": "b"}, 2)
+    assert path.read_text() == '{"video": "a"}\n'
 
 
 def test_real_videos_are_captioned_or_named(finished_run, real):

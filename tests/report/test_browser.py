@@ -100,8 +100,11 @@ def test_a_query_is_drawn_as_dark_as_it_does_not_read(tmp_path, text, attention)
     assert states == [*on, ",".join(off), 0]
 
 
-@pytest.mark.parametrize(("link", "clips", "query"), [("#two@2", ["two"], "query 2 after block 5, gate 0.25"),
-                                                      ("#100%25", ["four"], None), ("#100%", ["four"], None)])
+@pytest.mark.parametrize(
+    ("link", "clips", "query"),
+    [("#two@2", ["two"], "query 2 after block 5, gate 0.25"), ("#100%25", ["four"], None), ("#100%", ["four"], None),
+     ("#a@b@2", [], None)],
+)  # fmt: skip
 def test_a_link_searches_and_chooses_a_query(tmp_path, text, link, clips, query):
     probe = "result.push(shown(), document.querySelector('[aria-pressed=true]')?.title ?? null);"
     assert browse(tmp_path, text, probe, link) == [clips, query]
@@ -116,6 +119,19 @@ def test_nothing_is_wider_than_a_phone_and_buttons_can_be_hit(tmp_path, text):
     result.push(Math.min(...buttons.map((box) => Math.min(box.width, box.height))));"""
     right, least = browse(tmp_path, text, probe)
     assert right <= 360 and least >= 24
+
+
+def test_the_focus_is_not_behind_the_form(tmp_path, text):
+    """Each button of a low page, focused from the last to the first, is below the form that stays at the top (WCAG
+    2.2, 2.4.11)."""
+    probe = """document.body.style.paddingBottom = "3000px";
+    window.scrollTo(0, 3000);
+    const form = document.getElementById("tools");
+    for (const button of [...document.querySelectorAll("article button")].reverse()) {
+      button.focus();
+      result.push(button.getBoundingClientRect().top - form.getBoundingClientRect().bottom);
+    }"""
+    assert min(browse(tmp_path, text, probe, "", "--window-size=600,400")) >= 0
 
 
 def test_a_dark_page_has_light_letters(tmp_path, text):

@@ -113,8 +113,12 @@ def test_the_strip_of_many_frames_is_a_part_of_them():
     strip = strips.film_strip(frames)
     assert strip.shape == (3, 64, 64 * 64) and (strip[0, 0, 0], strip[0, 0, -1]) == (0, 249)
     assert decode(strips.jpeg_uri(strip)).shape == strip.shape
-    data = page.clip_data(page.ClipRow("a", "", len(frames), "b"))
-    assert data["frames"] == 64
+    attention = np.zeros((1, 1, 1, 1000, 4), dtype=np.float32)
+    attention[..., 0] = np.arange(1000) / 999
+    data = page.clip_data(page.ClipRow("a", "", len(frames), "b", inside=Inside(attention, None)))
+    assert data["frames"] == 64 and data["shape"] == [1, 1, 64, 2]
+    levels = np.frombuffer(base64.b64decode(data["attention"]), np.uint8).reshape(64, 4)[:, 0]
+    assert np.abs(levels - strip[0, 0, ::64].double().numpy() * 255 / 249.75).max() <= 1.5  # each frame has its own
 
 
 def test_attention_is_a_byte_a_patch_by_each_querys_own_maximum():
@@ -188,6 +192,10 @@ def test_a_page_of_large_frames_shows_fewer_clips():
     assert build.MAX_STRIP_BYTES - 2 * size < len(found) * size <= build.MAX_STRIP_BYTES
     assert list(found) == build.select_clips(scores, len(found))
     strip = next(iter(found.values()))
+    rows = [page.clip_data(page.ClipRow(f"clip {i}", found[i], 12, "word " * 10, ["word " * 10] * 20)) for i in found]
+    attention = np.zeros((1, 1, 1, 1, build.MAX_INSIDE_BYTES), dtype=np.float32)
+    rows[0]["attention"] = page.encode_attention(attention[..., None])
+    assert len(page.format_page("a", {}, rows, 4, {})) < 15e6
     assert build.has_room([{"strip": strip}] * 10) and not build.has_room([{"strip": strip}] * 1000)
     small = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     assert list(build.select_strips(scores, [small.numpy()] * 600)) == build.select_clips(scores, 500)
@@ -227,6 +235,8 @@ def test_the_page_of_videos(finished_run, flags, tmp_path):
     data = json.loads(Page((tmp_path / "r.html").read_text()).data)
     assert [printable(f"{clip['id']}: {clip['caption']}") for clip in data["clips"]] == done.stdout.splitlines()
     assert all(clip["scores"] == {} and "attention" in clip for clip in data["clips"])
+    text = (tmp_path / "r.html").read_text()
+    assert "2 of 2 videos</title>" in text and f"<th>not captioned</th><td>{tmp_path / 'bad.mp4'}</td>" in text
 
 
 # ----------------------------------------------------------------------------------- the picture

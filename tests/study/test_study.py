@@ -17,7 +17,7 @@ from common.errors import InputError
 from study import __main__ as program
 from study import figures, report, runs
 from study.runs import RunKey, chosen_lr, first_runs, later_runs
-from study.tables import LRS, SEEDS, TABLES, Table
+from study.tables import CHOSEN, LRS, SEEDS, TABLES, Table
 from training.config import make_parser
 
 A, B = "--rank 8", "--method none"
@@ -102,6 +102,14 @@ def test_the_page_is_that_of_the_results(name):
     assert found == report.format_part(name, TABLES[name], results)
     if report.is_begun(TABLES[name], results):
         assert report.figure_path(name).read_text() == report.format_figure(TABLES[name], results)
+
+
+def test_other_sizes_have_the_rates_of_the_methods():
+    """Reference: results/pair.json."""
+    table = TABLES["methods"]
+    results = runs.load_results(table)
+    for row, lr in CHOSEN.items():
+        assert chosen_lr(table, results, table.rows[row]) == lr
 
 
 def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):

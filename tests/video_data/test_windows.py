@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import InputError
 from common.preprocessing import Preprocessing
 from tests.video_data.test_video import EVEN, frame_indices, plain_decode, write_video
 from video_data import windows
@@ -73,13 +74,26 @@ def test_times_count_from_the_start_of_the_file(tmp_path, suffix, has_sound, exp
     assert [frame_indices(frames) for _, _, frames in found] == [[1, 3], [6, 8], [11, 13], [16, 18]]
 
 
-@pytest.mark.parametrize(("end", "last"), [(0.8, [15, 17, 19]), (0.95, [16, 16, 18]), (float("inf"), [16, 16, 18]),
-                                           (0.5, [16, 16, 18])])  # fmt: skip
-def test_the_end_of_a_video_need_not_be_known(tmp_path, monkeypatch, end, last):
-    """Packets may say a later end, as where the last ones are damaged, none, or an earlier one."""
-    monkeypatch.setattr(windows, "find_bounds", lambda path: (0.0, end))
+@pytest.mark.parametrize(
+    ("start", "end", "last"),
+    [(0.0, 0.8, [15, 17, 19]), (0.0, 0.95, [16, 16, 18]), (None, float("inf"), [16, 16, 18]), (0.0, 0.5, [16, 16, 18]),
+     (9.0, 0.8, [15, 17, 19])],
+)  # fmt: skip
+def test_what_packets_say_may_be_wrong(tmp_path, monkeypatch, start, end, last):
+    """A later end, as where the last ones are damaged, none, or an earlier one; a start after the first frame."""
+    monkeypatch.setattr(windows, "find_bounds", lambda path: (start, end))
     found = list(iter_windows(write_video(tmp_path / "a.mp4", EVEN), 0.3, 0.3, 3, SQUARE))
-    assert found[-1][1] == pytest.approx(0.8) and frame_indices(found[-1][2]) == last
+    assert found[0][0] == 0 and found[-1][1] == pytest.approx(0.8) and frame_indices(found[-1][2]) == last
+
+
+def test_joined_recordings_are_refused_where_the_second_begins(tmp_path):
+    """Two transport streams in one file: the windows of the first come, then an error, not silence."""
+    first = write_video(tmp_path / "a.ts", [200 + t for t in EVEN]).read_bytes()
+    (tmp_path / "c.ts").write_bytes(first + write_video(tmp_path / "b.ts", EVEN).read_bytes())
+    found = iter_windows(tmp_path / "c.ts", 0.4, 0.4, 2, SQUARE)
+    assert frame_indices(next(found)[2]) == [2, 7]
+    with pytest.raises(InputError, match=r"c.ts: its clock steps back from 2.76 s to 0.00 s"):
+        next(found)
 
 
 @pytest.mark.parametrize("name", ["clips/12727.mp4", "clips/walk.mkv", "msvd/YouTubeClips/3qqEKTPxLNs_1_15.avi"])
