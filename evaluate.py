@@ -26,6 +26,7 @@ from common import cli
 from common.errors import InputError, memory_for, naming
 from common.json_fields import field, write_json
 from common.preprocessing import Preprocessing
+from common.run_log import check_output
 from model import AdapterConfig, Captioner
 from models import hub
 from models.generation import make_generation_config
@@ -204,7 +205,7 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int, window:
                 print(cli.printable(f"{name}:{when} {caption}"))
                 yield {"video": str(path), **times, "caption": caption}, pixels
         except InputError as error:
-            print(cli.printable(f"error: {error}"), file=sys.stderr)
+            cli.print_error(f"error: {error}")
             yield {"video": str(path), "error": str(error)}, None
 
 
@@ -233,8 +234,10 @@ def check_videos(paths: list[Path], args: argparse.Namespace) -> None:
         if given and len(paths) > 1:
             raise InputError(f"{flag}: expected one video, found {len(paths)}")
     for flag, output in outputs(args).items():
-        if any(output.resolve() == path.resolve() for path in paths):
+        if output.exists() and any(path.exists() and output.samefile(path) for path in paths):
             raise InputError(f"{flag} {output}: is one of the videos, expected another file")
+        if output.exists() and "-" in args.video and os.path.samestat(os.fstat(0), output.stat()):
+            raise InputError(f"{flag} {output}: is the standard input, expected another file")
 
 
 def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int, generation: dict) -> int:
@@ -256,7 +259,7 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
                 report_videos(args.report, args.run, captioner, shown, rows)
     failed = sum("error" in row for row in rows)
     if failed and len(paths) > 1:
-        print(f"error: {failed} of {len(paths)} videos could not be captioned", file=sys.stderr)
+        cli.print_error(f"error: {failed} of {len(paths)} videos could not be captioned")
     return 2 if failed else 0
 
 
@@ -272,21 +275,8 @@ def outputs(args: argparse.Namespace) -> dict[str, Path]:
 def check_outputs_outside(args: argparse.Namespace, folder: Path, name: str) -> None:
     """Raises InputError if a file to write is one of the folder that the run reads: its dataset or a frozen model."""
     for flag, output in outputs(args).items():
-        if output.exists() and folder.resolve() in output.resolve().parents:
+        if output.exists() and folder.resolve() in (output.resolve(), *output.resolve().parents):
             raise InputError(f"{flag} {output}: is a file of the {name}, expected another one")
-
-
-def check_output(flag: str, path: Path, run: Path) -> None:
-    """Raises InputError for a path that no file can be written to, and for the files of the run."""
-    files = {(run / name).resolve() for name in ("config.json", "log.jsonl", "test.json", "lock")}
-    if flag != "--report":
-        files.add((run / "report.html").resolve())
-    folders = {(run / name).resolve() for name in ("best", "last", "val")}
-    if path.resolve() in files or folders & set(path.resolve().parents):
-        raise InputError(f"{flag} {path}: is a file of the run, expected another one")
-    is_file = path.is_file() or not path.exists()
-    if not (is_file and path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise InputError(f"{flag} {path}: expected the name of a file in a folder that can be written to")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -354,8 +344,8 @@ def main() -> int:
     devices.keep_freed_memory()
     captioner, flags = load_run(args.run, args.weights)
     for part in ("vit", "lm", "mllm"):
-        if flags.get(part) and Path(flags[part]).is_dir():
-            check_outputs_outside(args, Path(flags[part]), f"run's frozen {part}")
+        if flags.get(part):
+            check_outputs_outside(args, hub.resolve(flags[part]), f"run's frozen {part}")
     captioner.to(device)
     frames = args.frames or flags["frames"]
     if args.beams is None:

@@ -14,6 +14,7 @@ from common import cli
 from common.errors import InputError
 from common.files import replace_atomically
 from common.json_fields import field, read_json
+from common.run_log import check_output
 from evaluate import load_run
 from video_data import shapes
 from video_data.datasets import Clip, read_dataset
@@ -54,15 +55,18 @@ def draw_clip(canvas: Image.Image, top: int, frames: Tensor, clip: Clip, caption
 
 def main() -> None:
     parser = cli.Parser("Draws test clips of a run on shapes with their captions.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
-    parser.add_argument("--out", type=Path, default=Path("docs/captions.png"), help="the PNG file to write")
+    parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
+    parser.add_argument("--out", type=cli.path, default=Path("docs/captions.png"), help="the PNG file to write")
     args = parser.parse_args()
+    check_output("--out", args.out, args.run)
     captioner, flags = load_run(args.run)
     if flags["dataset"] != "shapes":
         raise InputError(f"{args.run}: expected a run on shapes, found one on {flags['dataset']}")
     captions = field(read_json(args.run / "test.json"), "captions", dict, args.run / "test.json")
     sizes, seed = flags["shapes_sizes"], flags["shapes_seed"]
     clips = read_dataset("shapes", Path(flags["data"]), sizes, splits=["test"], seed=seed).splits["test"]
+    if missing := [clip.id for clip in clips if clip.id not in captions]:
+        raise InputError(f"{args.run / 'test.json'}: captions: expected {len(clips)}, found none of {missing[0]}")
     chosen = select_clips(clips, captions)
     width = max(flags["frames"] * (SIDE + GAP) - GAP, LABEL_WIDTH + TEXT_WIDTH)
     height = len(chosen) * (ROW + 24) - 24

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import InputError, is_out_of_memory, memory_line
@@ -75,6 +75,12 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
 
 
+def print_error(message: str) -> None:
+    """Prints on the standard error. What takes it may be full; the exit code tells the error, too."""
+    with suppress(OSError):
+        print(printable(message), file=sys.stderr, flush=True)
+
+
 def discard_output() -> None:
     """Sends what is printed, also what could not be printed yet, to /dev/null: else the interpreter tries again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -111,7 +117,7 @@ def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lamb
     except OSError:  # the disk is full
         discard_output()
     if message and should_report():
-        print(printable(message), file=sys.stderr)
+        print_error(message)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not interrupt the exit
     sys.exit(code)
 

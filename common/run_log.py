@@ -1,5 +1,6 @@
 """The log of a run, `log.jsonl`: in each line a JSON object, as `train.py` writes it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,16 @@ def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             if number < len(lines):
                 raise
     return rows
+
+
+def check_output(flag: str, path: Path, run: Path) -> None:
+    """Raises InputError for a path that no file can be written to, and for the files of the run."""
+    files = {(run / name).resolve() for name in ("config.json", "log.jsonl", "test.json", "lock")}
+    if flag != "--report":
+        files.add((run / "report.html").resolve())
+    folders = {(run / name).resolve() for name in ("best", "last", "val")}
+    if path.resolve() in files or folders & set(path.resolve().parents):
+        raise InputError(f"{flag} {path}: is a file of the run, expected another one")
+    is_file = path.is_file() or not path.exists()
+    if not (is_file and path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise InputError(f"{flag} {path}: expected the name of a file in a folder that can be written to")

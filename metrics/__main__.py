@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from . import METRICS, TOKENIZERS, InputError, inputs, score
@@ -101,6 +102,12 @@ def current_umask():
 # --- the command --------------------------------------------------------------------------------------------------
 
 
+def warn(text):
+    """Prints on the standard error. What takes it may be full; the exit code tells an error, too."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports errors in one line."""
 
@@ -153,28 +160,36 @@ def main(argv=None):
             progress=Progress(),
         )
         for note in scores.notes:
-            print(note, file=sys.stderr)
+            warn(note)
         as_json = json.dumps({**scores.corpus, "signature": scores.signature})
-        print(as_json if args.json else format_table(scores), flush=True)
-        if args.per_video:  # after the scores, which a full disk must not lose
+        failure = None
+        try:
+            print(as_json if args.json else format_table(scores), flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk: one of the two outputs must not lose the other
+            failure = error
+        if args.per_video:
             try:
                 write_csv(args.per_video, scores.per_video)
             except OSError as error:  # which names a temporary file
                 raise InputError(f"--per-video {args.per_video}: {error.strerror or error}") from error
+        if failure:
+            raise failure
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return 2
     except BrokenPipeError:  # the reader, e.g. `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        print(f"error: {InputError(str(error.filename or 'output'))}: {error.strerror}", file=sys.stderr)
+        warn(f"error: {InputError(str(error.filename or 'output'))}: {error.strerror}")
         return 2
     except MemoryError:
-        print("error: out of memory", file=sys.stderr)
+        warn("error: out of memory")
         return 2
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        warn("stopped")
         return 130
     return 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 # pycocoevalcap tokenises all captions as lines of one file. There a line break inside a caption shifts every later
 # caption to the wrong video; here it becomes a space.
+MAX_LETTERS = 10_000  # of a caption; the rules of the tokenizer take long on more
 LINE_BREAKS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
 NAMES = ("references", "hypotheses")
 
@@ -125,6 +126,8 @@ def check_caption(caption, where):
     """A caption as one line."""
     if not isinstance(caption, str):
         raise InputError(f"{where}: expected a string, found {type_name(caption)}")
+    if len(caption) > MAX_LETTERS:
+        raise InputError(f"{where}: has {len(caption):,} characters, expected at most {MAX_LETTERS:,}")
     return LINE_BREAKS.sub(" ", caption)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from common import cli
 from common.errors import InputError
 from common.files import replace_atomically
-from common.run_log import read_log
+from common.run_log import check_output, read_log
 from report.svg import COLOURS, document, line, text
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 250, 170, 52, 48, 62  # pixels: a panel, and the margins around it
@@ -44,7 +44,8 @@ def make_panels(rows: list[dict], path: Path, first_block: int = 1) -> list[Pane
     cider = [(step, 100 * scores["CIDEr"]) for step, scores in val]
     panels.append(Panel("validation CIDEr", max(50, 50 * math.ceil(max(y for _, y in cider) / 50)), {"": cider}))
     names = [name for name in ("shapes right", "motion_one right", "motion_two right") if name in val[-1][1]]
-    lines = {name.removesuffix(" right"): [(step, 100 * scores[name]) for step, scores in val] for name in names}
+    lines = {name.removesuffix(" right"): [(step, 100 * scores[name]) for step, scores in val if name in scores]
+             for name in names}  # fmt: skip
     return panels + ([Panel("correct validation captions, %", 100, lines)] if lines else [])
 
 
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
     parser.add_argument("--save", type=cli.path, required=True, metavar="FILE", help="the SVG to write")
     args = parser.parse_args()
+    check_output("--save", args.save, args.run)
     path = args.run / "log.jsonl"
     panels = make_panels([row for _, row in read_log(path)], path)
     with replace_atomically(args.save) as file:

@@ -57,6 +57,8 @@ def load_results(table: Table) -> dict[RunKey, dict]:
     path = RESULTS / f"{table.store}.json"
     results = {}
     for run in field(read_json(path), "runs", list, path) if path.exists() else []:
+        if not isinstance(run, dict):
+            raise InputError(f"{path}: runs: expected objects, found {run!r:.40}")
         common, own = table.flags, field(run, "flags", str, path)
         if own != common and not own.startswith(f"{common} "):
             raise InputError(f"{path}: holds a run with other flags than study/tables.py, {own!r}: delete the file to "

@@ -244,6 +244,13 @@ def test_each_user_error_is_one_line(finished_run, backbones, flags, tmp_path, m
     video.write_bytes(b"video")
     refused([finished_run, "--video", video, "--save", video], "v.mp4", "one of the videos")
     assert video.read_bytes() == b"video"
+    os.link(video, tmp_path / "link.jsonl")
+    refused([finished_run, "--video", video, "--save", tmp_path / "link.jsonl"], "link.jsonl", "one of the videos")
+    (tmp_path / "list.txt").write_text(f"{video}\n")
+    with open(tmp_path / "list.txt") as file:
+        done = run_python("evaluate.py", finished_run, "--video", "-", "--save", tmp_path / "list.txt", stdin=file)
+    assert_one_line_error(done, "list.txt", "is the standard input")
+    assert (tmp_path / "list.txt").read_text() == f"{video}\n"
     refused([finished_run, "--video", video, "--split", "val"], "--video", "--split")
     refused([finished_run, "--data", tmp_path / "typo"], "--data", "typo")
     refused([finished_run, "--save", backbones / "lm/model.safetensors"], "model.safetensors", "frozen lm")

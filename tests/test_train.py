@@ -122,6 +122,18 @@ def test_validation_captions_are_stored_and_two_are_printed(finished_run):
     assert sorted(path.name for path in (finished_run / "val").iterdir()) == sorted(f"{step}.json" for step in rows)
 
 
+@pytest.mark.parametrize("name", ["best/adapter.safetensors", "last/thesis.txt", "log.jsonl", "best/0.mp4"])
+def test_a_folder_with_other_files_is_not_trained_into(flags, tmp_path, name):
+    """Weights of a run whose config.json is lost, videos, a thesis: refused at once, and still there."""
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    for more in ([], ["--method", "none"]):
+        with pytest.raises(InputError, match=f"--out {tmp_path}/out: holds {name.partition('/')[0]}, expected a new"):
+            train.parse_args([*map(str, flags), "--out", str(tmp_path / "out"), *more])
+    assert path.read_text() == "precious"
+
+
 def test_a_batch_is_processed_in_micro_batches():
     """5 clips in micro-batches of 2: three passes. Reference: the sum of the passes' losses, by 10 tokens, and its
     gradient; a loss of 3 w for each clip."""

@@ -206,9 +206,13 @@ def fill_from_preset(args: argparse.Namespace) -> None:
 
 
 def check_out(folder: Path, resume: bool) -> None:
-    """Raises InputError where the folder is that of another run, or cannot be written to."""
+    """Raises InputError where the folder is that of another run, holds other files, or cannot be written to."""
     if (folder / "config.json").exists() and not resume:
         raise InputError(f"{folder}: holds a run already; --resume {folder} continues it, --out names another folder")
+    for path in sorted(folder.iterdir()) if folder.is_dir() and not resume else ():
+        # what a run that was killed at its start has left
+        if not (path.name in ("lock", "last.new") or path.suffix == ".tmp" or (path / "sha256.json").exists()):
+            raise InputError(f"--out {folder}: holds {path.name}, expected a new or an empty folder")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--out {folder}: cannot be written to")

@@ -1,7 +1,7 @@
 """A long video, piece by piece: frames of one window of time after another, in constant memory.
 
 `read_frames` sorts the times of a file whose times step back. Here the frames after it are not known yet, so a frame
-before a step back is not displayed. A clock that begins anew, as in joined recordings, is an error.
+before a step back is not displayed. A clock that begins anew, as in joined recordings, or jumps is an error.
 
 Letters: T frames, S side in pixels.
 """
@@ -22,7 +22,7 @@ from common.preprocessing import Preprocessing
 from video_data.video import decode_stream, frame_to_rgb, iter_packets, open_video, pixel_aspect, sample_positions
 
 ONE_FRAME = 0.04  # seconds that the only frame of a video is displayed
-RESTART = 1.0  # seconds; a clock that steps back by more begins anew
+RESTART, JUMP = 1.0, 600.0  # seconds; a clock that steps back, or on, by more is another one
 
 
 @dataclass
@@ -91,8 +91,8 @@ def displayed_frames(path: str | Path,
             if frame is None:
                 first = begin = time
             else:
-                if time < begin - RESTART:
-                    raise InputError(f"{path}: its clock steps back from {begin:.2f} s to {time:.2f} s, expected one "
+                if not begin - RESTART <= time <= begin + JUMP:
+                    raise InputError(f"{path}: its clock steps from {begin:.2f} s to {time:.2f} s, expected one "
                                      "recording: remux it to caption the rest")  # fmt: skip
                 end = max(begin, time)
                 yield begin, end, partial(convert, path, frame, preprocessing, reformatter, aspect)

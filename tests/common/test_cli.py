@@ -106,3 +106,15 @@ cli.run(main)
     command = ["bash", "-c", f'"$0" -c "$1" </dev/null {closed}', sys.executable, script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (code, output)
+
+
+def test_a_full_standard_error_changes_no_exit_code():
+    script = """
+from common import cli
+from common.errors import InputError
+def main():
+    raise InputError("x")
+cli.run(main)
+"""
+    command = ["bash", "-c", '"$0" -c "$1" 2>/dev/full', sys.executable, script]
+    assert subprocess.run(command, cwd=ROOT).returncode == 2

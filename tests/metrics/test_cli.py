@@ -326,3 +326,20 @@ def test_streams_that_are_closed(files, closed, has_output):
     command = ["bash", "-c", f'"$0" -m metrics --metrics BLEU "$@" {closed}', sys.executable, *files[0]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and ("Bleu_4" in done.stdout) == has_output
+
+
+def test_a_full_stream_loses_no_other_output(files, tmp_path):
+    """The rows are written though the scores cannot be; an error that cannot be printed has its exit code."""
+    words = [*map(str, files[0]), "--per-video", str(tmp_path / "rows.csv")]
+    command = ["bash", "-c", '"$0" -m metrics --metrics BLEU "$@" >/dev/full', sys.executable, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "No space left on device" in done.stderr
+    assert (tmp_path / "rows.csv").read_text().startswith("id,")
+    command = ["bash", "-c", '"$0" -m metrics --references gone --hypotheses gone 2>/dev/full', sys.executable]
+    assert subprocess.run(command, cwd=ROOT).returncode == 2
+
+
+def test_a_caption_of_too_many_letters_is_named(files, capsys):
+    files[2].write_text(json.dumps(HYPS | {"v1": "n't" * 4000}))
+    code, _, err = run_main(capsys, *files[0], "--metrics", "BLEU")
+    assert code == 2 and "has 12,000 characters, expected at most 10,000" in err

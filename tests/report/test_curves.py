@@ -43,6 +43,16 @@ def test_a_loss_of_zero_and_rows_of_fewer_gates_are_drawn(tmp_path):
     assert curves.curves_of(tmp_path, 4).startswith("<svg")
 
 
+def test_a_validation_without_some_scores_is_drawn(tmp_path):
+    rows = ['{"step": 1, "loss": 1}', '{"step": 1, "val": {"CIDEr": 1}}',
+            '{"step": 2, "val": {"CIDEr": 1, "shapes right": 0.5}}']  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("\n".join(rows))
+    assert ">shapes</text>" in curves.curves_of(tmp_path, 4)
+    before = (tmp_path / "log.jsonl").read_bytes()
+    assert_one_line_error(run_forked(curves, tmp_path, "--save", tmp_path / "log.jsonl"), "a file of the run")
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
 def test_a_folder_without_a_log_is_refused(tmp_path):
     assert_one_line_error(run_forked(curves, tmp_path, "--save", tmp_path / "run.svg"), "log.jsonl")
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')

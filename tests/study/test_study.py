@@ -154,6 +154,9 @@ def test_a_result_of_other_flags_is_refused(tmp_path, monkeypatch):
     assert list(runs.load_results(TABLE)) == [RunKey(A, 0.1, 0)]
     with pytest.raises(InputError, match="x.json: holds a run with other flags"):
         runs.load_results(replace(TABLE, flags="--dataset shapes --epochs 9"))
+    (tmp_path / "x.json").write_text('{"runs": [3]}')
+    with pytest.raises(InputError, match="x.json: runs: expected objects, found 3"):
+        runs.load_results(TABLE)
     for name in (*runs.FIELDS, *runs.SOMETIMES):
         bad = result(RunKey(A, 0.1, 0), 1.0)
         del bad[name]

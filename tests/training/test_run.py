@@ -236,8 +236,8 @@ def test_a_run_has_one_writer(flags, uninterrupted, tmp_path):
 def test_a_folder_without_config_is_no_run_yet(flags, uninterrupted, tmp_path):
     """After a kill before config.json is written, a new run may use the folder, and `--resume` is refused."""
     out = tmp_path / "run"
-    shutil.copytree(uninterrupted, out)
-    (out / "config.json").unlink()
+    shutil.copytree(uninterrupted / "last", out / "last")
+    (out / "lock").touch()
     assert_one_line_error(run_forked(train, "--resume", out), str(out), "config.json")
     assert run_forked(train, *flags, *SAVE_OFTEN, "--out", out).returncode == 0
     assert contents(out) == contents(uninterrupted)

@@ -92,8 +92,15 @@ def test_joined_recordings_are_refused_where_the_second_begins(tmp_path):
     (tmp_path / "c.ts").write_bytes(first + write_video(tmp_path / "b.ts", EVEN).read_bytes())
     found = iter_windows(tmp_path / "c.ts", 0.4, 0.4, 2, SQUARE)
     assert frame_indices(next(found)[2]) == [2, 7]
-    with pytest.raises(InputError, match=r"c.ts: its clock steps back from 2.76 s to 0.00 s"):
+    with pytest.raises(InputError, match=r"c.ts: its clock steps from 2.76 s to 0.00 s"):
         next(found)
+
+
+def test_a_clock_that_jumps_ahead_is_refused(tmp_path):
+    """Frames 0 to 3, and two that a day later begin: no window for each second of the day."""
+    found = iter_windows(write_video(tmp_path / "a.mkv", [0, 4, 8, 12, 8_640_000, 8_640_004]), 1.0, 1.0, 2, SQUARE)
+    with pytest.raises(InputError, match="its clock steps from 0.12 s to 86400.00 s"):
+        list(found)
 
 
 @pytest.mark.parametrize("name", ["clips/12727.mp4", "clips/walk.mkv", "msvd/YouTubeClips/3qqEKTPxLNs_1_15.avi"])
