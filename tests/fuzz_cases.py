@@ -17,6 +17,7 @@ import torch
 import evaluate
 import train
 from metrics import __main__ as metrics_command
+from report import curves
 from tests.scripts import TWELVE_STEPS
 from training import config as train_config
 
@@ -25,7 +26,8 @@ ODD_VALUES = (None, True, False, [], {}, "", "x", "\x1b[31m\n", "\ud800", "\0", 
               2**31, 2**63, 10**30, -(10**30), float("nan"), float("inf"), [[]], {"a": 1}, [1, "a"], DEEP)  # fmt: skip
 ODD_BYTES = (b"", b"{}", b"[]", b"3", b"null", b"\xff\xfe", b"\x80\x04.", b'{"a": 1}', b"\0" * 100, b"PK\x03\x04")
 ODD_ROWS = (b"[]", b"3", b'{"a": 1}', b'{"step": null}', b'{"step": -1}', b'{"step": 1, "elapsed": "x"}', b"\xff",
-            b'{"step": 2, "val": 3}', b'{"step": 1, "loss": {}}', b"", b'{"step": 1', b'{"step": 1e400}')  # fmt: skip
+            b'{"step": 2, "val": 3}', b'{"step": 1, "loss": {}}', b"", b'{"step": 1', b'{"step": 1e400}',
+            b'{"step": 0, "val": {"CIDEr": 1}}', b'{"step": 99, "loss": 1, "gates": []}')  # fmt: skip
 ODD_WORDS = ("", "x", "0", "-1", "1", "2", "3", "5", "0.5", "nan", "inf", "1e400", "1e-300", "\u0663", " 3", "1_000",
              "0x10", "1e300", "9" * 20, "\udcff", "a\nb", "--", "-", "/dev/null", "/dev/zero", ".", "gone/x",
              "run", "file", "\x1b[31m")  # fmt: skip
@@ -260,6 +262,32 @@ def flag_case(rng: random.Random, world: World, case: Path) -> Case:
     return Case(script, words, kept=[case / "file"], made=made)
 
 
+def output_case(rng: random.Random, world: World, case: Path) -> Case:
+    """An output that is an input of the same command: a file of the run, of the dataset or of a model, or a video."""
+    run, data = world.copy("run", case), world.copy("data", case)
+    clip = min((data / "val").glob("*.mp4"))
+    os.link(clip, case / "link.png")
+    inside = [*files_of(run), clip, case / "link.png"]
+    script = rng.choice([train, evaluate, evaluate, curves])
+    if script is train:
+        if rng.random() < 0.5:
+            (run / "config.json").unlink()
+        words = [*TWELVE_STEPS, "--data", data, "--vit", world.root / "vit", "--lm", world.root / "lm"]
+        words += ["--epochs", 1, "--out", rng.choice([run, data, run / "best", data / "val", case])]
+        words += rng.choice([[], ["--method", "none"]])
+    elif script is evaluate:
+        words = [run, *rng.choice([["--video", clip], ["--video", clip, clip]])]
+        words += [rng.choice(["--save", "--report", "--show"]), rng.choice(inside)]
+        if rng.random() < 0.3:
+            inside = [*files_of(run), *files_of(data)]
+            words = [run, "--split", "val", "--data", data, rng.choice(["--save", "--report"]), rng.choice(inside)]
+    else:
+        words = [run, "--save", rng.choice(inside[: len(files_of(run))])]
+    kept = [path for path in inside if path != run / "report.html"]  # which --report may replace
+    return Case(script, words, kept=[*kept, *sorted(data.glob("*/*.mp4"))])
+
+
 FAMILIES: dict[str, Callable[[random.Random, World, Path], Case]] = {
     "run": run_case, "data": data_case, "model": model_case, "metrics": metric_case, "flags": flag_case,
+    "outputs": output_case,
 }  # fmt: skip

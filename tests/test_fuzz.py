@@ -21,9 +21,9 @@ def world(backbones, flags, finished_run, tmp_path_factory):
     return fuzz.complete_world(fuzz.World(root))
 
 
-def test_forty_cases_end_as_they_should(world, tmp_path):
-    """Eight of each family. The time limit is generous: other tests run beside this one."""
-    results = [fuzz.fuzz_one(world, 0, number, tmp_path, seconds=120) for number in range(40)]
+def test_some_cases_end_as_they_should(world, tmp_path):
+    """Seven of each family. The time limit is generous: other tests run beside this one."""
+    results = [fuzz.fuzz_one(world, 0, number, tmp_path, seconds=120) for number in range(42)]
     assert not [found for _, found, _ in results if found]
     assert {code for _, _, code in results} == {0, 2}, "some are refused, some are not"
 
@@ -62,4 +62,5 @@ def test_a_case_is_the_same_each_time(world, tmp_path):
             (folder := tmp_path / name / family).mkdir(parents=True)
             case = make(random.Random("0 7"), world, folder)
             cases.append([str(word).replace(str(folder), "") for word in (*case.words, case.changed)])
-    assert cases[:5] == cases[5:]
+    half = len(cases) // 2
+    assert cases[:half] == cases[half:]
