@@ -267,7 +267,8 @@ def output_case(rng: random.Random, world: World, case: Path) -> Case:
     run, data = world.copy("run", case), world.copy("data", case)
     clip = min((data / "val").glob("*.mp4"))
     os.link(clip, case / "link.png")
-    inside = [*files_of(run), clip, case / "link.png"]
+    run_files = [path for path in files_of(run) if path.name != "stdout.txt"]  # which the tests have added
+    inside = [*run_files, clip, case / "link.png"]
     script = rng.choice([train, evaluate, evaluate, curves])
     if script is train:
         if rng.random() < 0.5:
@@ -279,10 +280,10 @@ def output_case(rng: random.Random, world: World, case: Path) -> Case:
         words = [run, *rng.choice([["--video", clip], ["--video", clip, clip]])]
         words += [rng.choice(["--save", "--report", "--show"]), rng.choice(inside)]
         if rng.random() < 0.3:
-            inside = [*files_of(run), *files_of(data)]
+            inside = [*run_files, *files_of(data)]
             words = [run, "--split", "val", "--data", data, rng.choice(["--save", "--report"]), rng.choice(inside)]
     else:
-        words = [run, "--save", rng.choice(inside[: len(files_of(run))])]
+        words = [run, "--save", rng.choice(run_files)]
     kept = [path for path in inside if path != run / "report.html"]  # which --report may replace
     return Case(script, words, kept=[*kept, *sorted(data.glob("*/*.mp4"))])
 
