@@ -61,7 +61,6 @@ function card(clip) {
   const scroller = element("div", "scroller");
   image.src = clip.strip;
   image.alt = "frames of " + clip.id;
-  image.width = clip.frames * 96;
   strip.style.setProperty("--frames", clip.frames);
   strip.append(image);
   scroller.append(strip);
