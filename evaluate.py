@@ -47,6 +47,16 @@ from video_data.windows import format_srt, iter_windows
 # ---------------------------------------------------------------------------------- loading a run
 
 
+def frozen_folders(flags: dict, path: Path) -> dict[str, Path]:
+    """{part: folder} of a run's frozen models, "mllm", or "vit" and "lm"; path: its config.json, for errors."""
+    folders = {}
+    for part in ["mllm"] if field(flags, "mllm", str, path, None) else ["vit", "lm"]:
+        name = field(flags, part, str, path)
+        with naming(f"{path}: {part}"):
+            folders[part] = hub.resolve(name)
+    return folders
+
+
 def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     """The captioner of a run's folder and its flags: config.json, the frozen models and `which`/adapter.safetensors.
 
@@ -54,12 +64,7 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     """
     path = run / "config.json"
     config, flags = read_run_config(run)
-    parts = ["mllm"] if field(flags, "mllm", str, path, None) else ["vit", "lm"]
-    folders = {}
-    for part in parts:
-        name = field(flags, part, str, path)
-        with naming(f"{path}: {part}"):
-            folders[part] = hub.resolve(name)
+    folders = frozen_folders(flags, path)
     precision = field(flags, "precision", str, path)
     if precision not in devices.DTYPES:
         raise InputError(f"{path}: flags: precision is {precision!r}, expected one of {', '.join(devices.DTYPES)}")
@@ -234,9 +239,11 @@ def check_videos(paths: list[Path], args: argparse.Namespace) -> None:
         if given and len(paths) > 1:
             raise InputError(f"{flag}: expected one video, found {len(paths)}")
     for flag, output in outputs(args).items():
-        if output.exists() and any(path.exists() and output.samefile(path) for path in paths):
+        if not output.exists():
+            continue
+        if any(path.exists() and output.samefile(path) for path in paths):
             raise InputError(f"{flag} {output}: is one of the videos, expected another file")
-        if output.exists() and "-" in args.video and os.path.samestat(os.fstat(0), output.stat()):
+        if "-" in args.video and os.path.samestat(os.fstat(0), output.stat()):
             raise InputError(f"{flag} {output}: is the standard input, expected another file")
 
 
@@ -343,9 +350,8 @@ def main() -> int:
     device, _ = devices.select_device(args.device)
     devices.keep_freed_memory()
     captioner, flags = load_run(args.run, args.weights)
-    for part in ("vit", "lm", "mllm"):
-        if flags.get(part):
-            check_outputs_outside(args, hub.resolve(flags[part]), f"run's frozen {part}")
+    for part, folder in frozen_folders(flags, args.run / "config.json").items():
+        check_outputs_outside(args, folder, f"run's frozen {part}")
     captioner.to(device)
     frames = args.frames or flags["frames"]
     if args.beams is None:

@@ -1,4 +1,5 @@
-"""The log of a run, `log.jsonl`: in each line a JSON object, as `train.py` writes it."""
+"""The log of a run, `log.jsonl`: in each line a JSON object, as `train.py` writes it. And a run's files, which no
+output may replace."""
 
 import os
 from pathlib import Path

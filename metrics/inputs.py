@@ -9,9 +9,9 @@ import json
 import re
 from pathlib import Path
 
+MAX_LETTERS = 10_000  # of a caption; the rules of the tokenizer take long on more
 # pycocoevalcap tokenises all captions as lines of one file. There a line break inside a caption shifts every later
 # caption to the wrong video; here it becomes a space.
-MAX_LETTERS = 10_000  # of a caption; the rules of the tokenizer take long on more
 LINE_BREAKS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
 NAMES = ("references", "hypotheses")
 

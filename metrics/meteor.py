@@ -33,7 +33,7 @@ NUM_COUNTS = 23
 HYP_WORDS, REF_WORDS, HYP_FUNCTION, REF_FUNCTION = range(4)
 CHUNKS, HYP_MATCHED, REF_MATCHED = 20, 21, 22
 ROUNDING_MARGIN = 1 + 1e-9
-MAX_PAIRS = 100_000  # words of a hypothesis times words of a reference; 300 equal words take four seconds
+MAX_PAIRS = 100_000  # words of a hypothesis times words of a reference; 300 equal words take six seconds
 
 
 # --- from counts to a score ---------------------------------------------------------------------------------------

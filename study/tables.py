@@ -43,7 +43,6 @@ SIZES = {
     "`adapter`": ("--method adapter", "--rank 17", "--rank 50", "--rank 241"),
     "Q-Adapter": (CACHED, "--rank 10 --heads 1", "", "--rank 160"),
 }
-WRITE_BACK = "--write-back --rank 22 --heads 2"  # as many parameters as the Q-Adapter
 CHOSEN = {"`linear`": 0.0125, "`lora-lm`": 0.0125, "`lora`": 0.005, "`adapter`": 0.0125, "Q-Adapter": 0.002,
           "Q-Adapter with write-back": 0.002, "`full`": 0.00125}  # learning rates by validation in the table `methods`
 
@@ -53,6 +52,13 @@ def of_size(column: int) -> dict[str, str]:
     return {row: f"{words[0]} {words[column]}".strip() for row, words in SIZES.items()}
 
 
+METHODS = {"`linear`": f"--method linear {CACHED}", **of_size(2),
+           "Q-Adapter with write-back": "--write-back --rank 22 --heads 2", "`full`": "--method full"}  # fmt: skip
+# Epochs, and epochs between validations, by the seconds a step in the table `methods`: all steps together take as long
+# as 4 epochs of `lora`.
+LONGER = {"`linear`": (56, 14), "`lora-lm`": (48, 12), "Q-Adapter": (28, 7), "Q-Adapter with write-back": (6, 2)}
+
+
 def at_chosen_rates(rows: dict[str, str]) -> Table:
     """Rows of methods in other sizes or of other lengths, with the learning rates of the table `methods`."""
     return Table(PAIR, rows, "Q-Adapter", store="pair", row_lrs={row: (CHOSEN[row],) for row in rows})
@@ -60,7 +66,7 @@ def at_chosen_rates(rows: dict[str, str]) -> Table:
 
 def for_epochs(flags: str, epochs: int, eval_every: int) -> str:
     """The flags with another length of training."""
-    return f"{flags} --epochs {epochs} --eval-every {eval_every}".strip()
+    return f"{flags} --epochs {epochs} --eval-every {eval_every}"
 
 
 def ablation(rows: dict[str, str], default: str) -> Table:
@@ -87,8 +93,7 @@ TABLES = {
     ),
     "methods": Table(
         PAIR,
-        {"nothing": "--method none", "`linear`": f"--method linear {CACHED}", **of_size(2),
-         "Q-Adapter with write-back": WRITE_BACK, "`full`": "--method full",
+        {"nothing": "--method none", **METHODS,
          "`prompt`, 16 a block": "--method prompt --queries 16"},  # as many parameters are 101 a block: 7 times as slow
         reference="Q-Adapter",
         store="pair",
@@ -96,16 +101,7 @@ TABLES = {
     ),
     "half": at_chosen_rates(of_size(1)),
     "fourfold": at_chosen_rates(of_size(3)),
-    # Epochs by the seconds a step in `methods`, so that all steps together take as long as 4 epochs of `lora`.
-    "equal-time": at_chosen_rates(
-        {"`linear`": for_epochs(f"--method linear {CACHED}", 56, 14),
-         "`lora-lm`": for_epochs(SIZES["`lora-lm`"][0] + " --rank 35", 48, 12),
-         "`lora`": "--method lora --rank 25",
-         "`adapter`": "--method adapter --rank 50",
-         "Q-Adapter": for_epochs(CACHED, 28, 7),
-         "Q-Adapter with write-back": for_epochs(WRITE_BACK, 6, 2),
-         "`full`": "--method full"}
-    ),
+    "equal-time": at_chosen_rates(METHODS | {row: for_epochs(METHODS[row], *LONGER[row]) for row in LONGER}),
     "queries": ablation({str(n): f"--queries {n}" for n in (1, 4, 8, 32)}, "16"),
     "rank": ablation({str(n): f"--rank {n}" for n in (8, 16, 64)}, "32"),
     "heads": ablation({str(n): f"--heads {n}" for n in (1, 2, 8)}, "4"),

@@ -210,8 +210,8 @@ def check_out(folder: Path, resume: bool) -> None:
     if (folder / "config.json").exists() and not resume:
         raise InputError(f"{folder}: holds a run already; --resume {folder} continues it, --out names another folder")
     for path in sorted(folder.iterdir()) if folder.is_dir() and not resume else ():
-        # what a run that was killed at its start has left
-        if not (path.name in ("lock", "last.new") or path.suffix == ".tmp" or (path / "sha256.json").exists()):
+        was_killed_early = path.name in ("lock", "last.new") or path.suffix == ".tmp" or (path / "sha256.json").exists()
+        if not was_killed_early:  # else what is left of a run that has no config.json yet
             raise InputError(f"--out {folder}: holds {path.name}, expected a new or an empty folder")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

@@ -69,7 +69,8 @@ def find_bounds(path: str | Path) -> tuple[float | None, float]:
                 time = float(ticks * stream.time_base)
                 least, most, count = min(least, time), max(most, time), count + 1
         start = None if container.start_time is None else container.start_time / av.time_base
-    return start, most + frame_duration(most - least, count) if count else float("inf")
+    end = most + frame_duration(most - least, count) if count else float("inf")
+    return start, end
 
 
 def frame_duration(span: float, count: int) -> float:

@@ -134,8 +134,8 @@ def test_identical_captions(tables):
 
 
 def test_random_strings(tables):
-    """2,000 random strings (seeds 5 and 6), raw and tokenised, against others and against themselves."""
-    hyps, refs = random_strings(2_000, seed=5), random_strings(2_000, seed=6)
+    """5,000 random strings (seeds 5 and 6), raw and tokenised, against others and against themselves."""
+    hyps, refs = random_strings(5_000, seed=5), random_strings(5_000, seed=6)
     refs = [[a, b] for a, b in zip(refs, hyps[1:] + hyps[:1], strict=True)]
     for tokenize in (list, ptb.tokenize_captions):
         _, scores, counts = meteor.score([tokenize(group) for group in refs], tokenize(hyps), tables)
