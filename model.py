@@ -5,8 +5,9 @@
 
 A ViT and a language model that never met need a trained connector. With `--method qadapter` the visual tokens are
 connector(LN(Q)), scaled to the root mean square of the word embeddings; the other methods make one token per frame,
-connector(pooled feature + frame vector). An MLLM (`models/mllm.py`) has a projector of its own. Its language model
-reads the MLLM's tokens of each frame (`visual` frames), the queries in place of an image (queries), or both.
+connector(pooled feature + frame vector), or with `grid` one for each patch or average of patches. An MLLM
+(`models/mllm.py`) has a projector of its own. Its language model reads the MLLM's tokens of each frame (`visual`
+frames), the queries in place of an image (queries), or both.
 
 What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer (`linear`), one of the rivals in
 `models/peft.py` (`lora`, `adapter` and `prompt` in the ViT, `lora-lm` in the language model), everything (`full`) or
@@ -63,7 +64,9 @@ class AdapterConfig:
     query_self_attention: bool = False
     frames: int = 8
     visual: str = "queries"  # queries | frames | both: of the Q-Adapter in an MLLM; the other methods read frames
-    grid: int = 0  # an MLLM's tokens of a frame are averaged to grid x grid; 0: as they are
+    # An MLLM's tokens of a frame, or a ViT's patches, are averaged to grid x grid; 0: the MLLM's as they are, the ViT's
+    # pooled feature
+    grid: int = 0
     instruction: str = INSTRUCTION  # to an MLLM
 
     @property
@@ -147,7 +150,7 @@ class Captioner(nn.Module):
         if (positions := visual + prompt + MAX_CAPTION_TOKENS) > lm.config.max_positions:  # EOS is not fed back
             flags = ["--queries"] if config.reads_queries else []
             flags += ["--frames"] if config.reads_frames else []
-            flags += ["--grid"] if mllm is not None and config.reads_frames else []
+            flags += ["--grid"] if config.reads_frames and (mllm is not None or config.grid) else []
             raise InputError(
                 f"{visual} visual tokens, {prompt} of the prompt and {MAX_CAPTION_TOKENS} of a caption need "
                 f"{positions} positions, the language model has {lm.config.max_positions}: expected smaller "
@@ -159,17 +162,19 @@ class Captioner(nn.Module):
     def check_visual(self) -> None:
         """Raises InputError where `visual` or `grid` do not fit the frozen models."""
         config = self.config
-        if self.mllm is None and (config.visual != "queries" or config.grid):
-            raise InputError("--visual and --grid: expected an --mllm, whose language model can read frames")
+        if self.mllm is None and config.visual != "queries":
+            raise InputError("--visual: expected an --mllm, whose language model can read frames")
         if config.method == "qadapter" and config.visual == "frames" and not config.write_back:
             raise InputError("--visual frames: expected --write-back, else nothing reads the queries")
-        if self.mllm is None or not config.grid:
+        if not config.grid:
             return
-        if self.mllm.config.class_token:
+        if not config.reads_frames or (self.mllm is None and config.method == "none"):
+            raise InputError(f"--grid {config.grid}: expected 0, no frames are read")
+        if self.mllm is not None and self.mllm.config.class_token:
             raise InputError(f"--grid {config.grid}: expected 0, this MLLM's tokens of a frame are not a grid")
-        if config.grid > self.mllm.config.grid:
-            raise InputError(f"--grid {config.grid}: expected at most {self.mllm.config.grid}, the side of this MLLM's "
-                             "grid of tokens a frame")  # fmt: skip
+        side = self.vit.config.grid if self.mllm is None else self.mllm.config.grid
+        if config.grid > side:
+            raise InputError(f"--grid {config.grid}: expected at most {side}, the side of this model's grid of a frame")
 
     def add_trained_parts(self) -> None:
         """Makes what the method adds to the frozen models, and the connector and frame vectors where it needs them."""
@@ -289,7 +294,7 @@ class Captioner(nn.Module):
         if not self.config.reads_frames:
             return queries
         if self.mllm is None:
-            return 0 if self.config.method == "none" else frames
+            return 0 if self.config.method == "none" else frames * (self.config.grid**2 or 1)
         return queries + frames * (self.config.grid**2 or self.mllm.config.tokens_per_image)
 
     def prefix_length(self, frames: int) -> int:
@@ -297,11 +302,14 @@ class Captioner(nn.Module):
         newline = self.mllm is not None and self.mllm.newline is not None
         return sum(map(len, self.texts(frames))) + self.num_visual_tokens(frames) + newline
 
-    def pooled_frames(self, z: Tensor) -> Tensor:
-        """Outputs of the last block (B, T, P, D) -> one visual token a frame (B, T, C), for a ViT that has no MLLM."""
-        pooled = self.vit.pool(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, T, D)
-        x = pooled + interpolate_time_embed(self.time_embed, z.shape[1])
-        return self.connector(x) * self.prefix_scale
+    def connect_frames(self, z: Tensor) -> Tensor:
+        """Outputs of the last block (B, T, P, D) -> G * G visual tokens a frame, or one (B, T * N', C), for a ViT that
+        has no MLLM."""
+        z, frames = z.flatten(0, 1), z.shape[1]
+        grid = self.config.grid
+        features = average_grid(self.vit.patches(z), grid) if grid else self.vit.pool(z)[:, None]  # (B*T, N', D)
+        x = features.unflatten(0, (-1, frames)) + interpolate_time_embed(self.time_embed, frames)[:, None]
+        return self.connector(x).flatten(1, 2) * self.prefix_scale  # (B, T*N', C)
 
     def frame_tokens(self, z: Tensor) -> Tensor:
         """Outputs of the last block (B, T, P, D) -> the MLLM's tokens of each frame (B, T, N', C)."""
@@ -333,7 +341,7 @@ class Captioner(nn.Module):
         if not self.config.reads_frames:
             return [self.project_queries(queries)]
         if self.mllm is None:
-            return [self.pooled_frames(z)]
+            return [self.connect_frames(z)]
         groups = list(self.frame_tokens(z).unbind(1))  # T times (B, N', C)
         if self.config.reads_queries:
             groups[-1] = torch.cat([groups[-1], self.project_queries(queries).to(groups[-1].dtype)], dim=1)

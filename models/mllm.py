@@ -58,7 +58,7 @@ class MLLMConfig:
     @property
     def grid(self) -> int:
         """The side of the square of visual tokens that an image becomes, row by row."""
-        side = self.vit.image_size // self.vit.patch_size
+        side = self.vit.grid
         return math.ceil(side / 2) if self.layout == "llava_onevision" else side // self.shuffle
 
     @property

@@ -53,6 +53,11 @@ class ViTConfig:
     final_norm: bool = False  # the last hidden state is taken after the final norm
     pooling_head: bool = False  # pool by attention to the patches instead of with a class token
 
+    @property
+    def grid(self) -> int:
+        """The side of the square of patches."""
+        return self.image_size // self.patch_size
+
 
 class ViTAttention(nn.Module):
     def __init__(self, width: int, heads: int):
@@ -172,6 +177,11 @@ class ViT(nn.Module):
     def finish(self, x: Tensor) -> Tensor:
         """Output of the last block -> last hidden state (n, P, D)."""
         return self.post_norm(x) if self.config.final_norm else x
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Output of the last block (n, P, D) -> the normed patches, row by row, without a class token (n, P', D)."""
+        x = x if self.cls is None else x[:, 1:]
+        return self.post_norm(x)
 
     def pooled(self, pixels: Tensor) -> Tensor:
         """Normalized pixels (n, 3, S, S) -> one feature an image (n, D), see `pool`."""

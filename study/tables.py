@@ -43,6 +43,9 @@ SIZES = {
     "`adapter`": ("--method adapter", "--rank 17", "--rank 50", "--rank 241"),
     "Q-Adapter": (CACHED, "--rank 10 --heads 1", "", "--rank 160"),
 }
+# A rate beyond the three, of each method that took the lowest or the highest of them
+BEYOND = {"`linear`": 0.03, "`lora-lm`": 0.03, "`adapter`": 0.03, "Q-Adapter": 0.0008,
+          "Q-Adapter with write-back": 0.0008, "`full`": 0.003}  # fmt: skip
 CHOSEN = {"`linear`": 0.0125, "`lora-lm`": 0.0125, "`lora`": 0.005, "`adapter`": 0.0125, "Q-Adapter": 0.002,
           "Q-Adapter with write-back": 0.002, "`full`": 0.00125}  # learning rates by validation in the table `methods`
 
@@ -62,6 +65,12 @@ LONGER = {"`linear`": (56, 14), "`lora-lm`": (48, 12), "Q-Adapter": (28, 7), "Q-
 def at_chosen_rates(rows: dict[str, str]) -> Table:
     """Rows of methods in other sizes or of other lengths, with the learning rates of the table `methods`."""
     return Table(PAIR, rows, "Q-Adapter", store="pair", row_lrs={row: (CHOSEN[row],) for row in rows})
+
+
+def with_fourth_rate(rows: dict[str, str], row_lrs: dict[str, tuple[float, ...]]) -> Table:
+    """Rows of the table `methods`, those of BEYOND with one rate more."""
+    rates = {row: tuple(sorted((*row_lrs.get(row, LRS), *([BEYOND[row]] if row in BEYOND else [])))) for row in rows}
+    return Table(PAIR, rows, "Q-Adapter", store="pair", row_lrs=rates)
 
 
 def for_epochs(flags: str, epochs: int, eval_every: int) -> str:
@@ -99,6 +108,14 @@ TABLES = {
         store="pair",
         row_lrs={"`full`": FULL_LRS},
     ),
+    "fourth-rate": with_fourth_rate(METHODS, {"`full`": FULL_LRS}),
+    "patches": Table(
+        PAIR,
+        {"Q-Adapter": CACHED}
+        | {f"{row} and all patches": f"{METHODS[row]} --grid 4" for row in ("`linear`", "`lora-lm`", "`lora`")},
+        reference="Q-Adapter",
+        store="pair",
+    ),
     "half": at_chosen_rates(of_size(1)),
     "fourfold": at_chosen_rates(of_size(3)),
     "equal-time": at_chosen_rates(METHODS | {row: for_epochs(METHODS[row], *LONGER[row]) for row in LONGER}),
@@ -107,6 +124,12 @@ TABLES = {
     "heads": ablation({str(n): f"--heads {n}" for n in (1, 2, 8)}, "4"),
     "blocks": ablation({"the last": "--last-blocks 1", "the last two": "--last-blocks 2", "all": "--last-blocks 0"},
                        "the last three"),
+    "resampler": ablation(
+        {"the last block, no gate": "--last-blocks 1 --gate none",
+         "the last block, no gate, no changes": "--last-blocks 1 --gate none --no-changes",
+         "the same, as many parameters": "--last-blocks 1 --gate none --no-changes --rank 144"},
+        "Q-Adapter",
+    ),
     "gate": ablation(
         {"none": "--gate none", "a number a query, of plain inputs": "--gate sigmoid",
          "a number a channel": "--gate channel", "a number a token of the ViT": "--gate patch",
@@ -116,6 +139,7 @@ TABLES = {
     "time": ablation(
         {"random frame vectors": "--time-embed random", "no frame vectors": "--time-embed none",
          "no changes since the frame before": "--no-changes",
+         "no changes, as many parameters": "--no-changes --rank 48",
          "neither": "--time-embed none --no-changes",
          "each query attends to one frame, no changes": "--per-frame --no-changes"},
         "a ramp of frame vectors, and changes",

@@ -340,7 +340,9 @@ def refused_config(layout: str | None, **fields) -> str:
 def test_what_does_not_fit_is_refused():
     assert "--grid 5: expected at most 4, the side" in refused_config("llava", method="none", grid=5)
     assert "--grid 2: expected 0, this MLLM's tokens" in refused_config("class token", method="none", grid=2)
-    assert "--visual and --grid: expected an --mllm" in refused_config(None, visual="both")
-    assert "--visual and --grid: expected an --mllm" in refused_config(None, method="linear", grid=1)
+    assert "--visual: expected an --mllm" in refused_config(None, visual="both")
+    assert "--grid 5: expected at most 4, the side" in refused_config(None, method="linear", grid=5)
+    assert "--grid 1: expected 0, no frames are read" in refused_config(None, method="none", grid=1)
+    assert "--grid 1: expected 0, no frames are read" in refused_config(None, grid=1)
     assert "--visual frames: expected --write-back" in refused_config("llava", visual="frames")
     assert "positions, the language model has 200" in refused_config("llava", visual="both", queries=100)

@@ -6,6 +6,7 @@ is a stub: a letter is a token, so a caption can be read off its ids.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,15 +54,16 @@ class Letters:
 
 
 def make(name: str, seed: int = 0, tied: bool = False, randomized: bool = True,
-         dtype: torch.dtype = torch.float32) -> Captioner:  # fmt: skip
-    """A captioner; if randomized, what starts at zero (gates, write projections, LoRA's B) is random instead."""
+         dtype: torch.dtype = torch.float32, **fields) -> Captioner:  # fmt: skip
+    """A captioner of a config with some other fields; if randomized, what starts at zero (gates, write projections,
+    LoRA's B) is random instead."""
     torch.manual_seed(seed)
     vit = ViT(ViTConfig(image_size=SIDE, patch_size=8, width=24, depth=DEPTH, heads=3, mlp_width=32,
                         activation="quick_gelu", norm_eps=1e-5))  # fmt: skip
     lm = CausalLM(LMConfig(vocab=30, width=20, depth=2, heads=4, kv_heads=2, head_width=6, mlp_width=28,
                            rope_theta=10000.0, norm_eps=1e-5, max_positions=96, tied=tied, bos_id=1,
                            eos_id=EOS))  # fmt: skip
-    captioner = Captioner(vit.to(dtype), lm.to(dtype), Letters(), CONFIGS[name])
+    captioner = Captioner(vit.to(dtype), lm.to(dtype), Letters(), replace(CONFIGS[name], **fields))
     with torch.no_grad():
         for parameter in captioner.trained().values():
             if randomized and not parameter.any():
@@ -384,6 +386,28 @@ def test_the_visual_tokens_of_the_other_methods(name):
         for t in range(4):
             feature = captioner.vit.pooled(captioner.vit.normalize(frames[b, t : t + 1]))[0] + captioner.time_embed[t]
             torch.testing.assert_close(found[b, t], captioner.connector(feature) * scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "lora"])
+@pytest.mark.parametrize("grid", [1, 2])
+def test_patches_as_visual_tokens(name, grid):
+    """Model seed 16, frames seed 17, tolerance 1e-5: connector(mean of normed patches + E) for each square of a frame,
+    row by row, frame by frame."""
+    captioner, frames = make(name, 16, grid=grid), clips(2, 4, 17)
+    found = captioner.encode(frames)[0]
+    scale, vit, side = captioner.lm.embed.weight.square().mean().sqrt(), captioner.vit, captioner.vit.config.grid
+    assert found.shape[1] == captioner.num_visual_tokens(4) == 4 * grid * grid and side % grid == 0
+    for b in range(2):
+        expected = []
+        for t in range(4):
+            z = vit.run_blocks(vit.normalize(frames[b, t : t + 1]))[0]  # (P, D)
+            patches = vit.post_norm(z[len(z) - side * side :]).view(side, side, -1)
+            step = side // grid
+            for i in range(0, side, step):
+                for j in range(0, side, step):
+                    feature = patches[i : i + step, j : j + step].mean((0, 1)) + captioner.time_embed[t]
+                    expected.append(captioner.connector(feature) * scale)
+        torch.testing.assert_close(found[b], torch.stack(expected), rtol=0, atol=1e-5)
 
 
 @every_config

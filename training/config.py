@@ -61,8 +61,8 @@ def check_models(args: argparse.Namespace) -> None:
     for name in ("vit", "lm", "image_size"):
         if args.mllm is not None and getattr(args, name) is not None:
             raise InputError(f"--{name.replace('_', '-')}: was given with --mllm, expected only one of them")
-    if args.mllm is None and (args.visual != "queries" or args.grid):
-        raise InputError("--visual and --grid: expected --mllm too: only its language model can read frames")
+    if args.mllm is None and args.visual != "queries":
+        raise InputError("--visual: expected --mllm too: only its language model can read frames")
     if args.method != "qadapter" and (args.visual != "queries" or args.write_back):
         raise InputError(f"--visual and --write-back: expected --method qadapter, found {args.method}")
     if args.mllm is None and args.instruction != INSTRUCTION:
@@ -118,7 +118,8 @@ def add_model_flags(group) -> None:
     group.add_argument("--visual", choices=VISUAL, default="queries",
                        help="what an MLLM's language model reads: the queries, its own tokens of each frame, both")
     group.add_argument("--grid", type=cli.at_least(0, 256), default=0, metavar="G",
-                       help="average an MLLM's tokens of a frame to G x G; 0: as they are")  # fmt: skip
+                       help="average what is read of a frame to G x G tokens; 0: an MLLM's as they are, of a ViT its "
+                       "pooled feature")  # fmt: skip
     group.add_argument("--instruction", default=INSTRUCTION, help="to an MLLM")
     group.add_argument("--queries", type=cli.at_least(1, 4096), default=16,
                        help="query tokens of the Q-Adapter; prompts of a block")  # fmt: skip

@@ -68,7 +68,7 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
     with pytest.raises(InputError, match="--epochs: .* is of --method none"):
         parse_args([*resume, "--epochs", "9"])
     path.write_text(json.dumps({"flags": flags | {"visual": "both"}}, default=str))
-    with pytest.raises(InputError, match="config.json: flags: --visual and --grid"):
+    with pytest.raises(InputError, match="config.json: flags: --visual: expected --mllm"):
         parse_args(resume)
     path.write_text(json.dumps({"flags": flags | {"epochs": 0}}, default=str))
     with pytest.raises(InputError, match="config.json: flags: .*--epochs.*at least 1"):
