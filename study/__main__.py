@@ -8,7 +8,7 @@ import os
 from common import cli
 from common.errors import InputError
 from study.report import write_page
-from study.runs import first_runs, later_runs, load_results, run_all, trains
+from study.runs import first_runs, later_runs, load_results, lock_results, run_all, trains
 from study.tables import SEEDS, TABLES
 
 
@@ -24,7 +24,7 @@ def describe(name: str, seeds: tuple[int, ...], jobs: int) -> str:
     hours = "unknown before the first run"
     if done:
         mean = sum(run["seconds"] for run in done) / len(done)
-        hours = f"{(total - len(done)) * mean / jobs / 3600:.1f}"
+        hours = f"about {(total - len(done)) * mean / jobs / 3600:.1f}, if all runs are alike"
     return f"{name}: {total} runs, {len(done)} of them done; hours left: {hours}"
 
 
@@ -42,6 +42,7 @@ def main() -> int:
     if args.dry_run:
         return 0
     table = TABLES[args.table]
+    lock = lock_results(table)  # noqa: F841 - held until the process ends
     results = load_results(table)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     run_all(table, first_runs(table), results, args.jobs, threads)

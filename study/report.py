@@ -2,6 +2,8 @@
 
 import statistics
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from common.errors import InputError
@@ -63,6 +65,19 @@ def format_rate(table: Table, row: str, run: dict) -> str:
     return f"{lr:g}{arrow if len(rates) > 1 else ''}"
 
 
+def format_costs(runs: Sequence[dict]) -> list[str]:
+    """A cell for each of COSTS, empty where it was not measured."""
+    values = [[run[key] / unit for run in runs if run[key] is not None] for key, unit in COSTS.values()]
+    return [mean_and_spread(column, 2) if column else "" for column in values]
+
+
+def format_machines(runs: Sequence[dict]) -> str:
+    """"1 thread(s) of X, 2 at a time, 2026-01-01 and 2026-01-02": each machine with its days."""
+    days = sorted({(run["machine"], run["date"]) for run in runs})
+    groups = groupby(days, itemgetter(0))
+    return "; ".join(f"{machine}, {' and '.join(day for _, day in group)}" for machine, group in groups)
+
+
 def format_table(table: Table, results: dict[RunKey, dict]) -> str:
     """The three tables of one comparison, as Markdown: scores, differences from the row `reference`, costs."""
     rows = reported_runs(table, results)
@@ -76,14 +91,12 @@ def format_table(table: Table, results: dict[RunKey, dict]) -> str:
             pairs = [[[score_of(run, SCORES[name]) for run in side] for side in (runs, rows[table.reference])]
                      for name in DIFFERENCES]  # fmt: skip
             differences.append([row, *(difference(*pair) for pair in pairs)])
-        values = [[run[key] / unit for run in runs if run[key] is not None] for key, unit in COSTS.values()]
-        costs.append([row, *(mean_and_spread(column, 2) if column else "" for column in values)])
-    machines = sorted({f"{run['machine']}, {run['date']}" for runs in rows.values() for run in runs})
-    lines = [f"Flags of every run: `{table.flags}`. Machine: {'; '.join(machines)}.", ""]
+        costs.append([row, *format_costs(runs), f"`{table.rows[row]}`"])
+    lines = [f"Common flags: `{table.flags}`. Machine: {format_machines(sum(rows.values(), []))}.", ""]
     lines += table_lines(["trained", "parameters", "share", "`--lr`", "seeds", *SCORES], scores)
     if differences:
         lines += ["", *table_lines([f"minus {table.reference}", *DIFFERENCES], differences)]
-    lines += ["", *table_lines(["", *COSTS], costs)]
+    lines += ["", *table_lines(["", *COSTS, "flags of the row"], costs)]
     return "\n".join(lines)
 
 

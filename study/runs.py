@@ -11,6 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from common.errors import InputError
+from common.files import acquire_lock
 from common.json_fields import field, read_json, write_json
 from common.run_log import read_log
 from study.tables import SEEDS, Table
@@ -70,6 +72,17 @@ def load_results(table: Table) -> dict[RunKey, dict]:
         key = RunKey(own.removeprefix(common).strip(), field(run, "lr", float, path), field(run, "seed", int, path))
         results[key] = run
     return results
+
+
+def lock_results(table: Table) -> int:
+    """Locks results/STORE.json for this process, until it ends or closes the descriptor.
+
+    Raises InputError where another study of the same store runs: each would write over what the other has measured.
+    """
+    RUNS.mkdir(parents=True, exist_ok=True)
+    if (lock := acquire_lock(RUNS / f"{table.store}.lock", wait=False)) is None:
+        raise InputError(f"{RESULTS / table.store}.json: expected one study of it at a time, another one is running")
+    return lock
 
 
 def store_results(table: Table, results: dict[RunKey, dict]) -> None:
@@ -136,7 +149,8 @@ def run_folder(table: Table, key: RunKey) -> Path:
 
 
 def train_one(table: Table, key: RunKey, threads: int, jobs: int) -> dict:
-    """Trains a run in a process of its own; -> its figures, with the machine. Raises InputError if it fails."""
+    """Trains a run in a process of its own, unless it is finished; -> its figures, with the machine that reads them.
+    Raises InputError if it fails."""
     folder = run_folder(table, key)
     peak = None
     if not (folder / "test.json").exists():
@@ -149,7 +163,7 @@ def train_one(table: Table, key: RunKey, threads: int, jobs: int) -> dict:
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
             raise InputError(f"{folder}: the run ended with {child.returncode}, see {log}")
-        peak = usage.ru_maxrss * 1024
+        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes there, elsewhere KiB
     tested = (folder / "test.json").stat().st_mtime
     machine = f"{threads} thread(s) of {cpu_name()}, {jobs} at a time"
     return {
@@ -162,16 +176,20 @@ def train_one(table: Table, key: RunKey, threads: int, jobs: int) -> dict:
 
 def run_all(table: Table, keys: list[RunKey], results: dict[RunKey, dict], jobs: int, threads: int) -> None:
     """Runs what `results` lacks, `jobs` at a time, and stores each as it ends."""
-    missing = [key for key in keys if key not in results]
+    lock = threading.Lock()
+
+    def run(key: RunKey) -> None:
+        result = train_one(table, key, threads, jobs)
+        with lock:
+            results[key] = result
+            store_results(table, results)
+        print(f"{key.flags or 'default'}, lr {key.lr:g}, seed {key.seed}: validation CIDEr "
+              f"{100 * result['val CIDEr']:.1f}, test {100 * result['test']['CIDEr']:.1f}, "
+              f"{result['seconds']:.0f} s", flush=True)  # fmt: skip
+
     pool = ThreadPoolExecutor(jobs)
     try:
-        futures = {pool.submit(train_one, table, key, threads, jobs): key for key in missing}
-        for future in as_completed(futures):
-            key = futures[future]
-            result = results[key] = future.result()
-            store_results(table, results)
-            print(f"{key.flags or 'default'}, lr {key.lr:g}, seed {key.seed}: validation CIDEr "
-                  f"{100 * result['val CIDEr']:.1f}, test {100 * result['test']['CIDEr']:.1f}, "
-                  f"{result['seconds']:.0f} s", flush=True)  # fmt: skip
+        for future in as_completed([pool.submit(run, key) for key in keys if key not in results]):
+            future.result()
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: no more runs, those that run end
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: no more runs; those that run end and are stored

@@ -36,46 +36,38 @@ PAIR = ("--dataset shapes --shapes-sizes 6000 200 500 --shapes-seed 1 --data dat
 VERSION_07 = "--heads 8 --no-changes"  # the Q-Adapter of that version
 CACHED = "--cache-features"  # alone: the Q-Adapter of train.py
 
-# {method: (flags, at half as many trained parameters as the Q-Adapter, as many, four times as many)}
+# Each method's flags, and those that give it half as many trained parameters as the Q-Adapter has, as many, and four
+# times as many. At rank 121 LoRA's two matrices hold more numbers than the 128 x 128 matrix that they change.
 SIZES = {
-    "`lora-lm`": (f"--method lora-lm {CACHED}", "--rank 12", "--rank 35", "--rank 166"),
-    "`lora`": ("--method lora", "--rank 9", "--rank 25", "--rank 121"),
-    "`adapter`": ("--method adapter", "--rank 17", "--rank 50", "--rank 241"),
-    "Q-Adapter": (CACHED, "--rank 10 --heads 1", "", "--rank 160"),
+    "`lora-lm`": (f"--method lora-lm {CACHED}", {"half": "--rank 12", "equal": "--rank 35", "fourfold": "--rank 166"}),
+    "`lora`": ("--method lora", {"half": "--rank 9", "equal": "--rank 25", "fourfold": "--rank 121"}),
+    "`adapter`": ("--method adapter", {"half": "--rank 17", "equal": "--rank 50", "fourfold": "--rank 241"}),
+    "Q-Adapter": (CACHED, {"half": "--rank 10 --heads 1", "equal": "", "fourfold": "--rank 160"}),
 }
-# A rate beyond the three, of each method that took the lowest or the highest of them
-BEYOND = {"`linear`": 0.03, "`lora-lm`": 0.03, "`adapter`": 0.03, "Q-Adapter": 0.0008,
-          "Q-Adapter with write-back": 0.0008, "`full`": 0.003}  # fmt: skip
+
+
+def of_size(size: str) -> dict[str, str]:
+    """The rows of SIZES in one of its sizes."""
+    return {row: f"{flags} {sizes[size]}".strip() for row, (flags, sizes) in SIZES.items()}
+
+
+METHODS = {"`linear`": f"--method linear {CACHED}", **of_size("equal"),
+           "Q-Adapter with write-back": "--write-back --rank 22 --heads 2", "`full`": "--method full"}  # fmt: skip
+# The learning rates of `methods` and, where the lowest or the highest was the best, one beyond it
+FOUR_LRS = {"`linear`": (*LRS, 0.03), "`lora-lm`": (*LRS, 0.03), "`adapter`": (*LRS, 0.03),
+            "Q-Adapter": (0.0008, *LRS), "Q-Adapter with write-back": (0.0008, *LRS),
+            "`full`": (*FULL_LRS, 0.003)}  # fmt: skip
 CHOSEN = {"`linear`": 0.0125, "`lora-lm`": 0.0125, "`lora`": 0.005, "`adapter`": 0.0125, "Q-Adapter": 0.002,
           "Q-Adapter with write-back": 0.002, "`full`": 0.00125}  # learning rates by validation in the table `methods`
-
-
-def of_size(column: int) -> dict[str, str]:
-    """The rows of SIZES with the flags of one of its columns."""
-    return {row: f"{words[0]} {words[column]}".strip() for row, words in SIZES.items()}
-
-
-METHODS = {"`linear`": f"--method linear {CACHED}", **of_size(2),
-           "Q-Adapter with write-back": "--write-back --rank 22 --heads 2", "`full`": "--method full"}  # fmt: skip
-# Epochs, and epochs between validations, by the seconds a step in the table `methods`: all steps together take as long
-# as 4 epochs of `lora`.
-LONGER = {"`linear`": (56, 14), "`lora-lm`": (48, 12), "Q-Adapter": (28, 7), "Q-Adapter with write-back": (6, 2)}
+# By the seconds a step in the table `methods`, all steps together take within 15 % as long as 4 epochs of `lora`.
+LONGER = {"`linear`": "--epochs 56 --eval-every 14", "`lora-lm`": "--epochs 48 --eval-every 12",
+          "Q-Adapter": "--epochs 28 --eval-every 7",
+          "Q-Adapter with write-back": "--epochs 6 --eval-every 2"}  # fmt: skip
 
 
 def at_chosen_rates(rows: dict[str, str]) -> Table:
     """Rows of methods in other sizes or of other lengths, with the learning rates of the table `methods`."""
     return Table(PAIR, rows, "Q-Adapter", store="pair", row_lrs={row: (CHOSEN[row],) for row in rows})
-
-
-def with_fourth_rate(rows: dict[str, str], row_lrs: dict[str, tuple[float, ...]]) -> Table:
-    """Rows of the table `methods`, those of BEYOND with one rate more."""
-    rates = {row: tuple(sorted((*row_lrs.get(row, LRS), *([BEYOND[row]] if row in BEYOND else [])))) for row in rows}
-    return Table(PAIR, rows, "Q-Adapter", store="pair", row_lrs=rates)
-
-
-def for_epochs(flags: str, epochs: int, eval_every: int) -> str:
-    """The flags with another length of training."""
-    return f"{flags} --epochs {epochs} --eval-every {eval_every}"
 
 
 def ablation(rows: dict[str, str], default: str) -> Table:
@@ -108,7 +100,7 @@ TABLES = {
         store="pair",
         row_lrs={"`full`": FULL_LRS},
     ),
-    "fourth-rate": with_fourth_rate(METHODS, {"`full`": FULL_LRS}),
+    "fourth-rate": Table(PAIR, METHODS, "Q-Adapter", store="pair", row_lrs=FOUR_LRS),
     "patches": Table(
         PAIR,
         {"Q-Adapter": CACHED}
@@ -116,9 +108,9 @@ TABLES = {
         reference="Q-Adapter",
         store="pair",
     ),
-    "half": at_chosen_rates(of_size(1)),
-    "fourfold": at_chosen_rates(of_size(3)),
-    "equal-time": at_chosen_rates(METHODS | {row: for_epochs(METHODS[row], *LONGER[row]) for row in LONGER}),
+    "half": at_chosen_rates(of_size("half")),
+    "fourfold": at_chosen_rates(of_size("fourfold")),
+    "equal-time": at_chosen_rates(METHODS | {row: f"{METHODS[row]} {words}" for row, words in LONGER.items()}),
     "queries": ablation({str(n): f"--queries {n}" for n in (1, 4, 8, 32)}, "16"),
     "rank": ablation({str(n): f"--rank {n}" for n in (8, 16, 64)}, "32"),
     "heads": ablation({str(n): f"--heads {n}" for n in (1, 2, 8)}, "4"),

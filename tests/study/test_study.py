@@ -4,21 +4,26 @@ References: plain statistics of the standard library, the files of tiny runs, an
 """
 
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 import time
 import xml.etree.ElementTree
 from dataclasses import replace
 
 import pytest
+import torch
 
-import train
 from common.errors import InputError
 from study import __main__ as program
 from study import figures, report, runs
 from study.runs import RunKey, chosen_lr, first_runs, later_runs
-from study.tables import CHOSEN, LRS, SEEDS, TABLES, Table
-from training.config import make_parser
+from study.tables import CHOSEN, LRS, SEEDS, TABLES, Table, of_size
+from train import load_captioner
+from training.config import make_parser, parse_args
+from training.distributed import ProcessGroup
 
 A, B = "--rank 8", "--method none"
 TABLE = Table("--dataset shapes", {"a": A, "b": B}, reference="a", store="x")
@@ -68,8 +73,8 @@ def test_a_table_has_means_and_spreads():
     assert report.format_rate(replace(TABLE, lrs=LRS[:1]), "a", runs_of["a"][0] | {"lr": LRS[0]}) == f"{LRS[0]:g}"
     assert cells[2:5] == ["3.00 %", f"{LRS[1]:g}", "3"] and cells[5] == "50.0 ± 0.0"
     assert "| b | 0 | 0.00 % |  | 1 | 50.0 | 40.0 |" in text
-    assert "| a | 0.25 ± 0.00 | 1.50 ± 0.00 | 2.00 ± 0.00 | 1.00 ± 0.00 |" in text
-    assert "| b |  | 1.50 | 2.00 | 1.00 |" in text
+    assert "| a | 0.25 ± 0.00 | 1.50 ± 0.00 | 2.00 ± 0.00 | 1.00 ± 0.00 | `--rank 8` |" in text
+    assert "| b |  | 1.50 | 2.00 | 1.00 | `--method none` |" in text
     assert "| b | +256.7 | +0.0 | +0.0 |" in text  # b has one seed, so there is no standard error
 
 
@@ -112,6 +117,29 @@ def test_other_sizes_have_the_rates_of_the_methods():
         assert chosen_lr(table, results, table.rows[row]) == lr
 
 
+def test_a_fourth_rate_lies_beyond_the_best_of_three():
+    """Reference: the arrows of the table `methods`."""
+    methods, four = TABLES["methods"], TABLES["fourth-rate"]
+    results = runs.load_results(methods)
+    for row, flags in four.rows.items():
+        lr, new = chosen_lr(methods, results, flags), set(four.rates(row)) - set(methods.rates(row))
+        assert new == set() if min(methods.rates(row)) < lr < max(methods.rates(row)) else len(new) == 1
+        assert all(rate > lr if lr == max(methods.rates(row)) else rate < lr for rate in new)
+
+
+@pytest.mark.parametrize("size,factor", [("half", 0.5), ("equal", 1), ("fourfold", 4)])
+def test_methods_of_a_size_train_as_many_parameters(size, factor):
+    """Reference: `factor` times those of the default Q-Adapter, within 5 %."""
+
+    def trained(flags: str) -> int:
+        args = parse_args([*TABLES["methods"].flags.split(), *flags.split(), "--plan", "--precision", "fp32"])
+        captioner, _ = load_captioner(args, torch.device("cpu"), ProcessGroup())
+        return sum(p.numel() for p in captioner.trained().values())
+
+    expected = factor * trained("")
+    assert all(abs(trained(flags) / expected - 1) < 0.05 for flags in of_size(size).values())
+
+
 def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     """A tiny table: one rate and one seed. A stopped run is resumed, a finished one is not run again; the figures are
     those of the runs' files."""
@@ -138,14 +166,14 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     assert text.startswith("before\n") and text.endswith("\nafter") and "| b | 0 | 0.00 % |" in text
     capsys.readouterr()
     (tmp_path / "results/tiny.json").unlink()
-    monkeypatch.setattr(train, "main", None)
     monkeypatch.setattr(runs.subprocess, "Popen", None)  # a run that is finished needs no process
     assert program.main() == 0
     again = json.loads((tmp_path / "results/tiny.json").read_text())["runs"]
     assert [run["test"] for run in again] == [run["test"] for run in stored]
     monkeypatch.setattr("sys.argv", ["study", "tiny", "--seeds", "0", "--dry-run"])
     assert program.main() == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "tiny: 2 runs, 2 of them done; hours left: 0.0"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "tiny: 2 runs, 2 of them done; hours left: about 0.0, if all runs are alike"
 
 
 def test_a_result_of_other_flags_is_refused(tmp_path, monkeypatch):
@@ -202,7 +230,8 @@ def test_a_run_that_fails_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [InputError("the disk is full"), KeyboardInterrupt()])
 def test_nothing_more_is_started_after_an_error(monkeypatch, error):
-    """Four runs, one at a time: the second fails. The first is stored, the third is never begun."""
+    """Four runs, one at a time: the second fails. The pool may have begun the third, not the fourth. What ends well is
+    stored."""
     begun, stored = [], []
 
     def train_one(table, key, threads, jobs):
@@ -216,7 +245,21 @@ def test_nothing_more_is_started_after_an_error(monkeypatch, error):
     monkeypatch.setattr(runs, "store_results", lambda table, results: stored.append(len(results)))
     with pytest.raises(type(error)):
         runs.run_all(TABLE, [RunKey(A, lr, 0) for lr in (0.1, 0.2, 0.3, 0.4)], {}, 1, 1)
-    assert stored == [1] and len(begun) <= 3
+    assert len(begun) <= 3 and stored == list(range(1, len(begun)))
+
+
+def test_one_study_of_a_store_at_a_time(tmp_path, monkeypatch):
+    """Another process holds the lock."""
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    script = ("import sys, pathlib; from common.files import acquire_lock; "
+              "acquire_lock(pathlib.Path(sys.argv[1]), False); print(flush=True); sys.stdin.read()")  # fmt: skip
+    child = subprocess.Popen([sys.executable, "-c", script, tmp_path / "x.lock"], cwd=runs.ROOT,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    child.stdout.readline()
+    with pytest.raises(InputError, match="x.json: expected one study of it at a time"):
+        runs.lock_results(TABLE)
+    child.communicate()
+    os.close(runs.lock_results(TABLE))
 
 
 def test_the_first_seed_is_needed(monkeypatch):
