@@ -31,8 +31,9 @@ from model import AdapterConfig, Captioner
 from models import hub
 from models.generation import make_generation_config
 from report.build import has_room, report_split, report_videos, show_video, video_data_of
+from report.curves import curves_of
 from training import devices
-from training.config import read_run_config, rename_fields
+from training.config import read_run_config
 from training.distributed import ProcessGroup
 from training.frozen_models import backbone_hashes, load_models
 from training.run import check_checkpoint, check_sums, checkpoint_path
@@ -68,13 +69,16 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     precision = field(flags, "precision", str, path)
     if precision not in devices.DTYPES:
         raise InputError(f"{path}: flags: precision is {precision!r}, expected one of {', '.join(devices.DTYPES)}")
-    adapter = AdapterConfig.from_dict(rename_fields(field(config, "adapter", dict, path)), f"{path}: adapter")
+    adapter = AdapterConfig.from_dict(field(config, "adapter", dict, path), f"{path}: adapter")
     if adapter.method == "full" and precision != "fp32":
         raise InputError(f"{path}: flags: precision is {precision!r}, expected 'fp32' with method full")
     checkpoint = checkpoint_path(run, which)
+    if which == "best" and not checkpoint.parent.is_dir() and (run / "last").is_dir():
+        raise InputError(f"{checkpoint.parent}: expected a checkpoint, found none; --weights last takes the last one")
     check_sums(checkpoint.parent)
     check_checkpoint(checkpoint, backbone_hashes(folders), asdict(adapter))
-    models = load_models(folders, devices.DTYPES[precision], field(flags, "image_size", int, path, None))
+    with naming(path):
+        models = load_models(folders, devices.DTYPES[precision], field(flags, "image_size", int, path, None))
     with naming(f"{path}: adapter"):
         captioner = Captioner(models.vit, models.lm, models.tokenizer, adapter, models.mllm)
     captioner.load(checkpoint)
@@ -149,6 +153,8 @@ def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, 
     seed = field(flags, "shapes_seed", int, path)
     dataset = read_dataset(name, root, sizes, allow_missing, [args.split], seed=seed)
     print(dataset)
+    if args.report:
+        curves_of(args.run, captioner.first_block + 1)  # a damaged log fails before the work
     check_outputs_outside(args, root, "dataset")
     cache_root = cache_folder(args.cache or field(flags, "cache", str, path, None), name, root)
     cache = cached_frames(dataset.splits[args.split], cache_root, args.split, frames, captioner.vit.preprocessing, 0)
@@ -170,7 +176,7 @@ def expand_video_paths(names: Iterable[str]) -> list[Path]:
     paths = []
     for name in names:
         path = Path(name)
-        if "\0" in name:
+        if not name or "\0" in name:
             raise InputError(f"--video {name!r}: is no path")
         if name == "-":
             lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
@@ -291,9 +297,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
     group = parser.add_argument_group("input")
     group.add_argument("--split", choices=["val", "test"], help="which split of the run's dataset; unset: test")
-    group.add_argument("--data", type=cli.path, help="the dataset's folder; unset: as in training")
-    group.add_argument("--cache", type=cli.path, help="where decoded frames are stored; unset: as in training")
-    group.add_argument("--video", nargs="+", metavar="FILE",
+    group.add_argument("--data", type=cli.folder, help="the dataset's folder; unset: as in training")
+    group.add_argument("--cache", type=cli.folder, help="where decoded frames are stored; unset: as in training")
+    group.add_argument("--video", nargs="+", action="extend", metavar="FILE",
                        help="your own videos instead, or folders of them; - reads paths, one per line")  # fmt: skip
     group.add_argument("--window", type=cli.number(0.1), metavar="SECONDS",
                        help="caption each --video piece by piece, with times; --save FILE.srt writes subtitles")

@@ -9,7 +9,7 @@ connector(pooled feature + frame vector), or with `grid` one for each patch or a
 (`models/mllm.py`) has a projector of its own. Its language model reads the MLLM's tokens of each frame (`visual`
 frames), the queries in place of an image (queries), or both.
 
-What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer (`linear`), one of the rivals in
+What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer (`linear`), one of the baselines in
 `models/peft.py` (`lora`, `adapter` and `prompt` in the ViT, `lora-lm` in the language model), everything (`full`) or
 nothing (`none`).
 
@@ -116,13 +116,6 @@ def average_grid(tokens: Tensor, grid: int) -> Tensor:
     x = tokens.flatten(0, -3).transpose(1, 2).unflatten(2, (side, side))  # (n, C, side, side)
     x = F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2)  # (n, grid * grid, C)
     return x.unflatten(0, tokens.shape[:-2])
-
-
-def current_name(name: str) -> str:
-    """A tensor's name in a file of version 0.1 -> its name today."""
-    if name in ("frames", "adapter.frames"):
-        return name.replace("frames", "time_embed")
-    return name.replace(".back_", ".write_") if name.startswith("adapter.blocks.") else name
 
 
 class Captioner(nn.Module):
@@ -389,7 +382,7 @@ class Captioner(nn.Module):
 
         Versions before 0.5 had no channel statistics, which are then m = 0 and s = 1.
         """
-        tensors = {current_name(name): tensor for name, tensor in read_safetensors(path).items()}
+        tensors = read_safetensors(path)
         targets = self.saved()
         if self.query_scale is not None:
             tensors.setdefault("query_scale", torch.ones(1))  # of version 0.6

@@ -15,12 +15,18 @@ from common.errors import InputError, is_out_of_memory, memory_line
 REPORT_EVERY = 5  # seconds
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not that of a flag which is unset."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows defaults, accepts no abbreviations and reports an error in one line."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the flags)")
@@ -60,6 +66,13 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found ''")
     return Path(text)
+
+
+def folder(text: str) -> Path:
+    """An argparse type: the path of a folder, which may be missing."""
+    if (found := path(text)).exists() and not found.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, found the file {text}")
+    return found
 
 
 def printable(text: object) -> str:

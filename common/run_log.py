@@ -48,8 +48,9 @@ def check_output(flag: str, path: Path, run: Path) -> None:
     if flag != "--report":
         files.add((run / "report.html").resolve())
     folders = {(run / name).resolve() for name in ("best", "last", "val")}
-    if path.resolve() in files or folders & set(path.resolve().parents):
+    target = path.resolve()  # where a link leads, which may be missing
+    if target in files or folders & {target, *target.parents}:
         raise InputError(f"{flag} {path}: is a file of the run, expected another one")
     is_file = path.is_file() or not path.exists()
-    if not (is_file and path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+    if not (is_file and target.parent.is_dir() and os.access(target.parent, os.W_OK)):
         raise InputError(f"{flag} {path}: expected the name of a file in a folder that can be written to")

@@ -14,7 +14,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from common.files import replace_atomically
 from report.inside import Inside
-from report.strips import side_by_side
+from report.strips import shown_frames, side_by_side
 
 HEIGHT, LINE, LETTER, MARGIN = 160, 32, 12, 12  # pixels: H, a line of text, a wide letter, margins
 DARK = 0.15  # how bright that is which is not read
@@ -42,10 +42,11 @@ def light(inside: Inside) -> Tensor:
 
 def draw_clip(frames: Tensor, caption: str, inside: Inside | None, first_block: int) -> Tensor:
     """Frames uint8 (T, 3, S, S) and what `look_inside` found of this clip alone -> a picture uint8 (3, *, *)."""
-    width = HEIGHT * len(frames)
+    shown = shown_frames(len(frames))
+    frames, width = frames[shown], HEIGHT * len(shown)
     parts = [side_by_side(frames, HEIGHT), draw_text(caption, width)]  # (3, H, W), (3, lines * LINE, W)
     for i, row in enumerate(light(inside) if inside is not None else ()):
-        bright = F.interpolate(row[:, None], frames.shape[-2:], mode="nearest")  # (T, 1, S, S)
+        bright = F.interpolate(row[shown, None], frames.shape[-2:], mode="nearest")  # (T, 1, S, S)
         gate = "" if inside.gates is None else f", mean gate {inside.gates[0, i].mean():.2f}"
         parts += [side_by_side(frames * bright, HEIGHT),
                   draw_text(f"read after block {first_block + i}{gate}", width)]  # fmt: skip

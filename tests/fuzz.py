@@ -4,9 +4,9 @@
     python -m tests.fuzz --minutes 30 --seed 1
     python -m tests.fuzz --seed 0 --only 17       repeats a case
 
-A case copies good files, damages one or two, and runs `train.py`, `evaluate.py`, `python -m metrics` or `python -m
-report.curves` in a fork of this process, in a folder of its own. All that is random follows from the seed and the
-number of the case, but for the sizes of files that have times in them. A case fails on any of these:
+A case copies good files, damages one or two, and runs `train.py`, `evaluate.py` or `python -m metrics` in a fork of
+this process, in a folder of its own. All that is random follows from the seed and the number of the case, but for the
+sizes of files that have times in them. A case fails on any of these:
 
     a traceback or a warning; death by a signal; more than 30 seconds; an exit code other than 0 and 2
     exit code 2 without one line `error: ...` at the end

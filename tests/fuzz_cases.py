@@ -17,7 +17,6 @@ import torch
 import evaluate
 import train
 from metrics import __main__ as metrics_command
-from report import curves
 from tests.scripts import TWELVE_STEPS
 from training import config as train_config
 
@@ -269,21 +268,19 @@ def output_case(rng: random.Random, world: World, case: Path) -> Case:
     os.link(clip, case / "link.png")
     run_files = [path for path in files_of(run) if path.name != "stdout.txt"]  # which the tests have added
     inside = [*run_files, clip, case / "link.png"]
-    script = rng.choice([train, evaluate, evaluate, curves])
+    script = rng.choice([train, evaluate, evaluate])
     if script is train:
         if rng.random() < 0.5:
             (run / "config.json").unlink()
         words = [*TWELVE_STEPS, "--data", data, "--vit", world.root / "vit", "--lm", world.root / "lm"]
         words += ["--epochs", 1, "--out", rng.choice([run, data, run / "best", data / "val", case])]
         words += rng.choice([[], ["--method", "none"]])
-    elif script is evaluate:
+    else:
         words = [run, *rng.choice([["--video", clip], ["--video", clip, clip]])]
         words += [rng.choice(["--save", "--report", "--show"]), rng.choice(inside)]
         if rng.random() < 0.3:
             inside = [*run_files, *files_of(data)]
             words = [run, "--split", "val", "--data", data, rng.choice(["--save", "--report"]), rng.choice(inside)]
-    else:
-        words = [run, "--save", rng.choice(run_files)]
     kept = [path for path in inside if path != run / "report.html"]  # which --report may replace
     return Case(script, words, kept=[*kept, *sorted(data.glob("*/*.mp4"))])
 

@@ -1,7 +1,4 @@
-"""The flags of `train.py`, and those of a run that is resumed.
-
-Flags that were renamed since version 0.1 keep their old names, hidden; the config.json of such runs is read too.
-"""
+"""The flags of `train.py`, and those of a run that is resumed."""
 
 import argparse
 import os
@@ -57,7 +54,7 @@ def check_models(args: argparse.Namespace) -> None:
     if args.mllm == "":
         raise InputError("--mllm: expected a folder or a hub id, found nothing")
     if any("\ud800" <= letter <= "\udfff" for letter in args.instruction):
-        raise InputError("--instruction: contains half a character, expected Unicode text")
+        raise InputError("--instruction: contains a lone surrogate, expected Unicode text")
     for name in ("vit", "lm", "image_size"):
         if args.mllm is not None and getattr(args, name) is not None:
             raise InputError(f"--{name.replace('_', '-')}: was given with --mllm, expected only one of them")
@@ -73,26 +70,12 @@ def check_models(args: argparse.Namespace) -> None:
         raise InputError("--visual frames: expected --write-back too: else nothing reads the queries")
 
 
-class Reading(argparse.Action):
-    """`--reading write` is `--write-back`."""
-
-    def __call__(self, parser, namespace, value, option=None):
-        setattr(namespace, self.dest, value == "write")
-
-
-def add_old_names(parser: argparse.ArgumentParser) -> None:
-    """The names that flags had in version 0.1."""
-    hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-    parser.add_argument("--clips", dest="shapes_sizes", type=cli.at_least(1, MAX_SIZE), nargs=3, **hidden)
-    parser.add_argument("--talk", dest="query_self_attention", action="store_true", **hidden)
-    parser.add_argument("--reading", dest="write_back", action=Reading, choices=["read", "write"], **hidden)
-
-
 def add_data_flags(group) -> None:
     group.add_argument("--dataset", choices=DATASETS, default="shapes", help="what to train on")
-    group.add_argument("--data", type=cli.path, help="the dataset's folder; unset: data/DATASET")
+    group.add_argument("--data", type=cli.folder, help="the dataset's folder; unset: data/DATASET")
     group.add_argument("--allow-missing", action="store_true", help="leave out clips without a video or a caption")
-    group.add_argument("--cache", type=cli.path, help="where frames are stored; unset: .cache in the dataset's folder")
+    group.add_argument("--cache", type=cli.folder,
+                       help="where frames are stored; unset: .cache in the dataset's folder")  # fmt: skip
     group.add_argument("--shapes-sizes", type=cli.at_least(1, MAX_SIZE), nargs=3, default=list(DEFAULT_SIZES),
                        metavar=("TRAIN", "VAL", "TEST"), help="clips of each split of shapes")  # fmt: skip
     group.add_argument("--shapes-seed", type=cli.at_least(0), default=0, help="of the clips of shapes")
@@ -184,7 +167,6 @@ def make_parser() -> argparse.ArgumentParser:
     add_model_flags(parser.add_argument_group("model"))
     add_optimization_flags(parser.add_argument_group("optimization"))
     add_run_flags(parser.add_argument_group("run and machine"))
-    add_old_names(parser)
     return parser
 
 
@@ -229,23 +211,13 @@ def to_words(name: str, value: Any) -> list[str]:
     return [flag] if value is True else [f"{flag}={value}"]  # with "=", a value may begin with a dash
 
 
-def rename_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Flags, or the adapter's fields, under the names of version 0.1 -> under those of today."""
-    fields = dict(fields)
-    for old, new in (("clips", "shapes_sizes"), ("talk", "query_self_attention"), ("reading", "write_back")):
-        if old in fields:
-            value = fields.pop(old)
-            fields[new] = value == "write" if old == "reading" else value
-    return fields
-
-
 def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """-> config.json of a run, and its flags with those that older runs lack. Raises InputError."""
     path = run / "config.json"
     if not path.is_file():
-        raise InputError(f"{run}: expected the folder of a run, with config.json and last/state.pt in it")
+        raise InputError(f"{run}: expected the folder of a run, with config.json in it")
     config = read_json(path)
-    flags = rename_fields(DEFAULTS_IN_OLDER_RUNS | field(config, "flags", dict, path))
+    flags = DEFAULTS_IN_OLDER_RUNS | field(config, "flags", dict, path)
     # evaluate.py takes these from here, without a parser of its own.
     frames = bounded(flags, "frames", int, path, 1, MAX_FRAMES)
     bounded(flags, "beams", int, path, 1, 2**31)

@@ -39,7 +39,7 @@ from common.json_fields import parse_object, read_json, write_json
 from common.run_log import read_log
 from models.safetensors import read_metadata
 from models.weights import LOAD_ERRORS
-from training.config import NOT_STORED, rename_fields
+from training.config import NOT_STORED
 from training.distributed import ProcessGroup
 from training.frozen_models import GENERATION_CONFIG
 
@@ -64,7 +64,7 @@ def check_checkpoint(path: Path, hashes: dict[str, str], adapter: dict) -> None:
         if metadata.get(name) != hashes.get(name):
             raise InputError(f"{path}: was trained with another {name} (sha256 {str(metadata.get(name))[:12]}, "
                              f"found {str(hashes.get(name))[:12]})")  # fmt: skip
-    trained = rename_fields(parse_object(metadata.get("adapter", "{}").encode(), f"{path}: metadata field 'adapter'"))
+    trained = parse_object(metadata.get("adapter", "{}").encode(), f"{path}: metadata field 'adapter'")
     if different := sorted(name for name in trained if name not in adapter or trained[name] != adapter[name]):
         name = different[0]  # older checkpoints lack the newest fields
         raise InputError(f"{path}: {name} of its adapter is {trained[name]!r}, config.json of its run says "

@@ -165,7 +165,7 @@ def build_dataset(name: str, root: Path, annotated: Annotations, paths: dict[str
     every_clip = [clip for group in clips.values() for clip in group]
     for clip in every_clip:
         if any("\ud800" <= letter <= "\udfff" for caption in clip.captions for letter in caption):
-            raise InputError(f"{root}: a caption of {clip.id!r} contains half a character, expected Unicode text")
+            raise InputError(f"{root}: a caption of {clip.id!r} contains a lone surrogate, expected Unicode text")
     counts = Counter(clip.path.resolve() for clip in every_clip)
     if duplicates := [path for path, count in counts.items() if count > 1]:
         raise InputError(f"{duplicates[0]}: is the video of {counts[duplicates[0]]} clips, expected one")

@@ -1,8 +1,8 @@
 """Video decoding: a file's frames in order of display, and the few of them that a captioner reads.
 
-PyAV [1] reads the video. Frames are chosen by time, never by index: the clip's time span is cut into T equal segments,
-and each contributes the frame displayed at its centre (evaluation) or at a random time (training), as in Temporal
-Segment Networks [2].
+PyAV [1] reads the video. Frames are chosen by time, or by index where a file has no times: the clip's time span is cut
+into T equal segments, and each contributes the frame displayed at its centre (evaluation) or at a random time
+(training), as in Temporal Segment Networks [2].
 
 H.264 frames that no other frame refers to are decoded only where wanted: T = 16 frames of a real MSR-VTT clip (1280 x
 720, a keyframe every 26 to 128 frames) are read 2.6 times faster. Seeking to the keyframe before each wanted frame as
@@ -20,7 +20,7 @@ References
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -252,6 +252,20 @@ def as_preprocessing(preprocessing: int | Preprocessing) -> Preprocessing:
     return preprocessing if isinstance(preprocessing, Preprocessing) else Preprocessing(preprocessing, preprocessing)
 
 
+def convert(path: str | Path, *args) -> np.ndarray:
+    """`frame_to_rgb`, whose failure is the file's."""
+    try:
+        return frame_to_rgb(*args)
+    except (av.error.FFmpegError, ValueError) as error:
+        raise InputError(f"{path}: its frames cannot be converted to RGB: {error}") from error
+
+
+def stack_pictures(pictures: Sequence[np.ndarray]) -> Tensor:
+    """T pictures (S, S, 3) -> (T, 3, S, S)."""
+    # numpy makes the copy: torch would wake all cores for it, in every worker
+    return torch.from_numpy(np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2)))
+
+
 def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessing,
                 rng: np.random.Generator | None = None) -> Tensor:  # fmt: skip
     """T = `frames` frames of a video, uint8 (T, 3, S, S): at the segment centres, or at random times with `rng`.
@@ -269,9 +283,4 @@ def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessin
             selected = _select_frames(path, decode_stream(path, container, stream), positions)
     selected = selected or _select_frames(path, decode_frames(path), positions)
     reformatter = VideoReformatter()
-    try:
-        pictures = [frame_to_rgb(frame, preprocessing, reformatter, aspect) for frame in selected]  # T of (S, S, 3)
-    except (av.error.FFmpegError, ValueError) as error:
-        raise InputError(f"{path}: its frames cannot be converted to RGB: {error}") from error
-    # numpy makes the copy: torch would wake all cores for it, in every worker
-    return torch.from_numpy(np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2)))  # (T, 3, S, S)
+    return stack_pictures([convert(path, frame, preprocessing, reformatter, aspect) for frame in selected])

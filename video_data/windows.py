@@ -1,4 +1,5 @@
-"""A long video, piece by piece: frames of one window of time after another, in constant memory.
+"""A long video, piece by piece: frames of one window of time after another. Only open windows
+are in memory.
 
 `read_frames` sorts the times of a file whose times step back. Here the frames after it are not known yet, so a frame
 before a step back is not displayed. A clock that begins anew, as in joined recordings, or jumps is an error.
@@ -13,13 +14,20 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from common.errors import InputError
 from common.preprocessing import Preprocessing
-from video_data.video import decode_stream, frame_to_rgb, iter_packets, open_video, pixel_aspect, sample_positions
+from video_data.video import (
+    convert,
+    decode_stream,
+    iter_packets,
+    open_video,
+    pixel_aspect,
+    sample_positions,
+    stack_pictures,
+)
 
 ONE_FRAME = 0.04  # seconds that the only frame of a video is displayed
 RESTART, JUMP = 1.0, 600.0  # seconds; a clock that steps back, or on, by more is another one
@@ -43,16 +51,7 @@ class Window:
     def frames(self) -> Tensor:
         """uint8 (T, 3, S, S). Where the video ended within the window, its frames are repeated evenly."""
         count = len(self.centres)
-        pictures = [self.pictures[i * len(self.pictures) // count] for i in range(count)]
-        return torch.from_numpy(np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2)))  # (T, 3, S, S)
-
-
-def convert(path: str | Path, *args) -> np.ndarray:
-    """`frame_to_rgb`, whose failure is the file's."""
-    try:
-        return frame_to_rgb(*args)
-    except (av.error.FFmpegError, ValueError) as error:
-        raise InputError(f"{path}: its frames cannot be converted to RGB: {error}") from error
+        return stack_pictures([self.pictures[i * len(self.pictures) // count] for i in range(count)])
 
 
 def find_bounds(path: str | Path) -> tuple[float | None, float]:

@@ -45,6 +45,21 @@ def test_an_empty_path_is_refused():
         cli.path("")
 
 
+def test_a_folder_may_be_missing_but_is_no_file(tmp_path):
+    (tmp_path / "file").touch()
+    assert cli.folder(str(tmp_path)) == tmp_path and cli.folder(str(tmp_path / "none")) == tmp_path / "none"
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a folder, found the file"):
+        cli.folder(str(tmp_path / "file"))
+
+
+def test_the_help_shows_defaults_of_flags_that_are_set():
+    parser = cli.Parser("")
+    for name, default in (("a", 0), ("b", None), ("c", False)):
+        parser.add_argument(f"--{name}", default=default, help=f"help of {name}")
+    text = parser.format_help()
+    assert "help of a (default: 0)" in text and text.count("default") == 1
+
+
 @pytest.mark.parametrize("statement, code, message", [
     ("return 3", 3, ""), ("raise InputError('x: y')", 2, "error: x: y\n"),
     ("raise KeyboardInterrupt", 130, "stopped\n"),

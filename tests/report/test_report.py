@@ -259,6 +259,17 @@ def test_what_is_read_is_bright():
     assert (picture[:, show.MARGIN : show.MARGIN + side, show.MARGIN : -show.MARGIN] == 200).all()
 
 
+def test_the_picture_of_many_frames_shows_a_part_of_them():
+    """100 frames of one grey each: the 64 of a strip, from the first to the last, and their attention."""
+    frames = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
+    inside = Inside(np.ones((1, 1, 1, 100, 5), dtype=np.float32), None)
+    picture = show.draw_clip(frames, "a caption", inside, 1)
+    assert picture.shape[2] == 64 * show.HEIGHT + 2 * show.MARGIN
+    for top in (0, show.HEIGHT + show.LINE):
+        row = picture[0, show.MARGIN + top, show.MARGIN + show.HEIGHT // 2 : -show.MARGIN : show.HEIGHT]
+        assert row.tolist() == strips.shown_frames(100)
+
+
 def test_closed_gates_are_dark():
     attention = np.full((1, 1, 2, 1, 4), 0.25, dtype=np.float32)
     assert (show.light(Inside(attention, np.zeros((1, 1, 2), dtype=np.float32))) == show.DARK).all()

@@ -1,4 +1,4 @@
-"""Flags: today's names, those of version 0.1, and the flags of a run that is resumed."""
+"""Flags, those of older runs, and the flags of a run that is resumed."""
 
 import json
 from dataclasses import asdict
@@ -7,30 +7,16 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from training.config import DEFAULTS_IN_OLDER_RUNS, make_parser, parse_args, read_run_config, rename_fields
+from training.config import DEFAULTS_IN_OLDER_RUNS, parse_args, read_run_config
 from training.presets import PRESETS
 from video_data.datasets import DATASETS
 
 
-@pytest.mark.parametrize("old, new", [
-    (["--clips", "5", "6", "7"], ["--shapes-sizes", "5", "6", "7"]), (["--talk"], ["--query-self-attention"]),
-    (["--reading", "write"], ["--write-back"]), (["--reading", "read"], []),
-])  # fmt: skip
-def test_old_names_of_flags_are_accepted_and_hidden(old, new, tmp_path):
-    out = ["--out", str(tmp_path)]
-    assert parse_args([*old, *out]) == parse_args([*new, *out])
-    assert not old or old[0] not in make_parser().format_help()
-
-
-def test_fields_of_version_0_1_are_renamed(tmp_path):
-    """Flags and the adapter's fields; flags that did not exist yet get the value they had in effect."""
-    old = {"queries": 4, "reading": "write", "talk": True, "clips": [1, 2, 3], "frames": 12}
-    new = {"queries": 4, "frames": 12, "write_back": True, "query_self_attention": True, "shapes_sizes": [1, 2, 3]}
-    assert rename_fields(old) == new and rename_fields(new) == new
-    assert rename_fields({"reading": "read"}) == {"write_back": False}
+def test_flags_that_older_runs_lack_have_the_value_they_had_in_effect(tmp_path):
+    old = {"queries": 4, "frames": 12}
     (tmp_path / "config.json").write_text(json.dumps({"flags": old}))
     flags = read_run_config(tmp_path)[1]
-    assert flags == DEFAULTS_IN_OLDER_RUNS | new | {"candidate_frames": 24} and flags["no_changes"] is True
+    assert flags == DEFAULTS_IN_OLDER_RUNS | old | {"candidate_frames": 24} and flags["no_changes"] is True
 
 
 def test_every_dataset_has_defaults(tmp_path, monkeypatch):
@@ -80,7 +66,7 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    ["--clips", "2147483647", "1", "1"], ["--shapes-sizes", "1000001", "1", "1"], ["--epochs", "2147483647"],
+    ["--shapes-sizes", "2147483647", "1", "1"], ["--shapes-sizes", "1000001", "1", "1"], ["--epochs", "2147483647"],
     ["--passes", "1e300"], ["--workers", "1000000"], ["--gate-bias", "1e300"],
 ])  # fmt: skip
 def test_sizes_that_no_run_has_are_refused(words, tmp_path):

@@ -312,7 +312,7 @@ def empty_caption(tmp_path):
 
 def half_a_character(tmp_path):
     make_folder(tmp_path, {"train": {"a.mp4": ["a \ud800 man"]}, "val": {"b.mp4": ["x"]}, "test": {"c.mp4": ["x"]}})
-    return "folder", "'a.mp4'", "half a character"
+    return "folder", "'a.mp4'", "a lone surrogate"
 
 
 def caption_without_a_word(tmp_path):
