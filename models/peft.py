@@ -5,7 +5,8 @@
     deep prompts    block([Z ; prompts]) without the last rows    new learned tokens for each block of a ViT [3]
 
 Trained weights are float32 and are cast to the dtype of the frozen model. LoRA and AdaptFormer start from zero, so step
-0 is the frozen model; prompts change it from the start. The frozen tensors keep their names.
+0 is the frozen model; prompts change it from the start. The frozen tensors keep their names. There is no dropout, and
+LoRA's A starts with a standard deviation of 1 / sqrt(inputs).
 
 Letters: n images, P tokens of the ViT an image, D width, r rank, N prompts.
 
