@@ -176,7 +176,7 @@ def test_flags_that_do_not_fit_are_one_line(mllm, flags, tmp_path):
                           "expected --method qadapter, found lora")  # fmt: skip
     assert_one_line_error(run_forked(train, *words, "--grid", 2), "--grid: expected --visual frames or both")
     assert_one_line_error(run_forked(train, *words, "--mllm", ""), "--mllm: expected a folder")
-    assert_one_line_error(run_forked(train, *words, "--instruction", "\udcff"), "--instruction: contains a lone surrogate")
+    assert_one_line_error(run_forked(train, *words, "--instruction", "\udcff"), "contains a lone surrogate")
     assert_one_line_error(run_forked(train, *words, "--instruction", "a video " * 200), "of the prompt")
     pair = [*flags, "--out", tmp_path / "out", "--instruction", "What is it?"]
     assert_one_line_error(run_forked(train, *pair), "--instruction: expected --mllm too")

@@ -464,7 +464,7 @@ def test_each_user_error_is_one_line(finished_run, flags, backbones, tmp_path, m
     refused([*flags, *out, "--last-blocks", 3], "--last-blocks 3", "2")
     refused([*flags, *out, "--batch-size", 64], "--batch-size 64", "12")
     refused([*flags, "--out", finished_run], str(finished_run), "--resume")
-    refused(["--resume", tmp_path / "gone"], "gone", "state.pt")
+    refused(["--resume", tmp_path / "gone"], "gone", "config.json")
     refused(["--resume", finished_run, "--data", tmp_path / "typo"], "--data", "typo")
     refused([*flags, "--out", "/dev/null/x"], "--out /dev/null/x")
     refused([*flags, "--out", ""], "--out", "expected a path")
