@@ -77,8 +77,7 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
         raise InputError(f"{checkpoint.parent}: expected a checkpoint, found none; --weights last takes the last one")
     check_sums(checkpoint.parent)
     check_checkpoint(checkpoint, backbone_hashes(folders), asdict(adapter))
-    with naming(path):
-        models = load_models(folders, devices.DTYPES[precision], field(flags, "image_size", int, path, None))
+    models = load_models(folders, devices.DTYPES[precision], field(flags, "image_size", int, path, None))
     with naming(f"{path}: adapter"):
         captioner = Captioner(models.vit, models.lm, models.tokenizer, adapter, models.mllm)
     captioner.load(checkpoint)

@@ -62,7 +62,7 @@ def find_flags(text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def help_flags() -> dict[str, set[str]]:
-    """{program: the flags that its --help lists}; old names of flags are not among them."""
+    """{program: the flags that its --help lists}."""
     flags = {}
     for program in PROGRAMS:
         output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")

@@ -154,6 +154,26 @@ def test_paths_on_the_standard_input_may_have_any_name(tmp_path, monkeypatch):
     assert evaluate.make_parser().parse_args(["r", "--video", "a", "b", "--video", "c"]).video == ["a", "b", "c"]
 
 
+def test_a_run_whose_language_model_reads_patches(flags, tmp_path):
+    """4 tokens a frame in place of one; evaluate.py captions the test split as train.py did."""
+    run = tmp_path / "run"
+    done = run_forked(train, *flags, "--method", "linear", "--cache-features", "--grid", 2, "--out", run)
+    assert done.returncode == 0, done.stderr
+    captioner, values = evaluate.load_run(run)
+    assert captioner.num_visual_tokens(values["frames"]) == 4 * values["frames"]
+    done = run_forked(evaluate, run, "--save", tmp_path / "p.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "p.json").read_text()) == json.loads((run / "test.json").read_text())["captions"]
+
+
+def test_a_page_of_a_damaged_log_fails_before_the_work(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "r")
+    (tmp_path / "r/log.jsonl").write_text("3\n" + (tmp_path / "r/log.jsonl").read_text())
+    done = run_forked(evaluate, tmp_path / "r", "--report", tmp_path / "p.html", "--device", "cpu")
+    assert_one_line_error(done, "log.jsonl: line 1")
+    assert "CIDEr" not in done.stdout and not (tmp_path / "p.html").exists()
+
+
 def test_a_run_without_a_best_checkpoint_names_the_last(finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "r")
     shutil.rmtree(tmp_path / "r/best")

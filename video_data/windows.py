@@ -1,5 +1,6 @@
-"""A long video, piece by piece: frames of one window of time after another. Only open windows
-are in memory.
+"""A long video, piece by piece: frames of one window of time after another.
+
+Only the windows that are open are in memory.
 
 `read_frames` sorts the times of a file whose times step back. Here the frames after it are not known yet, so a frame
 before a step back is not displayed. A clock that begins anew, as in joined recordings, or jumps is an error.

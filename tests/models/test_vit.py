@@ -112,7 +112,8 @@ def add_prefix(folder: Path) -> None:
 
 @torch.no_grad()
 def assert_same(ours: ViT, theirs: nn.Module, size: int, seed: int, **options) -> None:
-    """Embeddings, every block, last hidden state and pooled feature of two random images are equal within 1e-5."""
+    """Embeddings, every block, last hidden state, pooled feature and patches of two random images are equal within
+    1e-5."""
     assert (ours.config.image_size, ours.preprocessing.size) == (size, size)
     ours_eps, theirs_eps = ({m.eps for m in vit.modules() if isinstance(m, nn.LayerNorm)} for vit in (ours, theirs))
     assert ours_eps == theirs_eps  # the tolerance would hide 1e-5 instead of 1e-6
@@ -140,6 +141,8 @@ def assert_same(ours: ViT, theirs: nn.Module, size: int, seed: int, **options) -
         assert_near(x, state, min_std=0.05)
     assert_near(ours(pixels), last, min_std=0.05)
     assert_near(ours.pooled(pixels), pooled, min_std=0.05)
+    normed = last if ours.config.final_norm else theirs.post_layernorm(last)  # CLIP norms its class token alone
+    assert_near(ours.patches(x), normed[:, int(ours.config.class_token) :], min_std=0.05)
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_pytorch_tanh", "quick_gelu"])

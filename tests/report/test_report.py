@@ -262,12 +262,14 @@ def test_what_is_read_is_bright():
 def test_the_picture_of_many_frames_shows_a_part_of_them():
     """100 frames of one grey each: the 64 of a strip, from the first to the last, and their attention."""
     frames = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
-    inside = Inside(np.ones((1, 1, 1, 100, 5), dtype=np.float32), None)
-    picture = show.draw_clip(frames, "a caption", inside, 1)
+    attention = np.zeros((1, 1, 1, 100, 5), dtype=np.float32)
+    attention[:, :, :, -1] = 1
+    picture = show.draw_clip(frames, "a caption", Inside(attention, None), 1)
     assert picture.shape[2] == 64 * show.HEIGHT + 2 * show.MARGIN
-    for top in (0, show.HEIGHT + show.LINE):
-        row = picture[0, show.MARGIN + top, show.MARGIN + show.HEIGHT // 2 : -show.MARGIN : show.HEIGHT]
-        assert row.tolist() == strips.shown_frames(100)
+    shown, bright = (picture[0, show.MARGIN + top, show.MARGIN + show.HEIGHT // 2 : -show.MARGIN : show.HEIGHT].tolist()
+                     for top in (0, show.HEIGHT + show.LINE))  # fmt: skip
+    assert shown == strips.shown_frames(100) and bright[-1] == 99
+    assert bright[:-1] == [round(show.DARK * grey) for grey in shown[:-1]]
 
 
 def test_closed_gates_are_dark():

@@ -249,15 +249,20 @@ def test_nothing_more_is_started_after_an_error(monkeypatch, error):
 
 
 def test_one_study_of_a_store_at_a_time(tmp_path, monkeypatch):
-    """Another process holds the lock."""
-    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    """Another process holds the lock. A dry run needs none."""
+    for module, name, value in ((runs, "RUNS", tmp_path), (runs, "RESULTS", tmp_path),
+                                (program, "TABLES", {"x": TABLE})):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
     script = ("import sys, pathlib; from common.files import acquire_lock; "
               "acquire_lock(pathlib.Path(sys.argv[1]), False); print(flush=True); sys.stdin.read()")  # fmt: skip
     child = subprocess.Popen([sys.executable, "-c", script, tmp_path / "x.lock"], cwd=runs.ROOT,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     child.stdout.readline()
+    monkeypatch.setattr("sys.argv", ["study", "x"])
     with pytest.raises(InputError, match="x.json: expected one study of it at a time"):
-        runs.lock_results(TABLE)
+        program.main()
+    monkeypatch.setattr("sys.argv", ["study", "x", "--dry-run"])
+    assert program.main() == 0
     child.communicate()
     os.close(runs.lock_results(TABLE))
 

@@ -310,7 +310,7 @@ def empty_caption(tmp_path):
     return "folder", "captions.json: val: 'b.mp4': expected a list of captions"
 
 
-def half_a_character(tmp_path):
+def lone_surrogate(tmp_path):
     make_folder(tmp_path, {"train": {"a.mp4": ["a \ud800 man"]}, "val": {"b.mp4": ["x"]}, "test": {"c.mp4": ["x"]}})
     return "folder", "'a.mp4'", "a lone surrogate"
 
@@ -343,7 +343,7 @@ def clip_in_two_splits_of_a_folder(tmp_path):
 
 @pytest.mark.parametrize("make", [
     clip_in_two_splits, two_videos_of_a_clip, video_of_two_clips, contradicting_splits, no_captions, no_json,
-    empty_caption, empty_split, caption_without_a_word, half_a_character, captions_of_other_clips, unknown_split,
+    empty_caption, empty_split, caption_without_a_word, lone_surrogate, captions_of_other_clips, unknown_split,
     clip_in_two_splits_of_a_folder,
 ])  # fmt: skip
 def test_inconsistent_data_is_a_one_line_error(tmp_path, make):
