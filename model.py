@@ -296,13 +296,13 @@ class Captioner(nn.Module):
         return sum(map(len, self.texts(frames))) + self.num_visual_tokens(frames) + newline
 
     def connect_frames(self, z: Tensor) -> Tensor:
-        """Outputs of the last block (B, T, P, D) -> G * G visual tokens a frame, or one (B, T * N', C), for a ViT that
-        has no MLLM."""
-        z, frames = z.flatten(0, 1), z.shape[1]
-        grid = self.config.grid
-        features = average_grid(self.vit.patches(z), grid) if grid else self.vit.pool(z)[:, None]  # (B*T, N', D)
-        x = features.unflatten(0, (-1, frames)) + interpolate_time_embed(self.time_embed, frames)[:, None]
-        return self.connector(x).flatten(1, 2) * self.prefix_scale  # (B, T*N', C)
+        """Without an MLLM: outputs of the last block (B, T, P, D) -> grid^2 tokens a frame, or one, (B, N', C)."""
+        frames, grid = z.shape[1], self.config.grid
+        z = z.flatten(0, 1)  # (B*T, P, D)
+        features = average_grid(self.vit.patches(z), grid) if grid else self.vit.pool(z)[:, None]  # (B*T, N'/T, D)
+        time_embed = interpolate_time_embed(self.time_embed, frames)[:, None]  # (T, 1, D)
+        x = features.unflatten(0, (-1, frames)) + time_embed  # (B, T, N'/T, D)
+        return self.connector(x).flatten(1, 2) * self.prefix_scale  # (B, N', C)
 
     def frame_tokens(self, z: Tensor) -> Tensor:
         """Outputs of the last block (B, T, P, D) -> the MLLM's tokens of each frame (B, T, N', C)."""

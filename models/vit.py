@@ -179,9 +179,8 @@ class ViT(nn.Module):
         return self.post_norm(x) if self.config.final_norm else x
 
     def patches(self, x: Tensor) -> Tensor:
-        """Output of the last block (n, P, D) -> the normed patches, row by row, without a class token (n, P', D)."""
-        x = x if self.cls is None else x[:, 1:]
-        return self.post_norm(x)
+        """Output of the last block (n, P, D) -> the normed patches, row by row, no class token (n, grid^2, D)."""
+        return self.post_norm(x if self.cls is None else x[:, 1:])
 
     def pooled(self, pixels: Tensor) -> Tensor:
         """Normalized pixels (n, 3, S, S) -> one feature an image (n, D), see `pool`."""

@@ -41,22 +41,22 @@ def make_panels(rows: list[dict], first_block: int) -> list[Panel]:
     return panels + ([Panel("correct validation captions, %", 100, lines)] if lines else [])
 
 
-def draw_panel(panel: Panel, left: float, top: float, steps: int) -> str:
-    """One panel, whose axes begin at this left edge and end `steps` to the right; its upper edge is at `top`."""
-    bottom = top + HEIGHT
-    parts = [text(left, top - 26, panel.title, 'font-size="13" fill="currentColor"')]
+def draw_panel(panel: Panel, steps: int) -> str:
+    """One panel as SVG; its horizontal axis ends at `steps`."""
+    bottom = TOP + HEIGHT
+    parts = [text(LEFT, TOP - 26, panel.title, 'font-size="13" fill="currentColor"')]
     for i in range(5):
         y = bottom - HEIGHT * i / 4
-        parts += [f'<path d="M{left} {y:.1f}h{WIDTH}" stroke="currentColor" stroke-opacity="0.15"/>',
-                  text(left - 6, y + 4, f"{panel.top * i / 4:.3g}", 'text-anchor="end"')]  # fmt: skip
-    parts += [text(left, bottom + 16, "0"), text(left + WIDTH, bottom + 16, f"{steps} steps", 'text-anchor="end"')]
-    x_label = left
+        parts += [f'<path d="M{LEFT} {y:.1f}h{WIDTH}" stroke="currentColor" stroke-opacity="0.15"/>',
+                  text(LEFT - 6, y + 4, f"{panel.top * i / 4:.3g}", 'text-anchor="end"')]  # fmt: skip
+    parts += [text(LEFT, bottom + 16, "0"), text(LEFT + WIDTH, bottom + 16, f"{steps} steps", 'text-anchor="end"')]
+    x_label = LEFT
     for colour, (label, points) in zip(cycle(COLOURS), panel.lines.items(), strict=False):
-        pixels = [(left + WIDTH * step / steps, bottom - HEIGHT * min(1, y / panel.top)) for step, y in points]
+        pixels = [(LEFT + WIDTH * step / steps, bottom - HEIGHT * min(1, y / panel.top)) for step, y in points]
         parts += [line(pixels, colour),
-                  text(x_label, top - 9, label, f'font-weight="bold" fill="{colour}"')]  # fmt: skip
+                  text(x_label, TOP - 9, label, f'font-weight="bold" fill="{colour}"')]  # fmt: skip
         x_label += 8 * len(label) + 12
-    return "\n".join(parts)
+    return document(LEFT + WIDTH + GAP, TOP + HEIGHT + 34, parts, "none")
 
 
 def curves_of(run: Path, first_block: int) -> str:
@@ -68,5 +68,4 @@ def curves_of(run: Path, first_block: int) -> str:
         return ""
     panels = make_panels(rows, first_block)
     steps = panels[0].lines[""][-1][0]
-    size = LEFT + WIDTH + GAP, TOP + HEIGHT + 34
-    return "\n".join(document(*size, [draw_panel(panel, LEFT, TOP, steps)], "none") for panel in panels)
+    return "\n".join(draw_panel(panel, steps) for panel in panels)

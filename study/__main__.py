@@ -42,7 +42,7 @@ def main() -> int:
     if args.dry_run:
         return 0
     table = TABLES[args.table]
-    lock = lock_results(table)  # noqa: F841 - held until the process ends
+    lock_results(table)  # until the process ends
     results = load_results(table)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     run_all(table, first_runs(table), results, args.jobs, threads)
