@@ -65,9 +65,10 @@ LONGER = {"`linear`": "--epochs 56 --eval-every 14", "`lora-lm`": "--epochs 48 -
           "Q-Adapter with write-back": "--epochs 6 --eval-every 2"}  # fmt: skip
 
 
-def at_chosen_rates(rows: dict[str, str]) -> Table:
-    """Rows of methods in other sizes or of other lengths, with the learning rates of the table `methods`."""
-    return Table(PAIR, rows, "Q-Adapter", store="pair", row_lrs={row: (CHOSEN[row],) for row in rows})
+def at_chosen_rates(rows: dict[str, str], divisors: tuple[float, ...] = (1,)) -> Table:
+    """Rows of methods in other sizes or of other lengths, with the learning rates of `methods` over each divisor."""
+    rates = {row: tuple(CHOSEN[row] / divisor for divisor in divisors) for row in rows}
+    return Table(PAIR, rows, "Q-Adapter", store="pair", row_lrs=rates)
 
 
 def ablation(rows: dict[str, str], default: str) -> Table:
@@ -109,7 +110,7 @@ TABLES = {
         store="pair",
     ),
     "half": at_chosen_rates(of_size("half")),
-    "fourfold": at_chosen_rates(of_size("fourfold")),
+    "fourfold": at_chosen_rates(of_size("fourfold"), divisors=(2.5, 1)),  # larger ranks may want a lower rate
     "equal-time": at_chosen_rates(METHODS | {row: f"{METHODS[row]} {words}" for row, words in LONGER.items()}),
     "queries": ablation({str(n): f"--queries {n}" for n in (1, 4, 8, 32)}, "16"),
     "rank": ablation({str(n): f"--rank {n}" for n in (8, 16, 64)}, "32"),
