@@ -61,6 +61,7 @@ class AdapterConfig:
     time_embed: str = "ramp"  # ramp | random | none
     per_frame: bool = False
     no_changes: bool = False
+    token_dropout: float = 0.0
     query_self_attention: bool = False
     frames: int = 8
     visual: str = "queries"  # queries | frames | both: of the Q-Adapter in an MLLM; the other methods read frames
@@ -106,7 +107,7 @@ def make_adapter(vit: ViT, config: AdapterConfig) -> QAdapter:
         vit.config.width, vit.config.depth, config.queries, config.rank, config.heads, config.frames,
         config.last_blocks, config.gate, config.write_back, self_attention=config.query_self_attention,
         write_last=config.reads_frames, gate_bias=config.gate_bias, time_embed=config.time_embed,
-        per_frame=config.per_frame, changes=not config.no_changes,
+        per_frame=config.per_frame, changes=not config.no_changes, token_dropout=config.token_dropout,
     )  # fmt: skip
 
 

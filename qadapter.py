@@ -28,6 +28,7 @@ LN(Z) in the code, but X in its naive version.
 References
 [1] Q-Adapter, https://arxiv.org/abs/2510.10022 (abstract only).
 [2] Flamingo's Perceiver resampler (https://arxiv.org/abs/2204.14198, sec. 3.1): queries among the keys.
+[3] PatchDropout, https://arxiv.org/abs/2208.07220: a ViT that is trained on random patches of each image.
 """
 
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ class CastLinear(nn.Linear):
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of (B, n, r) queries to (B, m, r) keys and values, split into heads -> (B, n, r).
 
-    mask (n, m): which keys each query sees; None: all.
+    mask, to be broadcast to (B, h, n, m): which keys each query sees; None: all.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, h, n|m, d)
     return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, n, r)
@@ -70,6 +71,14 @@ def same_frame(queries: int, frames: int, tokens: int, device: torch.device) -> 
     -> (N, T*P)."""
     frame_of_query = torch.arange(queries, device=device) * frames // queries  # (N,)
     return frame_of_query[:, None] == torch.arange(frames, device=device).repeat_interleave(tokens)
+
+
+def random_visibility(batch: int, frames: int, tokens: int, dropout: float, device: torch.device) -> Tensor:
+    """Which of the T*P tokens of each clip its queries see in a training step, each with the probability 1 - dropout
+    -> bool (B, T*P). Where a frame would lose all, its first is seen: a softmax over nothing is not a number. [3]"""
+    visible = torch.rand(batch, frames, tokens, device=device) >= dropout  # (B, T, P)
+    visible[:, :, 0] |= ~visible.any(dim=2)
+    return visible.flatten(1)
 
 
 def init_time_embed(frames: int, width: int, kind: str = "ramp") -> Tensor:
@@ -143,8 +152,10 @@ class GatedCrossAttention(nn.Module):
     """The adapter of one ViT block: the queries' cross-attention, its gate and, with write-back, the patches' own."""
 
     def __init__(self, width: int, rank: int, heads: int, gate: str, write_back: bool, self_attention: bool,
-                 gate_bias: float = 0.0, per_frame: bool = False, changes: bool = True):  # fmt: skip
+                 gate_bias: float = 0.0, per_frame: bool = False, changes: bool = True,
+                 token_dropout: float = 0.0):  # fmt: skip
         super().__init__()
+        self.token_dropout = token_dropout
         self.heads, self.self_attention, self.per_frame = heads, self_attention, per_frame
         self.keep_attention, self.attention = False, None  # see `QAdapter.looking_inside`
         self.register_buffer("mean", torch.zeros(width))  # m and s, see `measure_channels`
@@ -180,7 +191,10 @@ class GatedCrossAttention(nn.Module):
         if self.gate_kind == "patch":
             gates = self.project(self.gate, x, time_embed).flatten(1, 2).sigmoid()  # (B, T*P, 1)
             v = gates * v
-        mask = same_frame(q.shape[1], *patches.shape[1:3], q.device) if self.per_frame else None
+        mask = same_frame(q.shape[1], *patches.shape[1:3], q.device) if self.per_frame else None  # (N, T*P)
+        if self.token_dropout and self.training:
+            visible = random_visibility(*patches.shape[:3], self.token_dropout, q.device)[:, None, None]
+            mask = visible if mask is None else mask & visible  # (B, 1, 1 or N, T*P)
         if self.self_attention:
             own_k, own_v = self.kv(normed_queries).chunk(2, dim=-1)  # (B, N, r)
             k, v = torch.cat([k, own_k], dim=1), torch.cat([v, own_v], dim=1)  # (B, T*P+N, r)
@@ -227,14 +241,15 @@ class GatedCrossAttention(nn.Module):
         return patches + self.write_o(read.to(x.dtype)).view_as(patches)  # (B, T, P, D)
 
 
-def naive_gated_cross_attention(block: GatedCrossAttention, queries: Tensor, patches: Tensor,
-                                time_embed: Tensor) -> Tensor:  # fmt: skip
+def naive_gated_cross_attention(block: GatedCrossAttention, queries: Tensor, patches: Tensor, time_embed: Tensor,
+                                visible: Tensor | None = None) -> Tensor:  # fmt: skip
     """The equations at the top of this file, one clip and one head at a time: slow, for reading.
 
     -> the new queries (B, N, D), without write-back. m keys: all tokens, and the queries if they attend to each other.
+    visible (B, T*P): of `random_visibility`; None: all.
     """
     outputs, kind = [], block.gate_kind
-    for q, z in zip(queries, patches, strict=True):  # (N, D), (T, P, D)
+    for b, (q, z) in enumerate(zip(queries, patches, strict=True)):  # (N, D), (T, P, D)
         y = (F.layer_norm(z, z.shape[-1:]) - block.mean) / block.std  # (T, P, D)
         change = torch.zeros_like(y)
         for t in range(1, len(y)):
@@ -251,6 +266,8 @@ def naive_gated_cross_attention(block: GatedCrossAttention, queries: Tensor, pat
             for i in range(len(q)):
                 for j in range(len(x)):  # the frame of query i, the frame of token j
                     seen[i, j] = i * len(z) // len(q) == j // z.shape[1]
+        if visible is not None:
+            seen[:, : len(x)] &= visible[b]
         w_change = block.kv.weight * 0 if block.kv_change is None else block.kv_change.weight
         wk, wv = torch.cat([block.kv.weight, w_change], -1).chunk(2)  # (r, 2D) each
         heads = []
@@ -272,13 +289,15 @@ class QAdapter(nn.Module):
     gate: normed | sigmoid | channel | patch | none; a number a query of normalized or plain inputs, a number a channel,
     a number a token of the ViT. gate_bias: its logit at the start. per_frame: each query attends to one frame only.
     write_back: patches read the queries too; write_last: after the last block as well, for a caller that reads them.
-    self_attention: the queries are among their own keys [2]. changes: X has its second half.
+    self_attention: the queries are among their own keys [2]. changes: X has its second half. token_dropout: the share
+    of the tokens that is hidden from the queries while they are trained, at random, for each block and clip [3].
     """
 
     def __init__(self, width: int, depth: int, queries: int = 16, rank: int = 32, heads: int = 4,
                  frames: int = 8, last_blocks: int = 0, gate: str = "normed", write_back: bool = False,
                  self_attention: bool = False, write_last: bool = False, gate_bias: float = 0.0,
-                 time_embed: str = "ramp", per_frame: bool = False, changes: bool = True):  # fmt: skip
+                 time_embed: str = "ramp", per_frame: bool = False, changes: bool = True,
+                 token_dropout: float = 0.0):  # fmt: skip
         super().__init__()
         self.write_back = write_back
         self.first = depth - (last_blocks or depth)  # index of the first adapted block
@@ -287,7 +306,7 @@ class QAdapter(nn.Module):
         self.blocks = nn.ModuleList(
             # Without `write_last` nothing would read what is written back after the last block.
             GatedCrossAttention(width, rank, heads, gate, write_back and (write_last or i < depth - 1), self_attention,
-                                gate_bias, per_frame, changes)
+                                gate_bias, per_frame, changes, token_dropout)
             for i in range(self.first, depth)
         )
         self.norm = nn.LayerNorm(width)

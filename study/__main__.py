@@ -7,7 +7,7 @@ import os
 
 from common import cli
 from common.errors import InputError
-from study.report import write_page
+from study.report import read_page, write_page
 from study.runs import first_runs, later_runs, load_results, lock_results, run_all, trains
 from study.tables import SEEDS, TABLES
 
@@ -30,6 +30,7 @@ def describe(name: str, seeds: tuple[int, ...], jobs: int) -> str:
 
 def main() -> int:
     parser = cli.Parser("Trains the runs of a table of the study and writes docs/study.md.")
+    parser.prog = "python -m study"
     parser.add_argument("table", choices=list(TABLES), help="which table")
     parser.add_argument("--seeds", type=cli.at_least(0), nargs="+", default=list(SEEDS), help="of weights and batches")
     parser.add_argument("--jobs", type=cli.at_least(1), default=1, help="runs at a time; they share the cores")
@@ -43,6 +44,7 @@ def main() -> int:
         return 0
     table = TABLES[args.table]
     lock_results(table)  # until the process ends
+    read_page()  # before hours of training: without its markers nothing could be written
     results = load_results(table)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     run_all(table, first_runs(table), results, args.jobs, threads)

@@ -10,7 +10,7 @@ WIDTH, LABELS, LEFT, GAP, TOP, STEP = 210, 230, 12, 36, 44, 24  # pixels: a pane
 
 def draw_panel(name: str, values: list[list[float]], left: float) -> list[str]:
     """One score: an axis from 0, and the dots of each row."""
-    top = PANELS[name] or 100 * -(-max(map(max, values)) // 100)
+    top = PANELS[name] or 100 * max(1, -(-max(map(max, values)) // 100))
     bottom = TOP + STEP * len(values)
     parts = [text(left, TOP - 22, name, 'font-size="13" fill="currentColor"')]
     for i in range(5):

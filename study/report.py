@@ -35,6 +35,8 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 def score_of(run: dict, name: str) -> float:
     """A score of the test split, times 100. METEOR's name depends on its tables."""
     found = [value for key, value in run["test"].items() if key.partition("[")[0] == name]
+    if not found:
+        raise InputError(f"results: {run['flags']}, seed {run['seed']}: test: expected the score {name}")
     return 100 * found[0]
 
 
@@ -131,16 +133,26 @@ def markers(name: str) -> tuple[str, str]:
     return f"<!-- {name}: begins -->", f"<!-- {name}: ends -->"
 
 
+def read_page() -> str:
+    """docs/study.md. Raises InputError where it is not text, or lacks the place of a table."""
+    try:
+        page = PAGE.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{PAGE}: expected a page in UTF-8: {error}") from error
+    for begin, end in map(markers, TABLES):
+        if begin not in page or end not in page:
+            raise InputError(f"{PAGE}: expected the lines {begin} and {end}")
+    return page
+
+
 def write_page(store: str) -> None:
     """Puts the tables whose runs are in results/STORE.json into their places in docs/study.md, and their figures beside
     the page."""
-    page = PAGE.read_text(encoding="utf-8")
+    page = read_page()
     for name, table in TABLES.items():
         if table.store != store:
             continue
         begin, end = markers(name)
-        if begin not in page or end not in page:
-            raise InputError(f"{PAGE}: expected the lines {begin} and {end}")
         before, _, rest = page.partition(begin)
         results = load_results(table)
         page = f"{before}{begin}\n\n{format_part(name, table, results)}\n\n{end}{rest.partition(end)[2]}"

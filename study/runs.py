@@ -63,10 +63,14 @@ def load_results(table: Table) -> dict[RunKey, dict]:
             raise InputError(f"{path}: runs: expected objects, found {run!r:.40}")
         common, own = table.flags, field(run, "flags", str, path)
         if own != common and not own.startswith(f"{common} "):
-            raise InputError(f"{path}: holds a run with other flags than study/tables.py, {own!r}: delete the file to "
-                             "run them again")  # fmt: skip
+            raise InputError(f"{path}: holds a run with other flags than study/tables.py, {own!r}: correct its flags "
+                             "or take the run out of the file, then it is trained again")  # fmt: skip
         for name, kind in FIELDS.items():
             field(run, name, kind, path)
+        for name in SOMETIMES:
+            field(run, name, float, path, None)
+        for name in run["test"]:
+            field(run["test"], name, float, f"{path}: test")
         if lacking := [name for name in SOMETIMES if name not in run]:
             raise InputError(f"{path}: field {lacking[0]!r} is missing in a run")
         key = RunKey(own.removeprefix(common).strip(), field(run, "lr", float, path), field(run, "seed", int, path))

@@ -1,8 +1,8 @@
 """The tables of the study: what is compared with what, by the flags of `train.py`.
 
 Each row is trained with its learning rates at the first seed. The rate with the highest validation CIDEr is taken for
-the other seeds, too; only the runs of that rate are reported. Every row of a table has the same clips and, unless its
-flags say otherwise, the same steps. The clips are of another seed than those of the demo and of most trials.
+the other seeds, too; a table shows the runs of that rate. Every row of a table has, unless its flags say otherwise, the
+same clips and the same steps. The clips are of another seed than those of the demo and of most trials.
 """
 
 from dataclasses import dataclass, field
@@ -30,11 +30,11 @@ class Table:
 
 # Every row sees the same frames of a clip in each epoch: those that --cache-features can store.
 MLLM = ("--dataset shapes --shapes-sizes 3000 200 500 --shapes-seed 1 --data data/study --eval-every 2 "
-        "--candidate-frames 8 --mllm backbones/tiny-mllm --epochs 8 --weight-decay 0.01")  # fmt: skip
+        "--candidate-frames 8 --mllm backbones/tiny-mllm --epochs 8 --weight-decay 0.01 --token-dropout 0")  # fmt: skip
 PAIR = ("--dataset shapes --shapes-sizes 6000 200 500 --shapes-seed 1 --data data/study-pair --candidate-frames 8 "
-        "--epochs 4 --eval-every 1")  # fmt: skip
+        "--epochs 4 --eval-every 1 --token-dropout 0")  # fmt: skip
 VERSION_07 = "--heads 8 --no-changes"  # the Q-Adapter of that version
-CACHED = "--cache-features"  # alone: the Q-Adapter of train.py
+CACHED = "--cache-features"  # alone: the Q-Adapter of train.py, without its token dropout
 
 # Each method's flags, and those that give it half as many trained parameters as the Q-Adapter has, as many, and four
 # times as many. At rank 121 LoRA's two matrices hold more numbers than the 128 x 128 matrix that they change.
@@ -59,15 +59,16 @@ FOUR_LRS = {"`linear`": (*LRS, 0.03), "`lora-lm`": (*LRS, 0.03), "`adapter`": (*
             "`full`": (*FULL_LRS, 0.003)}  # fmt: skip
 CHOSEN = {"`linear`": 0.0125, "`lora-lm`": 0.0125, "`lora`": 0.005, "`adapter`": 0.0125, "Q-Adapter": 0.002,
           "Q-Adapter with write-back": 0.002, "`full`": 0.00125}  # learning rates by validation in the table `methods`
+LOWER = {"`lora-lm`": 0.005, "`lora`": 0.002, "`adapter`": 0.005, "Q-Adapter": 0.0008}  # of larger ranks
 # By the seconds a step in the table `methods`, all steps together take within 15 % as long as 4 epochs of `lora`.
 LONGER = {"`linear`": "--epochs 56 --eval-every 14", "`lora-lm`": "--epochs 48 --eval-every 12",
           "Q-Adapter": "--epochs 28 --eval-every 7",
           "Q-Adapter with write-back": "--epochs 6 --eval-every 2"}  # fmt: skip
 
 
-def at_chosen_rates(rows: dict[str, str], divisors: tuple[float, ...] = (1,)) -> Table:
-    """Rows of methods in other sizes or of other lengths, with the learning rates of `methods` over each divisor."""
-    rates = {row: tuple(CHOSEN[row] / divisor for divisor in divisors) for row in rows}
+def at_chosen_rates(rows: dict[str, str], more: dict[str, float] | None = None) -> Table:
+    """Rows of methods in other sizes or of other lengths, with the learning rates of `methods`, and `more`."""
+    rates = {row: (CHOSEN[row],) if more is None else (more[row], CHOSEN[row]) for row in rows}
     return Table(PAIR, rows, "Q-Adapter", store="pair", row_lrs=rates)
 
 
@@ -110,7 +111,7 @@ TABLES = {
         store="pair",
     ),
     "half": at_chosen_rates(of_size("half")),
-    "fourfold": at_chosen_rates(of_size("fourfold"), divisors=(2.5, 1)),  # larger ranks may want a lower rate
+    "fourfold": at_chosen_rates(of_size("fourfold"), more=LOWER),
     "equal-time": at_chosen_rates(METHODS | {row: f"{METHODS[row]} {words}" for row, words in LONGER.items()}),
     "queries": ablation({str(n): f"--queries {n}" for n in (1, 4, 8, 32)}, "16"),
     "rank": ablation({str(n): f"--rank {n}" for n in (8, 16, 64)}, "32"),
@@ -139,6 +140,7 @@ TABLES = {
     ),
     "frames": ablation({str(n): f"--frames {n} --candidate-frames {n}" for n in (1, 2, 4, 16)}, "8"),
     "decay": ablation({str(n): f"--weight-decay {n}" for n in (0.01, 0.05, 0.5)}, "0.2"),
+    "dropout": ablation({str(p): f"--token-dropout {p}" for p in (0.1, 0.3, 0.5)}, "0"),
     "captions": ablation(
         {"4 a clip": "--captions-per-clip 4", "4 a clip, half of the epochs": "--captions-per-clip 4 --epochs 2"},
         "1 a clip",

@@ -29,9 +29,11 @@ def backbones(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def flags(backbones, tmp_path_factory) -> list:
-    """The flags of a run of twelve steps on 12, 4 and 6 clips; the last one is the dataset's folder."""
+    """The flags of a run of twelve steps on 12, 4 and 6 clips, without token dropout; the last one is the dataset's
+    folder."""
     data = tmp_path_factory.mktemp("data") / "shapes"
-    return [*TWELVE_STEPS, "--vit", backbones / "vit", "--lm", backbones / "lm", "--data", data]
+    return [*TWELVE_STEPS, "--vit", backbones / "vit", "--lm", backbones / "lm", "--token-dropout", 0,
+            "--data", data]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

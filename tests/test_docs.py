@@ -125,7 +125,8 @@ def test_links_resolve(page):
 
 def test_the_defaults_of_datasets_are_the_presets():
     """docs/runs.md has a row for each dataset of `training.presets`, with the same numbers."""
-    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$",
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| "
+                      r"([\d.]+) \| (\d+) \|$",
                       (ROOT / "docs/runs.md").read_text(), re.MULTILINE)  # fmt: skip
     presets = {name: astuple(preset) for name, preset in PRESETS.items()}
     assert {name: tuple(map(float, values)) for name, *values in rows} == presets

@@ -59,7 +59,8 @@ def mllm(backbones, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def mllm_flags(mllm, flags) -> list:
     """Twelve steps that adapt what an MLLM reads of each frame."""
-    return [*TWELVE_STEPS, "--mllm", mllm, "--data", flags[-1], "--visual", "frames", "--write-back", "--grid", 2]
+    return [*TWELVE_STEPS, "--mllm", mllm, "--data", flags[-1], "--visual", "frames", "--write-back", "--grid", 2,
+            "--token-dropout", 0]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

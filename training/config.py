@@ -33,6 +33,7 @@ DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had
     "lr_scaling": "none", "gate_lr": 1.0, "passes": None, "micro_batch_size": None, "beams": 1,
     "raw_channels": True, "shapes_seed": 0, "mllm": None, "visual": "queries", "grid": 0,
     "instruction": INSTRUCTION, "gate_bias": 0.0, "time_embed": "ramp", "per_frame": False, "no_changes": True,
+    "token_dropout": 0.0,
 }  # fmt: skip
 
 
@@ -120,6 +121,8 @@ def add_model_flags(group) -> None:
     group.add_argument("--no-changes", action="store_true",
                        help="the Q-Adapter reads each token of the ViT alone; unset: and its change since the frame "
                        "before")  # fmt: skip
+    group.add_argument("--token-dropout", type=cli.number(0, 0.9), metavar="P",
+                       help=f"in training hide this share of the ViT's tokens from the Q-Adapter; {PRESET}")
     group.add_argument("--raw-channels", action="store_true",
                        help="the Q-Adapter reads LN(Z) as it is; unset: each channel standardized")  # fmt: skip
     group.add_argument("--query-self-attention", action="store_true", help="queries attend to each other too")

@@ -191,6 +191,12 @@ def test_a_result_of_other_flags_is_refused(tmp_path, monkeypatch):
         runs.store_results(TABLE, {RunKey(A, 0.1, 0): bad})
         with pytest.raises(InputError, match=f"x.json.*{name}"):
             runs.load_results(TABLE)
+    for value in ("2.5", None, float("nan")):
+        bad = result(RunKey(A, 0.1, 0), 1.0)
+        bad["test"] = bad["test"] | {"CIDEr": value}
+        runs.store_results(TABLE, {RunKey(A, 0.1, 0): bad})
+        with pytest.raises(InputError, match="x.json: test: .*CIDEr"):
+            runs.load_results(TABLE)
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match="x.json: field 'runs' is missing"):
         runs.load_results(TABLE)

@@ -30,7 +30,7 @@ from training.inputs import cached_inputs
 from video_data.batches import epoch_batches
 from video_data.datasets import read_dataset
 
-SAVE_OFTEN = ["--save-every", 2]  # of 12 steps; validations are after 6 and 12
+SAVE_OFTEN = ["--save-every", 2, "--token-dropout", 0.5]  # of 12 steps; validations are after 6 and 12
 
 
 @pytest.fixture(scope="session")
