@@ -81,7 +81,7 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     with naming(f"{path}: adapter"):
         captioner = Captioner(models.vit, models.lm, models.tokenizer, adapter, models.mllm)
     captioner.load(checkpoint)
-    return captioner, flags
+    return captioner.eval(), flags
 
 
 # --------------------------------------------------------------------------- captions and scores

@@ -192,7 +192,7 @@ class GatedCrossAttention(nn.Module):
             gates = self.project(self.gate, x, time_embed).flatten(1, 2).sigmoid()  # (B, T*P, 1)
             v = gates * v
         mask = same_frame(q.shape[1], *patches.shape[1:3], q.device) if self.per_frame else None  # (N, T*P)
-        if self.token_dropout and self.training:
+        if self.token_dropout and self.training and torch.is_grad_enabled():  # never while captions are generated
             visible = random_visibility(*patches.shape[:3], self.token_dropout, q.device)[:, None, None]
             mask = visible if mask is None else mask & visible  # (B, 1, 1 or N, T*P)
         if self.self_attention:

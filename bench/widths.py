@@ -51,7 +51,7 @@ LRS = {  # without scaling the best rate falls with the width, so those curves b
     "none": [1.5625e-4 * 2**i for i in range(7)],  # to 1e-2
 }
 REPEATS, SEEDS = (1, 3, 6), {"fan-in": (0, 1), "none": (0,)}  # D = 128, 384, 768
-WARMUP, WEIGHT_DECAY, GATE_LR = 50, 0.01, 0.1  # the defaults of train.py, but for the decay of shapes
+WARMUP, WEIGHT_DECAY, GATE_LR = 50, 0.01, 0.1  # as train.py, but for the decay and the token dropout of shapes
 AVERAGED_STEPS, BATCH_SEED = 30, 0
 PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP, GAP = 360, 230, 62, 62, 60  # of the drawing, in pixels
 

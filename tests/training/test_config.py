@@ -17,6 +17,7 @@ def test_flags_that_older_runs_lack_have_the_value_they_had_in_effect(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"flags": old}))
     flags = read_run_config(tmp_path)[1]
     assert flags == DEFAULTS_IN_OLDER_RUNS | old | {"candidate_frames": 24} and flags["no_changes"] is True
+    assert flags["token_dropout"] == 0
 
 
 def test_every_dataset_has_defaults(tmp_path, monkeypatch):
@@ -27,6 +28,7 @@ def test_every_dataset_has_defaults(tmp_path, monkeypatch):
         args = vars(parse_args(["--dataset", name, "--lr", "0.5"]))
         assert {key: args[key] for key in asdict(preset)} == asdict(preset) | {"lr": 0.5}
         assert args["epochs"] is None
+    assert [parse_args(words).token_dropout for words in ([], ["--token-dropout", "0"])] == [0.3, 0]
     args = parse_args(["--epochs", "3"])
     assert (args.epochs, args.passes, args.candidate_frames) == (3, None, 16)
     assert parse_args(["--cache-features", "--frames", "4"]).candidate_frames == 4
