@@ -61,7 +61,7 @@ class AdapterConfig:
     time_embed: str = "ramp"  # ramp | random | none
     per_frame: bool = False
     no_changes: bool = False
-    token_dropout: float = 0.0
+    token_dropout: float = 0.0  # in training
     query_self_attention: bool = False
     frames: int = 8
     visual: str = "queries"  # queries | frames | both: of the Q-Adapter in an MLLM; the other methods read frames

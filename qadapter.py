@@ -60,7 +60,8 @@ def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tens
 
 @torch.no_grad()
 def attention_weights(q: Tensor, k: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """The weights of `multi_head_attention`: queries (B, n, r), keys (B, m, r) -> (B, h, n, m), whose rows sum to 1."""
+    """The weights of `multi_head_attention`, same mask: queries (B, n, r), keys (B, m, r) -> (B, h, n, m), whose rows
+    sum to 1."""
     q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))  # (B, h, n|m, d)
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, h, n, m)
     return (logits if mask is None else logits.masked_fill(~mask, -torch.inf)).softmax(-1)

@@ -286,7 +286,8 @@ def main() -> int:
             lr = learning_rate(step, steps, args.warmup, args.lr)
             set_learning_rate(optimizer, lr)
 
-            torch.manual_seed(hash((args.seed, step, group.rank)))  # of --token-dropout; a resumed run hides the same
+            # Of --token-dropout: each step and process hides other tokens, and a resumed run the same ones.
+            torch.manual_seed(hash((args.seed, step, group.rank)))
             tokens = group.all_reduce(int((labels >= 0).sum()))  # the loss is a mean over the tokens of all processes
             optimizer.zero_grad(set_to_none=True)
             loss = accumulate_gradients(captioner, frames, labels, tokens, args.micro_batch_size)

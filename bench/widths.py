@@ -1,4 +1,4 @@
-"""Does one --lr fit every width of the ViT? `python -m bench.widths` trains the default Q-Adapter at several learning
+"""Does one --lr fit every width of the ViT? `python -m bench.widths` trains the Q-Adapter at several learning
 rates, for several widths, with `--lr-scaling fan-in` and `none`, and draws the training loss at the end.
 
 A wider ViT is imitated by repeating the channels of one ViT's outputs: h (D) becomes [h, ..., h] (R D). LayerNorm's

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 
 import evaluate
+import qadapter
 import train
 from common.errors import InputError
 from common.files import sha256_of
@@ -165,6 +166,23 @@ def test_micro_batches_train_as_the_whole_batch(finished_run, flags, tmp_path):
     assert done.returncode == 0, done.stderr
     losses = [[row["loss"] for row in read_log(run) if "loss" in row] for run in (finished_run, out)]
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=0, atol=1e-5)
+
+
+def test_each_step_and_block_hides_other_tokens(flags, tmp_path, monkeypatch):
+    """Reference: what `random_visibility` gave in 12 steps, in the two that are timed before, and in no validation."""
+    drawn, draw = tmp_path / "drawn.txt", qadapter.random_visibility
+
+    def recorded(*args) -> torch.Tensor:
+        visible = draw(*args)
+        with drawn.open("a") as file:
+            file.write(visible.byte().numpy().tobytes().hex() + "\n")
+        return visible
+
+    monkeypatch.setattr(qadapter, "random_visibility", recorded)
+    done = run_forked(train, *flags, "--token-dropout", 0.5, "--last-blocks", 2, "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    masks = drawn.read_text().splitlines()
+    assert len(masks) == len(set(masks)) == (12 + 2) * 2
 
 
 def test_passes_over_the_captions_make_the_epochs(flags, tmp_path):
