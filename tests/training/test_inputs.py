@@ -59,6 +59,22 @@ def test_all_sizes_are_told_before_the_first_clip_is_decoded(args, captioner, ca
     assert capsys.readouterr().out.startswith(f"cache: frames 589.8 kB, go into {root}\nframes: 3 ")
 
 
+def test_features_of_more_frames_than_a_step_draws(args, captioner, capsys):
+    """6 candidates of a training clip, of which a step draws 4. Reference: the captioner on the cached frames."""
+    args.candidate_frames = 6
+    dataset = read_dataset("shapes", args.data, (3, 2, 1))
+    features = cached_inputs(args, dataset, captioner, {}, CPU)
+    size = (3 * 6 + 2 * 4) * 2 * 17 * 16 * 2  # bytes of 3 and of 2 clips
+    assert f"features {size / 1000:.1f} kB" in capsys.readouterr().out
+    args.cache_features = False
+    frames = cached_inputs(args, dataset, captioner, {}, CPU)
+    for split, count in {"train": 6, "val": 4}.items():
+        outputs = captioner.block_outputs(torch.tensor(frames[split][1])[None])[0]
+        assert features[split].shape == outputs.shape == (count, 2, 17, 16)
+        stored = torch.tensor(features[split][1]).view(torch.bfloat16)
+        torch.testing.assert_close(stored, outputs, rtol=2**-7, atol=1e-3)  # a batch rounds otherwise
+
+
 def test_a_disk_without_space_for_features_is_an_error_before_the_first_clip_is_decoded(args, captioner, monkeypatch):
     """One byte less than all frames and features need, then just as much."""
     dataset, usage, decoded = read_dataset("shapes", args.data, (3, 2, 1)), type(shutil.disk_usage(args.data)), []
