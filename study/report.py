@@ -1,5 +1,6 @@
 """The tables and figures of docs/study.md, from the files in results/."""
 
+import os
 import statistics
 from collections.abc import Sequence
 from itertools import groupby
@@ -7,9 +8,9 @@ from operator import itemgetter
 from pathlib import Path
 
 from common.errors import InputError
-from common.files import replace_atomically
+from common.files import acquire_lock, replace_atomically
 from study.figures import PANELS, draw
-from study.runs import ROOT, RunKey, chosen_lr, load_results, trains
+from study.runs import ROOT, RUNS, RunKey, chosen_lr, load_results, trains
 from study.tables import TABLES, Table
 
 PAGE = ROOT / "docs/study.md"
@@ -148,16 +149,21 @@ def read_page() -> str:
 def write_page(store: str) -> None:
     """Puts the tables whose runs are in results/STORE.json into their places in docs/study.md, and their figures beside
     the page."""
-    page = read_page()
-    for name, table in TABLES.items():
-        if table.store != store:
-            continue
-        begin, end = markers(name)
-        before, _, rest = page.partition(begin)
-        results = load_results(table)
-        page = f"{before}{begin}\n\n{format_part(name, table, results)}\n\n{end}{rest.partition(end)[2]}"
-        if is_begun(table, results):
-            with replace_atomically(figure_path(name)) as file:
-                file.write(format_figure(table, results).encode())
-    with replace_atomically(PAGE) as file:
-        file.write(page.encode())
+    RUNS.mkdir(parents=True, exist_ok=True)
+    lock = acquire_lock(RUNS / "page.lock", wait=True)  # the study of another store may end at this moment
+    try:
+        page = read_page()
+        for name, table in TABLES.items():
+            if table.store != store:
+                continue
+            begin, end = markers(name)
+            before, _, rest = page.partition(begin)
+            results = load_results(table)
+            page = f"{before}{begin}\n\n{format_part(name, table, results)}\n\n{end}{rest.partition(end)[2]}"
+            if is_begun(table, results):
+                with replace_atomically(figure_path(name)) as file:
+                    file.write(format_figure(table, results).encode())
+        with replace_atomically(PAGE) as file:
+            file.write(page.encode())
+    finally:
+        os.close(lock)

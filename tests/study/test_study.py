@@ -273,6 +273,25 @@ def test_one_study_of_a_store_at_a_time(tmp_path, monkeypatch):
     os.close(runs.lock_results(TABLE))
 
 
+def test_two_stores_that_end_at_once_do_not_lose_each_others_tables(tmp_path, monkeypatch):
+    """Another process has read the page and writes it a second later: both changes are there."""
+    page = tmp_path / "study.md"
+    page.write_text("<!-- x: begins -->\n<!-- x: ends -->\n")
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    for name, value in (("PAGE", page), ("RUNS", tmp_path), ("TABLES", {"x": TABLE})):
+        monkeypatch.setattr(report, name, value)
+    script = ("import sys, pathlib, time; from common.files import acquire_lock; "
+              "acquire_lock(pathlib.Path(sys.argv[1]), False); page = pathlib.Path(sys.argv[2]); "
+              "text = page.read_text(); print(flush=True); time.sleep(1); "
+              "page.write_text(text + 'of the other')")  # fmt: skip
+    child = subprocess.Popen([sys.executable, "-c", script, tmp_path / "page.lock", page], cwd=runs.ROOT,
+                             stdout=subprocess.PIPE)  # fmt: skip
+    child.stdout.readline()
+    report.write_page("x")
+    child.communicate()
+    assert page.read_text() == "<!-- x: begins -->\n\nNo run yet.\n\n<!-- x: ends -->\nof the other"
+
+
 def test_the_first_seed_is_needed(monkeypatch):
     monkeypatch.setattr("sys.argv", ["study", "mllm", "--seeds", "1"])
     with pytest.raises(InputError, match="expected 0 among them"):
