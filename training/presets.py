@@ -3,7 +3,7 @@
 | dataset | why |
 |---|---|
 | shapes | small models: large batches are cheap; the six captions of a clip say the same, so one of them is enough;
-           weight decay and token dropout keep the adapter from learning its 6,000 clips by heart (docs/log.md) |
+           weight decay and token dropout keep the adapter from learning the clips by heart (docs/log.md) |
 | msvd   | 41 captions a clip: five share one encoding of the clip; 8 frames, since clips last 10 seconds |
 | msrvtt | 20 captions a clip, four of them share an encoding; 12 frames, since clips last 15 seconds and have cuts |
 | folder | nothing is known: a clip may have one caption only, and a small dataset needs more passes |

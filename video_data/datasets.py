@@ -30,7 +30,7 @@ from video_data.layouts import LAYOUTS
 
 READERS = {"msvd": annotations.read_msvd, "msrvtt": annotations.read_msrvtt}  # of annotation files
 DATASETS = ("shapes", *READERS, "folder")
-DEFAULT_SIZES = (6000, 200, 500)  # clips of each split of shapes
+DEFAULT_SIZES = (9000, 200, 500)  # clips of each split of shapes
 MAX_SIZE = 10**6  # of a split of shapes
 
 # Clips and captions per split in published results.
