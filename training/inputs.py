@@ -28,8 +28,8 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
     planned = {"frames": list(caches.values())}
     if args.cache_features:
         key = [hashes, args.precision, captioner.first_block]
-        shapes = {split: captioner.block_outputs_shape(counts[split]) for split in FEATURE_SPLITS}
-        planned["features"] = [features_cache(caches[split], key, shapes[split]) for split in FEATURE_SPLITS]
+        feature_shapes = {split: captioner.block_outputs_shape(counts[split]) for split in FEATURE_SPLITS}
+        planned["features"] = [features_cache(caches[split], key, feature_shapes[split]) for split in FEATURE_SPLITS]
     check_space(planned, root)
 
     for split, count in counts.items():
@@ -37,7 +37,8 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
     if args.cache_features:
         for split in FEATURE_SPLITS:
             caches[split] = cached_features(
-                caches[split], key, shapes[split], lambda batch: captioner.block_outputs(batch.to(device)).cpu(),
+                caches[split], key, feature_shapes[split],
+                lambda batch: captioner.block_outputs(batch.to(device)).cpu(),
                 (args.micro_batch_size or args.batch_size) * args.frames,
             )  # fmt: skip
     return caches

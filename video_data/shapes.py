@@ -331,7 +331,7 @@ def _is_complete(root: Path, settings: dict) -> bool:
     if found.get("whole") and found != settings | {"whole": True}:
         expected = f"{settings['sizes']} of seed {settings['seed']}"
         raise InputError(f"{root}: contains {found.get('sizes')} clips of seed {found.get('seed')}, not {expected}; "
-                         "give another folder, or the same --shapes-sizes and --shapes-seed")  # fmt: skip
+                         "give another folder, or train with its --shapes-sizes and --shapes-seed")  # fmt: skip
     return bool(found.get("whole"))
 
 
