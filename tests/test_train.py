@@ -274,16 +274,22 @@ def test_another_image_size_is_stored_with_the_run(flags, tmp_path):
 # --------------------------------------------------------------------------------- stop and resume
 
 
-def test_ctrl_c_and_resume_end_as_the_uninterrupted_run(finished_run, flags, tmp_path):
-    """SIGINT after the third step's log line, then `--resume`: final weights and log equal the uninterrupted run's."""
-    out = tmp_path / "stopped"
-    child = start_training(*flags, "--out", out)
-    wait_for_line(child, "step 3/")
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == 130 and "Traceback" not in errors
-    state = torch.load(out / "last/state.pt", weights_only=True)
-    assert 3 <= state["step"] < 12 and read_safetensors(out / "last/adapter.safetensors")
+def test_ctrl_c_and_resume_end_as_the_uninterrupted_run(finished_run, flags, tmp_path, monkeypatch):
+    """SIGINT in the fourth step, then `--resume`: final weights and log equal the uninterrupted run's."""
+    out, steps, optimizer_step = tmp_path / "stopped", [], torch.optim.AdamW.step
+
+    def interrupted_step(*args, **options):
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return optimizer_step(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted_step)
+        done = run_forked(train, *flags, "--out", out)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert torch.load(out / "last/state.pt", weights_only=True)["step"] == 4
+    assert read_safetensors(out / "last/adapter.safetensors")
     assert {p.name for p in out.iterdir() if p.is_dir()} <= {"best", "last", "val"}
 
     assert run_forked(train, "--resume", out).returncode == 0
@@ -311,14 +317,15 @@ def test_a_finished_run_is_trained_longer(finished_run, tmp_path):
     assert not same_tensors(out / "last/adapter.safetensors", finished_run / "last/adapter.safetensors")
 
 
-def test_sigterm_stops_within_a_step(flags, tmp_path):
-    """It counts as Ctrl-C: exit code 130 within 20 seconds, last/ complete."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_within_a_step(number, flags, tmp_path):
+    """SIGTERM counts as Ctrl-C: exit code 130 within 20 seconds, last/ complete."""
     child = start_training(*flags, "--out", tmp_path / "r", "--epochs", "500")
     wait_for_line(child, "step 2/")
-    child.terminate()
+    child.send_signal(number)
     start_time = time.monotonic()
-    child.communicate(timeout=60)
-    assert child.returncode == 130 and time.monotonic() - start_time < 20
+    _, errors = child.communicate(timeout=60)
+    assert "Traceback" not in errors and child.returncode == 130 and time.monotonic() - start_time < 20
     assert torch.load(tmp_path / "r/last/state.pt", weights_only=True)["step"] >= 2
 
 
