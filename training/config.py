@@ -238,7 +238,7 @@ def resume_args(args: argparse.Namespace, argv: list[str]) -> argparse.Namespace
     given = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
     if refused := sorted(given - ALLOWED_WITH_RESUME):
         allowed = ", ".join(f"--{name}" for name in sorted(ALLOWED_WITH_RESUME))
-        raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; with --resume only {allowed}")
+        raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; --resume takes only {allowed}")
     path = args.resume / "config.json"
     _, flags = read_run_config(args.resume)
     if "epochs" in given and flags.get("method") == "none":
