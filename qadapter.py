@@ -306,8 +306,9 @@ class QAdapter(nn.Module):
         self.time_embed = nn.Parameter(init_time_embed(frames, width, time_embed), time_embed != "none")
         self.blocks = nn.ModuleList(
             # Without `write_last` nothing would read what is written back after the last block.
-            GatedCrossAttention(width, rank, heads, gate, write_back and (write_last or i < depth - 1), self_attention,
-                                gate_bias, per_frame, changes, token_dropout)
+            GatedCrossAttention(width, rank, heads, gate, write_back=write_back and (write_last or i < depth - 1),
+                                self_attention=self_attention, gate_bias=gate_bias, per_frame=per_frame,
+                                changes=changes, token_dropout=token_dropout)
             for i in range(self.first, depth)
         )
         self.norm = nn.LayerNorm(width)
