@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -24,6 +24,7 @@ from training import distributed
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 TIMEOUT = 120  # seconds
+STEPS = [(torch.optim.AdamW, "step")]  # for `ActAtCall`
 TWELVE_STEPS = ["--shapes-sizes", "12", "4", "6", "--batch-size", "4", "--epochs", "4", "--eval-every", "2",
                 "--log-every", "1", "--workers", "1", "--device", "cpu", "--queries", "4", "--rank", "4",
                 "--heads", "2", "--last-blocks", "0", "--captions-per-clip", "2", "--precision", "fp32",
@@ -96,24 +97,37 @@ def wait_for(children: list[int]) -> list[int]:
     return [codes[child] for child in children]
 
 
-def run_forked(script, *words, environments: Sequence[dict] = ({},),
-               meanwhile: Callable[[list[int]], None] | None = None) -> subprocess.CompletedProcess:  # fmt: skip
-    """Runs a script in a forked process, or in one for each environment at the same time.
-
-    `meanwhile` is called with the process ids. -> the first exit code that is not 0, and the output of all.
-    """
+def run_forked(script, *words, environments: Sequence[dict] = ({},)) -> subprocess.CompletedProcess:
+    """Runs a script in a forked process, or in one for each environment at the same time. -> the first exit code that
+    is not 0, and the output of all."""
     with TemporaryFile("w+b", buffering=0) as out, TemporaryFile("w+b", buffering=0) as err:
         children = [fork_script(script, words, out, err, environment) for environment in environments]
-        try:
-            if meanwhile:
-                meanwhile(children)
-        finally:
-            codes = wait_for(children)
+        codes = wait_for(children)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode())
     return subprocess.CompletedProcess([script.__name__, *words], next(filter(None, codes), 0), *texts)
+
+
+class ActAtCall:
+    """Counts the calls of some functions in this process and its forks; the n-th call runs `action` first."""
+
+    def __init__(self, monkeypatch, functions: list[tuple], n: int, action, count_file: Path | None = None):
+        self.calls, self.n, self.action, self.count_file = 0, n, action, count_file
+        for owner, name in functions:
+            monkeypatch.setattr(owner, name, self.counting(getattr(owner, name)))
+
+    def counting(self, function):
+        def call(*args, **options):
+            self.calls += 1
+            if self.count_file:
+                self.count_file.write_bytes(str(self.calls).encode())
+            if self.calls == self.n:
+                self.action()
+            return function(*args, **options)
+
+        return call
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:

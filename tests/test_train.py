@@ -31,7 +31,16 @@ from models.safetensors import read_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from tests.models.test_hub import COMMIT, Server
-from tests.scripts import ENVIRONMENT, ROOT, assert_one_line_error, read_log, run_forked, run_python
+from tests.scripts import (
+    ENVIRONMENT,
+    ROOT,
+    STEPS,
+    ActAtCall,
+    assert_one_line_error,
+    read_log,
+    run_forked,
+    run_python,
+)
 from tests.video_data import test_datasets
 from training.config import default_models, parse_args
 from training.devices import DTYPES
@@ -276,16 +285,9 @@ def test_another_image_size_is_stored_with_the_run(flags, tmp_path):
 
 def test_ctrl_c_and_resume_end_as_the_uninterrupted_run(finished_run, flags, tmp_path, monkeypatch):
     """SIGINT in the fourth step, then `--resume`: final weights and log equal the uninterrupted run's."""
-    out, steps, optimizer_step = tmp_path / "stopped", [], torch.optim.AdamW.step
-
-    def interrupted_step(*args, **options):
-        steps.append(1)
-        if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return optimizer_step(*args, **options)
-
+    out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", interrupted_step)
+        ActAtCall(patch, STEPS, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
         done = run_forked(train, *flags, "--out", out)
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert torch.load(out / "last/state.pt", weights_only=True)["step"] == 4

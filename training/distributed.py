@@ -111,11 +111,31 @@ class ProcessGroup:
             dist.destroy_process_group()
 
 
-def should_report_error() -> bool:
-    """Whether this process prints an error: of all ranks, only the first that asks."""
+def _is_one_of_several() -> bool:
+    return dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"
+
+
+def _connect() -> dist.Store:
+    """The store, once all ranks have asked for it."""
+    global _store
     if _store is None:
-        return os.environ.get("LOCAL_RANK", "0") == "0"
-    return _store.add("reported", 1) == 1
+        _store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    return _store
+
+
+def should_report_error() -> bool:
+    """Whether this process prints an error: of all ranks, only the first that asks.
+
+    An error of the flags comes before the ranks have met. torchrun ends all of them as soon as one has ended, so none
+    may leave the error to another one.
+    """
+    if not _is_one_of_several():
+        return True
+    try:
+        with _collective():
+            return _connect().add("reported", 1) == 1
+    except InputError:  # the other ranks are gone
+        return True
 
 
 def init_process_group(device: str, batch_size: int) -> ProcessGroup:
@@ -123,8 +143,7 @@ def init_process_group(device: str, batch_size: int) -> ProcessGroup:
 
     Raises InputError if there are more processes than GPUs, or than clips in a batch.
     """
-    global _store
-    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    if not _is_one_of_several():
         return ProcessGroup()
     group = ProcessGroup(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if device not in ("auto", "cuda", "cpu"):
@@ -141,8 +160,8 @@ def init_process_group(device: str, batch_size: int) -> ProcessGroup:
     if group.rank:
         sys.stdout = open(os.devnull, "w")
     with _collective():
-        _store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+        store = _connect()
         # A rank may wait for hours while another decodes a dataset; torchrun ends all ranks as soon as one has died.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=2), store=_store,
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=2), store=store,
                                 rank=group.rank, world_size=group.world_size)  # fmt: skip
     return group

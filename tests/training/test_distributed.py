@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import train
 from common.errors import InputError
-from tests.scripts import ENVIRONMENT, ROOT, read_log, run_forked
+from tests.scripts import ENVIRONMENT, ROOT, STEPS, ActAtCall, read_log, run_forked
 from training import distributed
 from training.distributed import ProcessGroup
 
@@ -28,20 +28,32 @@ TWENTY_STEPS = ["--shapes-sizes", 22, 5, 7, "--batch-size", 5, "--epochs", 5, "-
                 "--seed", 1, "--no-changes"]  # fmt: skip  # with these the best step is not the last one
 
 
-def torchrun(*words, stop_at: str | None = None) -> subprocess.CompletedProcess:
-    """`torchrun --standalone --nproc-per-node 2 train.py`; SIGTERM to it when a line begins with `stop_at`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-               "train.py", *map(str, words)]  # fmt: skip
-    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT | {"PYTHONWARNINGS": ""}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    lines = []
-    for line in child.stdout:
-        lines.append(line)
-        if stop_at and line.startswith(stop_at):
-            child.send_signal(signal.SIGTERM)
-            stop_at = None
-    errors = child.stderr.read()
-    return subprocess.CompletedProcess(command, child.wait(120), "".join(lines), errors)
+TRAIN = "import runpy; runpy.run_path('train.py', run_name='__main__')"
+LATE_RANK_0 = "import os, time; time.sleep(2 * (os.environ['LOCAL_RANK'] == '0'))\n"
+STOP_IN_STEP_4 = """
+import os, signal, time, pytest
+from tests.scripts import STEPS, ActAtCall
+
+def stop_torchrun():  # and go on when the signal has come back
+    received = []
+    handler = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+    os.kill(os.getppid(), signal.SIGTERM)
+    while not received:
+        time.sleep(0.01)
+    signal.signal(signal.SIGTERM, handler)
+    handler(signal.SIGTERM, None)
+
+if os.environ["RANK"] == "0":
+    ActAtCall(pytest.MonkeyPatch(), STEPS, 4, stop_torchrun)
+"""
+
+
+def torchrun(*words, first: str = "") -> subprocess.CompletedProcess:
+    """`torchrun --standalone --nproc-per-node 2 train.py`; each process runs the Python code `first` before it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python",
+               sys.executable, "-c", first + TRAIN, *map(str, words)]  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT | {"PYTHONWARNINGS": ""}, text=True,
+                          capture_output=True, timeout=120)  # fmt: skip
 
 
 def fork_two(*words, **options) -> subprocess.CompletedProcess:
@@ -91,43 +103,39 @@ def test_micro_batches_of_two_processes_train_as_whole_batches(two_run, two_flag
 
 
 def test_two_processes_stop_together_and_resume(two_run, two_flags, tmp_path):
-    """SIGTERM to torchrun, which forwards it; `--resume` with two processes gives the same bits."""
+    """SIGTERM to torchrun, which forwards it, in step 4; `--resume` with two processes gives the same bits."""
     out = tmp_path / "stopped"
-    done = torchrun(*two_flags, "--out", out, stop_at="step 2/")
+    done = torchrun(*two_flags, "--out", out, first=STOP_IN_STEP_4)
     assert done.returncode != 0 and f"--resume {out}" in done.stdout
-    step = torch.load(out / "last/state.pt", weights_only=True)["step"]
-    assert 2 <= step < 20
+    assert torch.load(out / "last/state.pt", weights_only=True)["step"] == 4
     done = fork_two("--resume", out)
-    assert done.returncode == 0 and f"resuming after step {step}" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming after step 4" in done.stdout, done.stderr
     for which in ("best", "last"):
         name = f"{which}/adapter.safetensors"
         assert (out / name).read_bytes() == (two_run / name).read_bytes()
     assert [row.get("loss") for row in read_log(out)] == [row.get("loss") for row in read_log(two_run)]
 
 
-def test_a_signal_to_one_process_stops_both(two_run, two_flags, tmp_path):
-    """SIGTERM, twice, to the second process alone: both stop after one step, and `--resume` gives the same bits."""
+def test_a_signal_to_one_process_stops_both(two_run, two_flags, tmp_path, monkeypatch):
+    """SIGTERM, twice, to the second process alone, in step 4: both stop after it, and `--resume` gives the same
+    bits."""
     out = tmp_path / "stopped"
 
-    def interrupt(children: list[int]) -> None:
-        start_time = time.monotonic()
-        while not (out / "log.jsonl").exists() or len(read_log(out)) < 3:  # validation, two steps
-            assert time.monotonic() - start_time < 60
-            time.sleep(0.005)
-        os.kill(children[1], signal.SIGTERM)
-        time.sleep(0.005)
-        os.kill(children[1], signal.SIGTERM)
+    def interrupt() -> None:
+        for _ in range(2 * int(os.environ["RANK"])):
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    done = fork_two(*two_flags, "--out", out, meanwhile=interrupt)
+    with monkeypatch.context() as patch:
+        ActAtCall(patch, STEPS, 4, interrupt)
+        done = fork_two(*two_flags, "--out", out)
     assert done.returncode > 0 and "Traceback" not in done.stderr, done.stderr
-    step = torch.load(out / "last/state.pt", weights_only=True)["step"]
-    assert 2 <= step < 20 and read_log(out)[-1]["step"] == step
+    assert torch.load(out / "last/state.pt", weights_only=True)["step"] == 4 == read_log(out)[-1]["step"]
     assert fork_two("--resume", out).returncode == 0
     assert (out / "last/adapter.safetensors").read_bytes() == (two_run / "last/adapter.safetensors").read_bytes()
 
 
 def test_an_error_is_reported_once(two_flags, tmp_path):
-    for run in (torchrun, fork_two):
+    for run in (partial(torchrun, first=LATE_RANK_0), fork_two):
         done = run(*two_flags, "--out", tmp_path / "run", "--batch-size", 1)
         assert done.returncode != 0 and done.stderr.count("error: --batch-size 1: expected at least 2") == 1
     assert len(done.stderr.splitlines()) == 1

@@ -22,7 +22,7 @@ import train
 from common import files
 from common.errors import InputError
 from models.safetensors import read_safetensors
-from tests.scripts import assert_one_line_error, run_forked
+from tests.scripts import STEPS, ActAtCall, assert_one_line_error, run_forked
 from training import run as run_module
 from training.config import parse_args
 from training.frozen_models import backbone_hashes
@@ -55,27 +55,6 @@ def contents(run: Path) -> tuple:
     return rows, tensors, state["step"], state["best"], moments, json.loads((run / "test.json").read_text()), names
 
 
-class KillAtCall:
-    """Counts the calls of some functions in this process and its forks; the n-th call runs `action` first."""
-
-    def __init__(self, monkeypatch, functions: list[tuple], n: int, action, count_file: Path | None = None):
-        self.calls, self.n, self.action, self.count_file = 0, n, action, count_file
-        for owner, name in functions:
-            monkeypatch.setattr(owner, name, self.counting(getattr(owner, name)))
-
-    def counting(self, function):
-        def call(*args, **options):
-            self.calls += 1
-            if self.count_file:
-                self.count_file.write_bytes(str(self.calls).encode())
-            if self.calls == self.n:
-                self.action()
-            return function(*args, **options)
-
-        return call
-
-
-STEPS = [(torch.optim.AdamW, "step")]
 WRITES = [(os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (files._RecordingFile, "write"),
           (run_module, "append_row")]  # fmt: skip
 
@@ -89,7 +68,7 @@ def writes(flags, tmp_path_factory) -> int:
     """The number of writes of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("count")
     with pytest.MonkeyPatch.context() as patch:
-        KillAtCall(patch, WRITES, 0, kill_self, folder / "n")
+        ActAtCall(patch, WRITES, 0, kill_self, folder / "n")
         assert run_forked(train, *flags, *SAVE_OFTEN, "--out", folder / "run").returncode == 0
     return int((folder / "n").read_text())
 
@@ -101,7 +80,7 @@ def test_a_killed_run_resumes_to_the_same_result(seed, flags, uninterrupted, wri
     for turn in range(1 + (seed % 3 == 0)):
         functions, total = (STEPS, 12) if seed % 5 < 2 else (WRITES, writes)
         with pytest.MonkeyPatch.context() as patch:
-            KillAtCall(patch, functions, rng.randint(1, total // (1 + turn)), kill_self)
+            ActAtCall(patch, functions, rng.randint(1, total // (1 + turn)), kill_self)
             started = (out / "config.json").exists()
             done = run_forked(train, *(["--resume", out] if started else [*flags, *SAVE_OFTEN, "--out", out]))
         assert done.returncode in ({-signal.SIGKILL, 0} if turn else {-signal.SIGKILL}), done.stderr
@@ -123,7 +102,7 @@ def test_a_kill_at_each_write_of_a_checkpoint_leaves_the_old_or_the_new_one(unin
         if not (child := os.fork()):
             try:
                 with pytest.MonkeyPatch.context() as patch:
-                    KillAtCall(patch, WRITES, n, kill_self)
+                    ActAtCall(patch, WRITES, n, kill_self)
                     run_module.save_checkpoint(out / "last", captioner, {"new": "1"}, {"step": 99})
                 os._exit(0)
             finally:
