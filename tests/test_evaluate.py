@@ -118,7 +118,7 @@ def test_a_long_video_is_captioned_piece_by_piece(finished_run, flags, tmp_path)
     ]  # fmt: skip
     assert len(expected) > 2
     assert [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()] == expected
-    assert f"{video}, 0.25 to 0.75 s" in (tmp_path / "r.html").read_text()
+    assert json.dumps(f"{video}, 0.25 to 0.75 s") in (tmp_path / "r.html").read_text()
     assert run_forked(evaluate, *words, tmp_path / "c.srt").returncode == 0
     cues = (tmp_path / "c.srt").read_text().split("\n\n")
     assert [cue.split("\n")[2] for cue in cues[:-1]] == [row["caption"] for row in expected]

@@ -6,6 +6,7 @@ written by `backbones.pretrain`; tests/models holds that layout to transformers'
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -84,11 +85,11 @@ def test_the_files_and_the_output_of_a_run(finished_run):
         names = set(read_safetensors(finished_run / which / "adapter.safetensors"))
         assert names and all(n.startswith(("adapter.", "connector.")) for n in names)
     assert (finished_run / "last/state.pt").exists() and not (finished_run / "best/state.pt").exists()
-    output = (finished_run / "stdout.txt").read_text()
+    output, run = (finished_run / "stdout.txt").read_text(), shlex.quote(str(finished_run))
     assert output.count("reference  ") == 5 and "trained: " in output and "left 0:0" in output
-    assert output.endswith(f"look at its captions:  {finished_run}/report.html\n"
-                           f"caption your videos:   python evaluate.py {finished_run} --video FILE\n"
-                           f"train it longer:       python train.py --resume {finished_run} --epochs 8\n")  # fmt: skip
+    assert output.endswith(f"look at its captions:  {run}/report.html\n"
+                           f"caption your videos:   python evaluate.py {run} --video FILE\n"
+                           f"train it longer:       python train.py --resume {run} --epochs 8\n")  # fmt: skip
     test = json.loads((finished_run / "test.json").read_text())
     assert len(set(test["captions"].values())) == 6 and test["scores"]["CIDEr"] > 0, "captions tell clips apart"
     best, last = (finished_run / which / "adapter.safetensors" for which in ("best", "last"))
@@ -311,7 +312,7 @@ def test_a_finished_run_is_trained_longer(finished_run, tmp_path):
     shutil.copytree(finished_run, out)
     done = run_forked(train, "--resume", out, "--epochs", 6)
     assert done.returncode == 0, done.stderr
-    assert f"python train.py --resume {out} --epochs 12" in done.stdout
+    assert f"python train.py --resume {shlex.quote(str(out))} --epochs 12" in done.stdout
     rows, before = read_log(out), [row for row in read_log(finished_run) if "test" not in row]
     assert rows[: len(before)] == before and [row["step"] for row in rows if "loss" in row] == [*range(1, 19)]
     assert json.loads((out / "config.json").read_text())["flags"]["epochs"] == 6
@@ -392,6 +393,7 @@ def test_backbones_come_from_the_hub_and_in_shards(finished_run, flags, backbone
     """
     server = Server()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
     server.publish({p.name: p.read_bytes() for p in (backbones / "vit").iterdir()}, repo="owner/vit")
     files = {p.name: p.read_bytes() for p in (backbones / "lm").iterdir()}

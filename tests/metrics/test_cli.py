@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,7 +25,13 @@ REFS = {"v1": ["A man runs.", "A kid is running fast."], "v2": ["The dog barks a
 HYPS = {"v1": "a youngster is running", "v2": "the dog barks", "v3": "many automobiles"}
 SIGNATURE = f"videos:3|refs:1-2|tok:ptb|meteor:1.5+syn+para|cider:d,n4,s6|v:{metrics.VERSION}"
 
-pytestmark = pytest.mark.usefixtures("small_tables")
+pytestmark = pytest.mark.usefixtures("small_tables", "stopped_clock")
+
+
+@pytest.fixture
+def stopped_clock(monkeypatch):
+    """However slow the machine is, the command takes no time, and so reports no progress."""
+    monkeypatch.setattr(program, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
 
 @pytest.fixture
@@ -290,10 +297,10 @@ def test_folder_works_alone(files, tmp_path):
     process = run_process(*files[0], cwd=tmp_path / "other", PYTHONPATH="")
     assert process.returncode == 0 and process.stdout.splitlines()[-1] == SIGNATURE
     imported = subprocess.run(
-        [sys.executable, "-c", "import metrics, sys; print(metrics.__file__, *sys.modules)"],
+        [sys.executable, "-c", "import metrics, sys; print(metrics.__file__, *sys.modules, sep='\\n')"],
         cwd=tmp_path / "other", env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True,
     )  # fmt: skip
-    path, *modules = imported.stdout.split()
+    path, *modules = imported.stdout.splitlines()
     assert Path(path).parent == tmp_path / "other" / "metrics"
     assert not {"torch", "pycocoevalcap", "av", "common", "models", "video_data", "training"} & set(modules)
 

@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
-import time
+import threading
 import xml.etree.ElementTree
 from dataclasses import replace
 
@@ -238,15 +238,22 @@ def test_a_run_that_fails_is_one_line(tmp_path, monkeypatch):
 def test_nothing_more_is_started_after_an_error(monkeypatch, error):
     """Four runs, one at a time: the second fails. The pool may have begun the third, not the fourth. What ends well is
     stored."""
-    begun, stored = [], []
+    begun, stored, shut_down = [], [], threading.Event()
+
+    class Pool(runs.ThreadPoolExecutor):
+        def shutdown(self, **options):
+            super().shutdown(**options | {"wait": False})
+            shut_down.set()
+            super().shutdown()
 
     def train_one(table, key, threads, jobs):
         begun.append(key)
         if len(begun) == 2:
             raise error
-        time.sleep(0.3 * (len(begun) > 2))
+        assert len(begun) == 1 or shut_down.wait(60)
         return result(key, 1.0)
 
+    monkeypatch.setattr(runs, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(runs, "train_one", train_one)
     monkeypatch.setattr(runs, "store_results", lambda table, results: stored.append(len(results)))
     with pytest.raises(type(error)):

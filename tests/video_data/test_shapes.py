@@ -173,11 +173,17 @@ def slow_write_clip(path, frames, write=shapes.write_clip):
     write(path, frames)
 
 
+def write_first_clip(path, frames, write=shapes.write_clip):
+    time.sleep(60 if path.name != "00000.mp4" else 0)
+    write(path, frames)
+
+
 def test_an_interrupted_folder_is_made_again(tmp_path, monkeypatch):
-    """SIGKILL while clips are written; then a failure in the parent; then the folder is completed."""
-    monkeypatch.setattr(shapes, "write_clip", slow_write_clip)
+    """SIGKILL after the first clip is written; then a failure in the parent; then the folder is completed."""
     process = multiprocessing.get_context("fork").Process(target=shapes.make_dataset, args=(tmp_path, SIZES))
-    process.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "write_clip", write_first_clip)
+        process.start()
     while not list(tmp_path.glob("train/*.mp4")):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
