@@ -52,18 +52,6 @@ from video_data.cache import cached_frames
 from video_data.datasets import cache_folder, read_dataset
 
 
-def start_training(*words) -> subprocess.Popen:
-    command = [sys.executable, "train.py", *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
-
-
-def wait_for_line(child: subprocess.Popen, prefix: str) -> None:
-    for line in child.stdout:
-        if line.startswith(prefix):
-            return
-
-
 def same_tensors(one: Path, other: Path) -> bool:
     one, other = read_safetensors(one), read_safetensors(other)
     return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
@@ -323,12 +311,14 @@ def test_a_finished_run_is_trained_longer(finished_run, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_within_a_step(number, flags, tmp_path):
     """SIGTERM counts as Ctrl-C: exit code 130 within 20 seconds, last/ complete."""
-    child = start_training(*flags, "--out", tmp_path / "r", "--epochs", "500")
-    wait_for_line(child, "step 2/")
+    command = [sys.executable, "train.py", *map(str, flags), "--out", tmp_path / "r", "--epochs", "500"]
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert any(line.startswith(b"step 2/") for line in child.stdout)
     child.send_signal(number)
     start_time = time.monotonic()
     _, errors = child.communicate(timeout=60)
-    assert "Traceback" not in errors and child.returncode == 130 and time.monotonic() - start_time < 20
+    assert b"Traceback" not in errors and child.returncode == 130 and time.monotonic() - start_time < 20
     assert torch.load(tmp_path / "r/last/state.pt", weights_only=True)["step"] >= 2
 
 
