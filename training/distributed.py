@@ -116,7 +116,7 @@ def _is_one_of_several() -> bool:
 
 
 def _connect() -> dist.Store:
-    """The store, once all ranks have asked for it."""
+    """The store, which torchrun has opened before it started the ranks."""
     global _store
     if _store is None:
         _store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
@@ -134,7 +134,7 @@ def should_report_error() -> bool:
     try:
         with _collective():
             return _connect().add("reported", 1) == 1
-    except InputError:  # the other ranks are gone
+    except InputError:  # torchrun is gone
         return True
 
 
