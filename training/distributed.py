@@ -25,6 +25,18 @@ from common.errors import InputError
 _store: dist.Store | None = None  # shared by all ranks; torchrun keeps it when one has died
 
 
+def _is_distributed() -> bool:
+    return dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"
+
+
+def _connect() -> dist.Store:
+    """The store, which torchrun has opened before it started the ranks."""
+    global _store
+    if _store is None:
+        _store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    return _store
+
+
 @contextmanager
 def _collective() -> Iterator[None]:
     """A collective operation. Raises InputError if another rank is gone."""
@@ -111,25 +123,13 @@ class ProcessGroup:
             dist.destroy_process_group()
 
 
-def _is_one_of_several() -> bool:
-    return dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"
-
-
-def _connect() -> dist.Store:
-    """The store, which torchrun has opened before it started the ranks."""
-    global _store
-    if _store is None:
-        _store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-    return _store
-
-
 def should_report_error() -> bool:
     """Whether this process prints an error: of all ranks, only the first that asks.
 
     An error of the flags comes before the ranks have met. torchrun ends all of them as soon as one has ended, so none
     may leave the error to another one.
     """
-    if not _is_one_of_several():
+    if not _is_distributed():
         return True
     try:
         with _collective():
@@ -143,7 +143,7 @@ def init_process_group(device: str, batch_size: int) -> ProcessGroup:
 
     Raises InputError if there are more processes than GPUs, or than clips in a batch.
     """
-    if not _is_one_of_several():
+    if not _is_distributed():
         return ProcessGroup()
     group = ProcessGroup(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if device not in ("auto", "cuda", "cpu"):

@@ -94,14 +94,14 @@ def test_workers_forked_from_a_process_with_torch_threads_do_not_deadlock():
 
 
 def test_an_exception_kills_the_workers_and_cancels_pending_tasks(tmp_path):
-    """Tasks of 60 s in two workers; the exception leaves the block within 30 s."""
+    """Tasks of 60 s in two workers; the exception leaves the block within 3 s."""
     log = tmp_path / "log"
     start_time = time.monotonic()
     with pytest.raises(ZeroDivisionError), worker_pool(2) as pool:
         futures = [pool.submit(log_and_sleep, log, 60) for _ in range(10)]
         workers = wait_for_pids(log, 2)
         raise ZeroDivisionError
-    assert time.monotonic() - start_time < 30
+    assert time.monotonic() - start_time < 3
     assert all(has_ended(pid, 1) for pid in workers) and wait_for_pids(log, 2) == workers
     assert all(future.done() for future in futures)
 
@@ -126,7 +126,7 @@ def test_ctrl_c_ends_at_once_and_workers_print_nothing(tmp_path, capfd, receiver
             os.kill(pid, signal.SIGINT)
         time.sleep(0.1)
     os.kill(parent, signal.SIGINT)
-    assert exit_code(parent) == 130 and time.monotonic() - start_time < 30
+    assert exit_code(parent) == 130 and time.monotonic() - start_time < 3
     assert all(has_ended(pid, 1) for pid in workers)
     assert "".join(capfd.readouterr()) == "" and wait_for_pids(log, 2) == workers
 

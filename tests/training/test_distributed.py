@@ -27,7 +27,6 @@ from training.distributed import ProcessGroup
 TWENTY_STEPS = ["--shapes-sizes", 22, 5, 7, "--batch-size", 5, "--epochs", 5, "--precision", "fp32", "--cache-features",
                 "--seed", 1, "--no-changes"]  # fmt: skip  # with these the best step is not the last one
 
-
 TRAIN = "import runpy; runpy.run_path('train.py', run_name='__main__')"
 LATE_RANK_0 = "import os, time; time.sleep(2 * (os.environ['LOCAL_RANK'] == '0'))\n"
 STOP_IN_STEP_4 = """
