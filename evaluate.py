@@ -23,8 +23,8 @@ from torch import Tensor
 
 import metrics
 from common import cli
-from common.errors import InputError, memory_for, naming
-from common.json_fields import field, write_json
+from common.errors import InputError, error_prefix, explain_out_of_memory
+from common.files import field, write_json
 from common.preprocessing import Preprocessing
 from common.run_log import check_output
 from model import AdapterConfig, Captioner
@@ -53,7 +53,7 @@ def frozen_folders(flags: dict, path: Path) -> dict[str, Path]:
     folders = {}
     for part in ["mllm"] if field(flags, "mllm", str, path, None) else ["vit", "lm"]:
         name = field(flags, part, str, path)
-        with naming(f"{path}: {part}"):
+        with error_prefix(f"{path}: {part}"):
             folders[part] = hub.resolve(name)
     return folders
 
@@ -78,7 +78,7 @@ def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
     check_sums(checkpoint.parent)
     check_checkpoint(checkpoint, backbone_hashes(folders), asdict(adapter))
     models = load_models(folders, devices.DTYPES[precision], field(flags, "image_size", int, path, None))
-    with naming(f"{path}: adapter"):
+    with error_prefix(f"{path}: adapter"):
         captioner = Captioner(models.vit, models.lm, models.tokenizer, adapter, models.mllm)
     captioner.load(checkpoint)
     return captioner.eval(), flags
@@ -94,7 +94,7 @@ def caption_split(captioner: Captioner, cache: Sequence[np.ndarray], indices: Se
     time_left = cli.TimeLeft("captions", len(indices))
     for start in range(0, len(indices), batch_size):
         frames = to_tensor(np.stack([cache[i] for i in indices[start : start + batch_size]]))  # (B, T, ...)
-        with memory_for(f"captions of {len(frames)} clips at once, the batch may be smaller"):
+        with explain_out_of_memory(f"captions of {len(frames)} clips at once, the batch may be smaller"):
             captions += captioner.caption(frames.to(device), **generation)
         time_left.update(len(captions))
     return captions
@@ -256,7 +256,7 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
     """Captions the videos of --video; -> the exit code, 2 if any could not be read."""
     paths, rows, shown = expand_video_paths(args.video), [], []
     check_videos(paths, args)
-    with cli.one_interrupt():
+    with cli.protect_cleanup():
         try:
             for row, pixels in caption_videos(captioner, paths, frames, args.window, args.stride, **generation):
                 rows.append(row)
@@ -300,15 +300,15 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--cache", type=cli.folder, help="where decoded frames are stored; unset: as in training")
     group.add_argument("--video", nargs="+", action="extend", metavar="FILE",
                        help="your own videos instead, or folders of them; - reads paths, one per line")  # fmt: skip
-    group.add_argument("--window", type=cli.number(0.1), metavar="SECONDS",
+    group.add_argument("--window", type=cli.number(float, 0.1), metavar="SECONDS",
                        help="caption each --video piece by piece, with times; --save FILE.srt writes subtitles")
-    group.add_argument("--stride", type=cli.number(0.1), metavar="SECONDS",
+    group.add_argument("--stride", type=cli.number(float, 0.1), metavar="SECONDS",
                        help="from the start of a window to that of the next; unset: --window")  # fmt: skip
     group.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
     group.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
     group = parser.add_argument_group("generation")
     group.add_argument("--beams", type=cli.at_least(1), help="beams of the search; 1 is greedy; unset: as in training")
-    group.add_argument("--length-penalty", type=cli.number(-10), default=1.0,
+    group.add_argument("--length-penalty", type=cli.number(float, -10), default=1.0,
                        help="scores of beams are divided by length to this power; larger values favour long captions")
     group.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="least tokens of a caption")
     group.add_argument("--max-new-tokens", type=cli.at_least(1), default=30, help="most tokens of a caption")
@@ -361,7 +361,7 @@ def main() -> int:
     frames = args.frames or flags["frames"]
     if args.beams is None:
         args.beams = flags["beams"]
-        with naming(args.run / "config.json"):
+        with error_prefix(args.run / "config.json"):
             make_generation_config(captioner.lm.config, 0, max_new_tokens=1, beams=args.beams)
     names = "beams", "length_penalty", "min_new_tokens", "max_new_tokens"
     generation = {name: getattr(args, name) for name in names}

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import InputError
-from common.json_fields import field
+from common.files import field
 from models.caption_loss import caption_loss
 from models.generation import generate, make_generation_config
 from models.lm import CausalLM

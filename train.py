@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common import cli
-from common.errors import InputError, memory_for, naming
+from common.errors import InputError, error_prefix, explain_out_of_memory
 from evaluate import caption_and_score, format_scores
 from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
 from models.generation import make_generation_config
@@ -64,7 +64,7 @@ def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) 
 
 def check_beams(args, captioner: Captioner) -> None:
     """Raises InputError for a search on the test split that would fail after training."""
-    with naming(f"--beams {args.beams}"):
+    with error_prefix(f"--beams {args.beams}"):
         make_generation_config(captioner.lm.config, captioner.prefix_length(args.frames), beams=args.beams)
 
 
@@ -119,7 +119,7 @@ def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, t
     device, size = next(captioner.parameters()).device, micro_batch_size or len(frames)
     total = torch.zeros((), device=device)
     for micro_frames, micro_labels in zip(frames.split(size), labels.split(size), strict=True):
-        with memory_for(f"a step on {len(micro_frames)} clips at once, --micro-batch-size may be smaller"):
+        with explain_out_of_memory(f"a step on {len(micro_frames)} clips at once, --micro-batch-size may be smaller"):
             loss = captioner(micro_frames.to(device, non_blocking=True), micro_labels) / tokens
             loss.backward()
         total += loss.detach()

@@ -30,8 +30,7 @@ from backbones.lm_data import LMTrainingData, document
 from backbones.mllm_data import AlbumData
 from backbones.pretrain import save_model, train
 from common import cli
-from common.files import replace_atomically
-from common.json_fields import read_json
+from common.files import read_json, replace_atomically
 from models.lm import CausalLM
 from models.mllm import MLLM, MLLMConfig
 from models.mllm_checkpoints import Spelling, mllm_tensor_names

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from common import cli
 from common.errors import InputError
-from common.files import replace_atomically
-from common.json_fields import field, read_json
+from common.files import field, read_json, replace_atomically
 from common.run_log import check_output
 from evaluate import load_run
 from video_data import shapes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import metrics
 from common import cli
-from common.json_fields import field, read_json
+from common.files import field, read_json
 from video_data import shapes
 
 

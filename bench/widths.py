@@ -28,8 +28,7 @@ from torch import Tensor
 
 from common import cli
 from common.errors import InputError
-from common.files import replace_atomically
-from common.json_fields import write_json
+from common.files import replace_atomically, write_json
 from common.workers import worker_pool
 from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
 from models.lm import CausalLM

@@ -1,8 +1,8 @@
 """The command line: argument types, one-line errors with exit code 2, the time that a job still takes."""
 
 import argparse
+import math
 import os
-import re
 import signal
 import sys
 import time
@@ -10,52 +10,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common.errors import InputError, is_out_of_memory, memory_line
+from common.errors import InputError, explain_out_of_memory
 
 REPORT_EVERY = 5  # seconds
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not that of a flag which is unset."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not that of a flag whose help says it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        if action.default in (None, False) or "default:" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows defaults, accepts no abbreviations and reports an error in one line."""
+    """An argument parser that shows an example first, accepts no abbreviations and reports an error in one line."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+    def __init__(self, description: str, example: str | None = None):
+        super().__init__(usage=example, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def at_least(least: int, most: int = 2**31) -> Callable[[str], int]:
-    """An argparse type: a whole number from `least` to `most`."""
-
-    def parse(text: str) -> int:
-        value = int(text) if re.fullmatch("-?[0-9]{1,18}", text) else None
-        if value is None or not least <= value <= most:
-            limit = "" if value is not None and value < least else f" and at most {most}"
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}{limit}, found {text!r:.40}")
-        return value
-
-    return parse
-
-
-def number(least: float, most: float = sys.float_info.max, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number of at least `least`, or above it, and at most `most`."""
+def number(kind: type, least: float, most: float = 2**31, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` int or float from `least` (or above it) to `most`."""
 
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = kind(text) if len(text) < 30 else math.nan
         except ValueError:
-            value = float("nan")
-        if not (value > least if above else value >= least) or value > most:
-            kind, limit = "above" if above else "of at least", f" and at most {most:g}" if value > most < 1e300 else ""
-            raise argparse.ArgumentTypeError(f"expected a finite number {kind} {least:g}{limit}, found {text!r:.40}")
+            value = math.nan
+        if not (value > least if above else value >= least) or not value <= most:
+            what = "whole number" if kind is int else "number"
+            limits = f"above {least:g} and at most {most:g}" if above else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"expected a {what} {limits}, found {text!r:.40}")
         return value
 
     return parse
@@ -63,8 +53,8 @@ def number(least: float, most: float = sys.float_info.max, above: bool = False) 
 
 def path(text: str) -> Path:
     """An argparse type: a path. Path("") would be the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, found ''")
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a path, found {text!r}")
     return Path(text)
 
 
@@ -80,55 +70,41 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
-def open_streams() -> None:
-    """Opens /dev/null for the standard streams that the caller has closed. A file that is opened later would get their
-    number, and what is printed."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-
-
 def print_error(message: str) -> None:
     """Prints on the standard error. What takes it may be full; the exit code tells the error, too."""
     with suppress(OSError):
         print(printable(message), file=sys.stderr, flush=True)
 
 
-def discard_output() -> None:
-    """Sends what is printed, also what could not be printed yet, to /dev/null: else the interpreter tries again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lambda: True) -> None:
-    """Runs a script. Its exit code is that of main; 2 after an InputError, 130 after Ctrl-C.
+    """Runs a script. Its exit code is that of main; 2 after an InputError, an OSError or a lack of memory; 130 after
+    Ctrl-C; 141 if the reader of its output, such as `head`, has gone.
 
     `should_report` decides whether this process prints the error: of several processes one is enough. Each line of the
     output is flushed, so that a log file has it at once.
     """
-    open_streams()
+    for name in ("stdin", "stdout", "stderr"):  # one that the caller has closed; else the next file gets its number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # file names need not be UTF-8
     sys.stderr.reconfigure(errors="backslashreplace")
     code, message = 0, ""
     try:
-        code = main() or 0
+        with explain_out_of_memory():
+            code = main() or 0
         sys.stdout.flush()
     except InputError as error:
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
         code, message = 130, "stopped"
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        discard_output()
+    except BrokenPipeError:
         code = 141
     except OSError as error:
         code, message = 2, f"error: {error.filename or 'input or output'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        code, message = 2, f"error: {memory_line(error)}"
     try:
         sys.stdout.flush()
-    except OSError:  # the disk is full
-        discard_output()
+    except OSError:  # the disk is full, or the reader gone: else the interpreter would try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message and should_report():
         print_error(message)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not interrupt the exit
@@ -136,7 +112,7 @@ def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lamb
 
 
 @contextmanager
-def one_interrupt() -> Iterator[None]:
+def protect_cleanup() -> Iterator[None]:
     """Inside the block the first Ctrl-C or SIGTERM raises KeyboardInterrupt. Others are ignored, so a `finally` in the
     block ends."""
     signals = signal.SIGINT, signal.SIGTERM
@@ -147,12 +123,9 @@ def one_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, interrupt) for number in signals}
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is interrupt:  # else the process ends, and no signal may disturb that
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    yield
+    for number, handler in previous.items():  # not in a `finally`: after an exception the process ends
+        signal.signal(number, handler)
 
 
 def format_seconds(seconds: float) -> str:
@@ -184,3 +157,7 @@ class TimeLeft:
             left = format_seconds(seconds_per_clip * (self.total - done))
             self.report(f"{self.what}: {done}/{self.total} clips, {left} left")
             self.last_report = now
+
+
+def at_least(least: int, most: int = 2**31) -> Callable[[str], int]:
+    return number(int, least, most)

@@ -1,11 +1,19 @@
-"""The one exception that users see, and memory that runs out."""
+"""The one exception that users see, and how what a damaged file or a lack of memory raises becomes one."""
 
+import csv
+import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 MEMORY_ERRORS = "allocate memory|out of memory|could not create a primitive"  # the last one is oneDNN's
+DAMAGE = (  # what parsers raise, Python's and torch's, when the bytes are not what they expect
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
+    ValueError, csv.Error, pickle.UnpicklingError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 class InputError(ValueError):
@@ -22,31 +30,47 @@ class InputError(ValueError):
 
 
 @contextmanager
-def naming(where: str | Path) -> Iterator[None]:
-    """An InputError in the block gets the place that its values came from."""
+def error_prefix(where: str | Path) -> Iterator[None]:
+    """An InputError in the block begins with the place that its values came from."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
 
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turns what a damaged file raises while it is parsed into an InputError that begins with `path`.
+
+    For blocks that only parse: any other fault inside would look like bad input.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except DAMAGE as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        if isinstance(error, KeyError):
+            reason = f"expected a field {reason}"
+        elif isinstance(error, OSError):
+            reason = error.strerror or reason
+        else:
+            reason = f"is damaged or of another kind: {type(error).__name__}: {reason}"
+        raise InputError(f"{path}: {reason}") from error
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """torch has no error of its own for a CPU without memory."""
+    """Whether an allocation failed. torch has no error of its own for a CPU without memory."""
     return isinstance(error, MemoryError) or re.search(MEMORY_ERRORS, str(error)) is not None
 
 
-def memory_line(error: Exception, during: str = "") -> str:
-    """One line: what was being done, and what the allocator says, which often has the size."""
-    reason = (str(error).splitlines() or ["no more is known"])[0]
-    return "out of memory: " + (f"{during}: {reason}" if during else reason)
-
-
 @contextmanager
-def memory_for(during: str) -> Iterator[None]:
+def explain_out_of_memory(during: str = "") -> Iterator[None]:
     """Raises an InputError that says what was being done if an allocation in the block fails."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise InputError(memory_line(error, during)) from error
+        reason = (str(error).splitlines() or ["no more is known"])[0]  # often the size
+        raise InputError(": ".join(filter(None, ("out of memory", during, reason)))) from error

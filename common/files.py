@@ -1,4 +1,4 @@
-"""Files: atomic replacement, flushing, checksums, locks, free space.
+"""Files and JSON: reading, atomic replacement, checksums, locks, free space.
 
 References
 [1] T. Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014: why a new file is flushed to the disk
@@ -6,77 +6,56 @@ References
 """
 
 import hashlib
-import io
+import json
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from reprlib import repr as short  # at most a line, however long or deep the value is
+from typing import Any, BinaryIO
 
-from common.errors import InputError
+from common.errors import InputError, error_prefix, reading
+
+REQUIRED = object()
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list",
+              dict: "an object"}  # fmt: skip
+
+# ----------------------------------------------------------------------------------------- files
 
 
 @contextmanager
 def open_to_read(path: str | Path) -> Iterator[BinaryIO]:
-    """A regular file, opened to be read. Raises InputError where the system refuses."""
+    """A regular file, opened to be parsed in the block: what damage raises there becomes an InputError, see `reading`."""
     if not os.path.isfile(path):  # reading a pipe would block for ever
-        found = "a folder" if os.path.isdir(path) else "none"
-        raise InputError(f"{path}: expected a file, found {found}")
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-class _RecordingFile(io.FileIO):
-    """Keeps the OSError of a failed write: torch.save replaces that of a full disk by a RuntimeError."""
-
-    failure: OSError | None = None
-
-    def write(self, data) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.failure = error
-            raise
+        raise InputError(f"{path}: expected a file, found {'a folder' if os.path.isdir(path) else 'none'}")
+    with reading(path), open(path, "rb") as file:
+        yield file
 
 
 @contextmanager
 def replace_atomically(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write that becomes `path` when the block ends without an exception [1].
 
-    Whenever the program or the machine stops, `path` is the complete old file or the complete new one.
-    After an exception in the block the old file stays and no temporary file is left.
-    Raises InputError "cannot write PATH: reason" when the disk is full, read-only and so on.
+    Whenever the program or the machine stops, `path` is the complete old file or the complete new one. After an
+    exception the old file stays and no temporary file is left. The block only writes: an OSError in it, such as that of
+    a full disk, becomes the InputError "cannot write PATH: reason".
     """
     real = Path(os.path.realpath(path))  # a link stays a link
-    temporary = real.with_name(f".{real.name}.{secrets.token_hex(8)}.tmp")
+    temporary = real.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        raw = _RecordingFile(temporary, "xb")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    file = io.BufferedWriter(raw)
-    try:
-        yield file
-        try:
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            file.close()
-            os.replace(temporary, real)
-        except OSError as error:
-            raw.failure = error
-            raise
+        os.replace(temporary, real)
     except BaseException as error:  # Ctrl-C too
         with suppress(OSError):
-            file.close()
-        with suppress(OSError):
             os.unlink(temporary)
-        if raw.failure is not None:
-            reason = raw.failure.strerror or raw.failure
-            raise InputError(f"cannot write {path}: {reason}") from error
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
         raise
     sync_folder(real.parent)
 
@@ -92,18 +71,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """The file's SHA-256 in hex. Raises InputError when it cannot be read."""
-    digest = hashlib.sha256()
+    """The file's SHA-256 in hex. Raises InputError if it cannot be read."""
     with open_to_read(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def acquire_lock(path: Path, wait: bool) -> int | None:
-    """Locks the file `path` for this process; -> a file descriptor that holds the lock until it is closed.
+    """Locks the file `path` for this process. Returns a file descriptor that holds the lock until it is closed.
 
-    Where another process holds it: None, or with `wait` the lock as soon as that process ends. The system releases
+    If another process holds it, returns None, or with `wait` the lock as soon as that process ends. The system releases
     the lock however the process ends. lockf and not flock: a forked child does not inherit it.
     """
     import fcntl  # not on Windows
@@ -118,7 +94,7 @@ def acquire_lock(path: Path, wait: bool) -> int | None:
 
 
 def check_disk_space(folder: Path, needed: int, what: str) -> None:
-    """Raises an InputError that starts with `what` if the disk of `folder` has fewer than `needed` bytes free."""
+    """Raises an InputError that begins with `what` if the disk of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(f"{what}: needs {format_bytes(needed)}, the disk of {folder} has {format_bytes(free)} free")
@@ -128,3 +104,77 @@ def format_bytes(count: int) -> str:
     """1234567 -> "1.2 MB"."""
     power = min((len(str(count)) - 1) // 3, 4)
     return f"{count / 1000**power:.{min(power, 1)}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+# ------------------------------------------------------------------------------------------ JSON
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(result := dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return result
+
+
+def parse_object(text: bytes, where: str | Path) -> dict[str, Any]:
+    """The JSON object in UTF-8 bytes. Raises an InputError that begins with `where` for anything else."""
+    with reading(where):
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique_names)
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, found {short(value)}")
+    return value
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError for anything else, and for a name that occurs twice."""
+    with open_to_read(path) as file:
+        return parse_object(file.read(), path)
+
+
+def read_json_lines(path: str | Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each line of a file as it is written and as a JSON object. Raises InputError for a line that is damaged.
+
+    The last line is left out if it is damaged: a process that was killed may have written half of it.
+    """
+    with open_to_read(path) as file:
+        lines = file.read().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append((line, parse_object(line, f"{path}: line {number}")))
+        except InputError:
+            if number < len(lines):
+                raise
+    return rows
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object atomically. Raises InputError if the disk refuses."""
+    with replace_atomically(path) as file:
+        file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
+
+
+def field(config: dict[str, Any], name: str, kind: type, where: str | Path, default: Any = REQUIRED,
+          least: float = -math.inf, most: float = math.inf) -> Any:  # fmt: skip
+    """config[name], checked: of `kind` int, float, str, bool, list or dict; a number from `least` to `most`.
+
+    A whole number is accepted as a float and returned as one. true and false are not numbers. Without a default the
+    field is required; with one, null counts as absent, as in public configs. Raises an InputError that begins with
+    `where`: the file, or the file and the part of it.
+    """
+    value = config.get(name)
+    if value is None and default is not REQUIRED:
+        return default
+    with error_prefix(where):
+        if name not in config:
+            raise InputError(f"field {name!r} is missing, expected {TYPE_NAMES[kind]}")
+        if kind is float and type(value) is int and abs(value) <= 2**53:
+            value = float(value)
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+            raise InputError(f"field {name!r}: expected {TYPE_NAMES[kind]}, found {short(value)}")
+        if kind in (int, float) and not least <= value <= most:
+            raise InputError(f"field {name!r}: expected {least:g} to {most:g}, found {short(value)}")
+    return value
+
+
+def bounded(config, name, kind, where, least, most, default=REQUIRED):
+    return field(config, name, kind, where, default, least, most)

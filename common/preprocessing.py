@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import InputError
-from common.json_fields import bounded, field, read_json
+from common.files import bounded, field, read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of channels red, green, blue in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from common.files import open_to_read
-from common.json_fields import bounded, field, parse_object
+from common.files import bounded, field, open_to_read, parse_object
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:

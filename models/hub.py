@@ -30,8 +30,17 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from common.cli import format_seconds
 from common.errors import InputError
-from common.files import acquire_lock, check_disk_space, format_bytes, replace_atomically, sha256_of, sync_folder
-from common.json_fields import field, parse_object, read_json
+from common.files import (
+    acquire_lock,
+    check_disk_space,
+    field,
+    format_bytes,
+    parse_object,
+    read_json,
+    replace_atomically,
+    sha256_of,
+    sync_folder,
+)
 from common.preprocessing import VIDEO_PREPROCESSORS
 from models.weights import WEIGHT_FILE_NAMES, read_index
 

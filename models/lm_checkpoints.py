@@ -15,7 +15,7 @@ from reprlib import repr as short
 from typing import Any
 
 from common.errors import InputError
-from common.json_fields import bounded, field, read_json
+from common.files import bounded, field, read_json
 from models.rope import RopeScaling, read_rope_scaling
 
 QWEN = dict(

@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from common.errors import InputError
-from common.json_fields import bounded, field, read_json
+from common.files import bounded, field, read_json
 from common.preprocessing import (
     VIDEO_PREPROCESSORS,
     Preprocessing,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
-from common.json_fields import bounded, field
+from common.files import bounded, field
 
 ORIGINAL = "original_max_position_embeddings"
 # The fields that each rope_type may have beside rope_type, rope_theta and factor.

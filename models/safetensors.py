@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
-from common.files import open_to_read, replace_atomically
-from common.json_fields import parse_object
+from common.files import open_to_read, parse_object, replace_atomically
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

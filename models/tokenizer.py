@@ -17,7 +17,7 @@ from reprlib import repr as short
 import sentencepiece
 
 from common.errors import InputError
-from common.json_fields import read_json
+from common.files import read_json
 from models.bpe import BPETokenizer
 from models.mllm_checkpoints import read_text_config
 from models.tokenizer_json import read_bpe_config

@@ -16,7 +16,7 @@ from reprlib import repr as short
 from typing import Any
 
 from common.errors import InputError
-from common.json_fields import bounded, field, read_json
+from common.files import bounded, field, read_json
 from models.bpe import BYTES, DIGITS, GPT2, LLAMA3, QWEN, BPEConfig
 
 # The supported values: a tuple has alternatives, ... is anything, [x, ...] a list of x; a missing field counts as null.

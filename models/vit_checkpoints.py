@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
-from common.json_fields import REQUIRED, bounded, field, read_json
+from common.files import REQUIRED, bounded, field, read_json
 from common.preprocessing import HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing
 from models.vit_names import (
     CLIP,

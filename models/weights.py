@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import InputError
-from common.json_fields import field, read_json
+from common.files import field, read_json
 from models.safetensors import DTYPE_NAMES, read_safetensors
 
 WEIGHT_FILE_NAMES = (  # in a model's folder; the first that exists is read

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.json_fields import field, read_json
+from common.files import field, read_json
 from report.curves import curves_of
 from report.inside import Inside, look_inside
 from report.page import ClipRow, clip_data, format_page, write_page

@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 
 from common.errors import InputError
-from common.files import acquire_lock
-from common.json_fields import field, read_json, write_json
+from common.files import acquire_lock, field, read_json, write_json
 from common.run_log import read_log
 from study.tables import SEEDS, Table
 

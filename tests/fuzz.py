@@ -182,12 +182,12 @@ def fuzz_one(world: World, seed: int, number: int, parent: Path,
 
 def main() -> int:
     parser = cli.Parser("Runs the commands on damaged files and odd flags.")
-    parser.add_argument("--minutes", type=cli.number(0, above=True), help="how long; unset: until --cases")
+    parser.add_argument("--minutes", type=cli.number(float, 0, above=True), help="how long; unset: until --cases")
     parser.add_argument("--cases", type=cli.at_least(1), default=2000, help="how many, unless --minutes is given")
     parser.add_argument("--seed", type=cli.at_least(0), default=0, help="of all cases")
     parser.add_argument("--first", type=cli.at_least(0), default=0, help="number of the first case")
     parser.add_argument("--only", type=cli.at_least(0), help="run this case only")
-    parser.add_argument("--seconds", type=cli.number(1), default=SECONDS,
+    parser.add_argument("--seconds", type=cli.number(float, 1), default=SECONDS,
                         help="limit of a case by the clock, for a busy machine; of its CPU time it is always 30")
     args = parser.parse_args()
     torch.set_num_threads(1)

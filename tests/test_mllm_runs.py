@@ -16,8 +16,7 @@ import train
 from backbones.pretrain_mllm import PUBLISHED
 from common.cli import printable
 from common.errors import InputError
-from common.files import sha256_of
-from common.json_fields import read_json, write_json
+from common.files import read_json, sha256_of, write_json
 from models.mllm import MLLM, MLLMConfig
 from models.mllm_checkpoints import mllm_tensor_names, read_mllm_config
 from models.safetensors import read_metadata, read_safetensors, write_safetensors

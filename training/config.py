@@ -12,7 +12,7 @@ import torch
 
 from common import cli
 from common.errors import InputError
-from common.json_fields import bounded, field, read_json
+from common.files import bounded, field, read_json
 from models.mllm_prompts import INSTRUCTION
 from training.devices import DTYPES
 from training.presets import PRESETS
@@ -114,14 +114,14 @@ def add_model_flags(group) -> None:
     group.add_argument("--gate", choices=["normed", "sigmoid", "channel", "patch", "none"], default="normed",
                        help="the gating layer: a number a query of normalized or plain inputs, a number a channel of "
                        "a query, a number a token of the ViT")  # fmt: skip
-    group.add_argument("--gate-bias", type=cli.number(-20, 20), default=0.0, help="the gates' logit at the start")
+    group.add_argument("--gate-bias", type=cli.number(float, -20, 20), default=0.0, help="the gates' logit at the start")
     group.add_argument("--time-embed", choices=["ramp", "random", "none"], default="ramp",
                        help="the frame vectors of the Q-Adapter at the start; none: without them")  # fmt: skip
     group.add_argument("--per-frame", action="store_true", help="each query attends to one frame only")
     group.add_argument("--no-changes", action="store_true",
                        help="the Q-Adapter reads each token of the ViT alone; unset: and its change since the frame "
                        "before")  # fmt: skip
-    group.add_argument("--token-dropout", type=cli.number(0, 0.9), metavar="P",
+    group.add_argument("--token-dropout", type=cli.number(float, 0, 0.9), metavar="P",
                        help=f"in training hide this share of the ViT's tokens from the Q-Adapter; {PRESET}")
     group.add_argument("--raw-channels", action="store_true",
                        help="the Q-Adapter reads LN(Z) as it is; unset: each channel standardized")  # fmt: skip
@@ -132,16 +132,16 @@ def add_optimization_flags(group) -> None:
     group.add_argument("--batch-size", type=cli.at_least(1), help=f"clips per step, over all processes; {PRESET}")
     group.add_argument("--micro-batch-size", type=cli.at_least(1),
                        help="clips of a process in memory at once; gradients are summed; unset: its whole batch")
-    group.add_argument("--passes", type=cli.number(0, MAX_EPOCHS, above=True),
+    group.add_argument("--passes", type=cli.number(float, 0, MAX_EPOCHS, above=True),
                        help=f"passes over the training captions; {PRESET}")  # fmt: skip
     group.add_argument("--epochs", type=cli.at_least(1, MAX_EPOCHS),
                        help="passes over the training clips, in place of --passes")  # fmt: skip
-    group.add_argument("--lr", type=cli.number(0, above=True), help=f"peak learning rate of AdamW; {PRESET}")
+    group.add_argument("--lr", type=cli.number(float, 0, above=True), help=f"peak learning rate of AdamW; {PRESET}")
     group.add_argument("--lr-scaling", choices=["fan-in", "none"], default="fan-in",
                        help="scale the learning rate of a matrix with 1 / fan_in, so that one --lr fits every width")
-    group.add_argument("--gate-lr", type=cli.number(0), default=0.1,
+    group.add_argument("--gate-lr", type=cli.number(float, 0), default=0.1,
                        help="a factor of the gates' learning rate: gates that learn fast close early")
-    group.add_argument("--weight-decay", type=cli.number(0), help=f"of AdamW; {PRESET}")
+    group.add_argument("--weight-decay", type=cli.number(float, 0), help=f"of AdamW; {PRESET}")
     group.add_argument("--warmup", type=cli.at_least(0), default=50, help="steps of linear warm-up")
     group.add_argument("--seed", type=cli.at_least(0), default=0, help="of weights, clip order, frames and captions")
 
@@ -161,7 +161,7 @@ def add_run_flags(group) -> None:
     group.add_argument("--compile", action="store_true", help="compile the blocks, which takes a minute or two")
     group.add_argument("--plan", action="store_true",
                        help="print steps, passes, caches and memory of the run, and train nothing")  # fmt: skip
-    group.add_argument("--speed", type=cli.number(1e-6), metavar="CLIPS/S", help="for the time in --plan")
+    group.add_argument("--speed", type=cli.number(float, 1e-6), metavar="CLIPS/S", help="for the time in --plan")
 
 
 def make_parser() -> argparse.ArgumentParser:

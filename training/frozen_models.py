@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError, memory_for
+from common.errors import InputError, explain_out_of_memory
 from common.files import sha256_of
 from common.preprocessing import VIDEO_PREPROCESSORS
 from models import hub
@@ -78,7 +78,7 @@ def backbone_hashes(folders: dict[str, Path]) -> dict[str, str]:
 
 def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | None) -> FrozenModels:
     """Reads the weights. image_size: side of the input of --vit in pixels; None: its own. Raises InputError."""
-    with memory_for(f"reading {' and '.join(map(str, folders.values()))}"):
+    with explain_out_of_memory(f"reading {' and '.join(map(str, folders.values()))}"):
         if "mllm" in folders:
             mllm = MLLM.from_pretrained(folders["mllm"], dtype)
             return FrozenModels(mllm.vit, mllm.lm, load_tokenizer(folders["mllm"]), mllm)

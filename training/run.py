@@ -34,8 +34,16 @@ import av
 import torch
 
 from common.errors import InputError
-from common.files import acquire_lock, open_to_read, replace_atomically, sha256_of, sync_folder
-from common.json_fields import parse_object, read_json, write_json
+from common.files import (
+    acquire_lock,
+    open_to_read,
+    parse_object,
+    read_json,
+    replace_atomically,
+    sha256_of,
+    sync_folder,
+    write_json,
+)
 from common.run_log import read_log
 from models.safetensors import read_metadata
 from models.weights import LOAD_ERRORS

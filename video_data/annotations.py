@@ -25,8 +25,8 @@ from pathlib import Path
 from reprlib import repr as short
 
 from common.errors import InputError
-from common.json_fields import field as json_field
-from common.json_fields import read_json
+from common.files import field as json_field
+from common.files import read_json
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
 SPLITS = ("train", "val", "test")

@@ -23,7 +23,7 @@ from pathlib import Path
 from reprlib import repr as short
 
 from common.errors import InputError
-from common.json_fields import field, read_json
+from common.files import field, read_json
 from video_data import annotations, shapes
 from video_data.annotations import SPLITS, Annotations
 from video_data.layouts import LAYOUTS

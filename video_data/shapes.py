@@ -26,8 +26,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from common.errors import InputError
-from common.files import acquire_lock, replace_atomically
-from common.json_fields import read_json
+from common.files import acquire_lock, read_json, replace_atomically
 from common.workers import worker_pool
 
 SIDE, FRAMES, RATE = 64, 16, 8  # pixels, frames per clip, frames per second

@@ -32,11 +32,11 @@ def test_the_limit_is_named_where_it_is_the_reason():
 
 @pytest.mark.parametrize("text", ["nan", "inf", "1e999", "-1", "x"])
 def test_numbers_are_finite(text):
-    assert cli.number(0)("0.5") == 0.5
+    assert cli.number(float, 0)("0.5") == 0.5
     with pytest.raises(argparse.ArgumentTypeError, match="expected a finite number"):
-        cli.number(0)(text)
+        cli.number(float, 0)(text)
     with pytest.raises(argparse.ArgumentTypeError, match="at least 0 and at most 5, found '6'"):
-        cli.number(0, 5)("6")
+        cli.number(float, 0, 5)("6")
 
 
 def test_an_empty_path_is_refused():
@@ -68,7 +68,7 @@ def test_the_help_shows_defaults_of_flags_that_are_set():
     ("raise RuntimeError('could not create a primitive')", 2, "error: out of memory: could not create a primitive\n"),
     ("raise MemoryError", 2, "error: out of memory: no more is known\n"),
     ("import torch; torch.empty(2**62, dtype=torch.uint8)", 2, "error: out of memory: [enforce fail"),
-    ("import torch\n    with memory_for('a step'): torch.empty(2**62, dtype=torch.uint8)", 2,
+    ("import torch\n    with explain_out_of_memory('a step'): torch.empty(2**62, dtype=torch.uint8)", 2,
      "error: out of memory: a step: [enforce fail"),
 ])  # fmt: skip
 def test_exit_codes_and_messages(statement, code, message):
@@ -76,7 +76,7 @@ def test_exit_codes_and_messages(statement, code, message):
     script = f"""
 import atexit, os, signal
 from common import cli
-from common.errors import InputError, memory_for
+from common.errors import InputError, explain_out_of_memory
 def main():
     {statement}
 atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from common.errors import InputError
-from common.json_fields import bounded, field, read_json
+from common.files import bounded, field, read_json
 from tests.common.helpers import refused
 
 

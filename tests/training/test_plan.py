@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import train
 from common.errors import InputError
-from common.json_fields import write_json
+from common.files import write_json
 from model import AdapterConfig, Captioner
 from models.lm import CausalLM
 from models.tokenizer import load_tokenizer
