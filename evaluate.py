@@ -29,7 +29,7 @@ from common.preprocessing import Preprocessing
 from common.run_log import check_output
 from model import AdapterConfig, Captioner
 from models import hub
-from models.generation import make_generation_config
+from models.generation import check_length
 from report.build import has_room, report_split, report_videos, show_video, video_data_of
 from report.curves import curves_of
 from training import devices
@@ -308,9 +308,6 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
     group = parser.add_argument_group("generation")
     group.add_argument("--beams", type=cli.at_least(1), help="beams of the search; 1 is greedy; unset: as in training")
-    group.add_argument("--length-penalty", type=cli.number(float, -10), default=1.0,
-                       help="scores of beams are divided by length to this power; larger values favour long captions")
-    group.add_argument("--min-new-tokens", type=cli.at_least(0), default=0, help="least tokens of a caption")
     group.add_argument("--max-new-tokens", type=cli.at_least(1), default=30, help="most tokens of a caption")
     group = parser.add_argument_group("output and machine")
     group.add_argument("--save", type=cli.path, metavar="FILE",
@@ -362,10 +359,9 @@ def main() -> int:
     if args.beams is None:
         args.beams = flags["beams"]
         with error_prefix(args.run / "config.json"):
-            make_generation_config(captioner.lm.config, 0, max_new_tokens=1, beams=args.beams)
-    names = "beams", "length_penalty", "min_new_tokens", "max_new_tokens"
-    generation = {name: getattr(args, name) for name in names}
-    make_generation_config(captioner.lm.config, captioner.prefix_length(frames), **generation)  # fail before the work
+            check_length(captioner.lm.config, 0, args.beams, max_new_tokens=1)
+    generation = {"beams": args.beams, "max_new_tokens": args.max_new_tokens}
+    check_length(captioner.lm.config, captioner.prefix_length(frames), **generation)  # fail before the work
     if args.video:
         return evaluate_videos(captioner, args, frames, generation)
     evaluate_split(captioner, flags, args, frames, generation)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from common.errors import InputError
 from common.files import field
 from models.caption_loss import caption_loss
-from models.generation import generate, make_generation_config
+from models.generation import check_length, generate
 from models.lm import CausalLM
 from models.mllm import MLLM, MLPProjector, interleave
 from models.mllm_prompts import INSTRUCTION
@@ -352,13 +352,11 @@ class Captioner(nn.Module):
         return caption_loss(self.lm_hidden, self.lm.embed, self.lm.head, self.prefix(frames), labels)
 
     @torch.no_grad()
-    def caption(self, frames: Tensor, max_new_tokens: int = 30, min_new_tokens: int = 0, beams: int = 1,
-                length_penalty: float = 1.0) -> list[str]:  # fmt: skip
+    def caption(self, frames: Tensor, max_new_tokens: int = 30, beams: int = 1) -> list[str]:
         """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> one caption per clip; greedy with one beam, see
         `models.generation`."""
-        options = max_new_tokens, min_new_tokens, beams, length_penalty
-        make_generation_config(self.lm.config, self.prefix_length(frames.shape[1]), *options)  # fails before the ViT
-        return self.tokenizer.decode(generate(self.lm, self.prefix(frames), *options))
+        check_length(self.lm.config, self.prefix_length(frames.shape[1]), beams, max_new_tokens)  # fails before the ViT
+        return self.tokenizer.decode(generate(self.lm, self.prefix(frames), beams, max_new_tokens))
 
     def parameter_table(self) -> str:
         """Trained and total parameters of each part, and the trained share."""

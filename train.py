@@ -21,7 +21,7 @@ from common import cli
 from common.errors import InputError, error_prefix, explain_out_of_memory
 from evaluate import caption_and_score, format_scores
 from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
-from models.generation import make_generation_config
+from models.generation import check_length
 from report.build import report_split
 from training import devices, distributed
 from training.config import fill_models, parse_args
@@ -65,7 +65,7 @@ def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) 
 def check_beams(args, captioner: Captioner) -> None:
     """Raises InputError for a search on the test split that would fail after training."""
     with error_prefix(f"--beams {args.beams}"):
-        make_generation_config(captioner.lm.config, captioner.prefix_length(args.frames), beams=args.beams)
+        check_length(captioner.lm.config, captioner.prefix_length(args.frames), args.beams)
 
 
 def format_gates(gates: dict[str, list[float]]) -> str:

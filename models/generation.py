@@ -25,7 +25,7 @@ from common.errors import InputError
 from models.lm import CausalLM, KVCache, LMConfig
 
 
-def check_length(lm_config: LMConfig, prefix_length: int, max_new_tokens: int = 30, beams: int = 1) -> None:
+def check_length(lm_config: LMConfig, prefix_length: int, beams: int = 1, max_new_tokens: int = 30) -> None:
     """Raises InputError if `generate` cannot run after a prefix of `prefix_length` positions."""
     if max_new_tokens < 0:
         raise InputError(f"max_new_tokens: {max_new_tokens}, expected at least 0")
@@ -49,7 +49,7 @@ def generate(
     With one beam the search is greedy. eos_id None: every EOS of the model's config. Raises InputError for too few
     positions, before any work, and for logits that are not finite.
     """
-    check_length(lm.config, prefix.shape[1], max_new_tokens, beams)
+    check_length(lm.config, prefix.shape[1], beams, max_new_tokens)
     if not len(prefix) or not max_new_tokens:
         return [[] for _ in prefix]
     prefix = prefix.to(lm.embed.weight.dtype)
@@ -112,11 +112,14 @@ def beam_search(
             finished[text] += [Hypothesis(h.score / length, h.ids) for h in ended]
             finished[text] = sorted(finished[text], key=lambda h: -h.score)[:beams]
         # Until there are enough finished ones, the worst of which beats the best running one at its present length.
-        before, active = active, [
-            text
-            for text in active
-            if len(finished[text]) < beams or running[text][0].score / length > finished[text][-1].score
-        ]
+        before, active = (
+            active,
+            [
+                text
+                for text in active
+                if len(finished[text]) < beams or running[text][0].score / length > finished[text][-1].score
+            ],
+        )
         if not active or length == max_new_tokens:
             break
         beam_rows = [h for text in active for h in running[text]]  # of the next step

@@ -176,7 +176,7 @@ def test_the_tiny_mllm_names_the_shapes_of_stills(tiny_mllm, tokenizer, stills):
     visual = tiny_mllm.image_tokens(tiny_mllm.vit.normalize(frames).flatten(0, 1)).unflatten(0, (20, stills))
     prompt = tiny_mllm.prompt(tokenizer, stills, INSTRUCTION)
     texts = [torch.tensor(ids, dtype=torch.long) for ids in prompt]
-    captions = tokenizer.decode(generate(tiny_mllm.lm, tiny_mllm.merge(texts, visual.unbind(1)), 20))
+    captions = tokenizer.decode(generate(tiny_mllm.lm, tiny_mllm.merge(texts, visual.unbind(1)), max_new_tokens=20))
     right = [named(caption) == nouns(scene) for caption, scene in zip(captions, scenes, strict=True)]
     assert sum(right) >= 19, captions
     assert {motion for caption in captions for _, motion in shapes.parse_claims(caption)} == {""}

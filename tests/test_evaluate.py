@@ -41,7 +41,7 @@ def test_the_flags_of_generation_reach_the_decoder(finished_run, tmp_path):
     cache = cached_frames(clips, cache_folder(None, "shapes", root), "test", 8, captioner.vit.preprocessing, 1)
     frames = torch.from_numpy(np.stack([cache[i] for i in range(6)]))
     greedy, differs = captioner.caption(frames), set()
-    for options in ({"beams": 3, "length_penalty": -2.0}, {"min_new_tokens": 7, "max_new_tokens": 9}):
+    for options in ({"beams": 3}, {"max_new_tokens": 4}):
         words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
         done = run_forked(evaluate, finished_run, "--save", tmp_path / "p.json", "--device", "cpu", *words)
         assert done.returncode == 0, done.stderr
@@ -282,8 +282,5 @@ def test_each_user_error_is_one_line(finished_run, backbones, flags, tmp_path, m
     refused([finished_run, "--video", video, "--save", tmp_path / "a.srt"], ".srt", "--window")
     refused([finished_run, "--video", video, video, "--window", 2, "--save", tmp_path / "a.srt"], ".srt", "one video")
     refused([finished_run, "--beams", 0], "--beams", "at least 1")
-    refused([finished_run, "--length-penalty", "nan"], "--length-penalty", "nan")
-    refused([finished_run, "--length-penalty", 11], "length_penalty", "11")
     refused([finished_run, "--beams", 400], "beams: 400", "399")
-    refused([finished_run, "--min-new-tokens", 31], "min_new_tokens: 31", "30")
     refused([finished_run, "--max-new-tokens", 2000], "2000 tokens", "256")

@@ -17,7 +17,7 @@ from common.errors import InputError
 from common.files import sha256_of
 from model import PROMPT, AdapterConfig, Captioner
 from models import caption_loss
-from models.generation import generate, naive_beam_search, naive_generate
+from models.generation import naive_beam_search, naive_generate
 from models.lm import CausalLM, LMConfig
 from models.lm_checkpoints import lm_tensor_names
 from models.safetensors import read_metadata, read_safetensors, write_safetensors
@@ -473,10 +473,8 @@ def test_captions_are_greedy_text_after_the_prefix(name):
     assert [captioner.caption(clip[None], 12)[0] for clip in frames] == expected
     assert len(set(expected)) >= 3
     prefixes = captioner.prefix(frames)
-    expected = [naive_beam_search(captioner.lm, prefix, 6, 3, 2.0, EOS) for prefix in prefixes]
-    assert captioner.caption(frames, 6, beams=3, length_penalty=2.0) == Letters().decode(expected)
-    expected = generate(captioner.lm, prefixes, 12, 12)
-    assert captioner.caption(frames, 12, min_new_tokens=12) == Letters().decode(expected)
+    expected = [naive_beam_search(captioner.lm, prefix, 3, 6, EOS) for prefix in prefixes]
+    assert captioner.caption(frames, 6, beams=3) == Letters().decode(expected)
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -230,7 +230,7 @@ def test_a_model_equals_the_reference(reference, folder):
     assert_same(ours.logits(reference.ids, reference.pixels), reference.logits)
     for beams, expected in reference.texts.items():
         assert len(set(expected)) > 2
-        assert generate(ours.lm, embeddings, 8, beams=beams) == [expected]
+        assert generate(ours.lm, embeddings, beams, 8) == [expected]
 
 
 @every_case

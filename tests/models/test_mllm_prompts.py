@@ -179,7 +179,7 @@ def test_a_model_reads_its_prompt_with_the_frames_in_place(real, tmp_path):
     prefix = mllm.merge([torch.tensor(text) for text in texts], mllm.image_tokens(pixels)[:, None].unbind(0))
     assert prefix.equal(mllm.embed(ids, pixels))
     assert "Frame from 00:03:" in tokenizer.decode_with_added(texts[1])
-    assert len(tokenizer.decode(generate(mllm.lm, prefix, 5))) == 1
+    assert len(tokenizer.decode(generate(mllm.lm, prefix, max_new_tokens=5))) == 1
 
 
 def test_prompts_that_cannot_be_encoded_are_refused(tiny, smolvlm2, qwen):

@@ -14,8 +14,8 @@ from video_data.datasets import Clip
 class CharTokenizer:
     """One token per character."""
 
-    def encode(self, texts):
-        return [[ord(c) for c in text] for text in texts]
+    def encode(self, text):
+        return [ord(c) for c in text]
 
 
 def make_examples(folder: Path, num_captions=2, seed=0) -> batches.TrainingExamples:
