@@ -29,7 +29,8 @@ def check_length(lm_config: LMConfig, prefix_length: int, beams: int = 1, max_ne
     """Raises InputError if `generate` cannot run after a prefix of `prefix_length` positions."""
     if max_new_tokens < 0:
         raise InputError(f"max_new_tokens: {max_new_tokens}, expected at least 0")
-    if not 1 <= beams <= (most := lm_config.vocab - len(lm_config.eos_ids)):
+    most = lm_config.vocab - len(lm_config.eos_ids)
+    if not 1 <= beams <= most:
         raise InputError(f"beams: {beams}, expected 1 to {most}, the vocabulary without EOS")
     needed = prefix_length + max_new_tokens - 1  # the last token is not fed back
     if needed > lm_config.max_positions:
@@ -44,7 +45,7 @@ def check_length(lm_config: LMConfig, prefix_length: int, beams: int = 1, max_ne
 def generate(
     lm: CausalLM, prefix: Tensor, beams: int = 1, max_new_tokens: int = 30, eos_id: int | None = None
 ) -> list[list[int]]:
-    """Generates after prefix embeddings (B, S, C): the new token ids of each text, without EOS. They equal those of [1].
+    """Returns the new token ids of each text after prefix embeddings (B, S, C), without EOS. They equal those of [1].
 
     With one beam the search is greedy. eos_id None: every EOS of the model's config. Raises InputError for too few
     positions, before any work, and for logits that are not finite.
@@ -61,24 +62,24 @@ def generate(
 
 def next_logits(lm: CausalLM, x: Tensor, cache: KVCache) -> Tensor:
     """Embeddings (R, S, C), which follow the cache -> float32 logits of the next token (R, V)."""
-    logits = lm.head(lm.hidden(x, cache)[:, -1]).float()
+    logits = lm.head(lm.hidden(x, cache)[:, -1].contiguous()).float()
     if not logits.sum().isfinite():  # argmax and topk take NaN for the maximum
         raise InputError(f"language model: its logits after {len(cache)} positions are not finite, in {x.dtype}")
     return logits
 
 
-def greedy_search(lm: CausalLM, prefix: Tensor, max_new_tokens: int, eos_ids: tuple[int, ...]) -> list[list[int]]:
+def greedy_search(lm: CausalLM, prefix: Tensor, max_new: int, eos_ids: tuple[int, ...]) -> list[list[int]]:
     """Takes the most likely token at each step."""
-    cache = KVCache(lm.config, len(prefix), prefix.shape[1] + max_new_tokens - 1, prefix)
+    cache = KVCache(lm.config, len(prefix), prefix.shape[1] + max_new - 1, prefix)
     texts: list[list[int]] = [[] for _ in prefix]
     running, x = texts, prefix  # the texts of the rows of x
-    for length in range(1, max_new_tokens + 1):
+    for length in range(1, max_new + 1):
         tokens = next_logits(lm, x, cache).argmax(-1).tolist()  # (R,)
         active = [row for row, token in enumerate(tokens) if token not in eos_ids]
         running = [running[row] for row in active]
         for text, row in zip(running, active, strict=True):
             text.append(tokens[row])
-        if not active or length == max_new_tokens:
+        if not active or length == max_new:
             break
         if len(active) < len(tokens):
             cache.select_rows(torch.tensor(active, device=x.device))
@@ -87,63 +88,55 @@ def greedy_search(lm: CausalLM, prefix: Tensor, max_new_tokens: int, eos_ids: tu
 
 
 class Hypothesis(NamedTuple):
-    score: float  # sum of log-probabilities; of finished ones divided by their number
+    score: float  # sum of its tokens' log-probabilities, of a finished one divided by their number
     ids: list[int]
-    row: int = 0  # of the cache, where all but its last token are
+    row: int = 0  # of the cache: where all of its tokens but the last are
 
 
-def beam_search(
-    lm: CausalLM, prefix: Tensor, beams: int, max_new_tokens: int, eos_ids: tuple[int, ...]
-) -> list[list[int]]:
-    """Takes the text of the best finished hypothesis."""
+def beam_search(lm: CausalLM, prefix: Tensor, beams: int, max_new: int, eos_ids: tuple[int, ...]) -> list[list[int]]:
+    """Returns the best finished hypothesis of each text."""
     start = prefix.shape[1]
-    cache = KVCache(lm.config, len(prefix) * beams, start + max_new_tokens - 1, prefix)
+    cache = KVCache(lm.config, len(prefix) * beams, start + max_new - 1, prefix)
     running = [[Hypothesis(0.0, [])] for _ in prefix]  # of each text, best first
     finished: list[list[Hypothesis]] = [[] for _ in prefix]
-    active, x = range(len(prefix)), prefix  # active: the texts of the rows of x
-    for length in range(1, max_new_tokens + 1):
+    active, x = list(range(len(prefix))), prefix  # the texts that go on, and what follows the cache
+    for length in range(1, max_new + 1):
         log_probs = next_logits(lm, x, cache).log_softmax(-1)  # (Rn, V); a text has one row in the first step
-        # All EOS of all beams may come first, and `beams` other candidates are needed.
+        # All EOS of all beams may come first, and n other candidates are needed.
         candidates = best_candidates([running[text] for text in active], log_probs, (1 + len(eos_ids)) * beams)
-        for text, best in zip(active, candidates, strict=True):
+        searched, active = active, []
+        for text, best in zip(searched, candidates, strict=True):
             running[text] = [h for h in best if h.ids[-1] not in eos_ids][:beams]
-            # As in [1]: those beyond the first `beams` do not count as finished.
-            ended = [h for h in best[:beams] if h.ids[-1] in eos_ids or length == max_new_tokens]
+            # As in [1], candidates beyond the first n do not count as finished.
+            ended = [h for h in best[:beams] if h.ids[-1] in eos_ids or length == max_new]
             finished[text] += [Hypothesis(h.score / length, h.ids) for h in ended]
             finished[text] = sorted(finished[text], key=lambda h: -h.score)[:beams]
-        # Until there are enough finished ones, the worst of which beats the best running one at its present length.
-        before, active = (
-            active,
-            [
-                text
-                for text in active
-                if len(finished[text]) < beams or running[text][0].score / length > finished[text][-1].score
-            ],
-        )
-        if not active or length == max_new_tokens:
+            # It goes on until the n-th best finished one is at least as good as the best running one would be now.
+            if len(finished[text]) < beams or running[text][0].score / length > finished[text][-1].score:
+                active.append(text)
+        if not active or length == max_new:
             break
-        beam_rows = [h for text in active for h in running[text]]  # of the next step
-        moved_from = start if length > 1 and len(active) == len(before) else 0
-        cache.select_rows(torch.tensor([h.row for h in beam_rows], device=x.device), moved_from)
-        x = lm.embed(torch.tensor([h.ids[-1:] for h in beam_rows], device=x.device))  # (Rn, 1, C)
+        following = [h for text in active for h in running[text]]
+        # The prefix is copied to new rows after the first step, and moves up where a text has left.
+        moved_from = start if length > 1 and len(active) == len(searched) else 0
+        cache.select_rows(torch.tensor([h.row for h in following], device=x.device), moved_from)
+        x = lm.embed(torch.tensor([h.ids[-1:] for h in following], device=x.device))  # (Rn, 1, C)
     winners = [hypotheses[0].ids for hypotheses in finished]
     return [ids[:-1] if ids[-1] in eos_ids else ids for ids in winners]
 
 
 def best_candidates(running: list[list[Hypothesis]], log_probs: Tensor, count: int) -> list[list[Hypothesis]]:
-    """Hypotheses (R lists of n) and the log-probabilities of their next tokens (Rn, V) -> the `count` best, best first,
-    of all hypotheses with one more token, for each text."""
+    """R lists of n hypotheses and the log-probabilities of their next tokens (Rn, V) -> for each text the `count` best
+    hypotheses of one token more, best first."""
     n, vocab = len(running[0]), log_probs.shape[1]
     scores = torch.tensor([h.score for beams in running for h in beams], device=log_probs.device)  # (Rn,)
     scores = (log_probs + scores[:, None]).unflatten(0, (-1, n)).flatten(1)  # (R, nV)
     best, indices = (tensor.tolist() for tensor in scores.topk(min(count, n * vocab)))  # (R, count)
-    return [
-        [
-            Hypothesis(score, [*beams[i // vocab].ids, i % vocab], text * n + i // vocab)
-            for score, i in zip(best[text], indices[text], strict=True)
-        ]
-        for text, beams in enumerate(running)
-    ]
+    candidates = []
+    for text, beams in enumerate(running):
+        pairs = zip(best[text], (divmod(i, vocab) for i in indices[text]), strict=True)
+        candidates.append([Hypothesis(score, [*beams[k].ids, token], text * n + k) for score, (k, token) in pairs])
+    return candidates
 
 
 # ------------------------------------------------------------- the same without a cache, slow, for reading

@@ -71,7 +71,7 @@ def test_unusable_models_are_refused(tmp_path):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
-    """A BPE of 406 tokens; the tiny backbone's model of 448, which counts if there are both, also in an MLLM's folder."""
+    """A BPE of 406 tokens; the tiny backbone's model of 448, which counts if there are both, also in an MLLM."""
     assert len(load_tokenizer(write(tmp_path, 406, tokenizer_json=make_tokenizer_json("tiny Qwen")))) == 406
     with refused("tokenizer.json: has 406 tokens, expected at most the 405 of its config.json"):
         load_tokenizer(write(tmp_path, 405))
