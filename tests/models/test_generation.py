@@ -71,15 +71,15 @@ def record_calls(lm: CausalLM) -> list[tuple[int, int]]:
 
 
 def test_120_models_generate_the_ids_of_the_reference(tmp_path):
-    """Models, prefixes and options from seeds 0 to 119: 1 to 5 beams, one or two EOS. As many steps, too."""
+    """Models, prefixes and options from seeds 0 to 119: 1 to 5 beams, one to three EOS. As many steps, too."""
     counts = Counter()
     for seed in range(120):
         rng = random.Random(seed)
-        theirs, lm = make(tmp_path, seed, rng.randint(11, 60))
-        prefix, calls = random_prefix(rng.randint(1, 5), rng.choice([1, 4, 9]), seed), record_calls(lm)
+        theirs, lm = make(tmp_path, seed, rng.randint(11, 20))
+        prefix, calls = random_prefix(5, rng.choice([1, 4, 9]), seed), record_calls(lm)
         max_new, beams = rng.choice([1, 5, 9, 18]), rng.randint(1, 5)
         generated = sum(generate(lm, prefix, beams, max_new, eos_id=-1), [])
-        eos = list(dict.fromkeys(rng.choices(generated, k=rng.choice([1, 1, 2]))))
+        eos = list(dict.fromkeys(rng.choices(generated, k=rng.choice([1, 1, 3]))))
         expected, steps = reference(theirs, prefix, beams, max_new, eos)
         set_eos(lm, *eos)
         calls.clear()
@@ -91,8 +91,8 @@ def test_120_models_generate_the_ids_of_the_reference(tmp_path):
         counts["both in a batch"] += min(lengths) < max_new and max_new in lengths
         counts["finished beats running"] += beams > 1 and steps == max_new and max(lengths) < max_new - 1
         counts["beams matter"] += beams > 1 and generate(lm, prefix, 1, max_new) != expected
-        counts["two EOS"] += len(eos) > 1 and min(lengths) < max_new
-    assert len(counts) == 6 and min(counts.values()) >= 3, counts
+        counts["several EOS"] += len(eos) > 1 and min(lengths) < max_new
+    assert len(counts) == 6 and min(counts.values()) >= 2, counts
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2, tied", "qwen2, window", "qwen3, window", "gemma", "llama3"])
