@@ -134,15 +134,6 @@ def test_random_ids_have_the_text_of_the_reference(case):
         assert case.ours.decode([ids, []]) == [line, ""], ids
 
 
-def test_captions_continue_a_prompt(case):
-    """Their ids are those of the whole text in the reference; decoded texts have one line; BOS is the reference's."""
-    prompt, caption = case.ours.encode_with_added("a video of"), case.ours.encode("a man riding two\n horses ")
-    assert prompt + caption == reference_ids(case.theirs, "a video of a man riding two\n horses ")
-    assert case.ours.decode([prompt + caption, prompt]) == ["a video of a man riding two horses", "a video of"]
-    first = case.theirs.encode("a").ids[0]
-    assert case.ours.bos_id() == (first if first in case.ours.config.added.values() else -1)
-
-
 # ------------------------------------------------------------------------------------------ merges
 
 

@@ -126,19 +126,6 @@ def test_the_cached_search_equals_the_naive_search(tmp_path):
     assert with_eos >= 5
 
 
-def test_half_precision_generates_the_ids_of_the_reference(tmp_path):
-    """Models and prefixes of seeds 0 to 9 in bf16, greedy: 39 of 40 texts are equal, in one a rounding decides. After
-    the prefix in fp32 they are the same."""
-    equal = 0
-    for seed in range(10):
-        theirs, lm = (model.to(torch.bfloat16) for model in make(tmp_path, seed))
-        prefix = random_prefix(4, 5, seed).to(torch.bfloat16)
-        found, expected = generate(lm, prefix, 1, 8, 3), reference(theirs, prefix, 1, 8, [3])[0]
-        assert found == generate(lm, prefix.float(), 1, 8, 3)
-        equal += sum(a == b for a, b in zip(found, expected, strict=True))
-    assert equal >= 39
-
-
 # ---------------------------------------------------------------------------------- amount of work
 
 
