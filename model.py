@@ -33,7 +33,7 @@ from models.generation import generate, make_generation_config
 from models.lm import CausalLM
 from models.mllm import MLLM, MLPProjector, interleave
 from models.mllm_prompts import INSTRUCTION
-from models.peft import add_adapters, add_lora, add_prompts
+from models.baselines import add_adapters, add_lora, add_prompts
 from models.safetensors import read_safetensors, write_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
@@ -319,7 +319,7 @@ class Captioner(nn.Module):
     def project_queries(self, queries: Tensor) -> Tensor:
         """LN(Q) (B, N, D) -> visual tokens (B, N, C)."""
         if self.projects_queries:
-            tokens = self.mllm.project(queries.to(self.dtype))
+            tokens = self.mllm.projector(queries.to(self.dtype))
         else:
             tokens = self.connector(queries) * self.prefix_scale
         return tokens if self.query_scale is None else tokens * self.query_scale

@@ -5,11 +5,12 @@ biases in the projections of queries, keys and values; Qwen 3 [7] normalizes que
 mixes local blocks, which have a window, with global ones; it also normalizes queries, keys and the outputs of
 attention and MLP, uses GELU instead of SiLU in its gated MLP, and scales its embeddings.
 
-Letters: B rows, S positions, C width, V vocabulary, h heads, g key-value heads, d head width.
+Shapes: B rows, S positions, C width, V vocabulary, h heads, g key-value heads, d head width.
 
 References
 [1] https://arxiv.org/abs/2302.13971; names and order of operations: transformers' modeling_llama.py
-[2] Rotary embeddings, https://arxiv.org/abs/2104.09864: rope.py
+[2] Rotary embeddings, https://arxiv.org/abs/2104.09864; scaled: https://arxiv.org/abs/2306.15595, and apply_scaling in
+    models/llama3/model.py of https://github.com/meta-llama/llama-models
 [3] Grouped queries, https://arxiv.org/abs/2305.13245
 [4] https://arxiv.org/abs/2310.06825; modeling_mistral.py
 [5] https://arxiv.org/abs/2503.19786; modeling_gemma3.py
@@ -17,6 +18,8 @@ References
 [7] https://arxiv.org/abs/2505.09388; modeling_qwen3.py
 """
 
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import InputError
+from common.errors import InputError, reading
 from models import hub
-from models.lm_checkpoints import lm_tensor_names, read_lm_config
-from models.rope import RopeScaling, apply_rotary, rotary_cos_sin
+from models.lm_checkpoints import RopeScaling, read_lm_config
+from models.names import COMPUTED, lm_tensor_names
 from models.weights import copy_strict, drop_tied_copy, read_tensors
 
 
@@ -65,10 +68,9 @@ class LMConfig:
         """Every token that ends a text."""
         return self.eos_id, *self.other_eos_ids
 
-    @classmethod
-    def from_json(cls, path: Path) -> "LMConfig":
-        """Reads a public config.json. Raises InputError if the model is not supported."""
-        return cls(**read_lm_config(path))
+    def __post_init__(self):
+        if self.heads % self.kv_heads or self.head_width % 2:  # rotary embeddings need pairs of channels
+            raise InputError(f"does not fit together: {self}")
 
 
 class KVCache:
@@ -95,6 +97,39 @@ class KVCache:
         for keys_or_values in self.store.flatten(0, 1):  # of one block: (rows, g, size, d)
             used = keys_or_values[:, :, : len(self)]
             used[: len(rows)] = used[rows]
+
+
+def frequencies(theta: float, d: int, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Radians by which each pair of channels is rotated from one position to the next, float32 (d/2,).
+
+    Pair i has f = theta^(-2i/d): the first pairs rotate fast and encode short distances, the last ones long distances.
+    Scaling lowers them, so that positions beyond the length L of the pretraining meet angles that the model knows:
+
+        f' = f (keep + (1 - keep) / factor)
+
+    "linear" keeps none: all positions are divided by the factor. In "llama3", keep grows from 0 to 1 with the pair's
+    rotations in L positions, between `low` and `high` rotations: fast pairs keep their frequency.
+    """
+    pairs = torch.arange(d // 2, dtype=torch.float32, device=device)
+    unscaled = theta ** (-2 * pairs / d)
+    if scaling is None:
+        return unscaled
+    rotations = scaling.original_positions * unscaled / (2 * math.pi)
+    keep = ((rotations - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return unscaled * (keep + (1 - keep) / scaling.factor)
+
+
+def rotary_cos_sin(positions: Tensor, d: int, theta: float, scaling: RopeScaling | None,
+                   dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cosine and sine (S, d) of the rotation angles of positions (S,); the sine is negated in the first half."""
+    angles = torch.outer(positions.float(), frequencies(theta, d, scaling, positions.device))  # (S, d/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates heads (B, h, S, d) by the angles of their positions. Channel i is paired with i + d/2, not with i + 1."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def attention_mask(queries: Tensor, keys: Tensor, visible: Tensor | None, window: int | None,
@@ -187,6 +222,8 @@ class LMBlock(nn.Module):
 class CausalLM(nn.Module):
     """A causal language model on embeddings: `lm(lm.embed(ids))` -> logits."""
 
+    CONFIG_FILES = ("config.json", "generation_config.json")
+
     def __init__(self, config: LMConfig):
         super().__init__()
         self.config = config
@@ -239,20 +276,25 @@ class CausalLM(nn.Module):
         return scale * (norms.square().mean() / self.config.width).sqrt()
 
     @classmethod
+    def from_config(cls, folder: str | Path) -> "CausalLM":
+        """The model of a folder on the meta device, from CONFIG_FILES alone. Raises InputError."""
+        path = Path(folder) / "config.json"
+        fields = read_lm_config(path)
+        with reading(path), torch.device("meta"):
+            return cls(LMConfig(**fields))
+
+    @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "CausalLM":
         """Loads `config.json` and the weights of a folder or hub id.
 
         Missing, unexpected and misshapen tensors raise an InputError that names them.
         """
-        folder = hub.resolve(folder)
-        config = LMConfig.from_json(folder / "config.json")
-        with torch.device("meta"):
-            lm = cls(config)
+        folder = hub.resolve(folder, check=cls.from_config)
+        lm = cls.from_config(folder)
         tensors, path = read_tensors(folder)
-        if config.tied:
-            drop_tied_copy(tensors, "lm_head.weight", "model.embed_tokens.weight")
-        # Old files also hold the rotary frequencies.
-        ignored = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.depth)]
-        copy_strict(lm, tensors, lm_tensor_names(config), path, ignored)
+        names = lm_tensor_names(lm, tensors)
+        if lm.config.tied:
+            drop_tied_copy(tensors, "lm_head.weight", names["embed.weight"])
+        copy_strict(lm, tensors, names, path, [name for name in tensors if re.fullmatch(COMPUTED, name)])
         tensors.clear()  # so that each tensor is freed as soon as it has been converted
         return lm.to(dtype)

@@ -1,12 +1,12 @@
 """A multimodal language model (MLLM): a ViT, a projector and a language model that were trained together.
 
-    frames -> ViT -> projector -> visual tokens -> in place of the image tokens of a prompt -> language model
+    frames -> ViT -> projector -> visual tokens -> instead of the image tokens of a prompt -> language model
 
-The layouts differ between the ViT and the language model. LLaVA [1] maps each patch by an MLP. LLaVA-OneVision [2]
+The families differ between the ViT and the language model. LLaVA [1] maps each patch by an MLP. LLaVA-OneVision [2]
 also shrinks the grid of each frame to half its side, and puts one learned token after the last frame. Idefics3 [3] and
 SmolVLM [4] join squares of s x s patches and map each by one matrix.
 
-Letters: B clips, T frames a clip, n images, S image side in pixels, P tokens of the ViT an image, D their width,
+Shapes: B clips, T frames a clip, n images, S image side in pixels, P tokens of the ViT an image, D their width,
 P' visual tokens an image, C width of the language model, L its positions, V its vocabulary, s the side of a square.
 
 References
@@ -20,25 +20,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import InputError
+from common.errors import InputError, reading
+from common.preprocessing import VIDEO_PREPROCESSORS
 from models import hub
 from models.lm import CausalLM, LMConfig
-from models.mllm_checkpoints import (
-    check_mllm_config,
-    read_mllm_checkpoint,
-    read_mllm_config,
-    read_mllm_preprocessing,
-)
+from models.mllm_checkpoints import copy_mllm_tensors, read_mllm_config, read_mllm_preprocessing
 from models.mllm_prompts import encode_prompt
 from models.tokenizer import Tokenizer
 from models.vit import ViT, ViTConfig
-from models.weights import copy_strict
+from models.weights import read_tensors
 
 
 @dataclass(frozen=True)
@@ -66,10 +61,11 @@ class MLLMConfig:
         """P'. A class token comes before the grid."""
         return self.class_token + self.grid**2
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "MLLMConfig":
-        """From what `read_mllm_config` returns."""
-        return cls(**fields | {"vit": ViTConfig(**fields["vit"]), "lm": LMConfig(**fields["lm"])})
+    def __post_init__(self):
+        if self.vit.grid % self.shuffle:
+            raise InputError(
+                f"scale_factor is {self.shuffle}, expected a divisor of the {self.vit.grid} patches in a row"
+            )
 
 
 class MLPProjector(nn.Module):
@@ -119,6 +115,8 @@ def interleave(lm: CausalLM, texts: Sequence[Tensor], visual: Sequence[Tensor]) 
 class MLLM(nn.Module):
     """A frozen public MLLM, for images and videos of one size. Larger images are not split into parts."""
 
+    CONFIG_FILES = (*ViT.CONFIG_FILES, *VIDEO_PREPROCESSORS, "generation_config.json")
+
     def __init__(self, config: MLLMConfig):
         super().__init__()
         self.config = config
@@ -143,13 +141,6 @@ class MLLM(nn.Module):
             features = features[:, 1:]
         x = self.projector(features)
         return halve_grid(x) if self.config.layout == "llava_onevision" else x
-
-    def project(self, features: Tensor) -> Tensor:
-        """Any vectors of the ViT's width (..., D) -> (..., C). Raises InputError for projectors of several patches."""
-        if not isinstance(self.projector, MLPProjector):
-            raise InputError(f"{self.config.layout}: its projector maps {self.config.shuffle**2} patches at once, "
-                             "expected one that maps single vectors, like LLaVA's")  # fmt: skip
-        return self.projector(features)
 
     def embed(self, ids: Tensor, pixels: Tensor) -> Tensor:
         """Ids (1, L) with an image token for each visual token, pixels (n, 3, S, S) -> the language model's input
@@ -184,19 +175,22 @@ class MLLM(nn.Module):
 
     @classmethod
     def from_config(cls, folder: str | Path) -> "MLLM":
-        """A model with random weights from the configs of a folder, for the meta device. Raises InputError."""
-        fields = read_mllm_config(Path(folder) / "config.json")
-        mllm = cls(MLLMConfig.from_dict(fields))
-        mllm.vit.preprocessing = read_mllm_preprocessing(Path(folder), fields)
+        """The model of a folder on the meta device, from CONFIG_FILES alone. Raises InputError."""
+        path = Path(folder) / "config.json"
+        fields = read_mllm_config(path)
+        preprocessing = read_mllm_preprocessing(Path(folder), fields)
+        with reading(path), torch.device("meta"):
+            parts = {"vit": ViTConfig(**fields["vit"]), "lm": LMConfig(**fields["lm"])}
+            mllm = cls(MLLMConfig(**fields | parts))
+        mllm.vit.preprocessing = preprocessing
         return mllm
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "MLLM":
         """Loads a folder or hub id. Missing, unexpected and misshapen tensors raise an InputError that names them."""
-        folder = hub.resolve(folder, check=check_mllm_config)
-        with torch.device("meta"):
-            mllm = cls.from_config(folder)
-        tensors, names, path, ignored = read_mllm_checkpoint(folder, mllm.config)
-        copy_strict(mllm, tensors, names, path, ignored)
+        folder = hub.resolve(folder, check=cls.from_config)
+        mllm = cls.from_config(folder)
+        tensors, path = read_tensors(folder)
+        copy_mllm_tensors(mllm, tensors, path)
         tensors.clear()  # so that each tensor is freed as soon as it has been converted
         return mllm.to(dtype)
