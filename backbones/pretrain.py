@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from backbones.lm_data import KEYWORDS, LMTrainingData, document
 from common import cli
 from common.files import replace_atomically
+from common.preprocessing import Preprocessing
 from models.lm import CausalLM, LMConfig
-from models.lm_checkpoints import lm_tensor_names
+from models.names import CLIP, lm_tensor_names, tensor_names
 from models.safetensors import write_safetensors
 from models.vit import ViT, ViTConfig
-from models.vit_checkpoints import clip_tensor_names
 from video_data import shapes
 
 VIT = ViTConfig(image_size=shapes.SIDE, patch_size=16, width=128, depth=6, heads=4, mlp_width=512,
@@ -123,7 +123,8 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
         images, *targets = (torch.from_numpy(np.stack(column)) for column in columns)
     images = images.permute(0, 3, 1, 2).contiguous()  # (count, 3, S, S)
     mean, std = [0.3] * 3, [0.2] * 3
-    vit, heads = ViT(VIT, mean, std), StillHeads()
+    preprocessing = Preprocessing(VIT.image_size, VIT.image_size, mean=tuple(mean), std=tuple(std))
+    vit, heads = ViT(VIT, preprocessing), StillHeads()
     nn.init.normal_(vit.position, std=0.3)  # as large as the patch embeddings, or positions are hard to learn
     for block in vit.blocks:
         nn.init.zeros_(block.attn.out.weight)
@@ -142,9 +143,9 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
         "layer_norm_eps": VIT.norm_eps, "num_attention_heads": VIT.heads, "num_channels": 3,
         "num_hidden_layers": VIT.depth, "patch_size": VIT.patch_size, "torch_dtype": "float16",
     }  # fmt: skip
-    preprocessing = {"image_mean": mean, "image_std": std, "size": {"shortest_edge": VIT.image_size}}
-    configs = {"config.json": config, "preprocessor_config.json": preprocessing}
-    save_model(folder, vit, clip_tensor_names(VIT), configs)
+    preprocessor = {"image_mean": mean, "image_std": std, "size": {"shortest_edge": VIT.image_size}}
+    configs = {"config.json": config, "preprocessor_config.json": preprocessor}
+    save_model(folder, vit, tensor_names(vit, CLIP, "vision_model."), configs)
 
 
 # ---------------------------------------------------------------------------------- language model
@@ -194,7 +195,7 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
         "bos_token_id": LM.bos_id, "eos_token_id": LM.eos_id, "attention_bias": False,
         "mlp_bias": False, "rope_scaling": None, "torch_dtype": "float16",
     }  # fmt: skip
-    save_model(folder, lm, lm_tensor_names(lm.config), {"config.json": config})
+    save_model(folder, lm, lm_tensor_names(lm), {"config.json": config})
     with replace_atomically(folder / "tokenizer.model") as file:
         file.write(tokenizer_model)
 

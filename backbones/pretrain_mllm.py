@@ -33,14 +33,16 @@ from common import cli
 from common.files import read_json, replace_atomically
 from models.lm import CausalLM
 from models.mllm import MLLM, MLLMConfig
-from models.mllm_checkpoints import Spelling, mllm_tensor_names
+from models.mllm_checkpoints import mllm_tensor_names
 from models.mllm_prompts import INSTRUCTION
 from models.tokenizer import SentencePieceTokenizer
 from models.vit import ViT
 
 WORDS = ("USER:", "ASSISTANT:", "Describe", "video.")  # of the prompt; the tokenizer would spell them in bytes
-PUBLISHED = Spelling("vision_tower.vision_model.", "language_model.model.", "language_model.lm_head.weight",
-                     "multi_modal_projector.")  # fmt: skip
+PUBLISHED = [  # names with the prefixes of published files
+    "vision_tower.vision_model.embeddings.patch_embedding.weight", "language_model.model.embed_tokens.weight",
+    "language_model.lm_head.weight", "multi_modal_projector.linear_1.weight",
+]  # fmt: skip
 STILLS_A_PROMPT = (1, 2, 4, 8)  # drawn for each step
 
 
@@ -81,7 +83,7 @@ def save_mllm(folder: Path, mllm: MLLM, backbones: Path, tokenizer_model: bytes)
     }  # fmt: skip
     preprocessing = read_json(backbones / "tiny-vit/preprocessor_config.json")
     configs = {"config.json": config, "preprocessor_config.json": preprocessing}
-    save_model(folder, mllm, mllm_tensor_names(mllm.config, PUBLISHED), configs)
+    save_model(folder, mllm, mllm_tensor_names(mllm, PUBLISHED), configs)
     with replace_atomically(folder / "tokenizer.model") as file:
         file.write(tokenizer_model)
 

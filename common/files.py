@@ -176,7 +176,7 @@ def field(config: dict[str, Any], name: str, kind: type, where: str | Path, defa
     return value
 
 
-def one_of(config: dict[str, Any], name: str, choices: Iterable[str], where: str | Path, default: Any = REQUIRED) -> str:
+def one_of(config: dict[str, Any], name: str, choices: Iterable[str], where: str | Path, default=REQUIRED) -> str:
     """The string config[name], which must be one of `choices`. For the rest see `field`."""
     value = field(config, name, str, where, default)
     if value not in choices:

@@ -80,7 +80,7 @@ def read_lanczos_preprocessing(path: Path) -> Preprocessing:
 
 
 def _read_side(config: dict, name: str, path: Path, side: int, is_both: bool) -> tuple[int, bool]:
-    """Returns the side in pixels, and whether both sides get it or the shorter one. The defaults are `side, is_both`."""
+    """Returns the side in pixels, and whether both sides get it or only the shorter one; `side, is_both` by default."""
     value, where = config.get(name), f"{path}: {name}"
     if value is None:
         return side, is_both

@@ -119,9 +119,8 @@ def frequencies(theta: float, d: int, scaling: RopeScaling | None, device: torch
     return unscaled * (keep + (1 - keep) / scaling.factor)
 
 
-def rotary_cos_sin(positions: Tensor, d: int, theta: float, scaling: RopeScaling | None,
-                   dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Cosine and sine (S, d) of the rotation angles of positions (S,); the sine is negated in the first half."""
+def rotary_cos_sin(positions: Tensor, d: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype):
+    """Returns cosine and sine (S, d) of the rotation angles of positions (S,); the sine negated in the first half."""
     angles = torch.outer(positions.float(), frequencies(theta, d, scaling, positions.device))  # (S, d/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
@@ -132,8 +131,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-def attention_mask(queries: Tensor, keys: Tensor, visible: Tensor | None, window: int | None,
-                   dtype: torch.dtype) -> Tensor:  # fmt: skip
+def attention_mask(queries: Tensor, keys: Tensor, visible: Tensor | None, window: int | None, dtype: torch.dtype):
     """Additive attention mask: 0 where a query may attend, else -inf.
 
     Positions of queries (S,) and keys (slots,) give a causal mask (S, slots); with `visible` (B, S, slots) that decides
@@ -192,8 +190,8 @@ class LMAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.index, k, v)  # (B, g, slots, d)
         # Without a mask the S queries are all positions, or a single new one, which may attend to every slot.
-        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, scale=self.scale,
-                                           enable_gqa=True)  # fmt: skip
+        is_causal = mask is None and q.shape[2] > 1
+        x = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=self.scale, enable_gqa=True)
         return self.o(x.transpose(1, 2).flatten(2))  # (B, S, C)
 
 
@@ -234,8 +232,7 @@ class CausalLM(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-               visible: Tensor | None = None) -> Tensor:  # fmt: skip
+    def hidden(self, x: Tensor, cache: KVCache | None = None, positions=None, visible=None) -> Tensor:
         """Embeddings (B, S, C) -> last hidden states (B, S, C), for callers that apply the head to some of them.
 
         With a cache, x follows the cached positions. Attention is causal, unless the caller gives the `positions` (S,)
@@ -271,8 +268,8 @@ class CausalLM(nn.Module):
         """Root mean square of the outputs of `embed` over the vocabulary; float32 ()."""
         scale = self.config.width**0.5 if self.config.gemma else 1.0
         # In parts: on a CPU each makes a float32 copy.
-        norms = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-                           for rows in self.embed.weight.split(2**14)])  # (V,)  # fmt: skip
+        parts = self.embed.weight.split(2**14)
+        norms = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) for rows in parts])  # (V,)
         return scale * (norms.square().mean() / self.config.width).sqrt()
 
     @classmethod

@@ -40,15 +40,12 @@ LM_FIELDS = read_columns("""
 """)  # defaults of [1]; 0: as many as heads, width / heads
 FAMILIES = tuple(LM_FIELDS)[2:]
 TOKENS = {"llama": (1, 2), "mistral": (1, 2), "qwen2": (None, None), "qwen3": (None, None), "gemma3_text": (2, 1)}
-SUPPORTED = {  # fields with a single supported value, which is also their default
-    "partial_rotary_factor": 1.0,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "use_bidirectional_attention": False,
-    **dict.fromkeys(("use_resampler", "qk_layer_norms", "rope_interleaved"), False),  # SmolVLM's
-}
+# Fields with a single supported value, which is also their default.
+OFF = ("use_resampler", "qk_layer_norms", "rope_interleaved", "use_bidirectional_attention")
+SUPPORTED = dict.fromkeys(OFF, False) | {"partial_rotary_factor": 1.0}
 SILU = {"hidden_act": "silu"}
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+GEMMA |= dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"))
 LENGTH = "original_max_position_embeddings"
 ROPE_FIELDS = {"default": (), "linear": (), "llama3": (LENGTH, "low_freq_factor", "high_freq_factor")}  # of each kind
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -158,22 +155,17 @@ def _read_scaling(rope: dict, published: dict, config: dict, where: str | Path, 
 
 def _read_windows(published: dict[str, Any], family: str, depth: int, where: str | Path) -> dict[str, Any]:
     """The window of local blocks, in positions, and for each block whether it is local. Llama has no windows."""
-    window, is_qwen = None, family.startswith("qwen")
-    if family != "llama" and published.get("sliding_window", 0) is not None:  # null: no window; missing: the default
-        window = field(published, "sliding_window", int, where, 4096, 1, MOST)
-    if is_qwen and not field(published, "use_sliding_window", bool, where, False):
-        window = None
-    if family == "gemma3_text":
-        period = field(published, "sliding_window_pattern", int, where, 6, 1, MOST)
-        local = [i % period > 0 for i in range(1, depth + 1)]
-    else:
-        first = field(published, "max_window_layers", int, where, 28, 0, MOST) if is_qwen else 0
-        local = [window is not None and i >= first for i in range(depth)]
-    if is_qwen or family == "gemma3_text":
-        allowed = LAYER_TYPES if window else LAYER_TYPES[:1]
-        types = field(published, "layer_types", list, where, [LAYER_TYPES[is_local] for is_local in local])
-        if len(types) != depth or any(t not in allowed for t in types):
-            expected = f"{depth} times {' or '.join(allowed)}"
-            raise InputError(f"{where}: layer_types is {short(types)}, expected {expected}")
-        local = [t == "sliding_attention" for t in types]
-    return {"window": window, "local": tuple(local) if window else ()}
+    is_qwen, is_gemma = family.startswith("qwen"), family == "gemma3_text"
+    # null means no window, except for Gemma; a missing field means the default
+    has_window = family != "llama" and (is_gemma or published.get("sliding_window", 0) is not None)
+    has_window &= not is_qwen or field(published, "use_sliding_window", bool, where, False)
+    window = field(published, "sliding_window", int, where, 4096, 1, MOST) if has_window else None
+    first = field(published, "max_window_layers", int, where, 28, 0, MOST) if is_qwen else 0
+    period = field(published, "sliding_window_pattern", int, where, 6, 1, MOST) if is_gemma else depth + 1
+    types = [LAYER_TYPES[has_window and i >= first and (i + 1) % period > 0] for i in range(depth)]
+    if is_qwen or is_gemma:
+        types = field(published, "layer_types", list, where, types)
+    allowed = LAYER_TYPES if window else LAYER_TYPES[:1]
+    if len(types) != depth or any(t not in allowed for t in types):
+        raise InputError(f"{where}: layer_types: expected {depth} times {' or '.join(allowed)}, found {short(types)}")
+    return {"window": window, "local": tuple(t == "sliding_attention" for t in types) if window else ()}

@@ -64,7 +64,7 @@ class MLLMConfig:
     def __post_init__(self):
         if self.vit.grid % self.shuffle:
             raise InputError(
-                f"scale_factor is {self.shuffle}, expected a divisor of the {self.vit.grid} patches in a row"
+                f"scale_factor is {self.shuffle}, expected a divisor of the side of {self.vit.grid} patches"
             )
 
 
@@ -150,8 +150,9 @@ class MLLM(nn.Module):
             visual = torch.cat([visual, self.newline[None]])
         is_image = ids == self.config.image_token_id
         if (found := int(is_image.sum())) != len(visual):
-            raise InputError(f"ids: image token {self.config.image_token_id} occurs {found} times, expected "
-                             f"{len(visual)} times for {len(pixels)} images")  # fmt: skip
+            raise InputError(
+                f"ids: image token {self.config.image_token_id} occurs {found} times, expected {len(visual)}"
+            )
         x = self.lm.embed(ids)
         return x.masked_scatter(is_image[..., None], visual.to(x.dtype))
 
@@ -159,8 +160,7 @@ class MLLM(nn.Module):
         """Ids (1, L) and pixels as for `embed` -> logits of each next token (1, L, V)."""
         return self.lm(self.embed(ids, pixels))
 
-    def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str,
-               seconds: float | None = None) -> list[list[int]]:  # fmt: skip
+    def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str, seconds: float | None = None) -> list[list]:
         """The model's own prompt for T = `frames` frames and an instruction: T + 1 lists of ids, which come before,
         between and after the frames' visual tokens. See `encode_prompt`."""
         return encode_prompt(tokenizer, self.config.layout, self.config.lm_family, frames, instruction, seconds)

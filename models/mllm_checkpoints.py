@@ -37,31 +37,24 @@ from models.weights import copy_strict, drop_tied_copy
 
 # --------------------------------------------------------------------------------------- configs
 
-VISION_FAMILIES = {  # model_type of vision_config: family of `vit_checkpoints`
-    "clip_vision_model": "clip",
-    "siglip_vision_model": "siglip",
-    "idefics3_vision": "idefics3",
-    "smolvlm_vision": "idefics3",
-    "idefics3": "idefics3",
-}
-
 
 @dataclass(frozen=True)
 class MLLMFamily:
     """What a family supports. The first of `vision` and of `text` is the default model_type."""
 
-    vision: tuple[str, ...]
+    vision: dict[str, str]  # model_type: family of `vit_checkpoints`
     text: tuple[str, ...]
     image_token: tuple[str, int]  # the field and its default
     feature_layer: int = -1  # default of vision_feature_layer
     select_strategy: str = "full"  # default of vision_feature_select_strategy
 
 
-CLIP_OR_SIGLIP = ("clip_vision_model", "siglip_vision_model")
-IDEFICS3 = MLLMFamily(("idefics3_vision", "smolvlm_vision", "idefics3"), ("llama",), ("image_token_id", 128257))
+CLIP, SIGLIP = {"clip_vision_model": "clip"}, {"siglip_vision_model": "siglip"}
+IDEFICS3_VISION = dict.fromkeys(("idefics3_vision", "smolvlm_vision", "idefics3"), "idefics3")
+IDEFICS3 = MLLMFamily(IDEFICS3_VISION, ("llama",), ("image_token_id", 128257))
 MLLM_FAMILIES = {
-    "llava": MLLMFamily(CLIP_OR_SIGLIP, ("llama", "qwen2"), ("image_token_index", 32000), -2, "default"),
-    "llava_onevision": MLLMFamily(("siglip_vision_model",), ("qwen2",), ("video_token_index", 151647)),
+    "llava": MLLMFamily(CLIP | SIGLIP, ("llama", "qwen2"), ("image_token_index", 32000), -2, "default"),
+    "llava_onevision": MLLMFamily(SIGLIP, ("qwen2",), ("video_token_index", 151647)),
     "idefics3": IDEFICS3,
     "smolvlm": IDEFICS3,
 }
@@ -73,7 +66,7 @@ def read_mllm_config(path: Path) -> dict[str, Any]:
     name = one_of(config, "model_type", MLLM_FAMILIES, path)
     family, where = MLLM_FAMILIES[name], f"{path}: vision_config"
     vision = field(config, "vision_config", dict, path)
-    vit_family = VISION_FAMILIES[one_of(vision, "model_type", family.vision, where, family.vision[0])]
+    vit_family = family.vision[one_of(vision, "model_type", family.vision, where, next(iter(family.vision)))]
     vit = parse_vit_config(vision, vit_family, where)
     lm_family, lm = _read_text(config, family, name, path)
     token, default = family.image_token

@@ -25,8 +25,8 @@ INSTRUCTION = "Describe the video."  # the default
 CONTROL_TOKEN = re.compile(r"<[\w|-]+>")
 AROUND_IMAGE = "<fake_token_around_image><global-img>", "<fake_token_around_image>"  # its visual tokens
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen").split()  # fmt: skip
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+ONES += "seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -59,14 +59,13 @@ def prompt_texts(layout: str, lm_family: str, frames: int, instruction: str, sec
     seconds = frames if seconds is None else seconds
     times = [int((i + 0.5) / frames * seconds) for i in range(frames)]
     labels = [f"\nFrame from {time // 60:02d}:{time % 60:02d}:{before}" for time in times]
-    intro = (f"<|im_start|>User: You are provided the following series of {number_in_words(frames)} frames from a "
-             f"{timedelta(seconds=int(seconds))} [H:MM:SS] video.\n")  # fmt: skip
+    intro = f"<|im_start|>User: You are provided the following series of {number_in_words(frames)} frames from a "
+    intro += f"{timedelta(seconds=int(seconds))} [H:MM:SS] video.\n"
     return [intro + labels[0], *[after + label for label in labels[1:]], f"{after}\n\n{end}"]
 
 
-def encode_prompt(tokenizer: Tokenizer, layout: str, lm_family: str, frames: int, instruction: str,
-                  seconds: float | None = None) -> list[list[int]]:  # fmt: skip
-    """The ids of `prompt_texts`, with BOS where texts begin with one.
+def encode_prompt(tokenizer: Tokenizer, layout: str, lm_family: str, frames: int, instruction: str, seconds=None):
+    """Returns the ids of `prompt_texts`, T + 1 lists, with BOS where texts begin with one.
 
     Raises InputError if the tokenizer is of another kind or lacks a control token of the prompt, and if the instruction
     contains a control token of a byte-level BPE.

@@ -1,16 +1,15 @@
 """The names of tensors in public models: tables from our names (`vit.py`, `lm.py`, `mllm.py`) to theirs.
 
-N is a block's index, and "N." at the start of a name stands for the path of the block, which the first row has. * stands
-for both `weight` and `bias`. NAME[q], NAME[k] and NAME[v] are the thirds of a tensor NAME in which query, key and value
-are concatenated along the first dimension. A table names the tensors of every variant of a format; a model has some of
-them. In a file, all names may begin with a prefix, such as `vision_model.` or `model.`.
+N is a block's index, and "N." at the start of a name stands for the path of the block, which is in the first row.
+* stands for both `weight` and `bias`. NAME[q], NAME[k] and NAME[v] are the thirds of a tensor NAME in which query, key
+and value are concatenated along the first dimension. A table names the tensors of every variant of a format; a model
+has some of them. In a file, all names may begin with a prefix, such as `vision_model.` or `model.`.
 
 References
 [1] CLIP, SigLIP, DINOv2: transformers, models/{clip,siglip,dinov2}/ and, for DINOv2, conversion_mapping.py.
 [2] The file of DINOv2: https://github.com/facebookresearch/dinov2, dinov2/models/vision_transformer.py and layers/.
 [3] torchvision, models/vision_transformer.py. The MLP's layers were linear_1 and linear_2 in the files of 2022.
 [4] Llama (also Mistral and Qwen) and Gemma: transformers, models/{llama,gemma3}/.
-[5] The projectors of LLaVA and Idefics3: transformers, models/{llava,idefics3}/.
 """
 
 import ast
@@ -77,7 +76,11 @@ FILES_OF_VITS = read_columns("""
 """)
 OLD_MLP = {"N.mlp.up.*": "N.mlp.linear_1.*", "N.mlp.down.*": "N.mlp.linear_2.*"}  # of torchvision in 2022
 TORCHVISION, DINOV2, CLIP = FILES_OF_VITS["torchvision"], TRANSFORMERS_VIT["dinov2"], TRANSFORMERS_VIT["clip"]
-VIT_FILES = (("torchvision", TORCHVISION), ("torchvision", TORCHVISION | OLD_MLP), ("dinov2", FILES_OF_VITS["dinov2"]))
+VIT_FILES = {  # a tensor that tells formats apart, the MLP's first of block 0: family, column
+    "encoder.layers.encoder_layer_0.mlp.0.weight": ("torchvision", TORCHVISION),
+    "encoder.layers.encoder_layer_0.mlp.linear_1.weight": ("torchvision", TORCHVISION | OLD_MLP),
+    "blocks.0.mlp.fc1.weight": ("dinov2", FILES_OF_VITS["dinov2"]),
+}
 VIT_FOLDERS = {"clip": CLIP, "siglip": CLIP, "idefics3": CLIP, "dinov2": DINOV2}
 LANGUAGE_MODELS = read_columns("""
     ours                  llama                              gemma
@@ -103,8 +106,8 @@ COMPUTED = r".*embeddings\.position_ids|.*rotary_emb\.inv_freq"  # pattern of te
 
 
 def read_fields(config: dict[str, Any], table: dict, family: str, where: str | Path) -> dict[str, Any]:
-    """Returns {our name: value} of a table of fields. Its columns are our name, that in config.json, and for each family
-    the default, which has the type of the field, or the value if config.json has no such field.
+    """Returns {our name: value} of a table of fields. Its columns are our name, that in config.json, and for each
+    family the default, which has the type of the field, or the value if config.json has no such field.
 
     Raises an InputError that begins with `where`. The bounds are far from any model: beyond them, building it on the
     meta device would not end.
@@ -129,7 +132,7 @@ def tensor_names(module: nn.Module, column: dict[str, str], prefix: str = "") ->
     for ours in module.state_dict():
         block, kind = re.match(r"blocks\.(\d+)\.", ours), ours.rpartition(".")[2]
         general = f"N.{ours[block.end() :]}" if block else ours
-        theirs = column.get(general) or column.get(general.removesuffix(kind) + "*", "")
+        theirs = column.get(general) or column.get(re.sub("(weight|bias)$", "*", general), "")
         if theirs.startswith("N."):
             theirs = theirs.replace("N.", column["N."], 1).replace("N", block[1])
         if theirs:

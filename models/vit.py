@@ -71,10 +71,7 @@ class ViTAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """Queries from x (n, Q, D) attend to keys and values from memory (n, P, D)."""
@@ -225,22 +222,12 @@ class ViT(nn.Module):
         self.config = replace(self.config, image_size=image_size)
 
     @classmethod
-    def _on_meta(cls, public: PublicViT) -> "ViT":
-        with reading(public.where), torch.device("meta"):
-            return cls(ViTConfig(**public.config), public.preprocessing)
-
-    @classmethod
     def from_config(cls, folder: str | Path, image_size: int | None = None) -> "ViT":
         """The model of a folder on the meta device, from CONFIG_FILES alone. Raises InputError."""
-        public = read_vit_folder(Path(folder))
-        vit = cls._on_meta(public)
-        vit.resize(public.preprocessing.size if image_size is None else image_size)
-        return vit
+        return cls._build(read_vit_folder(Path(folder)), image_size)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype = torch.float32, image_size: int | None = None
-    ) -> "ViT":
+    def from_pretrained(cls, path: str | Path, dtype=torch.float32, image_size: int | None = None) -> "ViT":
         """Loads a public model: a folder, a hub id or a .pth file (`vit_checkpoints.py`).
 
         `image_size` is S in pixels; the default is the size in the model's `preprocessor_config.json`. Missing,
@@ -249,9 +236,15 @@ class ViT(nn.Module):
         path = hub.resolve(path, check=cls.from_config)
         tensors, file = read_tensors(path)
         public = read_vit_folder(path) if path.is_dir() else read_vit_file(tensors, file)
-        vit = cls._on_meta(public)
-        copy_vit_tensors(vit, public, tensors, file)
-        vit.to(torch.float32)  # positions are interpolated in full precision
-        with error_prefix(path):
+        return cls._build(public, image_size, tensors, file).to(dtype)
+
+    @classmethod
+    def _build(cls, public: PublicViT, image_size: int | None, tensors: dict | None = None, file=None) -> "ViT":
+        with reading(public.where), torch.device("meta"):
+            vit = cls(ViTConfig(**public.config), public.preprocessing)
+        if tensors is not None:
+            copy_vit_tensors(vit, public, tensors, file)
+            vit.to(torch.float32)  # positions are interpolated in full precision
+        with error_prefix(public.where):
             vit.resize(public.preprocessing.size if image_size is None else image_size, public.family == "torchvision")
-        return vit.to(dtype)
+        return vit

@@ -108,29 +108,21 @@ def parse_vit_config(published: dict[str, Any], family: str, where: str | Path) 
 
 def read_vit_file(tensors: dict[str, Tensor], path: Path) -> PublicViT:
     """The same of a .pth file of torchvision or facebookresearch, from the shapes of its tensors. Raises InputError."""
-    for family, names in VIT_FILES:
-        prefix, _, suffix = names["N.mlp.up.*"].replace("N.", names["N."], 1).replace("*", "weight").partition("N")
-        if f"{prefix}0{suffix}" in tensors:
-            break
-    else:
+    if not (known := [name for name in VIT_FILES if name in tensors]):
         found = ", ".join(sorted(tensors)[:3])
         raise InputError(f"{path}: expected tensors of torchvision's vit_* or of DINOv2, or a folder, found {found}")
+    family, names = VIT_FILES[known[0]]
+    prefix, suffix = known[0].split("0", 1)
     with reading(path):
         width, _, patch, _ = tensors[names["patch.*"].replace("*", "weight")].shape
         _, positions, _ = tensors[names["position"]].shape
-        mlp_width, _ = tensors[f"{prefix}0{suffix}"].shape
+        mlp_width, _ = tensors[known[0]].shape
         if width not in HEADS[family]:
             raise InputError(f"is {width} wide, expected one of {[*HEADS[family]]}; the heads of others are unknown")
-        config = {
-            "image_size": math.isqrt(positions - 1) * patch,
-            "patch_size": patch,
-            "hidden_size": width,
-            "num_hidden_layers": sum(name.startswith(prefix) and name.endswith(suffix) for name in tensors),
-            "num_attention_heads": HEADS[family][width],
-            "intermediate_size": mlp_width,
-            "mlp_ratio": mlp_width / width,
-        }
-    config = parse_vit_config(config, family, path)
+        depth = sum(name.startswith(prefix) and name.endswith(suffix) for name in tensors)
+        size, heads = math.isqrt(positions - 1) * patch, HEADS[family][width]
+    values = (size, patch, width, depth, heads, mlp_width, mlp_width / width)  # in the order of VIT_FIELDS
+    config = parse_vit_config(dict(zip(VIT_FIELDS["config.json"].values(), values, strict=False)), family, path)
     return PublicViT(family, config, default_preprocessing(family, config), names, path)
 
 

@@ -10,21 +10,17 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError, explain_out_of_memory
+from common.errors import explain_out_of_memory
 from common.files import sha256_of
-from common.preprocessing import VIDEO_PREPROCESSORS
 from models import hub
-from models.lm import CausalLM, LMConfig
+from models.lm import CausalLM
 from models.mllm import MLLM
-from models.mllm_checkpoints import check_mllm_config
 from models.tokenizer import load_tokenizer
-from models.vit import ViT, ViTConfig
-from models.vit_checkpoints import check_vit_config, read_folder_preprocessing, read_vit_config
+from models.vit import ViT
 from models.weights import weight_files
 
 GENERATION_CONFIG = "generation_config.json"
-VIT_FILES = "config.json", "preprocessor_config.json"
-LM_FILES = "config.json", GENERATION_CONFIG
+CONFIG_FILES = {"vit": ViT.CONFIG_FILES, "lm": CausalLM.CONFIG_FILES, "mllm": MLLM.CONFIG_FILES}
 META = torch.device("meta")
 
 
@@ -40,11 +36,11 @@ class FrozenModels:
 
 def check_mllm(folder: Path) -> None:
     """Raises InputError unless the folder's configs and tokenizer, without its weights, are of a supported MLLM."""
-    check_mllm_config(folder)
+    MLLM.from_config(folder)
     load_tokenizer(folder)
 
 
-CHECKS = {"vit": check_vit_config, "lm": load_tokenizer, "mllm": check_mllm}
+CHECKS = {"vit": ViT.from_config, "lm": load_tokenizer, "mllm": check_mllm}
 
 
 def resolve_models(args: Namespace) -> dict[str, Path]:
@@ -64,8 +60,7 @@ def backbone_hashes(folders: dict[str, Path]) -> dict[str, str]:
     """SHA-256 of every file that the models are read from: {"vit/config.json": hex, ...}."""
     hashes = {}
     for part, folder in folders.items():
-        names = {"vit": VIT_FILES, "lm": LM_FILES, "mllm": (*VIT_FILES, *VIDEO_PREPROCESSORS, *LM_FILES)}
-        files = [folder / name for name in names[part]]
+        files = [folder / name for name in CONFIG_FILES[part]]
         if part != "vit":
             has_model = (folder / "tokenizer.model").exists()
             tokenizer = ["tokenizer.model"] if has_model else ["tokenizer.json", "tokenizer_config.json"]
@@ -90,24 +85,13 @@ def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | 
 def meta_pair(vit_folder: Path, lm_folder: Path, dtype: torch.dtype,
               image_size: int | None = None) -> tuple[ViT, CausalLM]:  # fmt: skip
     """A ViT and a language model on the meta device; image_size as in `ViT.from_pretrained`. Raises InputError."""
-    if vit_folder.is_file():
-        raise InputError(f"{vit_folder}: --plan needs a folder with a config.json")
-    kind, config = read_vit_config(vit_folder / "config.json")
-    preprocessing = read_folder_preprocessing(vit_folder, kind.removesuffix("_vision_model"), config)
-    with META:
-        vit = ViT(ViTConfig(**config))
-        lm = CausalLM(LMConfig.from_json(lm_folder / "config.json"))
-        size = image_size or preprocessing.size
-        if size != vit.config.image_size:
-            vit.resize(size)
-    return vit.to(dtype), lm.to(dtype)
+    return ViT.from_config(vit_folder, image_size).to(dtype), CausalLM.from_config(lm_folder).to(dtype)
 
 
 def load_meta_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | None) -> FrozenModels:
     """Like `load_models`, but on the meta device: only the configs and the tokenizer are read."""
     if "mllm" in folders:
-        with META:
-            mllm = MLLM.from_config(folders["mllm"]).to(dtype)
+        mllm = MLLM.from_config(folders["mllm"]).to(dtype)
         return FrozenModels(mllm.vit, mllm.lm, load_tokenizer(folders["mllm"]), mllm)
     vit, lm = meta_pair(folders["vit"], folders["lm"], dtype, image_size)
     return FrozenModels(vit, lm, load_tokenizer(folders["lm"]), None)
