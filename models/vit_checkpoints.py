@@ -113,12 +113,13 @@ def read_vit_file(tensors: dict[str, Tensor], path: Path) -> PublicViT:
         raise InputError(f"{path}: expected tensors of torchvision's vit_* or of DINOv2, or a folder, found {found}")
     family, names = VIT_FILES[known[0]]
     prefix, suffix = known[0].split("0", 1)
+    kernel = names["patch.*"].replace("*", "weight")
     with reading(path):
-        width, _, patch, _ = tensors[names["patch.*"].replace("*", "weight")].shape
+        width, _, patch, _ = tensors[kernel].shape
         _, positions, _ = tensors[names["position"]].shape
         mlp_width, _ = tensors[known[0]].shape
         if width not in HEADS[family]:
-            raise InputError(f"is {width} wide, expected one of {[*HEADS[family]]}; the heads of others are unknown")
+            raise InputError(f"{kernel} is {width} wide, expected {[*HEADS[family]]}; the heads of others are unknown")
         depth = sum(name.startswith(prefix) and name.endswith(suffix) for name in tensors)
         size, heads = math.isqrt(positions - 1) * patch, HEADS[family][width]
     values = (size, patch, width, depth, heads, mlp_width, mlp_width / width)  # in the order of VIT_FIELDS
