@@ -112,15 +112,14 @@ def read_vit_file(tensors: dict[str, Tensor], path: Path) -> PublicViT:
         found = ", ".join(sorted(tensors)[:3])
         raise InputError(f"{path}: expected tensors of torchvision's vit_* or of DINOv2, or a folder, found {found}")
     family, names = VIT_FILES[known[0]]
-    prefix, suffix = known[0].split("0", 1)
-    kernel = names["patch.*"].replace("*", "weight")
+    kernel, prefix = names["patch.*"].replace("*", "weight"), known[0].partition("0")[0]
     with reading(path):
         width, _, patch, _ = tensors[kernel].shape
         _, positions, _ = tensors[names["position"]].shape
         mlp_width, _ = tensors[known[0]].shape
         if width not in HEADS[family]:
             raise InputError(f"{kernel} is {width} wide, expected {[*HEADS[family]]}; the heads of others are unknown")
-        depth = sum(name.startswith(prefix) and name.endswith(suffix) for name in tensors)
+        depth = len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
         size, heads = math.isqrt(positions - 1) * patch, HEADS[family][width]
     values = (size, patch, width, depth, heads, mlp_width, mlp_width / width)  # in the order of VIT_FIELDS
     config = parse_vit_config(dict(zip(VIT_FIELDS["config.json"].values(), values, strict=False)), family, path)
