@@ -17,20 +17,32 @@ import transformers
 from torch import Tensor, nn
 
 from models.generation import generate
-from models.mllm import MLLM, halve_grid
+from models.mllm import MLLM
 from tests.common.helpers import refused
 from tests.models.helpers import change_json, write_weights
 from tests.models.test_vit import randomize, read_weights
 
 IMAGE = 98  # the image token
-TEXT = dict(vocab_size=99, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=100, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
-            pad_token_id=0)  # fmt: skip
+TEXT = json.loads("""{
+    "vocab_size": 99, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 100, "rms_norm_eps": 1e-5, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0
+}""")
 LLAMA, QWEN2 = TEXT | {"model_type": "llama"}, TEXT | {"model_type": "qwen2"}
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, patch_size=14)
-CLIP = VISION | dict(model_type="clip_vision_model", image_size=42)
-SIGLIP = VISION | dict(model_type="siglip_vision_model", image_size=45, vision_use_head=False)  # 3 patches and 3 pixels
-IDEFICS3 = dict(hidden_size=16, image_size=32, num_attention_heads=2, patch_size=4)  # 8 x 8 patches
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "patch_size": 14,
+}
+CLIP = VISION | {"model_type": "clip_vision_model", "image_size": 42}
+SIGLIP = VISION | {
+    "model_type": "siglip_vision_model",
+    "image_size": 45,
+    "vision_use_head": False,
+}  # 3 pixels left over
+IDEFICS3 = {"hidden_size": 16, "image_size": 32, "num_attention_heads": 2, "patch_size": 4}  # 8 x 8 patches
 VIDEO_FILE = "video_processor/preprocessor_config.json"
 SQUASH = {"size": {"height": 45, "width": 45}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 TWO_STEPS = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}, "resample": 1}
@@ -47,10 +59,9 @@ class Case:
     preprocessing: tuple[str, dict]  # the file and its content
 
 
-OF_LLAMA = ("rope_parameters", "hidden_act", "head_dim", "mlp_bias", "attention_bias", "tie_word_embeddings",
-            "bos_token_id", "eos_token_id")  # fmt: skip
-OF_QWEN2 = ("rope_parameters", "hidden_act", "layer_types", "max_window_layers", "sliding_window", "bos_token_id",
-            "use_sliding_window")  # fmt: skip
+OF_TEXT = ("rope_parameters", "hidden_act", "bos_token_id")
+OF_LLAMA = (*OF_TEXT, "head_dim", "mlp_bias", "attention_bias", "tie_word_embeddings", "eos_token_id")
+OF_QWEN2 = (*OF_TEXT, "layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
 OF_LLAVA = ("multimodal_projector_bias", "image_seq_length")
 OF_VISION = ("hidden_act", "layer_norm_eps")
 
@@ -59,9 +70,19 @@ def llava(vision: dict, text: dict, **fields) -> Case:
     fields |= {"vision_config": vision, "text_config": text, "image_token_index": IMAGE}
     of_text = OF_LLAMA if text["model_type"] == "llama" else (*OF_QWEN2, "tie_word_embeddings")
     published = {"text_config": of_text, "vision_config": OF_VISION, "": OF_LLAVA}
-    preprocessing = {} if vision["model_type"] == "clip_vision_model" else SQUASH
-    return Case(transformers.LlavaConfig, transformers.LlavaForConditionalGeneration, fields, vision["image_size"],
-                "pixel_values", published, ("preprocessor_config.json", preprocessing))  # fmt: skip
+    file = ("preprocessor_config.json", {} if vision["model_type"] == "clip_vision_model" else SQUASH)
+    model = transformers.LlavaConfig, transformers.LlavaForConditionalGeneration
+    return Case(*model, fields, vision["image_size"], "pixel_values", published, file)
+
+
+def onevision() -> Case:
+    text = QWEN2 | {"tie_word_embeddings": True}
+    fields = {"vision_config": SIGLIP, "text_config": text, "image_token_index": 97, "video_token_index": IMAGE}
+    outside = ("tie_word_embeddings", "vision_feature_layer", "vision_feature_select_strategy")
+    of_text = (*OF_QWEN2, "max_position_embeddings")
+    published = {"text_config": of_text, "vision_config": OF_VISION, "": (*OF_LLAVA, *outside)}
+    model = transformers.LlavaOnevisionConfig, transformers.LlavaOnevisionForConditionalGeneration
+    return Case(*model, fields, 45, "pixel_values_videos", published, (VIDEO_FILE, SQUASH))
 
 
 def idefics3(name: str) -> Case:
@@ -72,23 +93,17 @@ def idefics3(name: str) -> Case:
     return Case(config, model, fields, 32, "pixel_values", published, ("preprocessor_config.json", TWO_STEPS))
 
 
-ONEVISION = dict(vision_config=SIGLIP, text_config=QWEN2 | {"tie_word_embeddings": True}, image_token_index=97,
-                 video_token_index=IMAGE)  # fmt: skip
+TIED = QWEN2 | {"tie_word_embeddings": True}
+BLOCK_1 = {"vision_feature_layer": 1, "vision_feature_select_strategy": "full"}
+BLOCK_2 = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 CASES = {
-    "llava, clip": llava(CLIP, LLAMA, vision_feature_layer=-2, vision_feature_select_strategy="default"),
-    "llava, clip, first block, class token": llava(
-        CLIP, LLAMA, vision_feature_layer=1, vision_feature_select_strategy="full"),
-    "llava, siglip": llava(
-        SIGLIP, QWEN2 | {"tie_word_embeddings": True}, vision_feature_layer=-1, vision_feature_select_strategy="full"),
-    "llava_onevision": Case(
-        transformers.LlavaOnevisionConfig, transformers.LlavaOnevisionForConditionalGeneration, ONEVISION, 45,
-        "pixel_values_videos", {
-            "text_config": (*OF_QWEN2, "max_position_embeddings"), "vision_config": OF_VISION,
-            "": (*OF_LLAVA, "tie_word_embeddings", "vision_feature_layer", "vision_feature_select_strategy"),
-        }, (VIDEO_FILE, SQUASH)),
+    "llava, clip": llava(CLIP, LLAMA, **BLOCK_2),
+    "llava, clip, first block, class token": llava(CLIP, LLAMA, **BLOCK_1),
+    "llava, siglip": llava(SIGLIP, TIED, **BLOCK_1 | {"vision_feature_layer": -1}),
+    "llava_onevision": onevision(),
     "idefics3": idefics3("Idefics3"),
     "smolvlm": idefics3("SmolVLM"),
-}  # fmt: skip
+}
 every_case = pytest.mark.parametrize("reference", CASES, indirect=True)
 
 
@@ -139,10 +154,11 @@ def make_reference(folder: Path, case: Case) -> Reference:
     tower = inner.vision_model if hasattr(inner, "vision_model") else inner.vision_tower
     lm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
     blocks, inputs = [], []
-    hooks = [block.register_forward_hook(lambda _module, _args, output: blocks.append(output))
-             for block in tower.encoder.layers]  # fmt: skip
-    hooks.append(lm.register_forward_pre_hook(lambda _module, _args, kw: inputs.append(kw["inputs_embeds"]),
-                                              with_kwargs=True))  # fmt: skip
+    hooks = [
+        lm.register_forward_pre_hook(lambda _module, _args, kw: inputs.append(kw["inputs_embeds"]), with_kwargs=True)
+    ]
+    for block in tower.encoder.layers:
+        hooks.append(block.register_forward_hook(lambda _module, _args, output: blocks.append(output)))
     pixels = torch.randn(2, 3, case.image_side, case.image_side, generator=torch.Generator().manual_seed(1))
     images = arrange(case, pixels)
     is_video = case.pixels == "pixel_values_videos"
@@ -157,8 +173,9 @@ def make_reference(folder: Path, case: Case) -> Reference:
         hook.remove()
     texts = {}
     for beams in (1, 3):
-        new_ids = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
-                                 num_beams=beams, **images)[0, ids.shape[1] :].tolist()  # fmt: skip
+        options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
+        new_ids = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **images)
+        new_ids = new_ids[0, ids.shape[1] :].tolist()
         texts[beams] = new_ids[: new_ids.index(2)] if 2 in new_ids else new_ids
     return Reference(case, folder, model, pixels, ids, blocks, image_tokens, inputs[0], logits, texts)
 
@@ -184,8 +201,10 @@ def respell(tensors: dict[str, Tensor], spelling: str) -> dict[str, Tensor]:
 
 def shorten(config: dict, published: dict) -> dict:
     """A config without the fields that published ones leave out."""
-    parts = {part: {name: value for name, value in (config[part] if part else config).items() if name not in names}
-             for part, names in published.items()}  # fmt: skip
+    parts = {}
+    for part, names in published.items():
+        fields = config[part] if part else config
+        parts[part] = {name: value for name, value in fields.items() if name not in names}
     return parts.pop("", config) | parts
 
 
@@ -246,27 +265,12 @@ def test_texts_and_visual_tokens_merge_to_the_same_input(reference):
     assert merged[1:].equal(ours.embed(reference.ids, reference.pixels.flip(0)))
 
 
-@every_case
-@torch.no_grad()
-def test_single_vectors_go_through_llavas_projector_only(reference):
-    ours = MLLM.from_pretrained(reference.folder)
-    features = ours.vit(reference.pixels)
-    if ours.config.layout in ("idefics3", "smolvlm"):
-        with refused(ours.config.layout, "16 patches at once", "single vectors"):
-            ours.project(features)
-        return
-    projected = ours.project(features)
-    if ours.newline is not None:
-        projected = halve_grid(projected)
-    assert_same(projected[:, -ours.config.tokens_per_image :], reference.image_tokens)
-
-
 @pytest.mark.parametrize("reference", ["llava, clip", "smolvlm"], indirect=True)
 def test_another_number_of_image_tokens_is_refused(reference):
     ours = MLLM.from_pretrained(reference.folder)
     count = 2 * ours.config.tokens_per_image
     for ids, found in ((reference.ids[:, 4:], count - 2), (reference.ids[:, -2:], 0)):
-        with refused("image token 98", f"occurs {found} times", f"expected {count} times for 2 images"):
+        with refused("image token 98", f"occurs {found} times", f"expected {count}"):
             ours.embed(ids, reference.pixels)
 
 
