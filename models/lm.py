@@ -19,7 +19,6 @@ References
 """
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from common.errors import InputError, reading
 from models import hub
 from models.lm_checkpoints import RopeScaling, read_lm_config
-from models.names import COMPUTED, lm_tensor_names
+from models.names import IGNORED, lm_tensor_names
 from models.weights import copy_strict, drop_tied_copy, read_tensors
 
 
@@ -292,6 +291,6 @@ class CausalLM(nn.Module):
         names = lm_tensor_names(lm, tensors)
         if lm.config.tied:
             drop_tied_copy(tensors, "lm_head.weight", names["embed.weight"])
-        copy_strict(lm, tensors, names, path, [name for name in tensors if re.fullmatch(COMPUTED, name)])
+        copy_strict(lm, tensors, names, path, list(filter(IGNORED.fullmatch, tensors)))
         tensors.clear()  # so that each tensor is freed as soon as it has been converted
         return lm.to(dtype)

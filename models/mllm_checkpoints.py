@@ -19,7 +19,6 @@ References
     modeling_*.py for the names of tensors; conversion_mapping.py for their other spellings.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from common.errors import InputError
 from common.files import field, one_of, read_json
 from common.preprocessing import VIDEO_PREPROCESSORS, Preprocessing, read_lanczos_preprocessing, read_preprocessing
 from models.lm_checkpoints import check_supported, parse_lm_config, read_lm_config
-from models.names import COMPUTED, VIT_FOLDERS, find_prefix, lm_tensor_names, tensor_names
+from models.names import IGNORED, VIT_FOLDERS, find_prefix, lm_tensor_names, tensor_names
 from models.vit_checkpoints import check_frame_size, default_preprocessing, parse_vit_config
 from models.weights import copy_strict, drop_tied_copy
 
@@ -167,5 +166,5 @@ def copy_mllm_tensors(mllm: nn.Module, tensors: dict[str, Tensor], path: Path) -
     prefix = find_prefix(tensors, "embeddings.patch_embedding.weight")
     blocks = range(config.vit.depth, config.vit.depth + config.unused_blocks)
     unused = [f"{prefix}encoder.layers.{i}." for i in blocks] + [f"{prefix}head."] * (config.vit_family == "siglip")
-    ignored = [name for name in tensors if name.startswith(tuple(unused)) or re.fullmatch(COMPUTED, name)]
+    ignored = [name for name in tensors if name.startswith(tuple(unused)) or IGNORED.fullmatch(name)]
     copy_strict(mllm, tensors, names, path, ignored)

@@ -28,14 +28,7 @@ AROUND_IMAGE = "<fake_token_around_image><global-img>", "<fake_token_around_imag
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 ONES += "seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def number_in_words(number: int) -> str:
-    """A number from 0 to 99: "eight", "thirty-two"."""
-    if number < 20:
-        return ONES[number]
-    tens, ones = TENS[number // 10 - 2], number % 10
-    return f"{tens}-{ONES[ones]}" if ones else tens
+NUMBERS = ONES + [f"{ten}-{one}".removesuffix("-zero") for ten in TENS for one in ONES[:10]]  # from 0 to 99
 
 
 def prompt_texts(layout: str, lm_family: str, frames: int, instruction: str, seconds: float | None = None) -> list[str]:
@@ -59,7 +52,7 @@ def prompt_texts(layout: str, lm_family: str, frames: int, instruction: str, sec
     seconds = frames if seconds is None else seconds
     times = [int((i + 0.5) / frames * seconds) for i in range(frames)]
     labels = [f"\nFrame from {time // 60:02d}:{time % 60:02d}:{before}" for time in times]
-    intro = f"<|im_start|>User: You are provided the following series of {number_in_words(frames)} frames from a "
+    intro = f"<|im_start|>User: You are provided the following series of {NUMBERS[frames]} frames from a "
     intro += f"{timedelta(seconds=int(seconds))} [H:MM:SS] video.\n"
     return [intro + labels[0], *[after + label for label in labels[1:]], f"{after}\n\n{end}"]
 

@@ -102,7 +102,9 @@ LANGUAGE_MODELS = read_columns("""
     norm.weight           norm.weight                        norm.weight
     head.weight           lm_head.weight                     lm_head.weight
 """)
-COMPUTED = r".*embeddings\.position_ids|.*rotary_emb\.inv_freq"  # pattern of tensors in old files; not trained
+# Tensors that no model here has: text encoders, heads of classifiers, masks of pretraining, tables in old files.
+IGNORED = r"text_model\..*|(text|visual)_projection\..*|logit_(scale|bias)|heads\..*|(embeddings\.)?mask_token"
+IGNORED = re.compile(rf"{IGNORED}|.*embeddings\.position_ids|.*rotary_emb\.inv_freq")
 
 
 def read_fields(config: dict[str, Any], table: dict, family: str, where: str | Path) -> dict[str, Any]:

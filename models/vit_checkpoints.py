@@ -23,7 +23,6 @@ References
 """
 
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from common.errors import InputError, reading
 from common.files import field, one_of, read_json
 from common.preprocessing import HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing
-from models.names import COMPUTED, VIT_FILES, VIT_FOLDERS, find_prefix, read_columns, read_fields, tensor_names
+from models.names import IGNORED, VIT_FILES, VIT_FOLDERS, find_prefix, read_columns, read_fields, tensor_names
 from models.weights import copy_strict
 
 VIT_FIELDS = read_columns("""
@@ -57,12 +56,6 @@ VIT_FIELDS = read_columns("""
 """)  # defaults of [2]
 MODEL_TYPES = ("clip_vision_model", "clip", "siglip_vision_model", "siglip", "dinov2")
 HEADS = {"dinov2": {384: 6, 768: 12, 1024: 16}, "torchvision": {768: 12, 1024: 16, 1280: 16}}  # of each width
-OTHER_TENSORS = {  # patterns of tensors that are not part of the ViT
-    "clip": r"text_model\..*|(text|visual)_projection\..*|logit_scale",
-    "siglip": r"text_model\..*|logit_(scale|bias)",
-    "dinov2": r"(embeddings\.)?mask_token",
-    "torchvision": r"heads\..*",
-}
 
 
 @dataclass(frozen=True)
@@ -169,5 +162,4 @@ def copy_vit_tensors(vit: nn.Module, public: PublicViT, tensors: dict[str, Tenso
             tensors |= zip((f"{fused}[{letter}]" for letter in "qkv"), parts, strict=True)
         while theirs in tensors and tensors[theirs].dim() > target.dim() and len(tensors[theirs]) == 1:
             tensors[theirs] = tensors[theirs][0]
-    pattern = re.compile(f"{OTHER_TENSORS[public.family]}|{COMPUTED}")
-    copy_strict(vit, tensors, names, path, list(filter(pattern.fullmatch, tensors)))
+    copy_strict(vit, tensors, names, path, list(filter(IGNORED.fullmatch, tensors)))
