@@ -10,7 +10,7 @@ connector(pooled feature + frame vector), or with `grid` one for each patch or a
 frames), the queries in place of an image (queries), or both.
 
 What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer (`linear`), one of the baselines in
-`models/peft.py` (`lora`, `adapter` and `prompt` in the ViT, `lora-lm` in the language model), everything (`full`) or
+`models/baselines.py` (`lora`, `adapter` and `prompt` in the ViT, `lora-lm` in the language model), everything (`full`) or
 nothing (`none`).
 
 Letters: B clips, T frames, S side in pixels, P tokens of the ViT a frame, D ViT width, Q the N queries of the
