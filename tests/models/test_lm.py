@@ -64,7 +64,6 @@ CASES = {
     "llama3, length outside": LLAMA | {"original_max_position_embeddings": 16, "rope_scaling": LLAMA3_OF_32},
     "llama3, length missing": LLAMA | {"rope_scaling": LLAMA3},
     "mistral": MISTRAL,
-    "mistral, window of one": MISTRAL | {"sliding_window": 1},
     "mistral, no window": MISTRAL | {"sliding_window": None, "rope_scaling": LLAMA3_OF_32},
     "mistral, default window": {name: value for name, value in MISTRAL.items() if name != "sliding_window"},
     "qwen2": QWEN2,
@@ -72,19 +71,16 @@ CASES = {
     "qwen2, window": QWEN2 | WINDOW,
     "qwen2, no window": QWEN2 | WINDOW | {"sliding_window": None},
     "qwen2, layer_types": QWEN2 | WINDOW | {"layer_types": [SLIDING, FULL, FULL]},
-    "qwen2, attention_bias": QWEN2 | {"attention_bias": True},  # a field that is not of this family
     "qwen2, new": new_spelling(QWEN2, **LINEAR, rope_theta=700.0),
     "qwen3": QWEN3,
     "qwen3, tied": QWEN3 | {"tie_word_embeddings": True, "hidden_size": 20, "rms_norm_eps": 0.5},
     "qwen3, window, biases": QWEN3 | WINDOW | {"attention_bias": True},
-    "qwen3, new": new_spelling(QWEN3, rope_type="default", rope_theta=700.0),
     "gemma": GEMMA,
     "gemma, layer_types": GEMMA | {"layer_types": [FULL, SLIDING, SLIDING]},
     "gemma, new": new_spelling(GEMMA | {"layer_types": [SLIDING, FULL, SLIDING]}, **gemma_rope({})),
     "gemma, linear": GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "gemma, linear, new": new_spelling(GEMMA | {"layer_types": [SLIDING, FULL, FULL]}, **gemma_rope(LINEAR)),
     "gemma, biases": GEMMA | {"attention_bias": True, "num_key_value_heads": 4},
-    "gemma, all global": GEMMA | {"layer_types": [FULL] * 3},
 }
 FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "gemma": GEMMA}
 every_case = pytest.mark.parametrize("case", CASES)
