@@ -40,15 +40,6 @@ def test_lora_starts_as_its_base_layer_and_is_the_published_sum(bias):
     torch.testing.assert_close(lora(x), expected, rtol=0, atol=1e-6)
 
 
-def test_add_lora_replaces_queries_and_values_and_changes_nothing_at_first():
-    """Seeds 42 and 43: two layers in every block; the ViT's output is equal bit for bit."""
-    vit, pixels = tiny_vit(42), clips(2, 1, 43)[:, 0]
-    before = vit(pixels)
-    names = new_tensors(vit, lambda vit: add_lora(vit.blocks, 2))
-    assert same_bits(vit(pixels), before)
-    assert names == {f"blocks.{i}.attn.{name}.lora_{x}" for i in range(DEPTH) for name in "qv" for x in "ab"}
-
-
 # ------------------------------------------------------------------------------------- AdaptFormer
 
 
@@ -70,14 +61,19 @@ def test_a_block_with_an_adapter_is_the_published_sum():
     torch.testing.assert_close(block(z), expected, rtol=0, atol=1e-12)
 
 
-def test_adapters_are_in_every_block_and_change_nothing_at_first():
+LORA = [f"attn.{name}.lora_{x}" for name in "qv" for x in "ab"]
+ADAPTER = [f"mlp.adapter_{layer}.{x}" for layer in ("down", "up") for x in ("weight", "bias")]
+
+
+@pytest.mark.parametrize(
+    "add, parts", [(lambda vit: add_lora(vit.blocks, 2), LORA), (lambda vit: add_adapters(vit, 3), ADAPTER)]
+)
+def test_every_block_is_adapted_and_nothing_changes_at_first(add, parts):
     """Seeds 45 and 46, bit for bit."""
     vit, pixels = tiny_vit(45), clips(2, 1, 46)[:, 0]
     before = vit(pixels)
-    names = new_tensors(vit, lambda vit: add_adapters(vit, 3))
+    assert new_tensors(vit, add) == {f"blocks.{i}.{part}" for i in range(DEPTH) for part in parts}
     assert same_bits(vit(pixels), before)
-    parts = [f"{layer}.{x}" for layer in ("adapter_down", "adapter_up") for x in ("weight", "bias")]
-    assert names == {f"blocks.{i}.mlp.{part}" for i in range(DEPTH) for part in parts}
 
 
 # ------------------------------------------------------------------------------------ deep prompts
