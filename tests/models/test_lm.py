@@ -34,8 +34,8 @@ GEMMA = {name: value for name, value in LLAMA.items() if name != "hidden_act"} |
     "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 24, "sliding_window": 7,
     "sliding_window_pattern": 2, "rope_theta": 5000.0, "rope_local_base_freq": 50.0
 }""")
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3_OF_32 = LLAMA3 | {"original_max_position_embeddings": 32}
+LLAMA3_WITHOUT_LENGTH = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = LLAMA3_WITHOUT_LENGTH | {"original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "factor": 2.5}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -59,12 +59,12 @@ CASES = {
     "llama, biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.5}},
     "linear, new": new_spelling(LLAMA, **LINEAR, rope_theta=1000.0),
-    "llama3": LLAMA | {"rope_scaling": LLAMA3_OF_32},
-    "llama3, new": new_spelling(LLAMA, rope_theta=700.0, **LLAMA3_OF_32),
-    "llama3, length outside": LLAMA | {"original_max_position_embeddings": 16, "rope_scaling": LLAMA3_OF_32},
-    "llama3, length missing": LLAMA | {"rope_scaling": LLAMA3},
+    "llama3": LLAMA | {"rope_scaling": LLAMA3},
+    "llama3, new": new_spelling(LLAMA, rope_theta=700.0, **LLAMA3),
+    "llama3, length outside": LLAMA | {"original_max_position_embeddings": 16, "rope_scaling": LLAMA3},
+    "llama3, length missing": LLAMA | {"rope_scaling": LLAMA3_WITHOUT_LENGTH},
     "mistral": MISTRAL,
-    "mistral, no window": MISTRAL | {"sliding_window": None, "rope_scaling": LLAMA3_OF_32},
+    "mistral, no window": MISTRAL | {"sliding_window": None, "rope_scaling": LLAMA3},
     "mistral, default window": {name: value for name, value in MISTRAL.items() if name != "sliding_window"},
     "qwen2": QWEN2,
     "qwen2, tied": QWEN2 | {"tie_word_embeddings": True, "num_key_value_heads": 1, "use_sliding_window": False},
@@ -74,7 +74,7 @@ CASES = {
     "qwen2, new": new_spelling(QWEN2, **LINEAR, rope_theta=700.0),
     "qwen3": QWEN3,
     "qwen3, tied": QWEN3 | {"tie_word_embeddings": True, "hidden_size": 20, "rms_norm_eps": 0.5},
-    "qwen3, window, biases": QWEN3 | WINDOW | {"attention_bias": True},
+    "qwen3, window": QWEN3 | WINDOW | {"attention_bias": True},
     "gemma": GEMMA,
     "gemma, layer_types": GEMMA | {"layer_types": [FULL, SLIDING, SLIDING]},
     "gemma, new": new_spelling(GEMMA | {"layer_types": [SLIDING, FULL, SLIDING]}, **gemma_rope({})),

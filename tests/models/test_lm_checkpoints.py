@@ -23,7 +23,7 @@ from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from tests.common.helpers import ROOT, refused
 from tests.models.helpers import CONFIGS, write_weights
-from tests.models.test_lm import FAMILIES, LLAMA, LLAMA3_OF_32, make, published_tensors
+from tests.models.test_lm import FAMILIES, LLAMA, LLAMA3, make, published_tensors
 
 PARAMETERS = {
     "tinyllama-1.1b": 1_100_048_384,
@@ -118,11 +118,11 @@ REFUSED = [
     ("llama", rope(type="yarn", factor=4.0), "'yarn'"),
     ("llama", rope(type="linear", factor=0.5), "'factor'"),
     ("llama", rope(type="linear", factor=2.0, mscale=0.7), "mscale"),
-    ("llama", rope(**LLAMA3_OF_32, attention_factor=0.7), "attention_factor"),
-    ("llama", rope(**LLAMA3_OF_32 | {"low_freq_factor": 4.0}), "high_freq_factor"),
+    ("llama", rope(**LLAMA3, attention_factor=0.7), "attention_factor"),
+    ("llama", rope(**LLAMA3 | {"low_freq_factor": 4.0}), "high_freq_factor"),
     ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
-    ("llama", rope(**LLAMA3_OF_32) | {"rope_parameters": LLAMA3_OF_32}, "rope_scaling and rope_parameters"),
+    ("llama", rope(**LLAMA3) | {"rope_parameters": LLAMA3}, "rope_scaling and rope_parameters"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act"),
     ("llama", {"qk_layer_norms": True}, "qk_layer_norms"),
