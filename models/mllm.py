@@ -40,7 +40,7 @@ from models.weights import read_tensors
 class MLLMConfig:
     """Shape of an MLLM."""
 
-    layout: str  # llava | llava_onevision | idefics3 | smolvlm
+    family: str  # llava | llava_onevision | idefics3 | smolvlm
     vit: ViTConfig  # up to the block whose output is taken
     lm: LMConfig
     vit_family: str  # clip | siglip | idefics3
@@ -54,7 +54,7 @@ class MLLMConfig:
     def grid(self) -> int:
         """The side of the square of visual tokens that an image becomes, row by row."""
         side = self.vit.grid
-        return math.ceil(side / 2) if self.layout == "llava_onevision" else side // self.shuffle
+        return math.ceil(side / 2) if self.family == "llava_onevision" else side // self.shuffle
 
     @property
     def tokens_per_image(self) -> int:
@@ -123,9 +123,9 @@ class MLLM(nn.Module):
         self.vit = ViT(config.vit)
         self.lm = CausalLM(config.lm)
         widths = config.vit.width, config.lm.width
-        is_llava = config.layout.startswith("llava")
+        is_llava = config.family.startswith("llava")
         self.projector = MLPProjector(*widths) if is_llava else ShuffleProjector(*widths, config.shuffle)
-        has_newline = config.layout == "llava_onevision"
+        has_newline = config.family == "llava_onevision"
         self.newline = nn.Parameter(torch.randn(widths[1]) / widths[1] ** 0.5) if has_newline else None  # (C,)
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class MLLM(nn.Module):
         if self.config.vit.class_token and not self.config.class_token:
             features = features[:, 1:]
         x = self.projector(features)
-        return halve_grid(x) if self.config.layout == "llava_onevision" else x
+        return halve_grid(x) if self.config.family == "llava_onevision" else x
 
     def embed(self, ids: Tensor, pixels: Tensor) -> Tensor:
         """Ids (1, L) with an image token for each visual token, pixels (n, 3, S, S) -> the language model's input
@@ -163,7 +163,7 @@ class MLLM(nn.Module):
     def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str, seconds: float | None = None) -> list[list]:
         """The model's own prompt for T = `frames` frames and an instruction: T + 1 lists of ids, which come before,
         between and after the frames' visual tokens. See `encode_prompt`."""
-        return encode_prompt(tokenizer, self.config.layout, self.config.lm_family, frames, instruction, seconds)
+        return encode_prompt(tokenizer, self.config.family, self.config.lm_family, frames, instruction, seconds)
 
     def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
         """Ids of T + 1 texts, those of `prompt`, and T groups of visual tokens (B, any, C) -> the language model's

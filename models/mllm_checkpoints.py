@@ -70,7 +70,7 @@ def read_mllm_config(path: Path) -> dict[str, Any]:
     lm_family, lm = _read_text(config, family, name, path)
     token, default = family.image_token
     image_token_id = field({token: default} | config, token, int, path, least=0, most=lm["vocab"] - 1)
-    fields = {"layout": name, "vit_family": vit_family, "lm_family": lm_family, "image_token_id": image_token_id}
+    fields = {"family": name, "vit_family": vit_family, "lm_family": lm_family, "image_token_id": image_token_id}
     if name.startswith("llava"):
         check_supported(config, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}, path)
         depth = _read_feature_depth(config, family, vit["depth"], path)
@@ -123,10 +123,10 @@ def read_text_config(path: Path) -> dict[str, Any]:
 def read_mllm_preprocessing(folder: Path, config: dict[str, Any]) -> Preprocessing:
     """What the folder's files say about the frames of videos. Raises InputError if it does not fit config.json."""
     path = folder / "preprocessor_config.json"
-    if config["layout"] == "llava":
+    if config["family"] == "llava":
         check_supported(read_json(path), {"do_pad": False}, path)
         preprocessing = read_preprocessing(path, default_preprocessing(config["vit_family"], config["vit"]))
-    elif config["layout"] == "llava_onevision":
+    elif config["family"] == "llava_onevision":
         files = [folder / name for name in VIDEO_PREPROCESSORS]
         path = next(filter(Path.is_file, files), files[0])
         preprocessing = read_preprocessing(path, Preprocessing(384, 384, squash=True))  # CLIP's mean, as in [1]

@@ -1,6 +1,6 @@
-"""Multimodal language models: every layout against transformers [1], with tiny random models in real files.
+"""Multimodal language models: every family against transformers [1], with tiny random models in real files.
 
-A case is a layout with a vision encoder and a language model. All parameters are random, so that no two tensors can be
+A case is a family with a vision encoder and a language model. All parameters are random, so that no two tensors can be
 confused. Each file is loaded in the spelling that transformers 5 writes, in that of the published files, and in those
 of the modules of transformers 4 and 5.
 

@@ -61,11 +61,11 @@ def test_smolvlm2_reads_the_frames_of_a_video_with_their_times(monkeypatch, fram
     assert IMAGE.join(prompt_texts("smolvlm", "llama", frames, TEXT, seconds)) == expected
 
 
-@pytest.mark.parametrize("layout, frames", [("smolvlm", 1), ("idefics3", 1), ("idefics3", 3)])
-def test_images_of_smolvlm_are_in_a_row(layout, frames):
+@pytest.mark.parametrize("family, frames", [("smolvlm", 1), ("idefics3", 1), ("idefics3", 3)])
+def test_images_of_smolvlm_are_in_a_row(family, frames):
     image = processing_smolvlm.get_image_prompt_string(0, 0, 1, "<fake_token_around_image>", IMAGE, "<global-img>")
     expected = render(processing_smolvlm.DEFAULT_CHAT_TEMPLATE, frames).replace(IMAGE, image)
-    assert IMAGE.join(prompt_texts(layout, "llama", frames, TEXT)) == expected
+    assert IMAGE.join(prompt_texts(family, "llama", frames, TEXT)) == expected
 
 
 @pytest.mark.parametrize("frames", [1, 4])
