@@ -4,7 +4,7 @@ A case is a family with a vision encoder and a language model. All parameters ar
 confused. Each file is loaded in the spelling that transformers 5 writes, in that of the published files, and in those
 of the modules of transformers 4 and 5.
 
-[1] transformers, models/{llava,llava_onevision,idefics3,smolvlm}/modeling_*.py; generation/utils.py
+[1] transformers, models/{llava,llava_onevision,idefics3,smolvlm}/modeling_*.py
 """
 
 import json
@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from models.generation import generate
 from models.mllm import MLLM
 from tests.common.helpers import refused
 from tests.models.helpers import change_json, write_weights
@@ -105,26 +104,12 @@ class Reference:
     image_tokens: Tensor  # (2, P', C)
     embeddings: Tensor  # (1, L, C), the language model's input
     logits: Tensor
-    text: list[int]  # ids of a greedy search
-
-
-def arrange(case: Case, pixels: Tensor) -> dict[str, Tensor]:
-    """Pixels (n, 3, S, S) as transformers takes the images of one text: LLaVA's have no batch dimension."""
-    return {case.pixels: pixels if case.config is transformers.LlavaConfig else pixels[None]}
 
 
 @torch.no_grad()
 def save_model(folder: Path, case: Case) -> nn.Module:
-    """Saves a random model, seed 0, and its preprocessing; returns it.
-
-    The image token's logit is zero, so that it is never generated. The language model's blocks change their input a
-    lot; a tied model would repeat the last token otherwise.
-    """
+    """Saves a random model, seed 0, and its preprocessing; returns it."""
     model = randomize(case.model(case.config(**json.loads(json.dumps(case.fields)))), 0)
-    model.lm_head.weight[IMAGE] = 0
-    for name, p in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            p.mul_(4)
     model.save_pretrained(folder)
     (folder / case.preprocessing[0]).parent.mkdir(exist_ok=True)
     change_json(folder / case.preprocessing[0], **case.preprocessing[1])
@@ -140,7 +125,8 @@ def make_reference(folder: Path, case: Case) -> Reference:
     inputs = []
     hook = lm.register_forward_pre_hook(lambda _module, _args, kw: inputs.append(kw["inputs_embeds"]), with_kwargs=True)
     pixels = torch.randn(2, 3, case.image_side, case.image_side, generator=torch.Generator().manual_seed(1))
-    images = arrange(case, pixels)
+    # The images of one text: LLaVA's have no batch dimension.
+    images = {case.pixels: pixels if case.config is transformers.LlavaConfig else pixels[None]}
     is_video = case.pixels == "pixel_values_videos"
     features = (inner.get_video_features if is_video else inner.get_image_features)(**images).pooler_output
     features = torch.cat(list(features))
@@ -149,12 +135,7 @@ def make_reference(folder: Path, case: Case) -> Reference:
     ids = torch.tensor([[1, 5, *slots, *([] if is_video else [6]), *slots, *[IMAGE] * is_video, 7, 8]])
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits
     hook.remove()
-    mask, length = torch.ones_like(ids), ids.shape[1]
-    new_ids = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **images)[
-        0, length:
-    ]
-    text = new_ids.tolist()[: [*new_ids.tolist(), 2].index(2)]
-    return Reference(case, folder, model, pixels, ids, image_tokens, inputs[0], logits, text)
+    return Reference(case, folder, model, pixels, ids, image_tokens, inputs[0], logits)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +176,7 @@ def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> Non
 @every_case
 @torch.no_grad()
 def test_a_model_equals_the_reference(reference, folder):
-    """Visual tokens, the language model's input and logits; greedy ids."""
+    """Visual tokens, the language model's input and logits."""
     ours = MLLM.from_pretrained(folder)
     image_tokens = ours.image_tokens(reference.pixels)
     assert_same(image_tokens, reference.image_tokens)
@@ -204,8 +185,6 @@ def test_a_model_equals_the_reference(reference, folder):
     embeddings = ours.embed(reference.ids, reference.pixels)
     assert_same(embeddings, reference.embeddings, 1e-6)
     assert_same(ours.logits(reference.ids, reference.pixels), reference.logits)
-    assert len(set(reference.text)) > 2
-    assert generate(ours.lm, embeddings, 8) == [reference.text]
 
 
 @every_case
