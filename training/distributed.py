@@ -118,9 +118,11 @@ class ProcessGroup:
                 with _collective():
                     dist.broadcast(tensor.detach(), 0)
 
-    def destroy(self) -> None:
+    def destroy(self) -> int:
+        """Leaves the group. Returns 0, the exit code."""
         if self.world_size > 1:
             dist.destroy_process_group()
+        return 0
 
 
 def should_report_error() -> bool:
