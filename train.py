@@ -244,4 +244,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, distributed.should_report_error)
+    cli.run(main)
