@@ -1,4 +1,4 @@
-"""The training data of the tiny models, and the tiny MLLM itself.
+"""The training data of the tiny models, and the tiny MLLM.
 
 References: the scenes of `shapes` that the data are drawn from; sentencepiece; the tiny ViT's own tensors.
 """
@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 import torch
 
-from backbones import pretrain, stills, texts
+from backbones import pretrain, stills
 from models.generation import generate
 from models.mllm import MLLM
 from models.mllm_prompts import INSTRUCTION
@@ -44,18 +44,7 @@ def test_targets_of_a_still_describe_its_scene():
             turn = angle * shapes.SYMMETRY.get(stills.KINDS[kind], 0)
             expected = np.concatenate([x / 16 - 2, y / 16 - 2, np.log(radius / 9), np.cos(turn), np.sin(turn)])
             np.testing.assert_allclose(numbers, expected, rtol=1e-6, atol=1e-6)
-        present = {divmod(i, len(stills.KINDS)) for i in np.flatnonzero(presence)}
-        assert present == set(map(tuple, classes[covered])) and not geometry[~covered].any()
-
-
-def test_captions_and_keywords_are_of_one_scene():
-    """300 captions of seed 0, read back with tiny-lm's tokenizer."""
-    tokenizer, rng = TOKENIZER.processor, np.random.default_rng(0)
-    data = texts.TextData(tokenizer, [texts.document(rng) for _ in range(300)], rng, 0, [1], [])
-    for ids, keywords in zip(data.captions, data.keyword_ids.tolist(), strict=True):
-        pieces = [[tokenizer.id_to_piece(i)[1:] for i in shape] for shape in keywords]
-        claims = {(f"{colour} {kind}", motion) for colour, kind, motion in pieces}
-        assert set(shapes.parse_claims(tokenizer.decode(ids[:-1]))) == claims
+        assert presence.sum() == len({*map(tuple, classes[covered])}) and not geometry[~covered].any()
 
 
 def test_captions_of_a_batch_name_what_its_stills_show():
