@@ -16,6 +16,7 @@ containers, the zip stores each tensor's bytes unchanged and can be memory-mappe
 
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,7 +75,8 @@ def read_index(index: Path) -> list[str]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch.save file, memory-mapped if the container allows it; see read_tensors."""
-    with open_to_read(path) as file:
+    with open_to_read(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about unusual pickles; the result is checked below
         # torch.save does not compress, but other programs do, and compressed entries cannot be mapped.
         mapped = zipfile.is_zipfile(file) and not any(e.compress_type for e in zipfile.ZipFile(file).infolist())
         try:

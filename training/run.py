@@ -33,7 +33,7 @@ from pathlib import Path
 import av
 import torch
 
-from common.errors import InputError
+from common.errors import DAMAGE, InputError
 from common.files import (
     acquire_lock,
     open_to_read,
@@ -46,7 +46,6 @@ from common.files import (
 )
 from common.run_log import read_log
 from models.safetensors import read_metadata
-from models.weights import LOAD_ERRORS
 from training.config import NOT_STORED
 from training.distributed import ProcessGroup
 from training.frozen_models import GENERATION_CONFIG
@@ -129,7 +128,7 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, device: torch.devic
         if step < 0:
             raise ValueError(f"step is {step}, expected at least 0")
         return step, float(state["best"])
-    except LOAD_ERRORS as error:
+    except DAMAGE as error:
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise InputError(f"{path}: not the state of this run: {reason}") from error
 

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tests.common.helpers import ROOT, refused
 RANDOM = random.Random(0)
 CONTENT = RANDOM.randbytes(300_000)
 OTHER = RANDOM.randbytes(300_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = {"config.json": b'{"a": 1}', "model.safetensors": CONTENT}
 REPO = "owner/name"
@@ -34,49 +36,30 @@ LISTING = f"/api/models/{REPO}/revision/main"
 # ----------------------------------------------------------------------------------------- server
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 class Handler(BaseHTTPRequestHandler):
-    """Answers with the next plan for the path, or sends the file."""
+    """Sends the file of the path, in the way that the path's next plan says: the arguments of `send`."""
 
     def do_GET(self):
-        server = self.server
-        server.requests.append((self.path, dict(self.headers)))
         path = self.path.split("?")[0]
-        if plans := server.plans.get(path):
-            plans.pop(0)(self)
-        elif path in server.files:
-            send(self, server.files[path])
-        else:
-            send(self, b"none", status=404)
+        self.server.requests.append((self.path, dict(self.headers)))
+        plans = self.server.plans.get(path)
+        self.send(self.server.files.get(path), **(plans.pop(0) if plans else {}))
+
+    def send(self, body, other=None, status=200, location="", ranges=True, cut=None, before=lambda: None, stall=0):
+        """cut: bytes until the connection is closed; ranges: support them; stall: seconds until it is closed."""
+        before()
+        status, body = (status, other or body) if other or body else (404, b"")
+        if ranges and status == 200 and (requested := self.headers.get("Range")):
+            status, body = 206, body[int(re.fullmatch(r"bytes=(\d+)-", requested)[1]) :]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Location", location)
+        self.end_headers()
+        self.wfile.write(body[:cut])
+        time.sleep(stall)
 
     def log_message(self, *args):
         pass
-
-
-def send(handler, data, *, status=200, cut=None, ranges=True, **headers):
-    """Sends the requested range of a file. cut: close the connection after so many bytes; ranges: support them."""
-    body, headers = data, {name.replace("_", "-"): value for name, value in headers.items()}
-    if ranges and status == 200 and (requested := handler.headers.get("Range")):
-        first = int(re.fullmatch(r"bytes=(\d+)-", requested)[1])
-        status, body = (206, data[first:]) if first < len(data) else (416, b"")
-        headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}" if body else f"bytes */{len(data)}"
-    handler.send_response(status)
-    for name, value in ({"Content-Length": str(len(body))} | headers).items():
-        handler.send_header(name, value)
-    handler.end_headers()
-    handler.wfile.write(body[:cut])
-
-
-def sending(**options):
-    """A plan: sends the file of the path with these options."""
-    return lambda handler: send(handler, handler.server.files[handler.path.split("?")[0]], **options)
-
-
-def redirecting(url):
-    return lambda handler: send(handler, b"moved", status=302, Location=url)
 
 
 class Server(ThreadingHTTPServer):
@@ -97,20 +80,17 @@ class Server(ThreadingHTTPServer):
 
     def publish(self, files, revision="main", commit=COMMIT, repo=REPO, **changes):
         """Publishes a model as the hub lists it; `changes` replace fields of the listing."""
-        siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
-        for sibling in siblings:
-            data = files[sibling["rfilename"]]
-            if sibling["rfilename"].endswith((".safetensors", ".bin")):
-                sibling["lfs"] = {"sha256": sha256(data), "size": len(data), "pointerSize": 134}
-            self.files[f"/{repo}/resolve/{commit}/{sibling['rfilename']}"] = data
+        siblings = []
+        for name, data in files.items():
+            siblings.append({"rfilename": name, "size": len(data)})
+            if name.endswith((".safetensors", ".bin")):
+                siblings[-1]["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+            self.files[f"/{repo}/resolve/{commit}/{name}"] = data
         listing = {"id": repo, "sha": commit, "siblings": siblings} | changes
         self.files[f"/api/models/{repo}/revision/{revision}"] = json.dumps(listing).encode()
 
     def ranges(self, path):
         return [headers.get("Range") for requested, headers in self.requests if requested == path]
-
-    def paths(self):
-        return [path for path, _ in self.requests]
 
 
 @pytest.fixture
@@ -142,23 +122,16 @@ def assert_downloaded() -> None:
 
 # ---------------------------------------------------------------------------------------- models
 
-
-SENTENCEPIECE = MODEL | {
-    "tokenizer.model": b"t",
-    "preprocessor_config.json": b"{}",
-    "generation_config.json": b"g",
-    "video_preprocessor_config.json": b"{}",
-    "video_processor/preprocessor_config.json": b'{"a": 2}',
-}
-BPE = MODEL | {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
+VIDEO = {"video_preprocessor_config.json": b"{}", "video_processor/preprocessor_config.json": b'{"a": 2}'}
+CONFIGS = {"preprocessor_config.json": b"{}", "generation_config.json": b"g"} | VIDEO
 OTHERS = {"README.md": b"#", "onnx/a.bin": b"z", "vocab.json": b"v", "video_processor/other.json": b"o"}
+BPE = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
 
 
-@pytest.mark.parametrize(
-    "files, others", [(SENTENCEPIECE, OTHERS | {"tokenizer.json": b"y"}), (BPE, OTHERS)], ids=["sentencepiece", "bpe"]
-)
-def test_the_files_of_a_model_are_downloaded_and_no_others(server, capsys, files, others):
+@pytest.mark.parametrize("tokenizer, others", [({"tokenizer.model": b"t"}, OTHERS | BPE), (BPE, OTHERS)])
+def test_the_files_of_a_model_are_downloaded_and_no_others(server, capsys, tokenizer, others):
     """The number of files and bytes is announced; `check` runs before the weights are downloaded."""
+    files = MODEL | CONFIGS | tokenizer
     server.publish(files | others)
 
     def check(folder: Path) -> None:
@@ -167,11 +140,10 @@ def test_the_files_of_a_model_are_downloaded_and_no_others(server, capsys, files
 
     with refused("not supported"):
         hub.resolve(REPO, check=check)
-    assert WEIGHTS not in server.paths()
-    folder = hub.resolve(REPO)
-    assert folder == model_folder() and contents(folder) == files
+    assert server.ranges(WEIGHTS) == []
+    assert contents(hub.resolve(REPO)) == files
     expected = [LISTING + "?blobs=true"] * 2 + [f"/{REPO}/resolve/{COMMIT}/{name}" for name in files]
-    assert sorted(server.paths()) == sorted(expected)  # each file once
+    assert sorted(path for path, _ in server.requests) == sorted(expected)  # each file once
     line = capsys.readouterr().out.splitlines()[0]
     assert all(word in line for word in (REPO, COMMIT, f"{len(files)} files", "300.0 kB"))
 
@@ -190,24 +162,16 @@ def test_a_complete_model_needs_no_network_and_keeps_its_commit(server, tmp_path
     assert hub.resolve(pinned) == folder
     with refused("other/name", server.url, str(hub.CACHE)):
         hub.resolve("other/name")
-    for path in (tmp_path, folder, folder / "config.json"):
-        assert hub.pin_revision(path, path) == hub.pin_revision(str(path), path) == str(path)
-    assert hub.pin_revision("backbones/tiny-lm", hub.resolve("backbones/tiny-lm")) == "backbones/tiny-lm"
-
-
-def test_a_revision_is_percent_encoded(server):
-    server.publish(MODEL, "refs%2Fpr%2F3", "a" * 40)
-    assert hub.resolve(f"{REPO}@refs/pr/3").name == "a" * 40
-    assert (hub.CACHE / "owner--name" / "refs" / "refs%2Fpr%2F3").read_text() == "a" * 40
 
 
 def test_local_paths_and_the_project_s_backbones_are_returned(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("owner/name").mkdir(parents=True)
     Path("weights.bin").write_bytes(b"")
-    assert hub.resolve("owner/name") == Path("owner/name")
-    assert hub.resolve(tmp_path / "weights.bin") == tmp_path / "weights.bin"
-    assert hub.resolve("backbones/tiny-lm") == ROOT / "backbones" / "tiny-lm"
+    for path in ("owner/name", tmp_path / "weights.bin"):
+        assert hub.resolve(path) == Path(path) and hub.pin_revision(path, Path(path)) == str(path)
+    assert hub.resolve("backbones/tiny-lm") == ROOT / "backbones/tiny-lm"
+    assert hub.pin_revision("backbones/tiny-lm", ROOT / "backbones/tiny-lm") == "backbones/tiny-lm"
     assert server.requests == []
 
 
@@ -227,54 +191,50 @@ def index_of(*shards) -> bytes:
 
 
 FORMATS = [  # in the order of preference
-    MODEL,
-    {
-        "model.safetensors.index.json": index_of("model-1-of-2.safetensors", "model-2-of-2.safetensors"),
-        "model-1-of-2.safetensors": CONTENT,
-        "model-2-of-2.safetensors": OTHER,
-    },
+    {"model.safetensors": CONTENT},
+    {"model.safetensors.index.json": index_of("1.safetensors"), "1.safetensors": OTHER},
     {"pytorch_model.bin": CONTENT},
-    {"pytorch_model.bin.index.json": index_of("part-1.bin"), "part-1.bin": OTHER},
+    {"pytorch_model.bin.index.json": index_of("1.bin", "2.bin"), "1.bin": OTHER, "2.bin": CONTENT},
 ]
 
 
 def test_the_preferred_format_of_weights_is_downloaded(server):
-    """All formats at first, then without the most preferred ones; files that the index does not name are ignored."""
+    """All formats at first, then without the most preferred ones; files that the index does not name are ignored.
+    Revisions are percent-encoded."""
     for i, expected in enumerate(FORMATS):
         published = {name: data for files in FORMATS[i:] for name, data in files.items()}
-        server.publish(published | {"config.json": b"{}", "other.safetensors": b"x"}, f"r{i}", f"{i}" * 40)
-        assert contents(hub.resolve(f"{REPO}@r{i}")) == expected | {"config.json": b"{}"}
+        server.publish(published | {"config.json": b"{}", "other.safetensors": b"x"}, f"refs%2Fpr%2F{i}", f"{i}" * 40)
+        assert contents(hub.resolve(f"{REPO}@refs/pr/{i}")) == expected | {"config.json": b"{}"}
 
 
 # ----------------------------------------------------------------------------- untrusted listings
 
 CONFIG_ENTRY, WEIGHTS_ENTRY = ({"rfilename": name, "size": 8} for name in MODEL)
-BAD_LISTINGS = {  # changes of the listing, or the answer
-    "not JSON": b"<html>",
-    "a list": b"[]",
-    "no commit": {"sha": None},
-    "a commit outside the cache": {"sha": "../../../x"},
-    "a commit with a line break": {"sha": COMMIT + "\n"},
-    "no files": {"siblings": None},
-    "a file without a name": {"siblings": [{"size": 1}]},
-    "a file that is not an object": {"siblings": ["config.json"]},
-    "no config": {"siblings": [WEIGHTS_ENTRY]},
-    "no weights": {"siblings": [CONFIG_ENTRY]},
-    "no size": {"siblings": [CONFIG_ENTRY, {"rfilename": "model.safetensors"}]},
-    "a negative size": {"siblings": [CONFIG_ENTRY, WEIGHTS_ENTRY | {"size": -1}]},
-    "lfs without a SHA-256": {"siblings": [CONFIG_ENTRY, WEIGHTS_ENTRY | {"lfs": {"size": 8}}]},
-}
+BAD_LISTINGS = [{"sha": None}, {"sha": "../../../x"}, {"sha": COMMIT + "\n"}, {"siblings": None}] + [
+    {"siblings": siblings}
+    for siblings in (
+        ["config.json"],
+        [WEIGHTS_ENTRY],
+        [CONFIG_ENTRY],
+        [CONFIG_ENTRY, {"rfilename": "model.safetensors"}],
+        [CONFIG_ENTRY, WEIGHTS_ENTRY | {"size": -1}],
+        [CONFIG_ENTRY, WEIGHTS_ENTRY | {"lfs": {"size": 8}}],
+    )
+]
 
 
-@pytest.mark.parametrize("case", BAD_LISTINGS)
-def test_a_bad_listing_is_refused(server, case):
-    if isinstance(BAD_LISTINGS[case], bytes):
-        server.files[LISTING] = BAD_LISTINGS[case]
-    else:
-        server.publish(MODEL, **BAD_LISTINGS[case])
+@pytest.mark.parametrize("changes", BAD_LISTINGS, ids=range(len(BAD_LISTINGS)))
+def test_a_bad_listing_is_refused(server, changes):
+    server.publish(MODEL, **changes)
     with refused(server.url):
         hub.resolve(REPO)
-    assert server.paths() == [LISTING + "?blobs=true"]
+    assert len(server.requests) == 1
+
+
+def test_another_commit_than_requested_is_refused(server):
+    server.publish(MODEL, revision="f" * 40)
+    with refused(COMMIT):
+        hub.resolve(f"{REPO}@{'f' * 40}")
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.bin", "missing.safetensors", "config.json", "..", 3])
@@ -288,115 +248,70 @@ def test_an_index_with_a_bad_name_is_refused(server, tmp_path, name):
     assert os.listdir(tmp_path) == ["cache"]
 
 
-def test_another_commit_than_requested_is_refused(server):
-    server.publish(MODEL, revision="f" * 40)
-    with refused(COMMIT):
-        hub.resolve(f"{REPO}@{'f' * 40}")
-
-
 # ---------------------------------------------------------------------------------- interruptions
 
-INTERRUPTIONS = {  # plans for the weights, and the ranges that must be requested
-    "breaks": ([sending(cut=100_000), sending(cut=50_000)], [None, "bytes=100000-", "bytes=150000-"]),
-    "ranges are ignored": ([sending(cut=100_000), sending(ranges=False)], [None, "bytes=100000-"]),
-    "busy": ([sending(status=429), sending(status=500), sending(status=503)], [None] * 4),
+DOWNLOADS = {  # what an earlier call left, plans for the weights, and the ranges that must be requested
+    "complete": (CONTENT, [], []),
+    "partial": (CONTENT[:60_000], [], ["bytes=60000-"]),
+    "breaks": (b"", [{"cut": 100_000}, {"cut": 50_000}], [None, "bytes=100000-", "bytes=150000-"]),
+    "ranges are ignored": (CONTENT[:9], [{"ranges": False}], ["bytes=9-"]),
+    "busy": (b"", [{"status": 429}, {"status": 500}, {"status": 503}], [None] * 4),
+    "silence": (b"", [{"cut": 2**17, "stall": 30}], [None, "bytes=131072-"]),
 }
 
 
-@pytest.mark.parametrize("case", INTERRUPTIONS)
-def test_an_interrupted_download_is_completed(server, case):
-    server.plans[WEIGHTS], ranges = list(INTERRUPTIONS[case][0]), INTERRUPTIONS[case][1]
-    assert_downloaded()
-    assert server.ranges(WEIGHTS) == ranges
-
-
-def test_silence_longer_than_the_timeout_is_a_break(server, monkeypatch):
+@pytest.mark.parametrize("case", DOWNLOADS)
+def test_an_interrupted_download_is_completed(server, monkeypatch, case):
+    part, plans, ranges = DOWNLOADS[case]
     monkeypatch.setattr(hub, "TIMEOUT", 3)  # seconds; a busy machine answers later than in one
-    release = threading.Event()
-
-    def stall(handler):
-        send(handler, CONTENT, cut=150_000)
-        handler.wfile.flush()
-        release.wait(30)
-
-    server.plans[WEIGHTS] = [stall]
+    server.plans[WEIGHTS] = list(plans)
+    model_folder().mkdir(parents=True)
+    (model_folder() / "model.safetensors.part").write_bytes(part)
+    start = time.monotonic()
     assert_downloaded()
-    assert not release.is_set() and len(server.ranges(WEIGHTS)) == 2
-    release.set()
+    assert server.ranges(WEIGHTS) == ranges and time.monotonic() - start < 25
 
 
-def test_a_file_without_a_known_sha256_is_not_resumed(server):
-    server.plans[CONFIG] = [sending(cut=4)]
+def test_a_file_without_a_known_sha256_is_not_resumed_and_a_wrong_one_is_replaced(server):
+    model_folder().mkdir(parents=True)
+    (model_folder() / "model.safetensors").write_bytes(OTHER)
+    server.plans[CONFIG] = [{"cut": 4}]
     assert_downloaded()
     assert server.ranges(CONFIG) == [None, None]
 
 
-@pytest.mark.parametrize("part, ranges", [(CONTENT, []), (CONTENT[:60_000], ["bytes=60000-"]), (b"", [None])])
-def test_a_partial_file_of_an_earlier_call_is_used(server, part, ranges):
-    model_folder().mkdir(parents=True)
-    (model_folder() / "model.safetensors.part").write_bytes(part)
-    assert_downloaded()
-    assert server.ranges(WEIGHTS) == ranges
-
-
-@pytest.mark.parametrize("part", [OTHER[:60_000], CONTENT + b"!"])
-def test_a_partial_file_with_other_contents_is_deleted(server, part):
-    model_folder().mkdir(parents=True)
-    (model_folder() / "model.safetensors.part").write_bytes(part)
-    with refused(WEIGHTS, f"expected 300000 bytes of SHA-256 {sha256(CONTENT)}"):
-        hub.resolve(REPO)
-    assert contents(model_folder()).keys() == {"config.json"}
-    assert_downloaded()
-
-
-def test_a_file_of_the_right_size_with_other_contents_is_downloaded_again(server):
-    model_folder().mkdir(parents=True)
-    (model_folder() / "model.safetensors").write_bytes(OTHER)
-    assert_downloaded()
-
-
 def test_two_processes_download_each_file_once(server, monkeypatch):
     """A child process requests the weights; they are sent when this process says that it waits."""
-    weights_requested, waiting = threading.Event(), threading.Event()
-
-    def hold(handler):
-        weights_requested.set()
-        waiting.wait(300)
-        send(handler, CONTENT)
-
-    def report(line):
-        if "waiting for another process" in line:
-            waiting.set()
-
-    server.plans = {WEIGHTS: [hold]}
-    monkeypatch.setattr("builtins.print", report)
+    requested, waiting = threading.Event(), threading.Event()
+    server.plans[WEIGHTS] = [{"before": lambda: (requested.set(), waiting.wait(300))}]
+    monkeypatch.setattr("builtins.print", lambda line: waiting.set() if "waiting for another process" in line else None)
     command = [sys.executable, "-c", f"from models import hub; hub.resolve({REPO!r})"]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"QADAPTER_CACHE": str(hub.CACHE)}) as child:
-        assert weights_requested.wait(300)
+        assert requested.wait(300)
         assert_downloaded()
         assert child.wait(300) == 0
     assert waiting.is_set()
-    assert server.paths().count(WEIGHTS) == server.paths().count(CONFIG) == 1
+    assert len(server.ranges(WEIGHTS)) == len(server.ranges(CONFIG)) == 1
 
 
 # ------------------------------------------------------------------- wrong data, refusals, tokens
 
-FAILURES = {  # plans for the weights, words of the error, the number of requests
-    "too short": ([sending(cut=0)] * 9, ["broke at 0 bytes of 300.0 kB"], 4),
-    "too long": ([lambda handler: send(handler, CONTENT + b"!")], ["expected 300000 bytes"], 1),
-    "other contents": ([lambda handler: send(handler, OTHER)], [sha256(CONTENT)], 1),
-    "always busy": ([sending(status=500)] * 9, ["500"], 4),
-    "403": ([sending(status=403)], ["gated, private or missing", "HF_TOKEN", "accept its terms"], 1),
-    "404": ([sending(status=404)], ["no such local folder or file, and no such model or revision"], 1),
-    "a redirect to a file": ([redirecting("file:///etc/passwd")] * 9, ["302"], 4),
+FAILURES = {  # plans for the weights, a word of the error, the number of requests
+    "breaks": ([{"cut": 0}] * 9, "broke at 0 bytes of 300.0 kB", 4),
+    "too long": ([{"other": CONTENT + b"!"}], "expected 300000 bytes", 1),
+    "another second half": ([{"cut": 9}, {"other": OTHER}], SHA256, 2),
+    "always busy": ([{"status": 500}] * 9, "500", 4),
+    "403": ([{"status": 403}], "gated, private or missing: accept its terms on its page and set HF_TOKEN", 1),
+    "404": ([{"status": 404}], "no such local folder or file, and no such model or revision", 1),
+    "a redirect to a file": ([{"status": 302, "location": "file:///etc/passwd"}] * 9, "302", 4),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failed_download_is_refused(server, case):
-    plans, words, requests = FAILURES[case]
+    plans, word, requests = FAILURES[case]
     server.plans[WEIGHTS] = list(plans)
-    with refused(server.url + WEIGHTS, *words):
+    with refused(server.url + WEIGHTS, word):
         hub.resolve(REPO)
     assert len(server.ranges(WEIGHTS)) == requests
     assert contents(model_folder()).keys() <= {"config.json", "model.safetensors.part"}
@@ -408,13 +323,12 @@ def test_the_token_is_sent_to_the_hub_only(server, monkeypatch):
     """Redirects within the hub get it. A download behind a redirect is resumed."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
     other = Server()
-    other.files["/bytes"] = CONTENT
-    other.plans["/bytes"] = [sending(cut=100_000)]
-    server.plans[WEIGHTS] = [redirecting("/moved")] * 2
-    server.plans["/moved"] = [redirecting(other.url + "/bytes")] * 2
+    other.files["/bytes"], other.plans["/bytes"] = CONTENT, [{"cut": 100_000}]
+    server.plans[WEIGHTS] = [{"status": 302, "location": "/moved"}] * 2
+    server.files["/moved"], server.plans["/moved"] = b"moved", [{"status": 302, "location": other.url + "/bytes"}] * 2
     assert_downloaded()
     other.close()
-    assert len(server.requests) == 6 and "/moved" in server.paths()
+    assert len(server.requests) == 6 and len(server.ranges("/moved")) == 2
     assert all(headers["Authorization"] == "Bearer hf_secret" for _, headers in server.requests)
     assert other.ranges("/bytes") == [None, "bytes=100000-"]
     assert not any("secret" in value for _, headers in other.requests for value in headers.values())
