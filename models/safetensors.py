@@ -69,9 +69,9 @@ def _map_tensor(data: mmap.mmap, start: int, entry: dict[str, Any]) -> Tensor:
     """The tensor that an entry of the header describes; its offsets count from `start`."""
     if entry["dtype"] not in DTYPES:
         raise InputError(f"expected a dtype of {', '.join(DTYPES)}, found {entry['dtype']}")
-    dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise InputError(f"the shape {shape} of {dtype} does not fill the bytes {begin} to {end}")
+    dtype, shape, (begin, end) = DTYPES[entry["dtype"]], torch.Size(entry["shape"]), entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise InputError(f"the shape {list(shape)} of {dtype} does not fill the bytes {begin} to {end}")
     if begin == end:  # torch.frombuffer rejects empty buffers
         return torch.empty(shape, dtype=dtype)
     raw = torch.frombuffer(data, dtype=torch.uint8, offset=start + begin, count=end - begin)

@@ -98,6 +98,8 @@ DAMAGED = {
     "no offsets": container({"w": {"dtype": "F32", "shape": [2]}}, bytes(8)),
     "8-bit floats": container({"w": entry("F8_E4M3", [8], 0, 8)}, bytes(8)),
     "size to be inferred": container({"w": entry("F32", [-1, -2], 0, 8)}, bytes(8)),
+    "size a list": container({"w": entry("F32", [2**40, [0]], 0, 8)}, bytes(8)),
+    "elements without bytes": container({"w": entry("F32", [3], 0, 0)}),
     "size 2.0": container({"w": entry("F32", [2.0], 0, 8)}, bytes(8)),
     "2**64 elements, which overflow to 0": container({"w": entry("U8", [2**32] * 2, 0, 0)}),
     "0 x 2**80": container({"w": entry("U8", [0, 2**40, 2**40], 0, 0)}),
@@ -130,8 +132,8 @@ def test_a_header_above_the_limit_and_what_is_not_a_file_are_refused(tmp_path):
 
 
 def test_300_damaged_files(tmp_path):
-    """Seeds 0 to 299: an InputError of one line, or exactly the tensors that the package reads. A few characters of the header
-    become other ones of JSON's syntax, so that it often stays JSON."""
+    """Seeds 0 to 299: an InputError of one line, or exactly the tensors that the package reads. A few characters of the
+    header become other ones of JSON's syntax, so that it often stays JSON."""
     good = safetensors.torch.save({name: tensor.detach().contiguous() for name, tensor in examples().items()})
     errors = 0
     for seed in range(300):

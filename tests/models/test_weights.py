@@ -150,7 +150,8 @@ PICKLES = {
     "a number beside a tensor": {"w": torch.ones(3), "epoch": 3},
     "numbers as names": {0: torch.ones(3)},
     "empty": {},
-    "two state dicts": {"model": {"w": torch.ones(3)}, "ema": {"w": torch.ones(3)}},
+    "another key": {"ema": {"w": torch.ones(3)}},
+    "two state dicts": {"model": {"w": torch.ones(3)}, "state_dict": {"w": torch.ones(3)}},
     "sparse": {"w": torch.eye(3).to_sparse()},
 }
 
