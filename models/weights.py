@@ -4,8 +4,8 @@
     FOLDER/model.safetensors.index.json        an index and its shards, safetensors files
     FOLDER/pytorch_model.bin                   one torch pickle
     FOLDER/pytorch_model.bin.index.json        an index and its shards, torch pickles
-    a file *.safetensors                       a single safetensors file
-    any other file, such as *.bin, *.pt, *.pth a single torch pickle
+    a file *.safetensors                       one safetensors file
+    any other file (*.bin, *.pt, *.pth)        one torch pickle
 
 An index is {"metadata": {...}, "weight_map": {TENSOR: SHARD, ...}}. A torch pickle [1] is a program that builds
 objects and may call any function by name; torch is told to allow only the functions that build tensors. Of its two
