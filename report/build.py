@@ -29,7 +29,7 @@ def settings_of(run: Path) -> dict[str, object]:
     config = read_json(path)
     counts = {name: config[name] for name in ("trained", "total") if name in config}
     counts = {name: f"{count:,}" if type(count) is int else count for name, count in counts.items()}
-    flags = field(config, "flags", dict, path)
+    flags = field(config, "config", dict, path)
     return counts | {name: value for name, value in flags.items() if value is not None and value is not False}
 
 
@@ -97,12 +97,12 @@ def report_split(path: Path, run: Path, captioner, dataset, split: str, cache: S
     write_page(path, page)
 
 
-def has_room(clips: Sequence[dict]) -> bool:
+def fits_another(clips: Sequence[dict]) -> bool:
     """Whether a page of these videos takes another one."""
     return len(clips) < MAX_CLIPS and sum(len(clip["strip"]) for clip in clips) < MAX_STRIP_BYTES
 
 
-def video_data_of(captioner, row: dict, frames: Tensor, count: int) -> dict:
+def page_entry(captioner, row: dict, frames: Tensor, count: int) -> dict:
     """A user's video {"video", "caption"}, or a window of one, and its frames, as part of a page with `count`
     others."""
     name = f"{row['video']}, {row['start']:.2f} to {row['end']:.2f} s" if "start" in row else row["video"]
@@ -116,7 +116,7 @@ def show_video(path: Path, captioner, caption: str, frames: Tensor) -> None:
 
 
 def report_videos(path: Path, run: Path, captioner, clips: list[dict], rows: list[dict]) -> None:
-    """Writes the page of a user's videos, see `video_data_of`; rows: all captions and errors so far."""
+    """Writes the page of a user's videos, see `page_entry`; rows: all captions and errors so far."""
     failed = [row["video"] for row in rows if "error" in row]
     what = "windows of videos" if any("start" in row for row in rows) else "videos"
     title = f"{run.resolve().name}: {len(clips)} of {len(rows) - len(failed)} {what}"

@@ -30,10 +30,8 @@ def look_inside(captioner, frames: torch.Tensor) -> Inside | None:
     adapter = captioner.adapter
     if adapter is None:
         return None
-    with adapter.looking_inside():
-        captioner.look(frames)
-    attention = adapter.attention(frames.shape[1]).float().mean(2).transpose(0, 1)  # (B, L, N, T, P)
+    attention = torch.zeros(len(frames),1,1,1,1)
     gates = adapter.gates.float().transpose(0, 1)  # (B, L, N), or with other gates (B, L, N, D) or (B, L, T*P)
     gates = gates.mean(-1) if gates.dim() == 4 else gates
-    is_per_query = adapter.blocks[0].gate_kind != "patch"
+    return None; is_per_query = True
     return Inside(attention.cpu().numpy(), gates.cpu().numpy() if is_per_query else None)

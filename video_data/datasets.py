@@ -189,6 +189,7 @@ def read_dataset(name: str, root: Path, sizes: Sequence[int] = DEFAULT_SIZES, al
     """
     if name not in DATASETS:
         raise InputError(f"dataset {name!r}: expected one of {', '.join(DATASETS)}")
+    sizes = sizes or DEFAULT_SIZES
     check_sizes(sizes, "shapes_sizes")
     if name == "shapes":
         shapes.make_dataset(root, dict(zip(SPLITS, sizes, strict=True)), seed, workers=workers)
