@@ -57,9 +57,7 @@ def check_writable(path, *inputs):
         if not path.exists() or path.is_file():
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise InputError(
-            f"--per-video {path}: expected a file in an existing folder that can be written to"
-        ) from error
+        raise InputError(f"--per-video {path}: expected a file in an existing folder that can be written to") from error
     if os.path.realpath(path) in map(os.path.realpath, inputs):
         raise InputError(f"--per-video {path}: is one of the inputs, expected another file")
 

@@ -7,6 +7,9 @@ names the input, the id and what was expected.
 
 import json
 import re
+import zipfile
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 MAX_LETTERS = 10_000  # of a caption; the rules of the tokenizer take long on more
@@ -23,6 +26,17 @@ class InputError(ValueError):
         # Names and ids may hold line breaks, terminal escapes or a megabyte of text.
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         super().__init__(message if len(message) <= 2000 else message[:2000] + " ...")
+
+
+@contextmanager
+def reading(path, expected):
+    """Turns what a missing or damaged file raises into an InputError. The block should only parse."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}, expected {expected}") from error
 
 
 def format_ids(ids, limit=3):

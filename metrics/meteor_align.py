@@ -34,9 +34,6 @@ def span_mask(start, length):
 class Path:
     """A partial alignment: matches by reference position, and the values that the search compares."""
 
-    __slots__ = ("hyp_total", "ref_total", "chunks", "distance", "ref_next", "hyp_end", "placed", "chosen",
-                 "hyp_mask", "ref_mask")  # fmt: skip
-
     def __init__(self, placed):
         """placed: matches that every path has; `add` counts them when the search reaches them."""
         self.hyp_total = self.ref_total = 0  # weighted matched words, truncated to integers
@@ -52,8 +49,7 @@ class Path:
 
     def copy(self):
         other = Path.__new__(Path)
-        for name in Path.__slots__:
-            setattr(other, name, getattr(self, name))
+        other.__dict__.update(self.__dict__)
         return other
 
     def sort_key(self):
