@@ -17,6 +17,7 @@ References
 
 import numpy as np
 
+from .inputs import InputError
 from .ngrams import MAX_N, find_sorted, sum_by_index
 
 SIGMA = 6.0
@@ -52,11 +53,11 @@ def clipped_cosine(counts, n):
 def score(counts):
     """CIDEr, 0..10, of NgramCounts: (corpus score, per-video scores (V,)).
 
-    Raises ValueError if every reference is empty (pycocoevalcap fails there too).
+    Raises InputError if every reference is empty (pycocoevalcap fails there too).
     """
     num_references = counts.num_references
     if not counts.length[:num_references].any():
-        raise ValueError("CIDEr: every reference is empty, expected at least one word")
+        raise InputError("CIDEr: every reference is empty, expected at least one word")
     video = counts.video[:num_references]  # (R,)
     bigrams = np.maximum(counts.length - 1, 0)
     difference = (bigrams[num_references:][video] - bigrams[:num_references]).astype(float)
