@@ -124,6 +124,8 @@ def pair_captions(references, hypotheses, subset=False, names=NAMES):
     """
     references = items_by_text_id(references, names[0], "{id: [caption, ...]} or COCO annotations")
     hypotheses = items_by_text_id(hypotheses, names[1], "{id: caption} or COCO results")
+    if not references:
+        raise InputError(f"{names[0]}: has no videos, expected at least one")
     if unexpected := [text_id for text_id in hypotheses if text_id not in references]:
         raise InputError(f"{names[1]}: id {format_ids(unexpected)} has no references in {names[0]}")
     scored = [text_id for text_id in references if text_id in hypotheses]
