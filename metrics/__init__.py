@@ -49,8 +49,7 @@ class Scores:
 def check_options(tokenizer, metrics):
     if tokenizer not in TOKENIZERS:
         raise InputError(f"tokenizer: is {tokenizer!r}, expected one of {', '.join(TOKENIZERS)}")
-    unknown = set(metrics) - set(METRICS)
-    if unknown or not metrics or isinstance(metrics, str):
+    if isinstance(metrics, str) or not metrics or not set(metrics) <= set(METRICS):
         raise InputError(f"metrics: is {metrics!r}, expected some of {', '.join(METRICS)}")
 
 

@@ -93,24 +93,22 @@ class Path:
 
 
 def uncontested_matches(matches, num_hyp_words):
-    """Matches that are the only one at their position and share no word with any other.
+    """Matches that share no word with any other.
 
     matches: for each reference position the list of Matches that start there.
     """
     ref_uses, hyp_uses = [0] * len(matches), [0] * num_hyp_words
-    for matches_here in matches:
-        for match in matches_here:
-            for i in range(match.ref_start, match.ref_start + match.ref_length):
-                ref_uses[i] += 1
-            for i in range(match.hyp_start, match.hyp_start + match.hyp_length):
-                hyp_uses[i] += 1
+    all_matches = [match for matches_here in matches for match in matches_here]
+    for match in all_matches:
+        for i in range(match.ref_start, match.ref_start + match.ref_length):
+            ref_uses[i] += 1
+        for i in range(match.hyp_start, match.hyp_start + match.hyp_length):
+            hyp_uses[i] += 1
     return [
         match
-        for matches_here in matches
-        if len(matches_here) == 1
-        for match in matches_here
-        if all(n == 1 for n in ref_uses[match.ref_start : match.ref_start + match.ref_length])
-        and all(n == 1 for n in hyp_uses[match.hyp_start : match.hyp_start + match.hyp_length])
+        for match in all_matches
+        if set(ref_uses[match.ref_start : match.ref_start + match.ref_length]) == {1}
+        and set(hyp_uses[match.hyp_start : match.hyp_start + match.hyp_length]) == {1}
     ]
 
 

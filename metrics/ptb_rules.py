@@ -85,8 +85,7 @@ SHAPES = make_shapes()
 # --- actions: text of a match -> list of tokens ---------------------------------------------------------------------
 
 QUOTES = {"\u2018": "`", "\u201b": "`", "\u2039": "`", "\u2019": "'", "\u203a": "'", "\u201c": "``"}
-QUOTES |= {"\u00ab": "``", "\u201d": "''", "\u00bb": "''", "\x91": "`", "\x92": "'", "\x93": "``"}
-QUOTES |= {"\x94": "''"}
+QUOTES |= {"\u00ab": "``", "\u201d": "''", "\u00bb": "''", "\x91": "`", "\x92": "'", "\x93": "``", "\x94": "''"}
 BRACKETS = {"(": "-LRB-", ")": "-RRB-", "[": "-LSB-", "]": "-RSB-", "{": "-LCB-", "}": "-RCB-"}
 SINGLE_CHARACTERS = BRACKETS | {"\u00a2": "cents", "\u00a3": "#", "\u00a4": "$", "\u20a0": "$", "\u20ac": "$"}
 SINGLE_CHARACTERS |= {"\x80": "$", "\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3"}
@@ -110,8 +109,7 @@ def join_spaces(text):
     return ["".join("\u00a0" if char in " \t" else BRACKETS.get(char, char) for char in text)]
 
 
-def escape_parentheses(text):
-    return ["".join({"(": "-LRB-", ")": "-RRB-"}.get(char, char) for char in text)]
+escape_parentheses = map_characters({"(": "-LRB-", ")": "-RRB-"})
 
 
 def drop_soft_hyphens(text):
@@ -162,6 +160,7 @@ WORD = "<W>(?:<W>|[0-9])*(?:[.!?]<W>(?:<W>|[0-9])*)*"
 CLITIC = "(?:[sSmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
 NUMBER = "[0-9]*(?:[.:,\u066b][0-9]+)+|[0-9]+"
 LINK_END = '[^ \t\u00a0\n"<>|.!?(){},-]'
+DOMAIN = '[^ \t\u00a0\n"<>|().]+'
 PATH = '(?:/[^ \t\u00a0\n"<>|()]+' + LINK_END + ")?"
 
 # Abbreviations keep their dot. Some can end a sentence: before a capital, a tag or the end of the file the dot is read
@@ -221,10 +220,7 @@ rule("[hH]", '(?i:https?)://[^ \t\u00a0\n"<>|()]+' + LINK_END)
 rule("[wW]", r"www\.(?:[^ \t\u00a0\n\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}" + PATH)
 # ",-_" is a range that contains all capitals and digits: so it is in Stanford's rules
 rule("[^A-Z0-9,-_]", "(?:[^ \t\u00a0\n\"`'<>|.!?(){},-_$]+\\.)+(?:com|net|org|edu)" + PATH)
-rule(
-    "[a-zA-Z0-9<]",
-    '<?[a-zA-Z0-9][^ \t\u00a0\n"<>|()]*@(?:[^ \t\u00a0\n"<>|().]+\\.)*[^ \t\u00a0\n"<>|().]+>?',
-)
+rule("[a-zA-Z0-9<]", '<?[a-zA-Z0-9][^ \t\u00a0\n"<>|()]*@(?:' + DOMAIN + "\\.)*" + DOMAIN + ">?")
 rule("@", "@[A-Za-z_][A-Za-z_0-9]*")
 rule("#", "#<L>+")
 # clitics
@@ -234,15 +230,11 @@ rule("[nN]", "[nN]<P>[tT]", map_characters(QUOTES))
 rule("[0-9]", "[0-9]{1,2}[-/][0-9]{1,2}[-/][0-9]{2,4}")
 rule("[-+0-9.:,\u066b]", f"[-+]?(?:{NUMBER})")
 rule("[0-9]", r"(?:[0-9]{1,4}[- \u00a0])?[0-9]{1,4}\\?[/\u2044][0-9]{1,4}", join_spaces)
-rule(
-    "[0-9+(]",
-    r"(?:\([0-9]{2,3}\) ?|\+*(?:[0-9]{2,4}[- ])?[0-9]{2,4}[- ])[0-9]{3,4}[- ]?[0-9]{3,5}",
-    join_spaces,
-)
+AREA_CODE = r"(?:\([0-9]{2,3}\) ?|\+*(?:[0-9]{2,4}[- ])?[0-9]{2,4}[- ])"
+rule("[0-9+(]", AREA_CODE + "[0-9]{3,4}[- ]?[0-9]{3,5}", join_spaces)
 # abbreviations
-ENDING_PATTERN = (
-    f"(?:(?i:{ENDS_SENTENCE})|{ENDS_SENTENCE_CAPITALIZED}|{ENDS_SENTENCE_CAPITALIZED.upper()}|[Pp]?[Pp]t[ey]s?)"
-)
+STATES = f"{ENDS_SENTENCE_CAPITALIZED}|{ENDS_SENTENCE_CAPITALIZED.upper()}"
+ENDING_PATTERN = f"(?:(?i:{ENDS_SENTENCE})|{STATES}|[Pp]?[Pp]t[ey]s?)"
 rule("[cpCP]", "(?:co|pte|pty)\\.(?P<context>[ \t](?:ltd|lim))", None, re.I)
 rule("[A-Za-z]", rf"{ENDING_PATTERN}\.{SENTENCE_CONTEXT}", repeat_dot)
 rule("[A-Za-z]", rf"{ENDING_PATTERN}\.(?P<context>[\s\S]{{2}})?")
@@ -277,12 +269,8 @@ rule("'", "''?")
 rule("&", "&(?:[HT]L|[UL]R|Q[CLR]|odq|cdq|#[0-9]+|quot|apos);", None, re.I)
 # smileys
 rule("[<>:;=]", r"[<>]?[:;=][-o*']?[dpDOP()@\[\]{|\\](?P<context>[^A-Za-z0-9])", escape_parentheses)
-rule(
-    "[-^x=~<>'(]",
-    r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)"
-    r"|\([\^x=~<>']-[\^x=~<>'`]\)",
-    escape_parentheses,
-)
+FACES = r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)"
+rule("[-^x=~<>'(]", FACES, escape_parentheses)
 # other signs
 rule("-", "-{5,}")
 rule("-", "-{3,4}", replace_with("--"))
