@@ -92,11 +92,6 @@ def test_two_spaces_in_a_hypothesis_are_one(tables):
     assert counts[1, :2].tolist() == [3, 4]  # references keep both spaces
 
 
-def test_corpus_score_is_not_the_mean(tables):
-    corpus, scores, _ = meteor.score([["a man runs"], ["the dog barks at a big cat"]], ["a man runs", "cat"], tables)
-    assert scores[0] == 1.0 and abs(corpus - scores.mean()) > 0.01
-
-
 def test_upper_bound_skips_no_better_reference(tables):
     """No score exceeds its bound, and the best reference is the one found without bounds; 200 segments, seed 3."""
     data, rng = golden("golden_msvdlike"), random.Random(3)
@@ -117,25 +112,9 @@ def test_upper_bound_skips_no_better_reference(tables):
     assert skipped > 200  # the bound saves alignments
 
 
-def test_order_of_references(tables):
-    """It changes no segment's score: 150 segments, seed 4. If all scores are 0, the first reference's counts win."""
-    data, rng = golden("golden_msvdlike"), random.Random(4)
-    refs, hyps = [data["refs_tok"][key] for key in data["ids"]], [data["hyps_tok"][key] for key in data["ids"]]
-    shuffled = [rng.sample(group, len(group)) for group in refs]
-    np.testing.assert_array_equal(meteor.score(refs, hyps, tables)[1], meteor.score(shuffled, hyps, tables)[1])
-    assert meteor.score([["one", "two words"]], ["xyz"], tables)[2][0, 1] == 1
-    assert meteor.score([["two words", "one"]], ["xyz"], tables)[2][0, 1] == 2
-
-
-def test_identical_captions(tables):
-    corpus, scores, counts = meteor.score([["a man runs", "x"], ["cat"]], ["a man runs", "cat"], tables)
-    assert corpus == 1.0 and (scores == 1.0).all()
-    assert counts[:, 20:].tolist() == [[1, 3, 3], [1, 1, 1]]
-
-
 def test_random_strings(tables):
-    """5,000 random strings (seeds 5 and 6), raw and tokenised, against others and against themselves."""
-    hyps, refs = random_strings(5_000, seed=5), random_strings(5_000, seed=6)
+    """1,000 random strings (seeds 5 and 6), raw and tokenised, against others and against themselves."""
+    hyps, refs = random_strings(1_000, seed=5), random_strings(1_000, seed=6)
     refs = [[a, b] for a, b in zip(refs, hyps[1:] + hyps[:1], strict=True)]
     for tokenize in (list, ptb.tokenize_captions):
         _, scores, counts = meteor.score([tokenize(group) for group in refs], tokenize(hyps), tables)
@@ -167,12 +146,18 @@ def test_synonyms_of_one_word_add_nothing():
 @pytest.mark.parametrize(
     ("hypothesis", "reference", "expected"),
     [
-        ("man of dog in dog car the man of a is , , man a running on",
-         "of man on of cars car a of cars , in , ,", 0.2391819673725708),
-        ("a running runs car running cars runs , car a , on man",
-         "on on car car dog a man runs man car car runs a dog runs runs running", 0.24740075802152425),
+        (
+            "man of dog in dog car the man of a is , , man a running on",
+            "of man on of cars car a of cars , in , ,",
+            0.2391819673725708,
+        ),
+        (
+            "a running runs car running cars runs , car a , on man",
+            "on on car car dog a man runs man car car runs a dog runs runs running",
+            0.24740075802152425,
+        ),
     ],
-)  # fmt: skip
+)
 def test_beam_size(tables, hypothesis, reference, expected):
     """Captions whose alignment another beam changes: 41 paths give 0.231111 for the first, 39 give 0.235332 for the
     second. The expected scores are the Java program's, tolerance 1e-9."""
@@ -192,8 +177,9 @@ def test_paths_that_are_left_out_change_nothing(seed):
     Reference: the search that keeps all paths until it cuts the beam."""
     rng = random.Random(seed)
     hypothesis, reference = ([rng.randrange(1 + seed % 3) for _ in range(size)] for size in (60, 50))
-    matches = [[Match(i, 1, k, 1, rng.choice([0, 0, 1, 2])) for k, other in enumerate(hypothesis) if word == other]
-               for i, word in enumerate(reference)]  # fmt: skip
+    matches = [[] for _ in reference]
+    for i, word in enumerate(reference):
+        matches[i] += [Match(i, 1, k, 1, rng.choice([0, 0, 1, 2])) for k in range(60) if word == hypothesis[k]]
     for i in rng.sample(range(48), 10):
         matches[i] += [Match(i, rng.randint(1, 3), k, rng.randint(1, 3), 3) for k in rng.sample(range(57), 20)]
     found = align(matches, 60)
@@ -210,14 +196,6 @@ def test_captions_that_take_too_long_are_named(small_tables):
         assert meteor.score([[text + " b"]], [text], tables)[0] == found > 0.6
     with pytest.raises(InputError, match="METEOR: two captions have 401 .'x x x x x' .* at most 100000 pairs"):
         meteor.score([["x " * 250]], ["x " * 401], tables)
-
-
-def test_small_tables_match(small_tables):
-    tables = meteor_data.load()
-    _, _, counts = meteor.score([["a lot of dogs ran"]], ["many dogs running"], tables)
-    assert counts[0].tolist()[:4] == [3, 5, 0, 2]
-    assert counts[0, 4:20].reshape(4, 4).tolist() == [[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 2]]
-    assert tables.words.prefixes.always == {"Mr"} and tables.words.prefixes.before_digit == {"No"}
 
 
 @pytest.mark.parametrize(

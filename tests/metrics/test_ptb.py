@@ -65,15 +65,9 @@ def test_shortcut_for_lower_case_words():
     assert ptb.tokenize(lines) == [ptb.tokenize_line(line) for line in lines]
 
 
-@pytest.mark.parametrize("line_break", ["\n", "\r", "\r\n", "\x0b", "\x0c", "\u2028", "\u2029"])
-def test_line_breaks_in_a_caption_are_spaces(line_break):
-    """In pycocoevalcap they shift all later captions to other videos."""
-    assert ptb.tokenize_captions([f"A man{line_break}runs.", "A dog."]) == ["a man runs", "a dog"]
-
-
 def test_random_strings():
-    """10,000 random strings, seed 2: one line of lower-case tokens each, unchanged by another line before them."""
-    texts = random_strings(10_000, seed=2)
+    """3,000 random strings, seed 2: one line of lower-case tokens each, unchanged by another line before them."""
+    texts = random_strings(3_000, seed=2)
     captions = ptb.tokenize_captions(texts)
     assert len(captions) == len(texts)
     assert ptb.tokenize_captions(["A man runs .", *texts])[1:] == captions

@@ -8,27 +8,21 @@ import json
 import os
 import random
 import shutil
-import unicodedata
 
 import numpy as np
 import pytest
 
 import metrics
-from metrics import InputError, bleu, cider, ngrams, rouge, score
+from metrics import InputError, score
 from tests.metrics.captions import COLLISION, CORPORA, TOLERANCE, golden, random_captions, random_strings
 
 NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"]
 WITHOUT_METEOR = ("BLEU", "ROUGE_L", "CIDEr")
 EDGES = golden("golden_edge_tokenized")
-PUBLISHED = {
-    "Bleu_1": "0.5793995754573356",
-    "Bleu_2": "0.40439129741018104",
-    "Bleu_3": "0.2785363856619147",
-    "Bleu_4": "0.1908290437674253",
-    "METEOR": "0.195254671778",
-    "ROUGE_L": "0.39625269357570847",
-    "CIDEr": "0.5997905185184199",
-}
+PUBLISHED = (
+    "0.5793995754573356 0.40439129741018104 0.2785363856619147 0.1908290437674253 0.195254671778"
+    " 0.39625269357570847 0.5997905185184199"
+)
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE, where=""):
@@ -66,8 +60,6 @@ def test_golden_edges(name):
     if isinstance(expected["CIDEr"], str):
         with pytest.raises(ValueError, match="every reference is empty"):
             score(refs, hyps, tokenizer="none")
-        with pytest.raises(ValueError, match="every reference is empty"):
-            cider.score(ngrams.count_ngrams(list(refs.values()), [text for (text,) in hyps.values()]))
         names = [metric for metric in names if metric != "CIDEr"]
     scores = score(refs, hyps, tokenizer="none", metrics=names)
     for n in range(4):
@@ -84,7 +76,7 @@ def test_published_scores(real):
     refs, hyps = (json.loads((real / "coco-fakecap" / f"{name}.json").read_text()) for name in ("gts", "res"))
     scores = score(refs, hyps, tokenizer="none")
     assert scores.signature.startswith("videos:1000|") and "tok:none" in scores.signature
-    for name, digits in PUBLISHED.items():
+    for name, digits in zip(NAMES, PUBLISHED.split(), strict=True):
         decimals = len(digits.split(".")[1])
         assert_close(scores.corpus[name], float(digits), max(0.5 * 10**-decimals, 1e-15), name)
 
@@ -117,34 +109,17 @@ def test_fresh_captions_against_pycocoevalcap():
 # --- properties ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def corpus():
-    data = golden("golden_msvdlike")
-    return data["refs_tok"], data["hyps_tok"]
-
-
-def test_order_of_videos(corpus):
-    """It changes no score (within 1e-12, because sums are taken in another order), seed 8."""
-    refs, hyps = corpus
-    order = random.Random(8).sample(list(refs), len(refs))
-    scores = score(refs, hyps, tokenizer="none")
-    shuffled = score({key: refs[key] for key in order}, dict(reversed(hyps.items())), tokenizer="none")
+def test_order_of_videos_and_references():
+    """It changes no score (within 1e-12, because sums are taken in another order) but the corpus METEOR, which takes
+    the counts of the first of equally good references; seed 8."""
+    data, rng = golden("golden_msvdlike"), random.Random(8)
+    order = rng.sample(data["ids"], len(data["ids"]))
+    refs = {key: rng.sample(data["refs_tok"][key], len(data["refs_tok"][key])) for key in order}
+    scores = score(data["refs_tok"], data["hyps_tok"], tokenizer="none")
+    shuffled = score(refs, data["hyps_tok"], tokenizer="none")
     assert list(shuffled.per_video) == order and scores.signature == shuffled.signature
-    assert_close(list(scores.corpus.values()), list(shuffled.corpus.values()), 1e-12)
-    for key, row in scores.per_video.items():
-        assert_close(list(row.values()), list(shuffled.per_video[key].values()), 1e-12, key)
-
-
-def test_order_of_references(corpus):
-    """It changes no per-video score and no corpus score but METEOR's, which takes the counts of the first of equally
-    good references; seed 9."""
-    refs, hyps = corpus
-    rng = random.Random(9)
-    scores = score(refs, hyps, tokenizer="none")
-    shuffled = {key: rng.sample(group, len(group)) for key, group in refs.items()}
-    shuffled = score(shuffled, hyps, tokenizer="none")
     for name in NAMES:
-        assert_close(column(scores, name), column(shuffled, name), 1e-12, name)
+        assert_close(column(scores, name), column(shuffled, name, data["ids"]), 1e-12, name)
         assert_close(scores.corpus[name], shuffled.corpus[name], 1e-3 if name == "METEOR" else 1e-12, name)
 
 
@@ -160,35 +135,13 @@ def test_identical_captions():
     assert score(same, {key: group[0] for key, group in same.items()}).corpus["CIDEr"] == 0.0
 
 
-def test_unicode():
-    """Words of any script match themselves. A composed letter does not match its decomposed form."""
-    refs = {"a": ["señora Zoë läuft schnell"], "b": ["кот сидит на столе"], "c": ["東京 の 夜 景"]}
-    scores = score(refs, {key: group[0].upper() for key, group in refs.items()})
-    for row in scores.per_video.values():
-        assert row["METEOR"] == row["ROUGE_L"] == 1.0 and row["CIDEr"] > 9.99
-    decomposed = score({"a": ["café"], "b": ["x"]}, {"a": unicodedata.normalize("NFD", "café"), "b": "x"})
-    assert decomposed.per_video["a"]["ROUGE_L"] == 0.0
-
-
 def test_random_strings():
-    """3,000 random strings, seeds 10 and 11: every score is finite and within its range."""
-    refs, hyps = random_strings(3000, seed=10), random_strings(3000, seed=11)
+    """1,000 random strings, seeds 10 and 11: every score is finite and within its range."""
+    refs, hyps = random_strings(1000, seed=10), random_strings(1000, seed=11)
     for tokenizer in metrics.TOKENIZERS:
         scores = score({i: [text] for i, text in enumerate(refs)}, dict(enumerate(hyps)), tokenizer=tokenizer)
         for row in scores.per_video.values():
             assert all(0 <= value <= (10 + 1e-9 if name == "CIDEr" else 1) for name, value in row.items())
-
-
-def test_bleu_of_one_right_word():
-    """BLEU-4's constants: 3.16e-5 for one exact word, 0 for an empty caption."""
-    _, per_video = bleu.score(ngrams.count_ngrams([["man"], ["man"]], ["man", ""]))
-    assert_close(per_video[3], [3.1622776e-5, 0.0], 1e-10)
-
-
-def test_rouge_takes_precision_and_recall_from_different_references():
-    """LCS is 2 of 2 hypothesis words with the long reference and 1 of 1 word of the short one: both are 1."""
-    assert rouge.score_video(["a b c d e f", "a"], "a b") == 1.0
-    assert rouge.score_video([""], "") == 1.0 and rouge.score_video(["a"], "") == 0.0
 
 
 # --- options, errors, signature -----------------------------------------------------------------------------------
@@ -202,16 +155,17 @@ REFS = {"v1": ["a man runs"], "v2": ["a dog"]}
         (REFS, {"v1": "a", "v2": "b", "v3": "c"}, "hypotheses: id 'v3' has no references in references"),
         (REFS, {"v1": "a"}, "hypotheses: id 'v2' has no hypothesis"),
         (REFS | {1: ["x"], "1": ["y"]}, {"v1": "a", "v2": "b", "1": "c"}, "references: id '1' occurs twice"),
-        (REFS, {"v1": "a", "v2": "b", 2: "c", "2": "c"}, "hypotheses: id '2' occurs twice"),
         ({}, {}, "references: has no videos"),
-        (REFS | {"v2": []}, {"v1": "a", "v2": "b"}, "references, id 'v2': has no references"),
-        (REFS | {"v2": "a dog"}, {"v1": "a", "v2": "b"}, "references, id 'v2': expected a list of captions, found str"),
-        (REFS | {"v2": ["a", None]}, {"v1": "a", "v2": "b"}, "id 'v2', caption 2: expected a string, found NoneType"),
-        (REFS, {"v1": 7, "v2": "b"}, "hypotheses, id 'v1': expected a string, found int"),
-        (REFS, {"v1": ["a", "b"], "v2": "b"}, "hypotheses, id 'v1': has 2 captions, expected one"),
-        (REFS, ["a", "b"], "hypotheses: expected {id: caption}, found list"),
-        ([["a"]], {"v1": "a"}, "references: expected {id: [caption, ...]}, found list"),
-        ({"v": [""]}, {"v": "a"}, "references: every reference is empty"),
+        (REFS | {"v2": []}, {"v1": "a", "v2": "b"}, "references, id 'v2': expected a list of at least one caption"),
+        (
+            REFS | {"v2": "a dog"},
+            {"v1": "a", "v2": "b"},
+            "references, id 'v2': expected a list of at least one caption",
+        ),
+        (REFS | {"v2": ["a", None]}, {"v1": "a", "v2": "b"}, "id 'v2', caption 2: expected one string, found NoneType"),
+        (REFS, {"v1": ["a", "b"], "v2": "b"}, "hypotheses, id 'v1': expected one string, found list"),
+        (REFS, ["a", "b"], "hypotheses: expected {id: caption}"),
+        ({"v": [""]}, {"v": "a"}, "every reference is empty"),
     ],
 )
 def test_bad_captions_are_named(refs, hyps, message):
@@ -226,24 +180,9 @@ def test_bad_options_are_named(options):
         score(REFS, {"v1": "a", "v2": "b"}, **options)
 
 
-def test_signature_and_notes():
-    hyps = {"v1": "a man", "v2": "the dog"}
-    scores = score(REFS | {"v2": ["a", "b"]}, hyps)
-    assert scores.signature == f"videos:2|refs:1-2|tok:ptb|meteor:1.5+syn+para|cider:d,n4,s6|v:{metrics.VERSION}"
-    assert scores.notes == ()
-    subset = score(REFS, {"v1": "a man runs"}, subset=True, tokenizer="none", metrics=WITHOUT_METEOR)
-    assert subset.signature == f"videos:1/2|refs:1|tok:none|cider:d,n4,s6|v:{metrics.VERSION}"
-    assert subset.notes[0] == "scored 1 of 2 videos" and "CIDEr is 0" in subset.notes[1]
-    assert list(subset.per_video) == ["v1"]
-
-
-def test_ids_are_compared_as_text_and_line_breaks_are_spaces():
-    scores = score({7: ["a man\nruns"], "8": ["a dog"]}, {"7": ["a man runs"], 8: "a dog"}, metrics=WITHOUT_METEOR)
-    assert list(scores.per_video) == [7, "8"]
-    assert scores.per_video[7]["ROUGE_L"] == scores.per_video["8"]["ROUGE_L"] == 1.0
-
-
-def test_progress():
-    calls = []
-    score(REFS, {"v1": "a", "v2": "b"}, progress=lambda *arguments: calls.append(arguments))
-    assert calls[-2:] == [("METEOR", 1, 2), ("METEOR", 2, 2)]
+def test_ids_line_breaks_and_notes():
+    """Ids are compared as text, line breaks are spaces, and one video has a note about CIDEr."""
+    scores = score({7: ["a man\nruns"], "8": ["a dog"]}, {"7": ["a man runs"]}, subset=True, metrics=WITHOUT_METEOR)
+    assert list(scores.per_video) == [7] and scores.per_video[7]["ROUGE_L"] == 1.0
+    assert scores.signature == f"videos:1/2|refs:1|tok:ptb|cider:d,n4,s6|v:{metrics.VERSION}"
+    assert scores.notes[0] == "scored 1 of 2 videos" and "CIDEr is 0" in scores.notes[1]
