@@ -9,10 +9,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from metrics import InputError, meteor, meteor_align, meteor_data, meteor_text, porter2, ptb, score
-from metrics.meteor_align import Match, align, count_chunks, extend_path
+from metrics import InputError, meteor, meteor_align, meteor_data, meteor_text, porter2, score
+from metrics.meteor_align import Match, align, extend_path
 from metrics.meteor_match import Hypothesis, Lexicon
-from tests.metrics.captions import COLLISION, CORPORA, TOLERANCE, golden, random_strings
+from tests.metrics.captions import COLLISION, CORPORA, TOLERANCE, golden
 from tests.metrics.small_tables import write_tables
 
 
@@ -29,40 +29,14 @@ def make_texts(refs, hyps, tables):
 
 def test_stems():
     cases = golden("stem_golden")
-    assert len(cases) == 2575
     assert {word: porter2.stem(word) for word in cases} == cases
-
-
-def test_stems_from_the_description_of_porter2():
-    """The examples in Porter2's own description of its first steps."""
-    cases = (
-        "ties tie cries cri gas gas this this gaps gap kiwis kiwi hoping hope hopping hop by by say say cry cri".split()
-    )
-    assert [porter2.stem(word) for word in cases[::2]] == cases[1::2]
 
 
 def test_normalization(tables):
     cases = golden("meteor_norm_golden")
-    assert len(cases) == 625
     for case in cases:
         assert meteor_text.normalize(case["input"], tables.words.prefixes) == case["normalized"], case
         assert meteor_text.split_words(case["input"], tables.words.prefixes) == case["words_lower"], case
-
-
-def test_tables_are_complete(tables):
-    """Sizes of the published tables: 5,274,084 paraphrases of 43,139 words, 147,306 entries of synonyms."""
-    assert len(tables.paraphrases.left) == len(tables.paraphrases.right) == 5_274_084
-    assert len(tables.paraphrases.word_ids) == 43_139
-    assert len(tables.words.synsets) == 147_306
-    assert {"the", "'s", "-lrb-"} <= tables.words.function_words
-    assert tables.words.synset_ids("automobile") & tables.words.synset_ids("cars")
-
-
-def test_base_forms(tables):
-    """The first rule that leads to a word of the table applies; none to words in "ss" or of one or two letters."""
-    cases = "ladies lady boxes box churches church women woman taller tall tallest tall grass grass as as".split()
-    cases = dict(zip(cases[::2], cases[1::2], strict=True)) | {"running": "", "xyzs": ""}
-    assert {word: tables.words.base_form(word) for word in cases} == cases
 
 
 # --- counts and scores --------------------------------------------------------------------------------------------
@@ -112,27 +86,7 @@ def test_upper_bound_skips_no_better_reference(tables):
     assert skipped > 200  # the bound saves alignments
 
 
-def test_random_strings(tables):
-    """1,000 random strings (seeds 5 and 6), raw and tokenised, against others and against themselves."""
-    hyps, refs = random_strings(1_000, seed=5), random_strings(1_000, seed=6)
-    refs = [[a, b] for a, b in zip(refs, hyps[1:] + hyps[:1], strict=True)]
-    for tokenize in (list, ptb.tokenize_captions):
-        _, scores, counts = meteor.score([tokenize(group) for group in refs], tokenize(hyps), tables)
-        assert ((scores >= 0) & (scores <= 1)).all() and (counts >= 0).all()
-    identical = [text for text in ptb.tokenize_captions(hyps) if text.strip()]
-    _, scores, counts = meteor.score([[text] for text in identical], identical, tables)
-    # "|||" and double spaces are removed from hypotheses only, but the tokenizer leaves none of them.
-    assert (scores[counts[:, 0] > 0] == 1.0).all()
-
-
 # --- matchers and aligner, by hand --------------------------------------------------------------------------------
-
-
-def test_aligner_prefers_matches_then_chunks():
-    """hyp "a b a c", ref "a c": the second "a" stands before "c", one chunk instead of two."""
-    matches = [[Match(0, 1, 0, 1, 0), Match(0, 1, 2, 1, 0)], [Match(1, 1, 3, 1, 0)]]
-    alignment = align(matches, 4)
-    assert [match.hyp_start for match in alignment] == [2, 3] and count_chunks(alignment) == 1
 
 
 def test_synonyms_of_one_word_add_nothing():
@@ -145,18 +99,17 @@ def test_synonyms_of_one_word_add_nothing():
 
 @pytest.mark.parametrize(
     ("hypothesis", "reference", "expected"),
-    [
-        (
+    zip(
+        [
             "man of dog in dog car the man of a is , , man a running on",
-            "of man on of cars car a of cars , in , ,",
-            0.2391819673725708,
-        ),
-        (
             "a running runs car running cars runs , car a , on man",
+        ],
+        [
+            "of man on of cars car a of cars , in , ,",
             "on on car car dog a man runs man car car runs a dog runs runs running",
-            0.24740075802152425,
-        ),
-    ],
+        ],
+        [0.2391819673725708, 0.24740075802152425],
+    ),
 )
 def test_beam_size(tables, hypothesis, reference, expected):
     """Captions whose alignment another beam changes: 41 paths give 0.231111 for the first, 39 give 0.235332 for the
@@ -213,12 +166,6 @@ def test_order_of_paraphrase_matches(small_tables, pairs, expected):
     (((reference,),), (text,), lexicon) = make_texts([["q"]], ["y x"], meteor_data.load())
     (matches,) = Hypothesis(text, [reference], lexicon).matches(reference)
     assert [(match.hyp_start, match.hyp_length) for match in matches] == expected
-
-
-def test_equal_captions_only_match_exactly(small_tables):
-    (((reference,),), (text,), lexicon) = make_texts([["car automobile"]], ["car automobile"], meteor_data.load())
-    matches = Hypothesis(text, [reference], lexicon).matches(reference)
-    assert matches == [[Match(0, 1, 0, 1, 0)], [Match(1, 1, 1, 1, 0)]]
 
 
 def test_bars_split_a_reference_in_two(small_tables):

@@ -62,13 +62,10 @@ def test_golden_edges(name):
             score(refs, hyps, tokenizer="none")
         names = [metric for metric in names if metric != "CIDEr"]
     scores = score(refs, hyps, tokenizer="none", metrics=names)
-    for n in range(4):
-        assert_close(scores.corpus[f"Bleu_{n + 1}"], expected["Bleu"][0][n])
-        assert_close(column(scores, f"Bleu_{n + 1}"), expected["Bleu"][1][n])
-    for metric, key in ("METEOR", "METEOR"), ("ROUGE_L", "Rouge"), ("CIDEr", "CIDEr"):
-        if metric in scores.corpus:
-            assert_close(scores.corpus[metric], expected[key][0], where=metric)
-            assert_close(column(scores, metric), expected[key][1], where=metric)
+    expected |= {f"Bleu_{n + 1}": (expected["Bleu"][0][n], expected["Bleu"][1][n]) for n in range(4)}
+    for metric, value in scores.corpus.items():
+        corpus, per_video = expected["Rouge" if metric == "ROUGE_L" else metric]
+        assert_close([value, *column(scores, metric)], [corpus, *per_video], where=metric)
 
 
 def test_published_scores(real):
@@ -83,7 +80,7 @@ def test_published_scores(real):
 
 @pytest.mark.skipif(not shutil.which("java"), reason="needs Java to run pycocoevalcap")
 def test_fresh_captions_against_pycocoevalcap():
-    """A new seed in every run. It is printed and named in a failure; METRICS_SEED sets it."""
+    """A new seed in every run, which a failure names; METRICS_SEED sets it."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -91,7 +88,6 @@ def test_fresh_captions_against_pycocoevalcap():
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     seed = int(os.environ.get("METRICS_SEED") or int.from_bytes(os.urandom(4), "little"))
-    print(f"METRICS_SEED={seed}")
     refs, hyps = random_captions(seed)
     scores = score(refs, hyps)
     refs = PTBTokenizer().tokenize({key: [{"caption": text} for text in group] for key, group in refs.items()})
@@ -101,9 +97,7 @@ def test_fresh_captions_against_pycocoevalcap():
     for name, scorer in ("METEOR", Meteor), ("ROUGE_L", Rouge), ("CIDEr", Cider):
         expected[name] = scorer().compute_score(refs, hyps)
     for name, (corpus, per_video) in expected.items():
-        where = f"METRICS_SEED={seed} {name}"
-        assert_close(column(scores, name), per_video, where=where)
-        assert_close(scores.corpus[name], corpus, where=where)
+        assert_close([scores.corpus[name], *column(scores, name)], [corpus, *per_video], where=f"{name}, {seed=}")
 
 
 # --- properties ---------------------------------------------------------------------------------------------------
@@ -121,18 +115,6 @@ def test_order_of_videos_and_references():
     for name in NAMES:
         assert_close(column(scores, name), column(shuffled, name, data["ids"]), 1e-12, name)
         assert_close(scores.corpus[name], shuffled.corpus[name], 1e-3 if name == "METEOR" else 1e-12, name)
-
-
-def test_identical_captions():
-    """BLEU is just below 1, METEOR and ROUGE-L are 1, CIDEr is 10 if captions have four words."""
-    refs = {"1": ["a man runs fast today"], "2": ["the dog barks at night"]}
-    corpus_scores = score(refs, {key: group[0] for key, group in refs.items()}).corpus
-    assert all(0.999999999 <= corpus_scores[f"Bleu_{n}"] < 1 for n in range(1, 5))
-    assert corpus_scores["METEOR"] == corpus_scores["ROUGE_L"] == 1.0
-    assert_close(corpus_scores["CIDEr"], 10.0)
-    # Words that occur in every video have weight 0.
-    same = {key: ["a man runs fast today"] for key in "12"}
-    assert score(same, {key: group[0] for key, group in same.items()}).corpus["CIDEr"] == 0.0
 
 
 def test_random_strings():
@@ -157,14 +139,8 @@ REFS = {"v1": ["a man runs"], "v2": ["a dog"]}
         (REFS | {1: ["x"], "1": ["y"]}, {"v1": "a", "v2": "b", "1": "c"}, "references: id '1' occurs twice"),
         ({}, {}, "references: has no videos"),
         (REFS | {"v2": []}, {"v1": "a", "v2": "b"}, "references, id 'v2': expected a list of at least one caption"),
-        (
-            REFS | {"v2": "a dog"},
-            {"v1": "a", "v2": "b"},
-            "references, id 'v2': expected a list of at least one caption",
-        ),
         (REFS | {"v2": ["a", None]}, {"v1": "a", "v2": "b"}, "id 'v2', caption 2: expected one string, found NoneType"),
         (REFS, {"v1": ["a", "b"], "v2": "b"}, "hypotheses, id 'v1': expected one string, found list"),
-        (REFS, ["a", "b"], "hypotheses: expected {id: caption}"),
         ({"v": [""]}, {"v": "a"}, "every reference is empty"),
     ],
 )
@@ -172,12 +148,9 @@ def test_bad_captions_are_named(refs, hyps, message):
     with pytest.raises(InputError) as caught:
         score(refs, hyps, metrics=WITHOUT_METEOR)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("options", [{"tokenizer": "moses"}, {"metrics": ["SPICE"]}, {"metrics": "BLEU"}])
-def test_bad_options_are_named(options):
-    with pytest.raises(InputError, match=f"{next(iter(options))}: is "):
-        score(REFS, {"v1": "a", "v2": "b"}, **options)
+    for options in {"tokenizer": "moses"}, {"metrics": ["SPICE"]}, {"metrics": "BLEU"}:
+        with pytest.raises(InputError, match=f"{next(iter(options))}: is "):
+            score(refs, hyps, **options)
 
 
 def test_ids_line_breaks_and_notes():
