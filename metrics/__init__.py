@@ -7,8 +7,8 @@
 BLEU-1..4, METEOR 1.5, ROUGE-L and CIDEr (which is CIDEr-D), after the Penn Treebank tokenizer. The folder imports
 nothing of the project and can be copied elsewhere. `python -m metrics` scores files.
 
-Where to start: `plain.py` has BLEU, ROUGE-L and CIDEr as their papers write them. `ptb.py` is the tokenizer,
-`meteor.py` is METEOR.
+Where to start: `plain.py` has BLEU and CIDEr as their papers write them, `rouge.py` has ROUGE-L. `ptb.py` is the
+tokenizer, `meteor.py` is METEOR.
 
 METEOR needs tables that are not part of this code; `meteor_data.py` says where they are read from. Without them METEOR
 uses the remaining matchers and is named after them, e.g. METEOR[exact,stem].
