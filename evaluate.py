@@ -39,9 +39,8 @@ from training.frozen_models import backbone_hashes, load_models
 from training.run import check_checkpoint, check_sums, checkpoint_path
 from video_data import shapes
 from video_data.annotations import VIDEO_SUFFIXES
-from video_data.batches import to_tensor
-from video_data.cache import cached_frames
-from video_data.datasets import VideoDataset, cache_folder, read_dataset
+from video_data.batches import cache_folder, cached_frames, to_tensor
+from video_data.datasets import VideoDataset, read_dataset
 from video_data.video import read_frames
 from video_data.windows import format_srt, iter_windows
 
@@ -149,14 +148,13 @@ def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, 
     if args.data and not args.data.exists():
         raise InputError(f"--data {args.data}: expected the folder of the dataset, found none")
     sizes, allow_missing = field(flags, "shapes_sizes", list, path), field(flags, "allow_missing", bool, path)
-    seed = field(flags, "shapes_seed", int, path)
-    dataset = read_dataset(name, root, sizes, allow_missing, [args.split], seed=seed)
+    dataset = read_dataset(name, root, sizes, allow_missing, [args.split])
     print(dataset)
     if args.report:
         curves_of(args.run, captioner.first_block + 1)  # a damaged log fails before the work
     check_outputs_outside(args, root, "dataset")
-    cache_root = cache_folder(args.cache or field(flags, "cache", str, path, None), name, root)
-    cache = cached_frames(dataset.splits[args.split], cache_root, args.split, frames, captioner.vit.preprocessing, 0)
+    cache_root = cache_folder(name, root)
+    cache = cached_frames(dataset.splits[args.split], cache_root, args.split, frames, captioner.vit.preprocessing)
     result = caption_and_score(captioner, dataset, args.split, cache, args.batch_size, ProcessGroup(), **generation)
     print(f"{args.split}: {format_scores(result.scores)}")
     print(result.signature)
@@ -190,26 +188,27 @@ def expand_video_paths(names: Iterable[str]) -> list[Path]:
     return paths
 
 
-def read_pieces(path: Path, frames: int, preprocessing: Preprocessing, window: float | None,
-                stride: float | None) -> Iterator[tuple[dict[str, float], Tensor]]:  # fmt: skip
+def read_pieces(
+    path: Path, frames: int, preprocessing: Preprocessing, window: float | None
+) -> Iterator[tuple[dict[str, float], Tensor]]:
     """A video as a whole, or window after window: ({} or {"start", "end"} in seconds, frames (T, 3, S, S))."""
     if window is None:
         yield {}, read_frames(path, frames, preprocessing)
         return
-    for start, end, pixels in iter_windows(path, window, stride or window, frames, preprocessing):
+    for start, end, pixels in iter_windows(path, window, frames, preprocessing):
         yield {"start": round(start, 3), "end": round(end, 3)}, pixels
 
 
 def caption_videos(captioner: Captioner, paths: list[Path], frames: int, window: float | None = None,
-                   stride: float | None = None, **generation) -> Iterator[tuple[dict, Tensor | None]]:  # fmt: skip
-    """Prints a caption or, on stderr, an error for each video, or for each window of `window` seconds, one every
-    `stride` seconds; yields it, {"video", "start", "end", "caption"} or {"video", "error"}, with the frames that the
+                   **generation) -> Iterator[tuple[dict, Tensor | None]]:  # fmt: skip
+    """Prints a caption or, on stderr, an error for each video, or for each window of `window` seconds;
+    yields it, {"video", "start", "end", "caption"} or {"video", "error"}, with the frames that the
     model saw (T, 3, S, S)."""
     device = next(captioner.parameters()).device
     for path in paths:
         name = str(path).replace("\n", "\\n")
         try:
-            for times, pixels in read_pieces(path, frames, captioner.vit.preprocessing, window, stride):
+            for times, pixels in read_pieces(path, frames, captioner.vit.preprocessing, window):
                 caption = captioner.caption(pixels[None].to(device), **generation)[0]
                 when = f" {times['start']:.2f}-{times['end']:.2f} s:" if times else ""
                 print(cli.printable(f"{name}:{when} {caption}"))
@@ -258,7 +257,7 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
     check_videos(paths, args)
     with cli.protect_cleanup():
         try:
-            for row, pixels in caption_videos(captioner, paths, frames, args.window, args.stride, **generation):
+            for row, pixels in caption_videos(captioner, paths, frames, args.window, **generation):
                 rows.append(row)
                 if args.save:
                     write_row(args.save, row, len(rows))
@@ -297,13 +296,10 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("input")
     group.add_argument("--split", choices=["val", "test"], help="which split of the run's dataset; unset: test")
     group.add_argument("--data", type=cli.folder, help="the dataset's folder; unset: as in training")
-    group.add_argument("--cache", type=cli.folder, help="where decoded frames are stored; unset: as in training")
     group.add_argument("--video", nargs="+", action="extend", metavar="FILE",
                        help="your own videos instead, or folders of them; - reads paths, one per line")  # fmt: skip
     group.add_argument("--window", type=cli.number(float, 0.1), metavar="SECONDS",
                        help="caption each --video piece by piece, with times; --save FILE.srt writes subtitles")
-    group.add_argument("--stride", type=cli.number(float, 0.1), metavar="SECONDS",
-                       help="from the start of a window to that of the next; unset: --window")  # fmt: skip
     group.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
     group.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
     group = parser.add_argument_group("generation")
@@ -329,16 +325,14 @@ def parse_args() -> argparse.Namespace:
     args = make_parser().parse_args()
     if args.video and args.split:
         raise InputError("--video: was given with --split, expected only one of them")
-    if args.video and (args.data or args.cache):
-        raise InputError("--data and --cache: expected without --video: it reads no dataset")
-    if not args.video and (args.show or args.window or args.stride):
-        raise InputError("--show, --window and --stride: expected --video too")
+    if args.video and args.data:
+        raise InputError("--data: expected without --video: it reads no dataset")
+    if not args.video and (args.show or args.window):
+        raise InputError("--show and --window: expected --video too")
     if args.show and args.show.suffix.lower() != ".png":
         raise InputError(f"--show {args.show}: expected a name that ends in .png")
     if args.show and args.window:
         raise InputError("--show: expected without --window: it draws a whole video")
-    if args.stride and not args.window:
-        raise InputError("--stride: expected --window too")
     if args.save and args.save.suffix.lower() == ".srt" and not args.window:
         raise InputError("--save FILE.srt: expected --window too: subtitles have times")
     written = outputs(args)

@@ -91,8 +91,7 @@ def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, step
 
 def make_dataset(args) -> datasets.VideoDataset:
     """The dataset of the flags; `shapes` is made if it does not exist yet."""
-    return datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing, workers=args.workers,
-                                 seed=args.shapes_seed)  # fmt: skip
+    return datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing)
 
 
 def load_examples(args, clips: list[datasets.Clip], cache, captioner: Captioner) -> TrainingExamples:

@@ -16,22 +16,23 @@ from common.files import bounded, field, read_json
 from models.mllm_prompts import INSTRUCTION
 from training.devices import DTYPES
 from training.presets import PRESETS
-from video_data.datasets import DATASETS, DEFAULT_SIZES, MAX_SIZE, check_sizes
+from video_data.datasets import DATASETS
+from video_data.shapes import DEFAULT_SIZES
 
 METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "prompt", "full")
 VISUAL = ("queries", "frames", "both")
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
-ALLOWED_WITH_RESUME = {"resume", "device", "workers", "data", "cache", "epochs"}
+ALLOWED_WITH_RESUME = {"resume", "device", "data", "epochs"}
 NOT_STORED = {"resume", "plan", "speed"}  # of a run's flags in its config.json
 MAX_FRAMES, MAX_SIDE, MAX_EPOCHS = 4096, 4096, 10**5
 CANDIDATE_FRAMES = 16  # unless --frames is large
 PRESET = "unset: the dataset's preset"
 DEFAULTS_IN_OLDER_RUNS = {  # flags that older runs lack, and the value they had in effect
-    "image_size": None, "allow_missing": False, "cache": None, "compile": False, "precision": "fp32", "save_every": 200,
+    "image_size": None, "allow_missing": False, "compile": False, "precision": "fp32", "save_every": 200,
     "lr_scaling": "none", "gate_lr": 1.0, "passes": None, "micro_batch_size": None, "beams": 1,
-    "raw_channels": True, "shapes_seed": 0, "mllm": None, "visual": "queries", "grid": 0,
+    "raw_channels": True, "mllm": None, "visual": "queries", "grid": 0,
     "instruction": INSTRUCTION, "gate_bias": 0.0, "time_embed": "ramp", "per_frame": False, "no_changes": True,
     "token_dropout": 0.0,
 }  # fmt: skip
@@ -75,11 +76,8 @@ def add_data_flags(group) -> None:
     group.add_argument("--dataset", choices=DATASETS, default="shapes", help="what to train on")
     group.add_argument("--data", type=cli.folder, help="the dataset's folder; unset: data/DATASET")
     group.add_argument("--allow-missing", action="store_true", help="leave out clips without a video or a caption")
-    group.add_argument("--cache", type=cli.folder,
-                       help="where frames are stored; unset: .cache in the dataset's folder")  # fmt: skip
-    group.add_argument("--shapes-sizes", type=cli.at_least(1, MAX_SIZE), nargs=3, default=list(DEFAULT_SIZES),
+    group.add_argument("--shapes-sizes", type=cli.at_least(1, 10**6), nargs=3, default=list(DEFAULT_SIZES),
                        metavar=("TRAIN", "VAL", "TEST"), help="clips of each split of shapes")  # fmt: skip
-    group.add_argument("--shapes-seed", type=cli.at_least(0), default=0, help="of the clips of shapes")
     group.add_argument("--cache-features", action="store_true",
                        help="run the frozen ViT once for each frame and store its outputs on the disk, in bf16")
     group.add_argument("--frames", type=cli.at_least(1, MAX_FRAMES), help=f"frames per clip; {PRESET}")
@@ -153,8 +151,6 @@ def add_run_flags(group) -> None:
     group.add_argument("--beams", type=cli.at_least(1), help=f"beams of the search on the test split; {PRESET}")
     group.add_argument("--log-every", type=cli.at_least(1), default=20, help="steps between log lines")
     group.add_argument("--save-every", type=cli.at_least(1), default=200, help="steps between checkpoints")
-    group.add_argument("--workers", type=cli.at_least(0, 1024), default=0,
-                       help="processes that decode; 0: one per core")  # fmt: skip
     group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
     group.add_argument("--precision", choices=["auto", *DTYPES], default="auto",
                        help="of the frozen weights; auto: bf16 where the device has instructions for it")  # fmt: skip
@@ -224,12 +220,10 @@ def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     # evaluate.py takes these from here, without a parser of its own.
     frames = bounded(flags, "frames", int, path, 1, MAX_FRAMES)
     bounded(flags, "beams", int, path, 1, 2**31)
-    bounded(flags, "shapes_seed", int, path, 0, 2**31)
     if flags["image_size"] is not None:
         bounded(flags, "image_size", int, path, 1, MAX_SIDE)
     if flags.get("dataset", "shapes") not in DATASETS:
         raise InputError(f"{path}: dataset is {short(flags['dataset'])}, expected one of {', '.join(DATASETS)}")
-    check_sizes(flags.get("shapes_sizes", DEFAULT_SIZES), f"{path}: shapes_sizes")
     return config, {"candidate_frames": default_candidate_frames(frames)} | flags
 
 

@@ -4,8 +4,16 @@ import argparse
 
 import torch
 
-from video_data.cache import ClipCache, cached_features, cached_frames, check_space, features_cache, frames_cache
-from video_data.datasets import VideoDataset, cache_folder
+from video_data.batches import (
+    ClipCache,
+    cache_folder,
+    cached_features,
+    cached_frames,
+    check_space,
+    features_cache,
+    frames_cache,
+)
+from video_data.datasets import VideoDataset
 
 FEATURE_SPLITS = "train", "val"  # the test split is read once
 
@@ -19,7 +27,7 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
     A method that trains nothing gets no training clips. `hashes` are those of the frozen models, on which the block
     outputs depend. Raises InputError.
     """
-    root, preprocessing = cache_folder(args.cache, args.dataset, args.data), captioner.vit.preprocessing
+    root, preprocessing = cache_folder(args.dataset, args.data), captioner.vit.preprocessing
     counts = {"train": args.candidate_frames, "val": args.frames, "test": args.frames}
     if captioner.config.method == "none":
         del counts["train"]
@@ -33,7 +41,7 @@ def cached_inputs(args: argparse.Namespace, dataset: VideoDataset, captioner, ha
     check_space(planned, root)
 
     for split, count in counts.items():
-        caches[split] = cached_frames(dataset.splits[split], root, split, count, preprocessing, args.workers)
+        caches[split] = cached_frames(dataset.splits[split], root, split, count, preprocessing)
     if args.cache_features:
         for split in FEATURE_SPLITS:
             caches[split] = cached_features(

@@ -98,7 +98,7 @@ def cache_bytes(args: argparse.Namespace, counts: dict[str, int], captioner) -> 
 def planned_dataset(args: argparse.Namespace) -> VideoDataset:
     """The dataset of the flags; `shapes` that are not made yet are clips without files. Raises InputError."""
     if args.dataset != "shapes" or (args.data / "captions.json").exists():
-        return read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing, seed=args.shapes_seed)
+        return read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing)
     splits = {split: [Clip(str(i), args.data, ("",) * CAPTIONS_OF_SHAPES) for i in range(size)]
               for split, size in zip(SPLITS, args.shapes_sizes, strict=True)}  # fmt: skip
     return VideoDataset("shapes", splits, (args.data / "captions.json",), dict.fromkeys(SPLITS, 0), 0)

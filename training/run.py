@@ -239,7 +239,7 @@ class Run:
         """Restores the trained tensors and the optimizer; -> the step, the best validation score until then, and the
         seconds that the run had taken.
 
-        Locks the folder, drops later rows of the log, and stores new --data, --cache and --epochs.
+        Locks the folder, drops later rows of the log, and stores new --data and --epochs.
         """
         self._open()
         for name in RESULTS:
@@ -259,8 +259,7 @@ class Run:
             for name in RESULTS if step < steps else ():  # they are of a shorter run
                 (self.folder / name).unlink(missing_ok=True)
             config = read_json(path)
-            moved = config["flags"] | {"data": str(args.data), "cache": args.cache and str(args.cache),
-                                       "epochs": args.epochs}  # fmt: skip
+            moved = config["flags"] | {"data": str(args.data), "epochs": args.epochs}
             if moved != config["flags"]:
                 write_json(path, config | {"flags": moved})
         return step, best, elapsed
