@@ -65,10 +65,12 @@ def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> l
     InputError with the names of tasks that may have killed their process, as a lack of memory does.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool, time_left = ProcessPoolExecutor(cores, initializer=_start_worker), TimeLeft(what, len(tasks))
+    cores = max(1, min(cores, len(tasks)))
+    pool, time_left, futures = ProcessPoolExecutor(cores, initializer=_start_worker), TimeLeft(what, len(tasks)), []
     try:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process only
-        futures = [pool.submit(function, *task) for task in tasks]
+        for task in tasks:
+            futures.append(pool.submit(function, *task))
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for done, future in enumerate(as_completed(futures), start=1):
             future.result()
@@ -80,8 +82,8 @@ def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> l
             process.kill()
         if not isinstance(error, BrokenProcessPool):
             raise
-        failed = zip(tasks, [isinstance(future.exception(), BrokenProcessPool) for future in futures], strict=True)
-        names = ", ".join([str(task[0]) for task, is_lost in failed if is_lost][:cores])  # tasks start in this order
+        lost = [isinstance(future.exception(), BrokenProcessPool) for future in futures]
+        names = ", ".join([str(task[0]) for task, is_lost in zip(tasks, lost, strict=False) if is_lost][:cores])
         raise InputError(f"{names}: a process that worked on one of these died") from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InputError, reading
-from video_data import shapes
 from video_data.annotations import SPLITS, Annotations, Clip, read_folder, read_msrvtt, read_msvd
 
 READERS = {"shapes": read_folder, "msvd": read_msvd, "msrvtt": read_msrvtt, "folder": read_folder}
@@ -120,6 +119,8 @@ def read_dataset(
     if name not in READERS:
         raise InputError(f"dataset {name!r}: expected one of {', '.join(READERS)}")
     if name == "shapes" and not (root / "captions.json").exists():
+        from video_data import shapes  # here, so that `python -m video_data.shapes` is not imported before it runs
+
         shapes.make_dataset(root, sizes or shapes.DEFAULT_SIZES)
     if not root.is_dir() or not any(root.iterdir()):
         print(f"Put into {root}:\n{FOLDER_HELP[name]}", file=sys.stderr)

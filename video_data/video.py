@@ -143,7 +143,9 @@ def skip_to_frames(
     if not has_times or os.path.getsize(path) > MAX_BUFFERED_BYTES:  # all packets will be in memory
         return None
     packets = list(iter_packets(container, stream))
-    timestamps = [packet.pts for packet in packets[:-1] if not packet.is_discard]
+    # A clip that was cut out of a video begins with packets that cannot be decoded.
+    first = next((i for i, packet in enumerate(packets) if packet and packet.is_keyframe), 0)
+    timestamps = [packet.pts for packet in packets[first:-1] if not packet.is_discard]
     if not timestamps or None in timestamps:
         return None
     timestamps.sort()
@@ -151,8 +153,9 @@ def skip_to_frames(
     needed, frames, last = {timestamps[0], *selected}, {}, timestamps[0] - 1
     end = 1 + max(i for i, packet in enumerate(packets[:-1]) if packet.pts in needed)
     try:
-        for packet in [*packets[:end], None]:
-            context.skip_frame = "DEFAULT" if packet is None or packet.pts in needed else "NONREF"
+        for i, packet in enumerate([*packets[:end], None]):
+            decode_all = packet is None or packet.pts in needed
+            context.skip_frame = "NONKEY" if i < first else "DEFAULT" if decode_all else "NONREF"
             for frame in context.decode(packet):
                 if frame.is_corrupt or frame.pts is None or frame.pts <= last:
                     return None
