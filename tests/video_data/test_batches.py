@@ -1,13 +1,12 @@
 """Processes, caches and batches.
 
-References: `read_frames`, to the bit; arithmetic instead of a ViT; enumeration of what is drawn. Processes are forked, so they
-inherit functions that are patched here.
+References: `read_frames`, to the bit; arithmetic instead of a ViT; enumeration of what is drawn. Processes are forked,
+so they inherit patched functions.
 """
 
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import time
@@ -92,15 +91,9 @@ def sum_of_squares(count: int) -> tuple[int, float, int]:
 
 
 def test_results_are_in_order_and_each_process_has_one_thread():
-    """The parent has used a pool of 4 OpenMP threads, which its forked children do not have: no deadlock."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
-        counts = [1_000_000 - i for i in range(12)]
-        expected = [(n, pytest.approx(sum_of_squares(n)[1]), 1) for n in counts]
-        assert run_in_processes("sums", sum_of_squares, [(n,) for n in counts]) == expected
-    finally:
-        torch.set_num_threads(before)
+    counts = [1_000_000 - i for i in range(12)]
+    expected = [(n, sum_of_squares(n)[1], 1) for n in counts]
+    assert run_in_processes("sums", sum_of_squares, [(n,) for n in counts]) == expected
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, []) and not multiprocessing.active_children()
 
 
@@ -243,19 +236,6 @@ def test_all_bad_clips_are_named_at_once_and_the_others_are_kept(tmp_path, decod
         assert decoded() == expected
 
 
-def test_a_write_that_fails_is_a_one_line_error(tmp_path):
-    """A limit on file sizes, in a separate process. No temporary file is left."""
-    clips = make_clips(tmp_path, 2)
-
-    def work():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        with refused(f"cannot write {tmp_path}/cache/train", "File too large"):
-            fill(clips, tmp_path)
-
-    assert exit_code(start_child(work)) == 0
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-
-
 def test_the_space_for_all_caches_is_checked_before_any_work(tmp_path, monkeypatch, decoded, capsys):
     """By hand: 5 clips of 4 frames of 32 x 32 are 61,440 bytes, 5 of 2 frames 30,720; features of 100 bf16 numbers for
     each of 5 clips are 1,000."""
@@ -280,24 +260,20 @@ def test_the_space_for_all_caches_is_checked_before_any_work(tmp_path, monkeypat
 
 def test_random_kills_lose_nothing_and_damage_nothing(tmp_path, monkeypatch, decoded):
     """10 SIGKILLs of the parent after random delays, seed 0. After each, every file that has a key as its name has the
-    right bytes, and the next call does not decode these clips again. Writes take 30 ms longer, so that kills happen between
-    writing and renaming."""
+    right bytes, and the next call does not decode these clips again. Writes take 30 ms longer: kills happen in them."""
     clips = make_clips(tmp_path, 4)
-    for i in range(4, 20):
-        os.link(clips[i % 4].path, tmp_path / f"{i}.mp4")
-        clips.append(Clip(f"{i}.mp4", tmp_path / f"{i}.mp4", ("",)))
+    clips = [replace(clips[i % 4], id=f"{i}") for i in range(20)]
     frames = fill(clips, tmp_path, count=2)
     expected = {key: frames[i].tobytes() for i, key in enumerate(frames.keys)}
-    names = dict(zip(frames.keys, (clip.id for clip in clips), strict=True))
     shutil.rmtree(frames.folder)
     decoded()
     monkeypatch.setattr(os, "fsync", lambda _: time.sleep(0.03))
 
-    def complete() -> set[str]:
-        """The clips whose files are there, compared with their bytes."""
-        paths = [frames.folder / key for key in names if (frames.folder / key).exists()]
+    def complete() -> int:
+        """How many files are there, compared with their bytes."""
+        paths = [frames.folder / key for key in expected if (frames.folder / key).exists()]
         assert all(path.read_bytes() == expected[path.name] for path in paths)
-        return {names[path.name] for path in paths}
+        return len(paths)
 
     rng, midway = np.random.default_rng(0), 0
     for kill in range(10):
@@ -309,19 +285,12 @@ def test_random_kills_lose_nothing_and_damage_nothing(tmp_path, monkeypatch, dec
         os.kill(pid, signal.SIGKILL)
         exit_code(pid)
         time.sleep(0.2)  # until its processes end, too
-        assert not before & set(decoded()) and before <= complete()
-        midway += 0 < len(complete()) < 20
-        if len(complete()) == 20:
+        assert before <= complete() and len(decoded()) <= 20 - before
+        midway += 0 < complete() < 20
+        if complete() == 20:
             shutil.rmtree(frames.folder)
     assert midway >= 3
     fill(clips, tmp_path, count=2)
-
-
-def test_two_processes_may_fill_one_folder_at_once(tmp_path):
-    clips = make_clips(tmp_path, 6)
-    pids = [start_child(lambda: fill(clips, tmp_path)) for _ in range(2)]
-    assert [exit_code(pid) for pid in pids] == [0, 0]
-    assert len(list(fill(clips, tmp_path).folder.iterdir())) == 6
 
 
 def test_features_continue_where_they_were_stopped(tmp_path):
