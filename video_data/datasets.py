@@ -93,12 +93,12 @@ def refuse_duplicates(items: Iterable, where: Path, what: str) -> None:
 def select_clips(root: Path, annotated: Annotations, split: str, allow_missing: bool) -> list[Clip]:
     """The clips of a split. Clips without a caption or a video are an InputError, or with `allow_missing` left out."""
     ids, captions, videos = annotated.splits[split], annotated.captions, annotated.videos
+    clips = [Clip(i, videos[i], tuple(captions[i])) for i in ids if i in videos and captions.get(i)]
     missing = [i for i in ids if i not in videos or not captions.get(i)]
     if missing and not allow_missing:
         names = ", ".join(missing[:5] + ["..."] * (len(missing) > 5))
         counts = f"{len(missing)} of {len(ids)} {split} clips have no video or no caption"
         raise InputError(f"{root}: {counts}: {names}; --allow-missing leaves them out")
-    clips = [Clip(i, videos[i], tuple(captions[i])) for i in ids if i not in set(missing)]
     if not clips:
         raise InputError(f"{root}: split {split!r} is empty: none of its {len(ids)} clips is present")
     for clip in clips:
