@@ -71,8 +71,9 @@ def read_preprocessing(path: Path, default: Preprocessing) -> Preprocessing:
     elif not squash:
         raise InputError(f"{path}: do_center_crop is false, so size needs height and width: the ViT's input is square")
     if not 1 <= size <= resize <= MAX_SIDE:
-        raise InputError(f"{path}: crop_size is {size} and size is {resize}, expected 1 <= crop_size <= size <= "
-                         f"{MAX_SIDE}")  # fmt: skip
+        raise InputError(
+            f"{path}: crop_size is {size} and size is {resize}, expected 1 <= crop_size <= size <= {MAX_SIDE}"
+        )
     return Preprocessing(size, resize, squash, filters[number], *_read_mean_and_std(config, path, default))
 
 

@@ -13,7 +13,7 @@ import torch
 
 import evaluate
 import train
-from backbones.pretrain_mllm import PUBLISHED
+from backbones.pretrain import PUBLISHED
 from common.cli import printable
 from common.errors import InputError
 from common.files import read_json, sha256_of, write_json
