@@ -425,7 +425,7 @@ def test_each_dataset_trains_and_is_scored(finished_run, flags, tmp_path, monkey
         return capsys.readouterr().out
 
     out, cache = tmp_path / "run", tmp_path / "cache"
-    monkeypatch.setenv("QADAPTER_CACHE", str(cache))
+    monkeypatch.setenv("QADAPTER_FRAMES", str(cache))
     output = output_of(train, *flags, "--dataset", name, "--data", folder, "--out", out,
                        "--batch-size", 2, "--epochs", 1)  # fmt: skip
     test, config = json.loads((out / "test.json").read_text()), json.loads((out / "config.json").read_text())

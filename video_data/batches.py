@@ -94,8 +94,8 @@ def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> l
 
 def cache_folder(dataset: str, root: Path) -> Path:
     """The folder for a dataset's caches: .cache in its own folder `root`, or one that no other dataset shares in the
-    folder that the environment variable QADAPTER_CACHE names."""
-    if cache := os.environ.get("QADAPTER_CACHE"):
+    folder that the environment variable QADAPTER_FRAMES names."""
+    if cache := os.environ.get("QADAPTER_FRAMES"):
         return Path(cache) / f"{dataset}-{_hash(str(root.resolve()))[:8]}"
     return root / ".cache"  # hidden folders are not searched for videos
 

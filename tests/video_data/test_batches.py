@@ -319,9 +319,9 @@ def test_features_continue_where_they_were_stopped(tmp_path):
 
 
 def test_datasets_have_separate_cache_folders(tmp_path, monkeypatch):
-    monkeypatch.delenv("QADAPTER_CACHE", raising=False)
+    monkeypatch.delenv("QADAPTER_FRAMES", raising=False)
     assert batches.cache_folder("msvd", Path("a")) == Path("a/.cache")
-    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path))
+    monkeypatch.setenv("QADAPTER_FRAMES", str(tmp_path))
     folders = [
         batches.cache_folder(*pair) for pair in (("msvd", Path("a")), ("msvd", Path("b")), ("folder", Path("a")))
     ]
