@@ -26,7 +26,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 TIMEOUT = 120  # seconds
 STEPS = [(torch.optim.AdamW, "step")]  # for `ActAtCall`
 TWELVE_STEPS = ["--shapes-sizes", "12", "4", "6", "--batch-size", "4", "--epochs", "4", "--eval-every", "2",
-                "--log-every", "1", "--workers", "1", "--device", "cpu", "--queries", "4", "--rank", "4",
+                "--log-every", "1", "--device", "cpu", "--queries", "4", "--rank", "4",
                 "--heads", "2", "--last-blocks", "0", "--captions-per-clip", "2", "--precision", "fp32",
                 "--lr", "0.02"]  # fmt: skip
 
