@@ -235,3 +235,7 @@ def naive_beam_search(lm: CausalLM, prefix: Tensor, max_new_tokens: int, beams: 
             break
     best = finished[0][1]
     return best[:-1] if best[-1] == eos_id else best
+
+
+def check_length(config, prefix_length: int, max_new_tokens: int, beams: int) -> None:
+    make_generation_config(config, prefix_length, max_new_tokens, 0, beams, 1.0)

@@ -103,6 +103,13 @@ def halve_grid(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+def average_grid(tokens: Tensor, grid: int) -> Tensor:
+    """Squares of tokens (n, side * side, C), row by row -> averages of neighbours (n, grid * grid, C)."""
+    side = math.isqrt(tokens.shape[1])
+    x = tokens.transpose(1, 2).unflatten(2, (side, side))  # (n, C, side, side)
+    return F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2)
+
+
 def interleave(lm: CausalLM, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
     """Ids of one text more than there are groups of visual tokens (B, any, C) -> text, group, text, ..., text as input
     of the language model (B, L, C)."""
@@ -116,6 +123,7 @@ class MLLM(nn.Module):
     """A frozen public MLLM, for images and videos of one size. Larger images are not split into parts."""
 
     CONFIG_FILES = (*ViT.CONFIG_FILES, *VIDEO_PREPROCESSORS, "generation_config.json")
+    trained_together = True
 
     def __init__(self, config: MLLMConfig):
         super().__init__()
@@ -127,6 +135,23 @@ class MLLM(nn.Module):
         self.projector = MLPProjector(*widths) if is_llava else ShuffleProjector(*widths, config.shuffle)
         has_newline = config.family == "llava_onevision"
         self.newline = nn.Parameter(torch.randn(widths[1]) / widths[1] ** 0.5) if has_newline else None  # (C,)
+
+        self.projects_vectors = is_llava  # whether the projector maps single vectors, such as queries
+        self.visual_width = config.lm.width
+        self.grid = 0 if config.class_token else config.grid  # the side of a frame's square of tokens; 0: no square
+
+    def frame_tokens(self, z: Tensor, grid: int) -> Tensor:
+        """Outputs of the ViT's last block (n, P, D) -> visual tokens or averages of them (n, P' or grid^2, C)."""
+        tokens = self.connect(self.vit.finish(z))
+        return average_grid(tokens, grid) if grid else tokens
+
+    def num_frame_tokens(self, grid: int) -> int:
+        """How many tokens the language model reads per frame."""
+        return grid**2 or self.config.tokens_per_image
+
+    def num_images(self, frames: int) -> int:
+        """Groups of visual tokens in a prompt: one per frame."""
+        return frames
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
         """Normalized pixels (n, 3, S, S) -> visual tokens (n, P', C), what the language model reads of each image."""
