@@ -16,9 +16,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model import AdapterConfig, Captioner
+from common.config import Config
+from model import Captioner
 from models.lm import CausalLM, LMConfig
 from models.names import lm_tensor_names
+from models.pair import Pair
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from tests.common.helpers import ROOT, refused
@@ -103,7 +105,7 @@ def test_the_default_q_adapter_trains_less_than_1_4_percent_of_public_backbones(
         shutil.copy(CONFIGS / f"{name}.json", tmp_path / part / "config.json")
     vit, lm = ViT.from_config(tmp_path / "vit"), CausalLM.from_config(tmp_path / "lm")
     with torch.device("meta"):
-        captioner = Captioner(vit, lm, load_tokenizer(ROOT / "backbones" / "tiny-lm"), AdapterConfig())
+        captioner = Captioner(Pair(vit, lm), load_tokenizer(ROOT / "backbones" / "tiny-lm"), Config())
     trained = sum(p.numel() for p in captioner.trained().values())
     assert count_parameters(captioner) == count_parameters(vit) + count_parameters(lm) + trained
     assert trained == 2_046_467 and trained <= 0.014 * count_parameters(captioner)  # as in the README
