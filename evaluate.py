@@ -7,7 +7,7 @@
 
 `--report page.html` makes a page of what was captioned, `--show picture.png` a picture of one video (`report/`).
 
-Letters: B clips, T frames, S side in pixels.
+Shapes: B clips, T frames, S side in pixels.
 """
 
 import argparse
@@ -15,89 +15,57 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import metrics
 from common import cli
+from common.config import Config, read_config
 from common.errors import InputError, error_prefix, explain_out_of_memory
-from common.files import field, write_json
-from common.preprocessing import Preprocessing
-from common.run_log import check_output
-from model import AdapterConfig, Captioner
-from models import hub
-from models.generation import check_length
-from report.build import has_room, report_split, report_videos, show_video, video_data_of
-from report.curves import curves_of
+from common.files import write_json
+from model import Captioner
+from report.page import fits_another, page_entry, report_split, report_videos
+from report.show import show_video
 from training import devices
-from training.config import read_run_config
 from training.distributed import ProcessGroup
-from training.frozen_models import backbone_hashes, load_models
-from training.run import check_checkpoint, check_sums, checkpoint_path
+from training.frozen_models import fingerprint_models, load_models, resolve_models
+from training.run import check_run
 from video_data import shapes
 from video_data.annotations import VIDEO_SUFFIXES
-from video_data.batches import to_tensor
-from video_data.cache import cached_frames
-from video_data.datasets import VideoDataset, cache_folder, read_dataset
+from video_data.batches import cache_folder, cached_frames, to_tensor
+from video_data.datasets import VideoDataset, read_dataset
 from video_data.video import read_frames
 from video_data.windows import format_srt, iter_windows
+
+BATCH_SIZE = 64  # clips of a split that are captioned at once
+MODEL_FLAGS = "vit", "lm", "mllm"
 
 # ---------------------------------------------------------------------------------- loading a run
 
 
-def frozen_folders(flags: dict, path: Path) -> dict[str, Path]:
-    """{part: folder} of a run's frozen models, "mllm", or "vit" and "lm"; path: its config.json, for errors."""
-    folders = {}
-    for part in ["mllm"] if field(flags, "mllm", str, path, None) else ["vit", "lm"]:
-        name = field(flags, part, str, path)
-        with error_prefix(f"{path}: {part}"):
-            folders[part] = hub.resolve(name)
-    return folders
+def load_run(run: Path, device: torch.device, moved: dict[str, str]) -> tuple[Captioner, dict[str, Path]]:
+    """The captioner of a run's folder, with its best weights, and the folders of its frozen models.
 
-
-def load_run(run: Path, which: str = "best") -> tuple[Captioner, dict]:
-    """The captioner of a run's folder and its flags: config.json, the frozen models and `which`/adapter.safetensors.
-
-    Raises InputError where the folder is no run or a file in it does not fit the others.
+    moved: {"vit", "lm" or "mllm": where that model is now}. Raises InputError where the folder is not a run, or a file
+    in it or in a frozen model's folder is not the one of the training.
     """
-    path = run / "config.json"
-    config, flags = read_run_config(run)
-    folders = frozen_folders(flags, path)
-    precision = field(flags, "precision", str, path)
-    if precision not in devices.DTYPES:
-        raise InputError(f"{path}: flags: precision is {precision!r}, expected one of {', '.join(devices.DTYPES)}")
-    adapter = AdapterConfig.from_dict(field(config, "adapter", dict, path), f"{path}: adapter")
-    if adapter.method == "full" and precision != "fp32":
-        raise InputError(f"{path}: flags: precision is {precision!r}, expected 'fp32' with method full")
-    checkpoint = checkpoint_path(run, which)
-    if which == "best" and not checkpoint.parent.is_dir() and (run / "last").is_dir():
-        raise InputError(f"{checkpoint.parent}: expected a checkpoint, found none; --weights last takes the last one")
-    check_sums(checkpoint.parent)
-    check_checkpoint(checkpoint, backbone_hashes(folders), asdict(adapter))
-    models = load_models(folders, devices.DTYPES[precision], field(flags, "image_size", int, path, None))
-    with error_prefix(f"{path}: adapter"):
-        captioner = Captioner(models.vit, models.lm, models.tokenizer, adapter, models.mllm)
-    captioner.load(checkpoint)
-    return captioner.eval(), flags
+    config = replace(read_config(run), **moved)
+    with error_prefix(run / "config.json"):
+        config.check()
+        config, folders = resolve_models(config)
+    check_run(run, fingerprint_models(folders))
+    backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size)
+    with error_prefix(run / "config.json"):
+        captioner = Captioner(backbone, tokenizer, config)
+    captioner.load(run / "best/adapter.safetensors")
+    return captioner.eval().to(device), folders
 
 
 # --------------------------------------------------------------------------- captions and scores
-
-
-def caption_split(captioner: Captioner, cache: Sequence[np.ndarray], indices: Sequence[int], batch_size: int,
-                  **generation) -> list[str]:  # fmt: skip
-    """Captions clips of a cache of frames (T, 3, S, S) or features, with options of `Captioner.caption`."""
-    device, captions = next(captioner.parameters()).device, []
-    time_left = cli.TimeLeft("captions", len(indices))
-    for start in range(0, len(indices), batch_size):
-        frames = to_tensor(np.stack([cache[i] for i in indices[start : start + batch_size]]))  # (B, T, ...)
-        with explain_out_of_memory(f"captions of {len(frames)} clips at once, the batch may be smaller"):
-            captions += captioner.caption(frames.to(device), **generation)
-        time_left.update(len(captions))
-    return captions
 
 
 @dataclass(frozen=True)
@@ -110,11 +78,11 @@ class SplitResult:
     clip_scores: dict[str, dict[str, float]]
 
 
-def score_captions(dataset: VideoDataset, split: str, captions: dict[str, str], names=metrics.METRICS) -> SplitResult:
-    """The scores of a split; for `shapes` also the accuracy of what the captions claim."""
+def score_captions(dataset: VideoDataset, split: str, captions: dict[str, str], metric_names) -> SplitResult:
+    """Scores the captions of a split; on `shapes` also the shares of captions that are right."""
     references = {clip.id: list(clip.captions) for clip in dataset.splits[split]}
     try:
-        result = metrics.score(references, captions, metrics=names)
+        result = metrics.score(references, captions, metrics=metric_names)
     except metrics.InputError as error:
         raise InputError(str(error)) from error
     scores = dict(result.corpus)
@@ -123,43 +91,37 @@ def score_captions(dataset: VideoDataset, split: str, captions: dict[str, str], 
     return SplitResult(captions, scores, f"{result.signature}|{dataset.signature(split)}", result.per_video)
 
 
+def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, cache: Sequence[np.ndarray],
+                      batch_size: int, group: ProcessGroup, metric_names=metrics.METRICS,
+                      beams: int = 1) -> SplitResult:
+    """Captions a split, from a cache of frames (T, 3, S, S) or features, and scores it. Each process captions its
+    share, and all together `batch_size` clips at once."""
+    clips, training, captions = dataset.splits[split], captioner.training, []
+    device, indices = next(captioner.parameters()).device, group.shard(range(len(clips)))
+    step, time_left = max(1, batch_size // group.world_size), cli.TimeLeft("captions", len(indices))
+    captioner.eval()
+    for start in range(0, len(indices), step):
+        frames = to_tensor(np.stack([cache[i] for i in indices[start : start + step]]))  # (B, T, ...)
+        with explain_out_of_memory(f"captions of {len(frames)} clips at once"):
+            captions += captioner.caption(frames.to(device), beams)
+        time_left.update(len(captions))
+    captioner.train(training)
+    captions = dict(zip((clip.id for clip in clips), group.gather_shards(captions), strict=True))
+    return score_captions(dataset, split, captions, metric_names)
+
+
 def format_scores(scores: dict[str, float]) -> str:
     """Scores times 100, as papers print them; accuracies in %."""
     return "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
 
 
-def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, cache: Sequence[np.ndarray],
-                      batch_size: int, group: ProcessGroup, metric_names=metrics.METRICS,
-                      **generation) -> SplitResult:  # fmt: skip
-    """Captions a split and scores it. Each process captions its share."""
-    clips, training = dataset.splits[split], captioner.training
-    captioner.eval()
-    shard = group.shard(range(len(clips)))
-    local = caption_split(captioner, cache, shard, max(1, batch_size // group.world_size), **generation)
-    captioner.train(training)
-    captions = dict(zip((clip.id for clip in clips), group.gather_shards(local), strict=True))
-    return score_captions(dataset, split, captions, metric_names)
-
-
-def evaluate_split(captioner: Captioner, flags: dict, args: argparse.Namespace, frames: int,
-                   generation: dict) -> None:  # fmt: skip
+def evaluate_split(captioner: Captioner, dataset: VideoDataset, args: argparse.Namespace, config: Config) -> None:
     """Captions a split of the run's dataset, prints its scores, and writes --save and --report."""
-    path = args.run / "config.json"
-    name, root = field(flags, "dataset", str, path), args.data or Path(field(flags, "data", str, path))
-    if args.data and not args.data.exists():
-        raise InputError(f"--data {args.data}: expected the folder of the dataset, found none")
-    sizes, allow_missing = field(flags, "shapes_sizes", list, path), field(flags, "allow_missing", bool, path)
-    seed = field(flags, "shapes_seed", int, path)
-    dataset = read_dataset(name, root, sizes, allow_missing, [args.split], seed=seed)
-    print(dataset)
-    if args.report:
-        curves_of(args.run, captioner.first_block + 1)  # a damaged log fails before the work
-    check_outputs_outside(args, root, "dataset")
-    cache_root = cache_folder(args.cache or field(flags, "cache", str, path, None), name, root)
-    cache = cached_frames(dataset.splits[args.split], cache_root, args.split, frames, captioner.vit.preprocessing, 0)
-    result = caption_and_score(captioner, dataset, args.split, cache, args.batch_size, ProcessGroup(), **generation)
-    print(f"{args.split}: {format_scores(result.scores)}")
-    print(result.signature)
+    root = cache_folder(dataset.name, config.data)
+    cache = cached_frames(dataset.splits[args.split], root, args.split, config.frames, captioner.vit.preprocessing)
+    batch_size = config.micro_batch_size or BATCH_SIZE
+    result = caption_and_score(captioner, dataset, args.split, cache, batch_size, ProcessGroup(), beams=config.beams)
+    print(f"{args.split}: {format_scores(result.scores)}\n{result.signature}")
     if args.save:
         write_json(args.save, result.captions)
     if args.report:
@@ -174,9 +136,7 @@ def expand_video_paths(names: Iterable[str]) -> list[Path]:
     each."""
     paths = []
     for name in names:
-        path = Path(name)
-        if not name or "\0" in name:
-            raise InputError(f"--video {name!r}: is no path")
+        path = cli.path(name)
         if name == "-":
             lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
             paths += expand_video_paths(line for line in lines if line.strip() not in ("", "-"))
@@ -190,28 +150,19 @@ def expand_video_paths(names: Iterable[str]) -> list[Path]:
     return paths
 
 
-def read_pieces(path: Path, frames: int, preprocessing: Preprocessing, window: float | None,
-                stride: float | None) -> Iterator[tuple[dict[str, float], Tensor]]:  # fmt: skip
-    """A video as a whole, or window after window: ({} or {"start", "end"} in seconds, frames (T, 3, S, S))."""
-    if window is None:
-        yield {}, read_frames(path, frames, preprocessing)
-        return
-    for start, end, pixels in iter_windows(path, window, stride or window, frames, preprocessing):
-        yield {"start": round(start, 3), "end": round(end, 3)}, pixels
-
-
-def caption_videos(captioner: Captioner, paths: list[Path], frames: int, window: float | None = None,
-                   stride: float | None = None, **generation) -> Iterator[tuple[dict, Tensor | None]]:  # fmt: skip
-    """Prints a caption or, on stderr, an error for each video, or for each window of `window` seconds, one every
-    `stride` seconds; yields it, {"video", "start", "end", "caption"} or {"video", "error"}, with the frames that the
-    model saw (T, 3, S, S)."""
-    device = next(captioner.parameters()).device
+def caption_videos(captioner: Captioner, paths: list[Path], config: Config,
+                   window: float | None = None) -> Iterator[tuple[dict, Tensor | None]]:
+    """Prints a caption or, on stderr, an error for each video, or for each window of `window` seconds; yields it,
+    {"video", "start", "end", "caption"} or {"video", "error"}, with the frames that the model saw (T, 3, S, S)."""
+    device, preprocessing = next(captioner.parameters()).device, captioner.vit.preprocessing
     for path in paths:
         name = str(path).replace("\n", "\\n")
         try:
-            for times, pixels in read_pieces(path, frames, captioner.vit.preprocessing, window, stride):
-                caption = captioner.caption(pixels[None].to(device), **generation)[0]
-                when = f" {times['start']:.2f}-{times['end']:.2f} s:" if times else ""
+            for start, end, pixels in (iter_windows(path, window, config.frames, preprocessing) if window else
+                                       [(0, 0, read_frames(path, config.frames, preprocessing))]):
+                times = {"start": round(start, 3), "end": round(end, 3)} if window else {}
+                caption = captioner.caption(pixels[None].to(device), config.beams)[0]
+                when = f" {start:.2f}-{end:.2f} s:" if window else ""
                 print(cli.printable(f"{name}:{when} {caption}"))
                 yield {"video": str(path), **times, "caption": caption}, pixels
         except InputError as error:
@@ -221,54 +172,30 @@ def caption_videos(captioner: Captioner, paths: list[Path], frames: int, window:
 
 def write_row(path: Path, row: dict, number: int) -> None:
     """Writes a JSON object and a line break, or a subtitle into a file .srt, at once, so that it is there whatever ends
-    the program later. Row number 1 replaces the file's old content. Raises InputError if the disk refuses."""
-    is_subtitle = path.suffix.lower() == ".srt"
-    if is_subtitle and "error" in row:
-        return
-    text = format_srt(number, row["start"], row["end"], row["caption"]) if is_subtitle else json.dumps(row) + "\n"
-    size = 0 if number == 1 or not path.exists() else path.stat().st_size
-    try:
-        with open(path, "w" if number == 1 else "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-    except OSError as error:
-        if path.is_file() and path.stat().st_size > size:
-            os.truncate(path, size)  # the disk is full: no half of a row stays
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    the program later. Row number 1 replaces the file's old content."""
+    text = json.dumps(row) + "\n"
+    if path.suffix.lower() == ".srt":
+        text = "" if "error" in row else format_srt(number, row["start"], row["end"], row["caption"])
+    with open(path, "w" if number == 1 else "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
 
 
-def check_videos(paths: list[Path], args: argparse.Namespace) -> None:
-    """Raises InputError for no videos, for several with an output for one, and for outputs that are one of them."""
-    if not paths:
-        raise InputError("--video -: expected paths of videos on the standard input, one per line, found none")
-    for flag, given in (("--show", args.show), ("--save FILE.srt", args.save and args.save.suffix.lower() == ".srt")):
-        if given and len(paths) > 1:
-            raise InputError(f"{flag}: expected one video, found {len(paths)}")
-    for flag, output in outputs(args).items():
-        if not output.exists():
-            continue
-        if any(path.exists() and output.samefile(path) for path in paths):
-            raise InputError(f"{flag} {output}: is one of the videos, expected another file")
-        if "-" in args.video and os.path.samestat(os.fstat(0), output.stat()):
-            raise InputError(f"{flag} {output}: is the standard input, expected another file")
-
-
-def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int, generation: dict) -> int:
-    """Captions the videos of --video; -> the exit code, 2 if any could not be read."""
-    paths, rows, shown = expand_video_paths(args.video), [], []
-    check_videos(paths, args)
+def evaluate_videos(captioner: Captioner, paths: list[Path], args: argparse.Namespace, config: Config) -> int:
+    """Captions the videos of --video. Returns the exit code, 2 if any could not be read."""
+    rows, entries = [], []
     with cli.protect_cleanup():
         try:
-            for row, pixels in caption_videos(captioner, paths, frames, args.window, args.stride, **generation):
+            for row, pixels in caption_videos(captioner, paths, config, args.window):
                 rows.append(row)
                 if args.save:
                     write_row(args.save, row, len(rows))
-                if args.report and pixels is not None and has_room(shown):
-                    shown.append(video_data_of(captioner, row, pixels, len(shown)))
+                if args.report and pixels is not None and fits_another(entries):
+                    entries.append(page_entry(captioner, row, pixels, len(entries)))
                 if args.show and pixels is not None:
                     show_video(args.show, captioner, row["caption"], pixels)
         finally:  # after Ctrl-C and SIGTERM, too
-            if args.report and shown:
-                report_videos(args.report, args.run, captioner, shown, rows)
+            if args.report and entries:
+                report_videos(args.report, args.run, captioner, entries, rows)
     failed = sum("error" in row for row in rows)
     if failed and len(paths) > 1:
         cli.print_error(f"error: {failed} of {len(paths)} videos could not be captioned")
@@ -278,93 +205,87 @@ def evaluate_videos(captioner: Captioner, args: argparse.Namespace, frames: int,
 # ------------------------------------------------------------------------------- the command line
 
 
-def outputs(args: argparse.Namespace) -> dict[str, Path]:
-    """The files to write, by their flags."""
-    named = {"--save": args.save, "--report": args.report, "--show": args.show}
-    return {flag: path for flag, path in named.items() if path}
-
-
-def check_outputs_outside(args: argparse.Namespace, folder: Path, name: str) -> None:
-    """Raises InputError if a file to write is one of the folder that the run reads: its dataset or a frozen model."""
-    for flag, output in outputs(args).items():
-        if output.exists() and folder.resolve() in (output.resolve(), *output.resolve().parents):
-            raise InputError(f"{flag} {output}: is a file of the {name}, expected another one")
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.")
+    parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.",
+                        "python evaluate.py RUN [--split test] [--video clip.mp4 ...]")
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
     group = parser.add_argument_group("input")
-    group.add_argument("--split", choices=["val", "test"], help="which split of the run's dataset; unset: test")
-    group.add_argument("--data", type=cli.folder, help="the dataset's folder; unset: as in training")
-    group.add_argument("--cache", type=cli.folder, help="where decoded frames are stored; unset: as in training")
+    group.add_argument("--split", choices=["val", "test"], help="which split of the run's dataset (default: test)")
     group.add_argument("--video", nargs="+", action="extend", metavar="FILE",
-                       help="your own videos instead, or folders of them; - reads paths, one per line")  # fmt: skip
+                       help="caption your own videos instead, or folders of them; - reads paths, one per line")
     group.add_argument("--window", type=cli.number(float, 0.1), metavar="SECONDS",
                        help="caption each --video piece by piece, with times; --save FILE.srt writes subtitles")
-    group.add_argument("--stride", type=cli.number(float, 0.1), metavar="SECONDS",
-                       help="from the start of a window to that of the next; unset: --window")  # fmt: skip
-    group.add_argument("--frames", type=cli.at_least(1, 4096), help="frames a clip; unset: as in training")
-    group.add_argument("--weights", choices=["best", "last"], default="best", help="which checkpoint of the run")
-    group = parser.add_argument_group("generation")
-    group.add_argument("--beams", type=cli.at_least(1), help="beams of the search; 1 is greedy; unset: as in training")
-    group.add_argument("--max-new-tokens", type=cli.at_least(1), default=30, help="most tokens of a caption")
-    group = parser.add_argument_group("output and machine")
+    group.add_argument("--frames", type=cli.number(int, 1, 4096), help="frames per clip (default: as in training)")
+    group.add_argument("--beams", type=cli.number(int, 1, 1000),
+                       help="beams of the search; 1 is greedy (default: as in training)")
+    group = parser.add_argument_group("output")
     group.add_argument("--save", type=cli.path, metavar="FILE",
-                       help="writes {id: caption} as JSON; for --video one JSON object per line")  # fmt: skip
-    group.add_argument("--report", type=cli.path, metavar="FILE",
-                       help="writes a page with frames, captions, scores and attention, for a browser")  # fmt: skip
+                       help="write {id: caption} as JSON; for --video one JSON object per line")
+    group.add_argument("--report", type=cli.path, metavar="FILE.html",
+                       help="write a page with frames, captions, scores and attention, for a browser")
     group.add_argument("--show", type=cli.path, metavar="FILE.png",
-                       help="draws one --video: its frames, what the queries read of them, the caption")  # fmt: skip
-    group.add_argument("--batch-size", type=cli.at_least(1), default=64, help="clips of a split captioned at a time")
+                       help="draw one --video: its frames, what the queries read of them, the caption")
+    group = parser.add_argument_group("where things are now")
+    group.add_argument("--data", type=cli.folder, help="the dataset's folder (default: as in training)")
+    for name in MODEL_FLAGS:
+        group.add_argument(f"--{name}", help="this frozen model; another one is refused (default: as in training)")
     group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
     return parser
 
 
-def parse_args() -> argparse.Namespace:
-    """All flags. Raises InputError for those that do not fit each other."""
-    args = make_parser().parse_args()
-    if args.video and args.split:
-        raise InputError("--video: was given with --split, expected only one of them")
-    if args.video and (args.data or args.cache):
-        raise InputError("--data and --cache: expected without --video: it reads no dataset")
-    if not args.video and (args.show or args.window or args.stride):
-        raise InputError("--show, --window and --stride: expected --video too")
-    if args.show and args.show.suffix.lower() != ".png":
-        raise InputError(f"--show {args.show}: expected a name that ends in .png")
-    if args.show and args.window:
-        raise InputError("--show: expected without --window: it draws a whole video")
-    if args.stride and not args.window:
-        raise InputError("--stride: expected --window too")
-    if args.save and args.save.suffix.lower() == ".srt" and not args.window:
-        raise InputError("--save FILE.srt: expected --window too: subtitles have times")
-    written = outputs(args)
-    if len({path.resolve() for path in written.values()}) < len(written):
-        raise InputError(f"{', '.join(written)}: expected different files")
-    args.split = args.split or "test"
-    return args
+def check_args(args: argparse.Namespace) -> None:
+    """Raises InputError for flags that do not fit each other."""
+    is_srt = args.save is not None and args.save.suffix.lower() == ".srt"
+    for is_refused, message in (
+        (args.video and (args.split or args.data), "--split and --data: expected without --video, it reads no dataset"),
+        (not args.video and (args.show or args.window), "--show and --window: expected --video too"),
+        (args.show and args.window, "--show: expected without --window; it draws a whole video"),
+        (is_srt and not args.window, "--save FILE.srt: expected --window too; subtitles have times"),
+    ):
+        if is_refused:
+            raise InputError(message)
+
+
+def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequence[Path]) -> None:
+    """Raises InputError for an output that cannot be written, or would replace a file of the run or of `inputs`, files
+    and folders that are read; and for several videos with an output for one."""
+    outputs = {flag: path for flag in ("save", "report", "show") if (path := getattr(args, flag))}
+    of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "lock")
+    inputs = [path.resolve() for path in (*inputs, *videos, *map(args.run.joinpath, of_run))]
+    for flag, path in outputs.items():
+        target = path.resolve()
+        if target.exists() and not {target, *target.parents}.isdisjoint(inputs):
+            raise InputError(f"--{flag} {path}: is a file that is read, expected another one")
+        if not os.access(target.parent, os.W_OK) or (target.exists() and not target.is_file()):
+            raise InputError(f"--{flag} {path}: expected the name of a file in a folder that can be written to")
+        if len(videos) > 1 and (flag == "show" or path.suffix.lower() == ".srt"):
+            raise InputError(f"--{flag} {path}: expected one video, found {len(videos)}")
+    if len({path.resolve() for path in outputs.values()}) < len(outputs):
+        raise InputError(f"--{', --'.join(outputs)}: expected different files")
 
 
 def main() -> int:
-    args = parse_args()
-    for flag, path in outputs(args).items():
-        check_output(flag, path, args.run)
-    device, _ = devices.select_device(args.device)
+    args = make_parser().parse_args()
+    check_args(args)
+    args.split = args.split or "test"
+    videos = expand_video_paths(args.video or ())
+    if args.video and not videos:
+        raise InputError("--video -: expected paths of videos on the standard input, one per line, found none")
+    device = devices.select_device(args.device)
     devices.keep_freed_memory()
-    captioner, flags = load_run(args.run, args.weights)
-    for part, folder in frozen_folders(flags, args.run / "config.json").items():
-        check_outputs_outside(args, folder, f"run's frozen {part}")
-    captioner.to(device)
-    frames = args.frames or flags["frames"]
-    if args.beams is None:
-        args.beams = flags["beams"]
-        with error_prefix(args.run / "config.json"):
-            check_length(captioner.lm.config, 0, args.beams, max_new_tokens=1)
-    generation = {"beams": args.beams, "max_new_tokens": args.max_new_tokens}
-    check_length(captioner.lm.config, captioner.prefix_length(frames), **generation)  # fail before the work
+    moved = {name: value for name in MODEL_FLAGS if (value := getattr(args, name))}
+    captioner, folders = load_run(args.run, device, moved)
+    given = {name: value for name in ("data", "frames", "beams") if (value := getattr(args, name))}
+    config = replace(captioner.config, **given)
+    check_outputs(args, list(folders.values()) + ([] if args.video else [config.data]), videos)
+    captioner.check_length(config.frames, config.beams)
     if args.video:
-        return evaluate_videos(captioner, args, frames, generation)
-    evaluate_split(captioner, flags, args, frames, generation)
+        return evaluate_videos(captioner, videos, args, config)
+    if not config.data.exists():
+        raise InputError(f"--data {config.data}: expected the folder of the dataset, found none")
+    dataset = read_dataset(config.dataset, config.data, None, config.allow_missing, [args.split])
+    print(dataset)
+    evaluate_split(captioner, dataset, args, config)
     return 0
 
 

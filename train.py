@@ -4,117 +4,43 @@ A run is a folder (`training/run.py`), and `--resume RUN` continues it bit for b
 the highest CIDEr on the validation split; the test split is scored once, after training. `torchrun --nproc-per-node 2
 train.py ...` trains the same with two processes (`training/distributed.py`).
 
-Letters: B clips of this process in a batch, T frames, S side in pixels, K captions per clip, L tokens of the longest
+Shapes: B clips of this process in a batch, T frames, S side in pixels, K captions per clip, L tokens of the longest
 caption.
 """
 
 import math
 import shlex
 import time
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from common import cli
-from common.errors import InputError, error_prefix, explain_out_of_memory
+from common.config import Config, parse_args
+from common.errors import InputError, explain_out_of_memory
 from evaluate import caption_and_score, format_scores
-from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
-from models.generation import check_length
-from report.build import report_split
+from model import MAX_CAPTION_TOKENS, Captioner
+from report.page import report_split
 from training import devices, distributed
-from training.config import fill_models, parse_args
-from training.frozen_models import backbone_hashes, load_meta_models, load_models, resolve_models
+from training.frozen_models import fingerprint_models, load_models, resolve_models, with_default_models
 from training.inputs import cached_inputs
-from training.interrupts import deferred_interrupts
-from training.optimizer import make_optimizer, set_learning_rate
-from training.plan import format_plan, format_schedule, planned_dataset, schedule_run, schedule_warnings
-from training.progress import Progress
-from training.run import Run
-from video_data import datasets
+from training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from training.plan import format_plan, format_schedule, make_schedule
+from training.progress import Progress, deferred_interrupts
+from training.run import Run, check_out, check_run
 from video_data.batches import TrainingExamples, collate, epoch_batches, prefetch
+from video_data.datasets import read_dataset
 
 MEASURED_CLIPS = 16  # give the adapter's channel statistics
-
-
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up, the peak until half of all steps, then half a cosine down to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1)))
-
-
-def load_captioner(args, device: torch.device, group: distributed.ProcessGroup) -> tuple[Captioner, dict[str, str]]:
-    """The captioner that the flags describe, and the SHA-256 of its frozen models' files.
-
-    Stores the names of the models in args; a hub id gets its commit. For --plan, it is on the meta device.
-    """
-    fill_models(args, device)
-    with group.rank0_first():  # one process of each machine downloads
-        folders = resolve_models(args)
-    load, dtype = load_meta_models if args.plan else load_models, devices.DTYPES[args.precision]
-    models = load(folders, dtype, args.image_size)
-    config = AdapterConfig(**{f.name: getattr(args, f.name) for f in fields(AdapterConfig)})
-    with models.vit.position.device:
-        captioner = Captioner(models.vit, models.lm, models.tokenizer, config, models.mllm)
-    check_beams(args, captioner)
-    return (captioner, {}) if args.plan else (captioner.to(device), backbone_hashes(folders))
-
-
-def check_beams(args, captioner: Captioner) -> None:
-    """Raises InputError for a search on the test split that would fail after training."""
-    with error_prefix(f"--beams {args.beams}"):
-        check_length(captioner.lm.config, captioner.prefix_length(args.frames), args.beams)
-
-
-def format_gates(gates: dict[str, list[float]]) -> str:
-    """"gates 0.37 0.68 0.81 (0 3 0 % saturated)  ", per block, and a warning where almost every gate is saturated: then
-    little more is learned."""
-    if not gates:
-        return ""
-    means = " ".join(f"{mean:.2f}" for mean in gates["gates"])
-    shares = " ".join(f"{100 * share:.0f}" for share in gates["saturated"])
-    warning = "  almost all saturated, try a lower --lr" if min(gates["saturated"]) > 0.9 else ""
-    return f"gates {means} ({shares} % saturated){warning}  "
-
-
-def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, steps: int, loss: float,
-             lr: float) -> None:  # fmt: skip
-    """A row of the log and a line on the console."""
-    speed, timing = progress.update(step)
-    has_gates = captioner.adapter is not None and captioner.config.gate != "none"
-    gates = captioner.adapter.gate_statistics() if has_gates else {}
-    run.log({"step": step, "loss": loss, "lr": lr, "clips/s": speed, "elapsed": progress.elapsed()} | gates)
-    print(f"step {step}/{steps}  loss {loss:.3f}  lr {lr:.1e}  {format_gates(gates)}{timing}")
-
-
-def make_dataset(args) -> datasets.VideoDataset:
-    """The dataset of the flags; `shapes` is made if it does not exist yet."""
-    return datasets.read_dataset(args.dataset, args.data, args.shapes_sizes, args.allow_missing, workers=args.workers,
-                                 seed=args.shapes_seed)  # fmt: skip
-
-
-def load_examples(args, clips: list[datasets.Clip], cache, captioner: Captioner) -> TrainingExamples:
-    """The training examples, from cached frames or block outputs."""
-    examples = TrainingExamples(clips, cache, captioner.tokenizer, args.frames, args.captions_per_clip, args.seed,
-                                captioner.lm.config.eos_id, MAX_CAPTION_TOKENS)  # fmt: skip
-    if examples.num_truncated:
-        print(f"captions: {examples.num_truncated} are longer than {MAX_CAPTION_TOKENS} tokens and are truncated")
-    return examples
-
-
-def measure_channels(captioner: Captioner, examples: list, device: torch.device) -> None:
-    """Gives the adapter the channel statistics of some examples, which are the same in every process."""
-    frames, _ = collate(examples)
-    captioner.measure_channels(frames.to(device))
+LOG_EVERY = 20  # steps
 
 
 def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, tokens: int,
-                         micro_batch_size: int | None) -> Tensor:  # fmt: skip
+                         micro_batch_size: int | None) -> Tensor:
     """Adds the gradient of a batch's loss, its sum over all labels / tokens, one micro-batch after another.
 
-    -> the loss, still on the device. Only one micro-batch is in the device's memory at once.
+    Returns the loss, still on the device. Only one micro-batch is in the device's memory at once.
     """
     device, size = next(captioner.parameters()).device, micro_batch_size or len(frames)
     total = torch.zeros((), device=device)
@@ -126,63 +52,9 @@ def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, t
     return total
 
 
-def seconds_per_step(captioner: Captioner, frames: Tensor, labels: Tensor, micro_batch_size: int | None) -> float:
-    """The time of a step on this batch, without the optimizer: the second of two, since the first also warms up."""
-    for _ in range(2):
-        start_time = time.monotonic()
-        accumulate_gradients(captioner, frames, labels, 1, micro_batch_size).item()
-    return time.monotonic() - start_time
-
-
-def clips_at_once(args, group: distributed.ProcessGroup) -> int:
-    """How many clips all processes caption at once: not more than they train on at once."""
-    return group.world_size * args.micro_batch_size if args.micro_batch_size else args.batch_size
-
-
-def validate(captioner: Captioner, dataset: datasets.VideoDataset, cache, args, group: distributed.ProcessGroup,
-             run: Run, step: int, progress: Progress) -> float:  # fmt: skip
-    """Scores the validation split, greedily; all captions go into RUN/val/STEP.json, two are printed. -> CIDEr."""
-    result = caption_and_score(captioner, dataset, "val", cache, clips_at_once(args, group), group,
-                               ("BLEU", "ROUGE_L", "CIDEr"))  # fmt: skip
-    run.log({"step": step, "val": result.scores, "elapsed": progress.elapsed()})
-    run.save_captions(f"val/{step}.json", result.captions, result.scores, result.signature)
-    print(f"val at step {step}: {format_scores(result.scores)}")
-    for clip in dataset.splits["val"][:2]:
-        print(f"  {clip.id}: {result.captions[clip.id]}")
-    return result.scores["CIDEr"]
-
-
-def score_test(captioner: Captioner, dataset: datasets.VideoDataset, cache, args, group: distributed.ProcessGroup,
-               run: Run, step: int, progress: Progress) -> None:  # fmt: skip
-    """Scores the test split with --beams; all captions go into RUN/test.json and RUN/report.html, five are printed with
-    a reference."""
-    result = caption_and_score(captioner, dataset, "test", cache, clips_at_once(args, group), group, beams=args.beams)
-    run.log({"step": step, "test": result.scores, "elapsed": progress.elapsed()})
-    run.save_captions("test.json", result.captions, result.scores, result.signature)
-    for clip in dataset.splits["test"][:5]:
-        print(f"\n{clip.path}\n  caption    {result.captions[clip.id]}\n  reference  {clip.captions[0]}")
-    print(f"\ntest: {format_scores(result.scores)}\n{result.signature}")
-    if group.rank == 0:
-        report_split(run.folder / "report.html", run.folder, captioner, dataset, "test", cache, result)
-
-
-def score_untrained(captioner: Captioner, dataset: datasets.VideoDataset, caches: dict, args,
-                    group: distributed.ProcessGroup, run: Run, start_time: float) -> None:  # fmt: skip
-    """`--method none`: a run of no steps, which scores the frozen models as they are; resumed, it does so again."""
-    if args.resume:
-        run.restart()
-    else:
-        run.create(captioner, None, args, dataset)
-    progress = Progress(0, [0], args.batch_size, start_time, test_ratio=0)
-    validate(captioner, dataset, caches["val"], args, group, run, 0, progress)
-    score_test(captioner, dataset, caches["test"], args, group, run, 0, progress)
-    print(f"run: {run.folder}, {cli.format_seconds(progress.elapsed())}")
-    print(format_next_steps(run.folder, None))
-
-
 @torch.no_grad()
 def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner, batch: tuple,
-                 group: distributed.ProcessGroup) -> None:  # fmt: skip
+                 group: distributed.ProcessGroup) -> None:
     """Raises InputError if the loss or the norm of the gradient is not finite; it names the clips that cause it."""
     if math.isfinite(loss + grad_norm):
         return
@@ -192,56 +64,124 @@ def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner,
     local = [clip for clip, clip_loss in zip(clips, losses, strict=True) if not clip_loss.isfinite()]
     names = ", ".join(sum(group.all_gather(local), [])) or "none"
     raise InputError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; clips whose own loss is "
-                     f"not finite: {names}; last/ is unchanged")  # fmt: skip
+                     f"not finite: {names}; last/ is unchanged")
 
 
-def format_next_steps(folder: Path, epochs: int | None) -> str:
-    """What can be done with a finished run of so many epochs, or of none, a line each."""
-    words = shlex.quote(str(folder))
-    lines = [f"look at its captions:  {words}/report.html",
-             f"caption your videos:   python evaluate.py {words} --video FILE"]  # fmt: skip
-    if epochs is not None:
-        lines.append(f"train it longer:       python train.py --resume {words} --epochs {2 * epochs}")
-    return "\n".join(lines)
+def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, steps: int, loss: float, lr: float) -> None:
+    """A row of the log and a line on the console."""
+    speed, timing = progress.update(step)
+    has_gates = captioner.adapter is not None and captioner.config.gate != "none"
+    gates = captioner.adapter.gate_statistics() if has_gates else {}
+    run.log({"step": step, "loss": loss, "lr": lr, "clips/s": speed, "elapsed": progress.elapsed()} | gates)
+    means = " ".join(f"{mean:.2f}" for mean in gates.get("gates", ()))
+    print(f"step {step}/{steps}  loss {loss:.3f}  lr {lr:.1e}  {'gates ' * bool(gates)}{means}  {timing}")
+
+
+def eval_batch_size(config: Config, group: distributed.ProcessGroup) -> int:
+    """How many clips all processes caption at once: not more than they train on at once."""
+    return group.world_size * config.micro_batch_size if config.micro_batch_size else config.batch_size
+
+
+def validate(captioner: Captioner, dataset, cache, group: distributed.ProcessGroup, run: Run, step: int,
+             progress: Progress) -> float:
+    """Scores the validation split, greedily; all captions go into RUN/val/STEP.json, two are printed. Returns CIDEr."""
+    with progress.validation():
+        result = caption_and_score(captioner, dataset, "val", cache, eval_batch_size(captioner.config, group), group,
+                                   ("BLEU", "ROUGE_L", "CIDEr"))
+    run.log({"step": step, "val": result.scores, "elapsed": progress.elapsed()})
+    run.save_captions(f"val/{step}.json", result.captions, result.scores, result.signature)
+    print(f"val at step {step}: {format_scores(result.scores)}")
+    for clip in dataset.splits["val"][:2]:
+        print(f"  {clip.id}: {result.captions[clip.id]}")
+    return result.scores["CIDEr"]
+
+
+def score_test(captioner: Captioner, dataset, cache, group: distributed.ProcessGroup, run: Run, step: int,
+               progress: Progress) -> None:
+    """Scores the test split with --beams; all captions go into RUN/test.json and RUN/report.html, five are printed with
+    a reference."""
+    config = captioner.config
+    result = caption_and_score(captioner, dataset, "test", cache, eval_batch_size(config, group), group,
+                               beams=config.beams)
+    run.log({"step": step, "test": result.scores, "elapsed": progress.elapsed()})
+    run.save_captions("test.json", result.captions, result.scores, result.signature)
+    for clip in dataset.splits["test"][:5]:
+        print(f"\n{clip.path}\n  caption    {result.captions[clip.id]}\n  reference  {clip.captions[0]}")
+    print(f"\ntest: {format_scores(result.scores)}\n{result.signature}")
+    if group.rank == 0:
+        report_split(run.folder / "report.html", run.folder, captioner, dataset, "test", cache, result)
+    words = shlex.quote(str(run.folder))
+    print(f"run: {words}, {cli.format_seconds(progress.elapsed())}\n"
+          f"look at its captions:  {words}/report.html\n"
+          f"caption your videos:   python evaluate.py {words} --video FILE")
+    if step:
+        print(f"train it longer:       python train.py --resume {words} --epochs {2 * config.epochs}")
+
+
+def load_captioner(config: Config, device: torch.device,
+                   group: distributed.ProcessGroup) -> tuple[Captioner, dict[str, str]]:
+    """The captioner of a config on its device, and the fingerprints of its frozen models' files. Its `config` names the
+    models that were found. For --plan it is on the meta device."""
+    with group.rank0_first():  # one process of each machine downloads
+        config, folders = resolve_models(with_default_models(config, device))
+    dtype = devices.DTYPES[config.precision]
+    backbone, tokenizer = load_models(folders, dtype, config.image_size, meta=config.plan)
+    with backbone.vit.position.device:
+        captioner = Captioner(backbone, tokenizer, config)
+    captioner.check_length(config.frames, config.beams)  # of the test split, which comes after all training
+    return (captioner, {}) if config.plan else (captioner.to(device), fingerprint_models(folders))
+
+
+def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, batch: tuple,
+                      group: distributed.ProcessGroup) -> float:
+    """Step number `step` + 1 of training, on this process's share of a batch. Returns the loss of the whole batch."""
+    (_, frames, labels), config = batch, captioner.config
+    trained = [parameter for group_of_one in optimizer.param_groups for parameter in group_of_one["params"]]
+    # Of --token-dropout: each step and process hides other tokens, and a resumed run the same ones.
+    torch.manual_seed(hash((config.seed, step, group.rank)))
+    tokens = group.all_reduce(int((labels >= 0).sum()))  # the loss is a mean over the tokens of all processes
+    optimizer.zero_grad(set_to_none=True)
+    loss = accumulate_gradients(captioner, frames, labels, tokens, config.micro_batch_size)
+    group.all_reduce_gradients(trained)
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the only time that a step waits for a GPU
+    loss = group.all_reduce(loss)
+    check_finite(step + 1, loss, grad_norm, captioner, batch, group)
+    optimizer.step()
+    return loss
 
 
 def main() -> int:
     # 1. Flags, processes, device
-    args = parse_args()
-    group = distributed.init_process_group(args.device, args.batch_size)
-    device = devices.setup(args)
-    torch.manual_seed(args.seed)
     start_time = time.monotonic()
+    config = parse_args()
+    if not (config.plan or config.resume):
+        check_out(config.out)
+    group = distributed.init_process_group(config.device, config.batch_size)
+    device = devices.select_device(config.device, config.plan)
+    config = replace(config, precision=devices.select_precision(config, device))
+    print(f"device: {device}, {torch.get_num_threads()} threads; frozen weights in {config.precision}")
+    devices.keep_freed_memory()
+    torch.manual_seed(config.seed)
 
     # 2. Data and model
-    with group.rank0_first():
-        dataset = planned_dataset(args)  # makes nothing: flags that do not fit are refused first
-    print(dataset)
-    schedule = schedule_run(args, dataset.splits["train"])
-    steps = schedule.steps
-    if args.method != "none":
-        print(format_schedule(schedule, args))
-    captioner, hashes = load_captioner(args, device, group)
+    with group.rank0_first():  # one process of each machine makes `shapes`
+        dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing)
+    clips = dataset.splits["train"]
+    schedule = make_schedule(config, len(clips), sum(len(clip.captions) for clip in clips))
+    print(f"{dataset}\n{format_schedule(schedule, config)}")
+    captioner, fingerprints = load_captioner(config, device, group)
+    config, steps = captioner.config, schedule.steps
     print(captioner.parameter_table())
-    if args.plan:
-        print(format_plan(args, dataset, schedule, captioner, device, MAX_CAPTION_TOKENS + 1, group.world_size))
-        group.destroy()
-        return 0
-    run = Run(args.out, group, hashes)
-    if args.resume:
-        run.check(asdict(captioner.config), dataset.counts(), args.data)
-    if args.compile:
-        captioner.compile_blocks()
-    with group.rank0_first():  # one process of each machine makes `shapes` and decodes
-        if args.dataset == "shapes":
-            dataset = make_dataset(args)
-        inputs = cached_inputs(args, dataset, captioner, hashes, device)
-    train_clips = dataset.splits["train"]
-    if args.method == "none":
-        score_untrained(captioner, dataset, inputs, args, group, run, start_time)
-        group.destroy()
-        return 0
-    examples = load_examples(args, train_clips, inputs["train"], captioner)
+    if config.plan:
+        print(format_plan(config, dataset, captioner, device, MAX_CAPTION_TOKENS + 1, group.world_size))
+        return group.destroy()
+    if config.resume:
+        check_run(config.resume, fingerprints, dataset.counts())
+    with group.rank0_first():  # one process of each machine decodes
+        inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
+    examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, config.frames,
+                                config.captions_per_clip, config.seed, captioner.lm.config.eos_id, MAX_CAPTION_TOKENS)
 
     def load_batch(batch: list[tuple[int, int]]) -> tuple[list[str], Tensor, Tensor]:
         """This process's share of a batch of (clip, epoch): ids, frames (B, T, 3, S, S), labels (B, K, L)."""
@@ -249,68 +189,47 @@ def main() -> int:
         frames, labels = collate([examples[key] for key in local_batch])
         if device.type == "cuda":
             frames = frames.pin_memory()  # is copied to the GPU while the GPU computes
-        return [train_clips[clip].id for clip, _ in local_batch], frames, labels
+        return [clips[clip].id for clip, _ in local_batch], frames, labels
 
     # 3. Optimizer, and the step to start from
-    first_batch = next(epoch_batches(len(train_clips), args.batch_size, 1, args.seed))
-    trained = captioner.trained()
-    optimizer = make_optimizer(trained, args.lr_scaling, args.weight_decay, args.gate_lr)
-    step, best_cider = 0, -1.0
-    if args.resume:
-        step, best_cider, elapsed = run.resume(captioner, optimizer, args, steps, device)
+    optimizer = make_optimizer(captioner.trained(), config.weight_decay) if steps else None
+    run, step, best_cider = Run(config.out, group, fingerprints), 0, -1.0
+    if config.resume:
+        step, best_cider, elapsed = run.resume(captioner, optimizer, steps, device)
         start_time -= elapsed
         print(f"resuming after step {step}")
     else:
-        if captioner.adapter is not None and not args.raw_channels:
-            measure_channels(captioner, [examples[key] for key in first_batch[:MEASURED_CLIPS]], device)
-        run.create(captioner, optimizer, args, dataset)
-    group.broadcast(captioner.saved().values())
+        if captioner.adapter is not None:  # from the same clips in every process
+            first_batch = next(epoch_batches(len(clips), config.batch_size, 1, config.seed))
+            frames, _ = collate([examples[key] for key in first_batch[:MEASURED_CLIPS]])
+            captioner.measure_channels(frames.to(device))
+        run.create(captioner, optimizer, dataset)
+    group.broadcast(captioner.checkpoint_tensors().values())
 
     # 4. The loop
-    batches = prefetch(load_batch, epoch_batches(len(train_clips), args.batch_size, args.epochs, args.seed, step))
-    steps_between = steps // args.epochs * args.eval_every
-    validation_steps = [*range(steps_between, steps, steps_between), steps]
-    test_ratio = args.beams * len(dataset.splits["test"]) / len(dataset.splits["val"])
-    progress = Progress(step, validation_steps, args.batch_size, start_time, test_ratio)
+    order = epoch_batches(len(clips), config.batch_size, config.epochs, config.seed, step) if steps else ()
+    steps_between = steps // config.epochs * config.eval_every
+    validation_steps = [*range(steps_between, steps, max(1, steps_between)), steps]
+    test_ratio = config.beams * len(dataset.splits["test"]) / len(dataset.splits["val"])
+    progress = Progress(step, validation_steps, config.batch_size, start_time, test_ratio)
     if step == 0:
-        with progress.validation():
-            validate(captioner, dataset, inputs["val"], args, group, run, step, progress)
-    with deferred_interrupts(repeatable=group.world_size > 1, compiling=args.compile) as interrupts:
-        if step == 0:
-            with progress.paused():
-                _, frames, labels = load_batch(first_batch)
-                seconds = steps * seconds_per_step(captioner, frames, labels, args.micro_batch_size)
-            for line in schedule_warnings(schedule.passes, seconds):
-                print(f"warning: {line}")
-        for clips, frames, labels in batches:
-            lr = learning_rate(step, steps, args.warmup, args.lr)
+        validate(captioner, dataset, inputs["val"], group, run, step, progress)
+    with deferred_interrupts(repeatable=group.world_size > 1) as interrupts:
+        for batch in prefetch(load_batch, order):
+            lr = learning_rate(step, steps, config.lr)
             set_learning_rate(optimizer, lr)
-
-            # Of --token-dropout: each step and process hides other tokens, and a resumed run the same ones.
-            torch.manual_seed(hash((args.seed, step, group.rank)))
-            tokens = group.all_reduce(int((labels >= 0).sum()))  # the loss is a mean over the tokens of all processes
-            optimizer.zero_grad(set_to_none=True)
-            loss = accumulate_gradients(captioner, frames, labels, tokens, args.micro_batch_size)
-            group.all_reduce_gradients(trained.values())
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the only time that a step waits for a GPU
-            loss = group.all_reduce(loss)
-            check_finite(step + 1, loss, grad_norm, captioner, (clips, frames, labels), group)
-            optimizer.step()
+            loss = backward_and_step(captioner, optimizer, step, batch, group)
             step += 1
 
-            if step % args.log_every == 0 or step == steps:
+            if step % LOG_EVERY == 0 or step == steps:
                 log_step(run, captioner, progress, step, steps, loss, lr)
-
             if step in validation_steps:
-                with progress.validation():
-                    cider = validate(captioner, dataset, inputs["val"], args, group, run, step, progress)
+                cider = validate(captioner, dataset, inputs["val"], group, run, step, progress)
                 if cider > best_cider:
                     best_cider = cider
                     run.save("best", captioner, step)
-
             stop = group.all_reduce(len(interrupts)) > 0
-            if step in validation_steps or stop or step % args.save_every == 0:
+            if step in validation_steps or stop or step % config.save_every == 0:
                 run.save("last", captioner, step, optimizer, best_cider)
             if stop:
                 group.barrier()  # torchrun ends all processes when one has ended
@@ -318,13 +237,12 @@ def main() -> int:
                 raise KeyboardInterrupt
 
     # 5. The test split, once, with the best weights
+    if not steps:
+        run.save("best", captioner, step)  # --method none: the models as they are
     run.load_best(captioner)
-    score_test(captioner, dataset, inputs["test"], args, group, run, step, progress)
-    print(f"run: {run.folder}, {cli.format_seconds(progress.elapsed())}")
-    print(format_next_steps(run.folder, args.epochs))
-    group.destroy()
-    return 0
+    score_test(captioner, dataset, inputs["test"], group, run, step, progress)
+    return group.destroy()
 
 
 if __name__ == "__main__":
-    cli.run(main, distributed.should_report_error)
+    cli.run(main)

@@ -13,7 +13,6 @@ from torch import Tensor
 from common import cli
 from common.errors import InputError
 from common.files import field, read_json, replace_atomically
-from common.run_log import check_output
 from evaluate import load_run
 from video_data import shapes
 from video_data.datasets import Clip, read_dataset
@@ -57,13 +56,12 @@ def main() -> None:
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
     parser.add_argument("--out", type=cli.path, default=Path("docs/captions.png"), help="the PNG file to write")
     args = parser.parse_args()
-    check_output("--out", args.out, args.run)
     captioner, flags = load_run(args.run)
     if flags["dataset"] != "shapes":
         raise InputError(f"{args.run}: expected a run on shapes, found one on {flags['dataset']}")
     captions = field(read_json(args.run / "test.json"), "captions", dict, args.run / "test.json")
-    sizes, seed = flags["shapes_sizes"], flags["shapes_seed"]
-    clips = read_dataset("shapes", Path(flags["data"]), sizes, splits=["test"], seed=seed).splits["test"]
+    sizes = flags["shapes_sizes"]
+    clips = read_dataset("shapes", Path(flags["data"]), sizes, splits=["test"]).splits["test"]
     if missing := [clip.id for clip in clips if clip.id not in captions]:
         raise InputError(f"{args.run / 'test.json'}: captions: expected {len(clips)}, found none of {missing[0]}")
     chosen = select_clips(clips, captions)

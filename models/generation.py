@@ -25,7 +25,7 @@ from common.errors import InputError
 from models.lm import CausalLM, KVCache, LMConfig
 
 
-def check_length(lm_config: LMConfig, prefix_length: int, beams: int = 1, max_new_tokens: int = 30) -> None:
+def check_length(lm_config: LMConfig, prefix_length: int, max_new_tokens: int, beams: int) -> None:
     """Raises InputError if `generate` cannot run after a prefix of `prefix_length` positions."""
     if max_new_tokens < 0:
         raise InputError(f"max_new_tokens: {max_new_tokens}, expected at least 0")
@@ -37,7 +37,7 @@ def check_length(lm_config: LMConfig, prefix_length: int, beams: int = 1, max_ne
         raise InputError(
             f"language model: {prefix_length} positions before a caption and {max_new_tokens - 1} of its "
             f"{max_new_tokens} tokens, without the last, need {needed}, it has {lm_config.max_positions}; "
-            "--frames and --max-new-tokens may be lower"
+            "--frames may be lower"
         )
 
 
@@ -50,7 +50,7 @@ def generate(
     With one beam the search is greedy. eos_id None: every EOS of the model's config. Raises InputError for too few
     positions, before any work, and for logits that are not finite.
     """
-    check_length(lm.config, prefix.shape[1], beams, max_new_tokens)
+    check_length(lm.config, prefix.shape[1], max_new_tokens, beams)
     if not len(prefix) or not max_new_tokens:
         return [[] for _ in prefix]
     prefix = prefix.to(lm.embed.weight.dtype)

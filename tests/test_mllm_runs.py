@@ -13,12 +13,12 @@ import torch
 
 import evaluate
 import train
-from backbones.pretrain_mllm import PUBLISHED
+from backbones.pretrain import PUBLISHED
 from common.cli import printable
 from common.errors import InputError
 from common.files import read_json, sha256_of, write_json
-from models.mllm import MLLM, MLLMConfig
-from models.mllm_checkpoints import mllm_tensor_names, read_mllm_config
+from models.mllm import MLLM
+from models.mllm_checkpoints import mllm_tensor_names
 from models.safetensors import read_metadata, read_safetensors, write_safetensors
 from tests.conftest import TWELVE_STEPS
 from tests.scripts import assert_one_line_error, read_log, run_forked
@@ -38,10 +38,11 @@ def make_mllm(folder: Path, backbones: Path, seed: int) -> Path:
     })  # fmt: skip
     shutil.copy(backbones / "lm/tokenizer.model", folder)
     shutil.copy(backbones / "vit/preprocessor_config.json", folder)
-    config = MLLMConfig.from_dict(read_mllm_config(folder / "config.json"))
+    config = MLLM.from_config(folder).config
     torch.manual_seed(seed)
-    projector = {f"projector.{name}": p.detach() for name, p in MLLM(config).projector.named_parameters()}
-    names = mllm_tensor_names(config, PUBLISHED)
+    model = MLLM(config)
+    projector = {f"projector.{name}": p.detach() for name, p in model.projector.named_parameters()}
+    names = mllm_tensor_names(model, PUBLISHED)
     tensors = {names[name]: p for name, p in projector.items()}
     for part, prefix in (("vit", "vision_tower."), ("lm", "language_model.")):
         weights = read_safetensors(backbones / part / "model.safetensors")
@@ -161,7 +162,7 @@ def test_features_of_the_frozen_vit_are_cached(method, mllm, flags, tmp_path):
     words = [*TWELVE_STEPS, "--mllm", mllm, "--data", flags[-1], "--method", method, "--precision", "bf16",
              "--candidate-frames", 8, "--epochs", 1]  # fmt: skip
     for name, extra in (("cached", ["--cache-features"]), ("frames", [])):
-        done = run_forked(train, *words, *extra, "--cache", tmp_path / "cache", "--out", tmp_path / name)
+        done = run_forked(train, *words, *extra, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
     assert untimed(tmp_path / "cached") == untimed(tmp_path / "frames")
 

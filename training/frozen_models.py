@@ -1,113 +1,82 @@
-"""The frozen models of a run: a ViT and a language model (`--vit`, `--lm`), or an MLLM, which has both (`--mllm`).
+"""The frozen models of a run: an MLLM, or a ViT and a language model (`models/pair.py`).
 
     names     {"vit": name, "lm": name} or {"mllm": name}; a name is a folder, a hub id or, of a ViT, a .pth file
     folders   the same with paths on this machine
 """
 
-from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from common.errors import InputError, explain_out_of_memory
-from common.files import sha256_of
+from common.config import Config
+from common.errors import explain_out_of_memory
+from common.files import fingerprint_of
 from common.preprocessing import VIDEO_PREPROCESSORS
 from models import hub
-from models.lm import CausalLM, LMConfig
+from models.lm import CausalLM
 from models.mllm import MLLM
-from models.mllm_checkpoints import check_mllm_config
+from models.pair import Pair
 from models.tokenizer import load_tokenizer
-from models.vit import ViT, ViTConfig
-from models.vit_checkpoints import check_vit_config, read_folder_preprocessing, read_vit_config
+from models.vit import ViT
 from models.weights import weight_files
 
-GENERATION_CONFIG = "generation_config.json"
-VIT_FILES = "config.json", "preprocessor_config.json"
-LM_FILES = "config.json", GENERATION_CONFIG
-META = torch.device("meta")
+TINY = "backbones/tiny-vit", "backbones/tiny-lm"
+CLIP = "openai/clip-vit-base-patch16"
+TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
+CONFIG_FILES = ("config.json", "preprocessor_config.json", *VIDEO_PREPROCESSORS, "generation_config.json",
+                "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
-@dataclass(frozen=True)
-class FrozenModels:
-    """The arguments of a `model.Captioner`."""
-
-    vit: ViT
-    lm: CausalLM
-    tokenizer: object
-    mllm: MLLM | None
+def with_default_models(config: Config, device: torch.device) -> Config:
+    """The config with a ViT and a language model where no flag names them."""
+    if config.mllm is not None:
+        return config
+    vit, lm = TINY if config.dataset == "shapes" else (CLIP, LLAMA_160M if device.type == "cpu" else TINYLLAMA)
+    return replace(config, vit=config.vit or vit, lm=config.lm or lm)
 
 
-def check_mllm(folder: Path) -> None:
-    """Raises InputError unless the folder's configs and tokenizer, without its weights, are of a supported MLLM."""
-    check_mllm_config(folder)
-    load_tokenizer(folder)
-
-
-CHECKS = {"vit": check_vit_config, "lm": load_tokenizer, "mllm": check_mllm}
-
-
-def resolve_models(args: Namespace) -> dict[str, Path]:
-    """The folders of the models that the flags name; downloads hub ids. In args, an id gets its commit.
+def resolve_models(config: Config) -> tuple[Config, dict[str, Path]]:
+    """The folders of the models that the config names; downloads hub ids, each of which gets its commit in the config.
 
     What needs no weights is checked before they are downloaded. Raises InputError.
     """
-    folders = {}
-    for part in ["mllm"] if args.mllm else ["vit", "lm"]:
-        name = getattr(args, part)
-        folders[part] = hub.resolve(name, check=CHECKS[part])
-        setattr(args, part, hub.pin_revision(name, folders[part]))
-    return folders
+    models, folders = {"vit": ViT, "lm": CausalLM, "mllm": MLLM}, {}
+    for part in ["mllm"] if config.mllm else ["vit", "lm"]:
+
+        def check(folder: Path, part: str = part) -> None:
+            models[part].from_config(folder)
+            if part != "vit":
+                load_tokenizer(folder)
+
+        name = getattr(config, part)
+        folders[part] = hub.resolve(name, check=check)
+        config = replace(config, **{part: hub.pin_revision(name, folders[part])})
+    return config, folders
 
 
-def backbone_hashes(folders: dict[str, Path]) -> dict[str, str]:
-    """SHA-256 of every file that the models are read from: {"vit/config.json": hex, ...}."""
+def fingerprint_models(folders: dict[str, Path]) -> dict[str, str]:
+    """A fingerprint of every file that the models are read from: {"vit/config.json": hex, ...}. A file that appears
+    later is a difference, too."""
     hashes = {}
     for part, folder in folders.items():
-        names = {"vit": VIT_FILES, "lm": LM_FILES, "mllm": (*VIT_FILES, *VIDEO_PREPROCESSORS, *LM_FILES)}
-        files = [folder / name for name in names[part]]
-        if part != "vit":
-            has_model = (folder / "tokenizer.model").exists()
-            tokenizer = ["tokenizer.model"] if has_model else ["tokenizer.json", "tokenizer_config.json"]
-            files += [folder / name for name in tokenizer]
-        files = [file for file in (*files, *weight_files(folder)) if file.exists()]
-        hashes |= {f"{part}/{file.relative_to(folder) if folder.is_dir() else file.name}": sha256_of(file)
-                   for file in files}  # fmt: skip
+        files = [folder / name for name in CONFIG_FILES if (folder / name).exists()] + weight_files(folder)
+        hashes |= {f"{part}/{file.relative_to(folder) if folder.is_dir() else file.name}": fingerprint_of(file)
+                   for file in files}
     return hashes
 
 
-def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | None) -> FrozenModels:
-    """Reads the weights. image_size: side of the input of --vit in pixels; None: its own. Raises InputError."""
+def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | None = None,
+                meta: bool = False) -> tuple[MLLM | Pair, object]:
+    """The models and their tokenizer. image_size: side of the input of --vit in pixels; None: its own. With `meta` they
+    are on the meta device, and only the configs and the tokenizer are read. Raises InputError."""
+
+    def load(model, part: str, *options):
+        if meta:
+            return model.from_config(folders[part], *options).to(dtype)
+        return model.from_pretrained(folders[part], dtype, *options)
+
     with explain_out_of_memory(f"reading {' and '.join(map(str, folders.values()))}"):
         if "mllm" in folders:
-            mllm = MLLM.from_pretrained(folders["mllm"], dtype)
-            return FrozenModels(mllm.vit, mllm.lm, load_tokenizer(folders["mllm"]), mllm)
-        vit = ViT.from_pretrained(folders["vit"], dtype, image_size)
-        lm = CausalLM.from_pretrained(folders["lm"], dtype)
-        return FrozenModels(vit, lm, load_tokenizer(folders["lm"]), None)
-
-
-def meta_pair(vit_folder: Path, lm_folder: Path, dtype: torch.dtype,
-              image_size: int | None = None) -> tuple[ViT, CausalLM]:  # fmt: skip
-    """A ViT and a language model on the meta device; image_size as in `ViT.from_pretrained`. Raises InputError."""
-    if vit_folder.is_file():
-        raise InputError(f"{vit_folder}: --plan needs a folder with a config.json")
-    kind, config = read_vit_config(vit_folder / "config.json")
-    preprocessing = read_folder_preprocessing(vit_folder, kind.removesuffix("_vision_model"), config)
-    with META:
-        vit = ViT(ViTConfig(**config))
-        lm = CausalLM(LMConfig.from_json(lm_folder / "config.json"))
-        size = image_size or preprocessing.size
-        if size != vit.config.image_size:
-            vit.resize(size)
-    return vit.to(dtype), lm.to(dtype)
-
-
-def load_meta_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | None) -> FrozenModels:
-    """Like `load_models`, but on the meta device: only the configs and the tokenizer are read."""
-    if "mllm" in folders:
-        with META:
-            mllm = MLLM.from_config(folders["mllm"]).to(dtype)
-        return FrozenModels(mllm.vit, mllm.lm, load_tokenizer(folders["mllm"]), mllm)
-    vit, lm = meta_pair(folders["vit"], folders["lm"], dtype, image_size)
-    return FrozenModels(vit, lm, load_tokenizer(folders["lm"]), None)
+            return load(MLLM, "mllm"), load_tokenizer(folders["mllm"])
+        return Pair(load(ViT, "vit", image_size), load(CausalLM, "lm")), load_tokenizer(folders["lm"])

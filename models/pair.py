@@ -1,0 +1,55 @@
+"""A ViT and a language model that never met, behind the interface of an MLLM (`mllm.py`).
+
+    BOS | visual tokens | "a video of" | caption | EOS
+
+What an MLLM's own projector does, a trained connector has to learn here (`model.py`); this class only hands it what it
+reads of a frame, and writes the prompt.
+
+Shapes: n images, P tokens of the ViT per image, D ViT width, B clips, T frames, C width of the language model, L
+positions.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from models.lm import CausalLM
+from models.mllm import average_grid, interleave
+from models.vit import ViT
+
+PROMPT = "a video of"
+
+
+class Pair(nn.Module):
+    """The frozen models of a run without an MLLM."""
+
+    trained_together = False
+    projector = newline = None
+
+    def __init__(self, vit: ViT, lm: CausalLM):
+        super().__init__()
+        self.vit, self.lm = vit, lm
+        self.visual_width = vit.config.width
+        self.grid = vit.config.grid  # the side of the square of a frame's tokens
+
+    def frame_tokens(self, z: Tensor, grid: int) -> Tensor:
+        """Outputs of the last block (n, P, D) -> what the connector reads of a frame: grid^2 averages of patches, or
+        with grid 0 the pooled feature (n, grid^2 or 1, D)."""
+        return average_grid(self.vit.patches(z), grid) if grid else self.vit.pool(z)[:, None]
+
+    def num_frame_tokens(self, grid: int) -> int:
+        """How many tokens the language model reads per frame."""
+        return grid**2 or 1
+
+    def num_images(self, frames: int) -> int:
+        """Groups of visual tokens in a prompt: one, however many frames."""
+        return 1
+
+    def prompt(self, tokenizer, images: int, instruction: str) -> list[list[int]]:
+        """The ids before and after the visual tokens."""
+        bos = tokenizer.bos_id()
+        return [[bos] if bos >= 0 else [], tokenizer.encode(PROMPT)]  # Qwen has no BOS
+
+    def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
+        """Ids of two texts and the visual tokens between them (B, any, C) -> the language model's input (B, L, C)."""
+        return interleave(self.lm, texts, visual)
