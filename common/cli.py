@@ -1,7 +1,6 @@
 """The command line: argument types, one-line errors with exit code 2, the time that a job still takes."""
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -28,16 +27,15 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type, least: float, most: float = 2**31, above: bool = False) -> Callable[[str], float]:
     """An argparse type: a number of `kind` int or float from `least` (or above it) to `most`."""
 
+    what = "whole number" if kind is int else "number"
+    limits = f"above {least:g} and at most {most:g}" if above else f"from {least:g} to {most:g}"
+
     def parse(text: str) -> float:
-        try:
-            value = kind(text) if len(text) < 30 else math.nan
-        except ValueError:
-            value = math.nan
-        if not (value > least if above else value >= least) or not value <= most:
-            what = "whole number" if kind is int else "number"
-            limits = f"above {least:g} and at most {most:g}" if above else f"from {least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"expected a {what} {limits}, found {text!r:.40}")
-        return value
+        with suppress(ValueError):
+            value = kind(text)
+            if least <= value <= most and not (above and value == least):
+                return value
+        raise argparse.ArgumentTypeError(f"expected a {what} {limits}, found {text!r:.40}")
 
     return parse
 
@@ -126,28 +124,16 @@ def format_seconds(seconds: float) -> str:
 
 
 class TimeLeft:
-    """Reports how many clips of a job are done and how long the rest takes, at most every REPORT_EVERY seconds.
+    """Prints how many clips of a job are done and how long the rest takes, at most every REPORT_EVERY seconds."""
 
-    The rate is measured from the first update on: before it, workers start or a GPU warms up. An update must follow
-    each equal piece of work, such as a batch, or a clip of each worker.
-    """
-
-    def __init__(self, what: str, total: int, report: Callable[[str], None] = print):
-        self.what, self.total, self.report = what, total, report
-        self.first: tuple[int, float] | None = None  # clips done, time
-        self.last_report = time.monotonic()
+    def __init__(self, what: str, total: int):
+        self.what, self.total = what, total
+        self.start = self.last_report = time.monotonic()
 
     def update(self, done: int) -> None:
         """`done` clips of `total` are done."""
         now = time.monotonic()
-        if self.first is None:
-            self.first = done, now
-        elif now - self.last_report >= REPORT_EVERY:
-            seconds_per_clip = (now - self.first[1]) / (done - self.first[0])
-            left = format_seconds(seconds_per_clip * (self.total - done))
-            self.report(f"{self.what}: {done}/{self.total} clips, {left} left")
+        if now - self.last_report >= REPORT_EVERY:
+            left = format_seconds((now - self.start) / done * (self.total - done))
+            print(f"{self.what}: {done}/{self.total} clips, {left} left")
             self.last_report = now
-
-
-def at_least(least: int, most: int = 2**31) -> Callable[[str], int]:
-    return number(int, least, most)

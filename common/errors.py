@@ -58,18 +58,16 @@ def reading(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}: {reason}") from error
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed. torch has no error of its own for a CPU without memory."""
-    return isinstance(error, MemoryError) or re.search(MEMORY_ERRORS, str(error)) is not None
-
-
 @contextmanager
 def explain_out_of_memory(during: str = "") -> Iterator[None]:
-    """Raises an InputError that says what was being done if an allocation in the block fails."""
+    """Raises an InputError that says what was being done if an allocation in the block fails.
+
+    torch has no error of its own for a CPU without memory.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not isinstance(error, MemoryError) and not re.search(MEMORY_ERRORS, str(error)):
             raise
         reason = (str(error).splitlines() or ["no more is known"])[0]  # often the size
         raise InputError(": ".join(filter(None, ("out of memory", during, reason)))) from error

@@ -64,10 +64,8 @@ def sync_folder(folder: Path) -> None:
     """Flushes the names of files that were created or renamed in the folder [1]."""
     with suppress(OSError):  # some file systems cannot
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -195,7 +193,3 @@ def one_of(config: dict[str, Any], name: str, choices: Iterable[str], where: str
     if value not in choices:
         raise InputError(f"{where}: {name} is {short(value)}, expected {' or '.join(choices)}")
     return value
-
-
-def bounded(config, name, kind, where, least, most, default=REQUIRED):
-    return field(config, name, kind, where, default, least, most)

@@ -16,7 +16,6 @@ References
 [4] ISO/IEC 14496-12, track header; FFmpeg, libavutil/display.h
 """
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,8 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from torch import Tensor
 
@@ -34,25 +35,28 @@ from common.errors import InputError, reading
 from common.preprocessing import Preprocessing
 
 MAX_BUFFERED_BYTES = 512 * 2**20  # of decoded frames; a longer video is decoded a second time instead
-MAX_PIXELS = 2**25  # of a frame, decoded or resized, 8192 x 4096: a damaged header may claim 65535 x 65535
+# FFmpeg knows more kinds of side data than PyAV 18, which fails on a frame with one of them: take them for an old kind.
+Type._missing_ = classmethod(lambda cls, number: Type.PANSCAN)
+MAX_PIXELS = 2**25  # of a frame, 8192 x 4096: a damaged header may claim 65535 x 65535
 
 # --------------------------------------------------------------------------------------- decoding
 
 
 @contextmanager
 def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The file and its first video stream that is not a cover picture. FFmpeg's errors become InputErrors."""
+    """The file and the video stream that players show: the default one, else the first, but no cover picture. FFmpeg's
+    errors become InputErrors."""
     limits = {"max_pixels": str(MAX_PIXELS)}
     try:
         # "file:" so that FFmpeg does not take a name with a colon in it for a URL
         with av.open(f"file:{path}", options=limits, metadata_errors="replace") as container:
-            streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-            context = streams[0].codec_context if streams else None
-            if context is None:
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            stream = max(streams, key=lambda s: bool(s.disposition & Disposition.default), default=None)
+            if stream is None or stream.codec_context is None:
                 raise InputError(f"{path}: has no video stream, or one whose codec the installed FFmpeg lacks")
-            context.options = limits
-            context.thread_count = 1  # the worker processes are the parallel part
-            yield container, streams[0]
+            stream.codec_context.options = limits
+            stream.codec_context.thread_count = 1  # the worker processes are the parallel part
+            yield container, stream
     except av.error.FFmpegError as error:
         raise InputError(f"{path}: cannot be read as a video: {error.strerror}") from error
 
@@ -72,9 +76,10 @@ def decode_frames(path: str | Path) -> Iterator[tuple[float, av.VideoFrame]]:
     Times may step back, above all in AVI files. Frames that do not decode, or only with concealed errors, are skipped.
     Raises InputError if the file is not a video, has no video stream, or none of its frames can be decoded.
     """
-    time = None
+    frame = None
     with open_video(path) as (container, stream):
         duration = float(1 / (stream.average_rate or stream.guessed_rate or 25))
+        time = -duration
         for packet in iter_packets(container, stream):
             try:
                 frames = stream.codec_context.decode(packet)
@@ -83,12 +88,9 @@ def decode_frames(path: str | Path) -> Iterator[tuple[float, av.VideoFrame]]:
             except av.error.FFmpegError:
                 continue
             for frame in (f for f in frames if not f.is_corrupt):
-                if frame.pts is not None:
-                    time = float(frame.pts * stream.time_base)
-                else:
-                    time = 0.0 if time is None else time + duration
+                time = time + duration if frame.pts is None else float(frame.pts * stream.time_base)
                 yield time, frame
-    if time is None:
+    if frame is None:
         raise InputError(f"{path}: none of its frames can be decoded")
 
 
@@ -129,9 +131,8 @@ def select_frames(path: str | Path, positions: np.ndarray) -> list[av.VideoFrame
     return [frames[i] for i in selected]
 
 
-def skip_to_frames(
-    path: str | Path, container: av.container.InputContainer, stream: av.VideoStream, positions: np.ndarray
-) -> list[av.VideoFrame] | None:
+def skip_to_frames(container: av.container.InputContainer, stream: av.VideoStream,
+                   positions: np.ndarray) -> list[av.VideoFrame] | None:
     """The frames displayed at `positions`, decoding as few others as possible, or None where that is not possible.
 
     It is possible where packets carry display times before decoding: H.264 in MP4 or Matroska. Skips frames that no
@@ -139,8 +140,7 @@ def skip_to_frames(
     irregularity: a missing or repeated time, damage, frames out of order, a selected frame that is not returned.
     """
     context = stream.codec_context
-    has_times = context.name == "h264" and bool({"mp4", "matroska"} & {*container.format.name.split(",")})
-    if not has_times or os.path.getsize(path) > MAX_BUFFERED_BYTES:  # all packets will be in memory
+    if context.name != "h264" or not {"mp4", "matroska"} & {*container.format.name.split(",")}:
         return None
     packets = list(iter_packets(container, stream))
     # A clip that was cut out of a video begins with packets that cannot be decoded.
@@ -178,7 +178,7 @@ def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessin
     positions, reformatter = sample_positions(frames), VideoReformatter()
     with open_video(path) as (container, stream):
         aspect = pixel_aspect(stream)
-        selected = skip_to_frames(path, container, stream, positions)
+        selected = skip_to_frames(container, stream, positions)
     selected = selected or select_frames(path, positions)
     with reading(path):
         return stack_pictures([frame_to_rgb(frame, preprocessing, reformatter, aspect) for frame in selected])
@@ -198,7 +198,7 @@ def orient(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
     The file's display matrix moves the point (x, y) to (a x + c y, b x + d y) [4].
     """
-    matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
         return picture
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
@@ -207,9 +207,8 @@ def orient(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def frame_to_rgb(
-    frame: av.VideoFrame, preprocessing: Preprocessing, reformatter: VideoReformatter, aspect: Fraction = Fraction(1)
-) -> np.ndarray:
+def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter: VideoReformatter,
+                 aspect: Fraction = Fraction(1)) -> np.ndarray:
     """A decoded frame whose pixels have this aspect, resized, cropped at its centre and upright: uint8 (S, S, 3)."""
     if preprocessing.longest_edge is not None:  # the last step makes squares of all
         picture = resize_twice(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), preprocessing)
@@ -219,8 +218,6 @@ def frame_to_rgb(
         displayed_width = max(1, round(frame.width * aspect))
         short_side = min(displayed_width, frame.height)
         width, height = width * displayed_width // short_side, height * frame.height // short_side
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{frame.width} x {frame.height} would become {width} x {height} pixels, too many")
     interpolation = Interpolation[preprocessing.interpolation.upper()]
     picture = reformatter.reformat(frame, width, height, "rgb24", interpolation=interpolation, threads=1)
     top, left = (height - size) // 2, (width - size) // 2
@@ -238,12 +235,9 @@ def resize_twice(picture: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
         height, width = longest_edge, int(longest_edge * (width / height))
         width += width % 2
     x = torch.from_numpy(picture).permute(2, 0, 1)[None]  # (1, 3, H, W)
-    try:
-        for size in ((max(height, 1), max(width, 1)), (preprocessing.size, preprocessing.size)):
-            if x.shape[2:] != size:
-                x = F.interpolate(x, size, mode="lanczos", align_corners=False, antialias=True)  # (1, 3, *size)
-    except (NotImplementedError, ValueError) as error:  # an older torch: no such mode, or not with antialias
-        raise InputError(f"torch {torch.__version__} cannot resize with LANCZOS, expected 2.12 or newer") from error
+    for size in ((max(height, 1), max(width, 1)), (preprocessing.size, preprocessing.size)):
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size, mode="lanczos", align_corners=False, antialias=True)  # (1, 3, *size); torch 2.12
     return x[0].permute(1, 2, 0).numpy()  # (S, S, 3)
 
 
