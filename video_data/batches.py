@@ -54,11 +54,12 @@ def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> l
     Raises InputError if a process is killed, as a lack of memory does.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # A loader of "data" ends its processes in all cases. It draws from its generator, not from torch's global one.
-    loader = DataLoader(tasks, None, num_workers=cores, collate_fn=function, generator=torch.Generator())
+    # A DataLoader is a pool of processes that end whatever happens. Its own generator: not to draw from torch's.
+    pool = DataLoader(tasks, batch_size=None, num_workers=min(cores, len(tasks)), collate_fn=function,
+                      generator=torch.Generator())
     results, time_left = [], TimeLeft(what, len(tasks))
     try:
-        for result in loader:
+        for result in pool:
             results.append(result)
             time_left.update(len(results))
     except RuntimeError as error:

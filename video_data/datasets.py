@@ -23,7 +23,6 @@ from common.errors import InputError
 from video_data.annotations import SPLITS, Annotations, Clip, read_folder, read_msrvtt, read_msvd
 
 READERS = {"shapes": read_folder, "msvd": read_msvd, "msrvtt": read_msrvtt, "folder": read_folder}
-DATASETS = tuple(READERS)
 FOLDER_HELP = {name: inspect.getdoc(reader) for name, reader in READERS.items()}
 
 # Clips and captions of each split in published results.

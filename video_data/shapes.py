@@ -24,7 +24,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
 from common import cli
 from common.errors import InputError
@@ -237,13 +236,12 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
 
     Not H.264: on frames this small, x264's fast presets do not produce the same bytes twice.
     """
-    reformatter = VideoReformatter()
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=RATE, options={"qmin": "2", "qmax": "4"})
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
         for i, pixels in enumerate(frames):
-            frame = reformatter.reformat(av.VideoFrame.from_ndarray(pixels, "rgb24"), format="yuv420p", threads=1)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, RATE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -18,7 +18,7 @@ References
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -34,10 +34,8 @@ from torch import Tensor
 from common.errors import InputError, reading
 from common.preprocessing import Preprocessing
 
-MAX_BUFFERED_BYTES = 512 * 2**20  # of decoded frames; a longer video is decoded a second time instead
 # FFmpeg knows more kinds of side data than PyAV 18, which fails on a frame with one of them: take them for an old kind.
 Type._missing_ = classmethod(lambda cls, number: Type.PANSCAN)
-MAX_PIXELS = 2**25  # of a frame, 8192 x 4096: a damaged header may claim 65535 x 65535
 
 # --------------------------------------------------------------------------------------- decoding
 
@@ -46,15 +44,13 @@ MAX_PIXELS = 2**25  # of a frame, 8192 x 4096: a damaged header may claim 65535 
 def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The file and the video stream that players show: the default one, else the first, but no cover picture. FFmpeg's
     errors become InputErrors."""
-    limits = {"max_pixels": str(MAX_PIXELS)}
     try:
         # "file:" so that FFmpeg does not take a name with a colon in it for a URL
-        with av.open(f"file:{path}", options=limits, metadata_errors="replace") as container:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             stream = max(streams, key=lambda s: bool(s.disposition & Disposition.default), default=None)
             if stream is None or stream.codec_context is None:
                 raise InputError(f"{path}: has no video stream, or one whose codec the installed FFmpeg lacks")
-            stream.codec_context.options = limits
             stream.codec_context.thread_count = 1  # the worker processes are the parallel part
             yield container, stream
     except av.error.FFmpegError as error:
@@ -63,10 +59,8 @@ def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, 
 
 def iter_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | None]:
     """The stream's packets up to the first damage between two of them, then None, which flushes the decoder."""
-    try:
+    with suppress(av.error.InvalidDataError):
         yield from (packet for packet in container.demux(stream) if packet.size)
-    except av.error.InvalidDataError:
-        pass
     yield None
 
 
@@ -114,20 +108,12 @@ def frames_at(times: list[float], positions: np.ndarray) -> list[int]:
 
 
 def select_frames(path: str | Path, positions: np.ndarray) -> list[av.VideoFrame]:
-    """The frames displayed at `positions` of any file, from all of its frames."""
-    times, frames, num_bytes = [], [], 0
-    for time, frame in decode_frames(path):
-        times.append(time)
-        num_bytes += frame.width * frame.height * frame.format.padded_bits_per_pixel // 8
-        if num_bytes <= MAX_BUFFERED_BYTES:
-            frames.append(frame)
-        else:
-            frames.clear()
+    """The frames displayed at `positions` of any file. All frames are decoded twice, first for their times: only the
+    selected ones are in memory."""
+    times = [time for time, _ in decode_frames(path)]
     # The k-th frame is displayed at the k-th time. Where times step back, the times are wrong, not the order of frames.
     selected = frames_at(sorted(times), positions)
-    if len(frames) < len(times):
-        needed = set(selected)
-        frames = {i: frame for i, (_, frame) in enumerate(decode_frames(path)) if i in needed}
+    frames = {i: frame for i, (_, frame) in enumerate(decode_frames(path)) if i in selected}
     return [frames[i] for i in selected]
 
 
@@ -177,7 +163,7 @@ def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessin
         preprocessing = Preprocessing(size=preprocessing, resize=preprocessing)
     positions, reformatter = sample_positions(frames), VideoReformatter()
     with open_video(path) as (container, stream):
-        aspect = pixel_aspect(stream)
+        aspect = stream.sample_aspect_ratio or Fraction(1)
         selected = skip_to_frames(container, stream, positions)
     selected = selected or select_frames(path, positions)
     with reading(path):
@@ -185,12 +171,6 @@ def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessin
 
 
 # -------------------------------------------------------------------------------------- conversion
-
-
-def pixel_aspect(stream: av.VideoStream) -> Fraction:
-    """Width of a pixel over its height; 1 where the file does not say, or says something absurd."""
-    aspect = stream.sample_aspect_ratio or Fraction(1)
-    return aspect if 0.1 <= aspect <= 10 else Fraction(1)
 
 
 def orient(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
@@ -236,8 +216,7 @@ def resize_twice(picture: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
         width += width % 2
     x = torch.from_numpy(picture).permute(2, 0, 1)[None]  # (1, 3, H, W)
     for size in ((max(height, 1), max(width, 1)), (preprocessing.size, preprocessing.size)):
-        if x.shape[2:] != size:
-            x = F.interpolate(x, size, mode="lanczos", align_corners=False, antialias=True)  # (1, 3, *size); torch 2.12
+        x = F.interpolate(x, size, mode="lanczos", align_corners=False, antialias=True)  # (1, 3, *size), torch 2.12
     return x[0].permute(1, 2, 0).numpy()  # (S, S, 3)
 
 

@@ -34,7 +34,7 @@ def find_bounds(path: str | Path) -> tuple[float, float, Fraction]:
         times = [float(t * stream.time_base) for t in ticks if t is not None]
         start = math.inf if container.start_time is None else container.start_time / av.time_base
         end = max(times) + frame_duration(max(times) - min(times), len(times)) if times else math.inf
-        return start, end, video.pixel_aspect(stream)
+        return start, end, stream.sample_aspect_ratio or Fraction(1)
 
 
 def frame_duration(span: float, count: int) -> float:
