@@ -223,16 +223,17 @@ def test_clips_without_a_video_or_a_caption_are_an_error_or_left_out_and_counted
     ids = make_msvd(tmp_path, 20)
     for clip_id in ids[1:8]:
         (tmp_path / "YouTubeClips" / f"{clip_id}.avi").unlink()
+    add_line(tmp_path / "test_list.txt", "nobody_1_2")
     with refused(f"7 of 10 train clips have no video or no caption: {', '.join(ids[1:6])}, ...; --allow-missing"):
         datasets.read_dataset("msvd", tmp_path)
     found = datasets.read_dataset("msvd", tmp_path, allow_missing=True)
-    assert found.counts() == {"train": 3, "val": 5, "test": 5} and found.missing == {"train": 7, "val": 0, "test": 0}
+    assert found.counts() == {"train": 3, "val": 5, "test": 5} and found.missing == {"train": 7, "val": 0, "test": 1}
     assert "train: 7 clips are missing" in found.differences() and "7 clips are missing" in found.signature("train")
     assert datasets.read_dataset("msvd", tmp_path, splits=["val"]).counts() == {"val": 5}
-    with open(tmp_path / "test_list.txt", "a") as file:
-        file.write("nobody_1_2\n")
-    with refused("1 of 6 test clips have no video or no caption: nobody_1_2; --allow"):
-        datasets.read_dataset("msvd", tmp_path, splits=["test"])
+    for clip_id in ids[10::2]:
+        (tmp_path / "YouTubeClips" / f"{clip_id}.avi").unlink()
+    with refused("5 of 5 val clips have no video or no caption"):  # nothing would be left
+        datasets.read_dataset("msvd", tmp_path, allow_missing=True)
 
 
 def add_line(path: Path, line: str) -> None:
@@ -304,16 +305,12 @@ def test_a_pickle_that_calls_a_function_is_an_error(tmp_path):
     assert not (tmp_path / "called").exists()
 
 
-def damage(content: bytes, rng: random.Random) -> bytes:
-    """Truncated, with bits flipped, or with bytes overwritten."""
-    kind, offset, data = rng.randrange(3), rng.randrange(len(content)), bytearray(content)
-    if kind == 0:
-        return content[:offset]
-    if kind == 1:
-        return content[:offset] + rng.randbytes(rng.choice([1, 50])) + content[offset + 50 :]
-    for _ in range(rng.choice([1, 10, 200])):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    return bytes(data)
+def damage(content: bytes, seed: int) -> bytes:
+    """Truncated, or up to 50 bytes overwritten."""
+    rng, data = random.Random(seed), bytearray(content)
+    for _ in range(rng.choice([1, 10, 50])):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return content[: rng.randrange(len(content))] if seed % 3 == 0 else bytes(data)
 
 
 def test_damaged_sources_are_read_or_an_error(tmp_path):
@@ -334,7 +331,7 @@ def test_damaged_sources_are_read_or_an_error(tmp_path):
     results = []
     for seed in range(60):
         for read, path, content in kinds:
-            path.write_bytes(damage(content, random.Random(seed)))
+            path.write_bytes(damage(content, seed))
             start_time = time.monotonic()
             try:
                 read(path.parent) if path in jsons else annotations.parse_file(path, read)

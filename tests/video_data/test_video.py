@@ -6,6 +6,7 @@ the displayed frame. Levels survive the codec within 3.
 
 import struct
 import time
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -78,7 +79,6 @@ X264 = "bframes=3:b-adapt=0"
 GOP = f"{X264}:open-gop=1:keyint=8:min-keyint=8"
 SKIPPED = {
     "b.mp4": (X264, EVEN),
-    "b.mkv": (X264, EVEN),
     "open.mp4": (GOP, EVEN),
     "pyramid.mkv": (f"{X264}:b-pyramid=normal:keyint=9", EVEN),
     "refresh.mp4": ("bframes=2:intra-refresh=1", EVEN),
@@ -86,7 +86,6 @@ SKIPPED = {
     "late.mkv": (X264, [t + 500 for t in EVEN]),
     "early.mp4": (X264, [t - 30 for t in EVEN]),
     "gap.mp4": (X264, [0, 1, 2, 3, 40, 41, 90, 95, 96, 97]),
-    "one.mp4": (X264, [3]),
 }
 
 
@@ -151,10 +150,8 @@ FORMATS = {
     "full.mp4": dict(codec="libx264", full_range=True),
     "ten.mp4": dict(codec="libx264", pix_fmt="yuv420p10le"),
     "alpha.mov": dict(codec="qtrle", pix_fmt="argb"),
-    "ten-alpha.mov": dict(codec="prores_ks", pix_fmt="yuva444p10le"),
     "fields.avi": dict(options={"flags": "+ildct+ilme"}),
     "gray.mkv": dict(codec="ffv1", pix_fmt="gray"),
-    "vp9.webm": dict(codec="libvpx-vp9", options={"crf": "4", "b": "0"}),
     "1.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=1, height=1),
     "long.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=2000, height=4),
     "high.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=4, height=2000),
@@ -279,17 +276,13 @@ def test_frames_are_resized_twice_like_torchvision(shape):
 
 
 def plain_decode(path: Path) -> list[av.VideoFrame]:
+    frames = []
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # several threads conceal damage differently
-        return [f for p in container.demux(stream) for f in decode_or_skip(p) if not f.is_corrupt]
-
-
-def decode_or_skip(packet) -> list[av.VideoFrame]:
-    try:
-        return packet.decode()
-    except av.error.InvalidDataError:
-        return []
+        container.streams.video[0].codec_context.thread_count = 1  # several threads conceal damage differently
+        for packet in container.demux(video=0):
+            with suppress(av.error.InvalidDataError):
+                frames += [frame for frame in packet.decode() if not frame.is_corrupt]
+    return frames
 
 
 CLIPS = """
