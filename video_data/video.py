@@ -3,9 +3,10 @@
 PyAV [1] reads the video. Frames are chosen by time, or by index where a file has no times: the clip's time span is cut
 into T equal segments, and each contributes the frame displayed at its centre, as in Temporal Segment Networks [2].
 
-In MP4 and Matroska, H.264 frames that no other frame refers to are decoded only where they are selected: T = 16 frames of a real MSR-VTT
-clip (1280 x 720, a keyframe every 26 to 128 frames) are read 2.6 times faster. Seeking to the keyframe before each
-selected frame as well was only 1.1 times faster still, so the code does not seek.
+In MP4 and Matroska, H.264 frames that no other frame refers to are decoded only where they are selected: T = 16 frames
+of a real MSR-VTT clip (1280 x 720, a keyframe every 26 to 128 frames) are read 2.6 times faster. Seeking to the
+keyframe before each selected frame as well was only 1.1 times faster still, so the code does not seek. Other files are
+decoded twice, so that a long one needs no memory.
 
 Shapes: T frames, S side in pixels.
 
