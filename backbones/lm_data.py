@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import PROMPT
 from models.lm import CausalLM
+from models.pair import PROMPT
 from video_data import shapes
 from video_data.batches import IGNORE_INDEX
 
