@@ -20,7 +20,7 @@ from common.cli import printable
 from report import build, page, show, strips
 from report.inside import Inside, look_inside
 from tests.scripts import assert_one_line_error, run_forked
-from tests.test_model import CONFIGS, clips, make
+from tests.tiny import CONFIGS, clips, make
 
 MARKUP = "</script><img src=x onerror=alert(1)>\u2028 & \"quoted\""
 
