@@ -78,19 +78,6 @@ class SplitResult:
     clip_scores: dict[str, dict[str, float]]
 
 
-def caption_split(captioner: Captioner, cache: Sequence[np.ndarray], indices: Sequence[int], batch_size: int,
-                  beams: int) -> list[str]:
-    """Captions clips of a cache of frames (T, 3, S, S) or features."""
-    device, captions = next(captioner.parameters()).device, []
-    time_left = cli.TimeLeft("captions", len(indices))
-    for start in range(0, len(indices), batch_size):
-        frames = to_tensor(np.stack([cache[i] for i in indices[start : start + batch_size]]))  # (B, T, ...)
-        with explain_out_of_memory(f"captions of {len(frames)} clips at once"):
-            captions += captioner.caption(frames.to(device), beams)
-        time_left.update(len(captions))
-    return captions
-
-
 def score_captions(dataset: VideoDataset, split: str, captions: dict[str, str], metric_names) -> SplitResult:
     """Scores the captions of a split; on `shapes` also the shares of captions that are right."""
     references = {clip.id: list(clip.captions) for clip in dataset.splits[split]}
@@ -107,13 +94,19 @@ def score_captions(dataset: VideoDataset, split: str, captions: dict[str, str], 
 def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, cache: Sequence[np.ndarray],
                       batch_size: int, group: ProcessGroup, metric_names=metrics.METRICS,
                       beams: int = 1) -> SplitResult:
-    """Captions a split and scores it. Each process captions its share."""
-    clips, training = dataset.splits[split], captioner.training
+    """Captions a split, from a cache of frames (T, 3, S, S) or features, and scores it. Each process captions its
+    share, and all together `batch_size` clips at once."""
+    clips, training, captions = dataset.splits[split], captioner.training, []
+    device, indices = next(captioner.parameters()).device, group.shard(range(len(clips)))
+    step, time_left = max(1, batch_size // group.world_size), cli.TimeLeft("captions", len(indices))
     captioner.eval()
-    shard = group.shard(range(len(clips)))
-    local = caption_split(captioner, cache, shard, max(1, batch_size // group.world_size), beams)
+    for start in range(0, len(indices), step):
+        frames = to_tensor(np.stack([cache[i] for i in indices[start : start + step]]))  # (B, T, ...)
+        with explain_out_of_memory(f"captions of {len(frames)} clips at once"):
+            captions += captioner.caption(frames.to(device), beams)
+        time_left.update(len(captions))
     captioner.train(training)
-    captions = dict(zip((clip.id for clip in clips), group.gather_shards(local), strict=True))
+    captions = dict(zip((clip.id for clip in clips), group.gather_shards(captions), strict=True))
     return score_captions(dataset, split, captions, metric_names)
 
 
@@ -157,27 +150,19 @@ def expand_video_paths(names: Iterable[str]) -> list[Path]:
     return paths
 
 
-def read_pieces(path: Path, config: Config, preprocessing,
-                window: float | None) -> Iterator[tuple[dict[str, float], Tensor]]:
-    """A video as a whole, or window after window: ({} or {"start", "end"} in seconds, frames (T, 3, S, S))."""
-    if window is None:
-        yield {}, read_frames(path, config.frames, preprocessing)
-        return
-    for start, end, pixels in iter_windows(path, window, window, config.frames, preprocessing):
-        yield {"start": round(start, 3), "end": round(end, 3)}, pixels
-
-
 def caption_videos(captioner: Captioner, paths: list[Path], config: Config,
                    window: float | None = None) -> Iterator[tuple[dict, Tensor | None]]:
     """Prints a caption or, on stderr, an error for each video, or for each window of `window` seconds; yields it,
     {"video", "start", "end", "caption"} or {"video", "error"}, with the frames that the model saw (T, 3, S, S)."""
-    device = next(captioner.parameters()).device
+    device, preprocessing = next(captioner.parameters()).device, captioner.vit.preprocessing
     for path in paths:
         name = str(path).replace("\n", "\\n")
         try:
-            for times, pixels in read_pieces(path, config, captioner.vit.preprocessing, window):
+            for start, end, pixels in (iter_windows(path, window, window, config.frames, preprocessing) if window else
+                                       [(0, 0, read_frames(path, config.frames, preprocessing))]):
+                times = {"start": round(start, 3), "end": round(end, 3)} if window else {}
                 caption = captioner.caption(pixels[None].to(device), config.beams)[0]
-                when = f" {times['start']:.2f}-{times['end']:.2f} s:" if times else ""
+                when = f" {start:.2f}-{end:.2f} s:" if window else ""
                 print(cli.printable(f"{name}:{when} {caption}"))
                 yield {"video": str(path), **times, "caption": caption}, pixels
         except InputError as error:

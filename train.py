@@ -135,7 +135,8 @@ def load_captioner(config: Config, device: torch.device,
 def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, batch: tuple,
                       group: distributed.ProcessGroup) -> float:
     """Step number `step` + 1 of training, on this process's share of a batch. Returns the loss of the whole batch."""
-    (_, frames, labels), config, trained = batch, captioner.config, captioner.trained().values()
+    (_, frames, labels), config = batch, captioner.config
+    trained = [parameter for group_of_one in optimizer.param_groups for parameter in group_of_one["params"]]
     # Of --token-dropout: each step and process hides other tokens, and a resumed run the same ones.
     torch.manual_seed(hash((config.seed, step, group.rank)))
     tokens = group.all_reduce(int((labels >= 0).sum()))  # the loss is a mean over the tokens of all processes
@@ -244,4 +245,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, distributed.should_report_error)
+    cli.run(main)

@@ -15,20 +15,11 @@ from common.errors import InputError, explain_out_of_memory
 REPORT_EVERY = 5  # seconds
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not that of a flag whose help says it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False) or "default:" in action.help:
-            return action.help
-        return super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows an example first, accepts no abbreviations and reports an error in one line."""
 
     def __init__(self, description: str, example: str | None = None):
-        super().__init__(usage=example, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        super().__init__(usage=example, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the flags)")
@@ -76,12 +67,11 @@ def print_error(message: str) -> None:
         print(printable(message), file=sys.stderr, flush=True)
 
 
-def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lambda: True) -> None:
+def run(main: Callable[[], int | None]) -> None:
     """Runs a script. Its exit code is that of main; 2 after an InputError, an OSError or a lack of memory; 130 after
     Ctrl-C; 141 if the reader of its output, such as `head`, has gone.
 
-    `should_report` decides whether this process prints the error: of several processes one is enough. Each line of the
-    output is flushed, so that a log file has it at once.
+    Each line of the output is flushed, so that a log file has it at once.
     """
     for name in ("stdin", "stdout", "stderr"):  # one that the caller has closed; else the next file gets its number
         if getattr(sys, name) is None:
@@ -105,7 +95,7 @@ def run(main: Callable[[], int | None], should_report: Callable[[], bool] = lamb
         sys.stdout.flush()
     except OSError:  # the disk is full, or the reader gone: else the interpreter would try again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if message and should_report():
+    if message:
         print_error(message)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not interrupt the exit
     sys.exit(code)

@@ -10,22 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MEMORY_ERRORS = "allocate memory|out of memory|could not create a primitive"  # the last one is oneDNN's
-DAMAGE = (  # what parsers raise, Python's and torch's, when the bytes are not what they expect
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    csv.Error,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-)
+# What parsers raise, Python's and torch's, when the bytes are not what they expect.
+DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+          TypeError, ValueError, csv.Error, pickle.UnpicklingError, struct.error, zipfile.BadZipFile)
 
 
 class InputError(ValueError):

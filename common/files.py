@@ -20,14 +20,8 @@ from typing import Any, BinaryIO
 from common.errors import InputError, error_prefix, reading
 
 REQUIRED = object()
-TYPE_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    bool: "true or false",
-    list: "a list",
-    dict: "an object",
-}
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list",
+              dict: "an object"}
 
 # ----------------------------------------------------------------------------------------- files
 
@@ -172,15 +166,8 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
 
 
-def field(
-    config: dict[str, Any],
-    name: str,
-    kind: type,
-    where: str | Path,
-    default: Any = REQUIRED,
-    least: float = -math.inf,
-    most: float = math.inf,
-) -> Any:
+def field(config: dict[str, Any], name: str, kind: type, where: str | Path, default: Any = REQUIRED,
+          least: float = -math.inf, most: float = math.inf) -> Any:
     """config[name], checked: of `kind` int, float, str, bool, list or dict; a number from `least` to `most`.
 
     A whole number is accepted as a float and returned as one. true and false are not numbers. Without a default the

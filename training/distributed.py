@@ -22,20 +22,6 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 
-_store: dist.Store | None = None  # shared by all ranks; torchrun keeps it when one has died
-
-
-def _is_distributed() -> bool:
-    return dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"
-
-
-def _connect() -> dist.Store:
-    """The store, which torchrun has opened before it started the ranks."""
-    global _store
-    if _store is None:
-        _store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-    return _store
-
 
 @contextmanager
 def _collective() -> Iterator[None]:
@@ -125,36 +111,19 @@ class ProcessGroup:
         return 0
 
 
-def should_report_error() -> bool:
-    """Whether this process prints an error: of all ranks, only the first that asks.
-
-    An error of the flags comes before the ranks have met. torchrun ends all of them as soon as one has ended, so none
-    may leave the error to another one.
-    """
-    if not _is_distributed():
-        return True
-    try:
-        with _collective():
-            return _connect().add("reported", 1) == 1
-    except InputError:  # torchrun is gone
-        return True
-
-
 def init_process_group(device: str, batch_size: int) -> ProcessGroup:
     """Joins the other processes that torchrun started, as its environment says. The arguments are the flags.
 
     Raises InputError if there are more processes than GPUs, or than clips in a batch.
     """
-    if not _is_distributed():
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         return ProcessGroup()
     group = ProcessGroup(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    if device not in ("auto", "cuda", "cpu"):
+    if device not in ("auto", "cuda", "cpu") or (device == "auto" and torch.backends.mps.is_available()):
         raise InputError(f"--device {device}: several processes need cpu, or cuda with one GPU each")
     if batch_size < group.world_size:
-        raise InputError(f"--batch-size {batch_size}: expected at least {group.world_size}, one clip a process")
+        raise InputError(f"--batch-size {batch_size}: expected at least {group.world_size}, one clip per process")
     gpus = torch.cuda.device_count() if device != "cpu" else 0
-    if device == "auto" and not gpus and torch.backends.mps.is_available():
-        raise InputError("--device auto: would be mps here, and several processes need --device cpu")
     if gpus:
         if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
             raise InputError(f"torchrun: expected at most one process for each of this machine's {gpus} GPUs")
@@ -162,8 +131,6 @@ def init_process_group(device: str, batch_size: int) -> ProcessGroup:
     if group.rank:
         sys.stdout = open(os.devnull, "w")
     with _collective():
-        store = _connect()
         # A rank may wait for hours while another decodes a dataset; torchrun ends all ranks as soon as one has died.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=2), store=store,
-                                rank=group.rank, world_size=group.world_size)  # fmt: skip
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=2))
     return group
