@@ -21,7 +21,6 @@ import train
 from backbones import pretrain
 from common import cli
 from models.safetensors import read_safetensors, write_safetensors
-from training import distributed
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
@@ -67,7 +66,7 @@ def fork_script(script, words: Sequence, out, err, environment: dict) -> int:
         warnings.simplefilter("error")
         code = 1
         try:
-            cli.run(script.main, distributed.should_report_error)
+            cli.run(script.main)
         except SystemExit as end:
             code = end.code
         except BaseException:

@@ -17,7 +17,7 @@ from tests.scripts import ENVIRONMENT, ROOT, act_at_call, fork_two, read_log, ru
 # With seed 4 the best validation is not the last, so captions of the test split tell which weights they are of.
 TWENTY_STEPS = ["--shapes-sizes", 22, 5, 7, "--batch-size", 5, "--epochs", 5, "--cache-features", "--seed", 4,
                 "--eval-every", 1]
-TRAIN = "import train, runpy; train.LOG_EVERY = 1; train.cli.run(train.main, train.distributed.should_report_error)"
+TRAIN = "import train; train.LOG_EVERY = 1; train.cli.run(train.main)"
 
 
 def losses(run: Path) -> torch.Tensor:
