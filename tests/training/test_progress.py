@@ -24,7 +24,7 @@ def clock(monkeypatch) -> Clock:
 
 
 def simulate(clock: Clock, progress: Progress, step: int) -> list[tuple[float, float, str]]:
-    """A step takes 2 s, a validation 20 s, the test split 50 s. -> time, speed and line of each step."""
+    """A step takes 2 s, a validation 20 s, the test split 50 s. Returns time, speed and line of each step."""
     updates = []
     while step < VALIDATION_STEPS[-1]:
         clock.now += 2
@@ -38,12 +38,10 @@ def simulate(clock: Clock, progress: Progress, step: int) -> list[tuple[float, f
 
 
 def test_the_time_left_includes_validations_and_the_test_split(clock):
-    """Began 100 s ago. After the validation of step 0, each line says when the run ends. Pauses do not slow it."""
+    """Began 100 s ago. After the validation of step 0, each line says when the run ends."""
     progress = Progress(0, VALIDATION_STEPS, BATCH_SIZE, clock.now - 100, TEST_RATIO)
     with progress.validation():
         clock.now += 20
-    with progress.paused():
-        clock.now += 7
     updates = simulate(clock, progress, 0)
     assert len(updates) == 10
     for now, speed, line in updates:
@@ -73,6 +71,6 @@ def test_a_resumed_run_says_that_it_has_not_measured_a_validation(clock):
 
 @pytest.mark.parametrize("speed, text", [
     (0.12345, "0.123"), (4.0321, "4.03"), (45.31, "45.3"), (99.97, "100"), (555.6, "556"), (1234.4, "1234"),
-])  # fmt: skip
+])
 def test_speeds_have_three_significant_digits(speed, text):
     assert format_speed(speed) == f"{text} clips/s"
