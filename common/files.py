@@ -84,7 +84,7 @@ def fingerprint_of(path: str | Path) -> str:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
         for i in range(count):
-            file.seek(i * max(piece, (size - piece) // (count - 1)))
+            file.seek(max(i * piece, i * (size - piece) // (count - 1)))  # the last one ends where the file ends
             digest.update(file.read(piece))
     return digest.hexdigest()
 

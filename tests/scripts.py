@@ -1,5 +1,6 @@
 """How tests run the project's scripts: in an interpreter of their own, or in forked copies of this process."""
 
+import contextlib
 import json
 import os
 import signal
@@ -72,8 +73,9 @@ def fork_script(script, words: Sequence, out, err, environment: dict) -> int:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code)
     return child
 

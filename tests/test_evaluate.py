@@ -7,7 +7,6 @@ is in test_train.py.
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 import evaluate
 from common.cli import printable
 from common.errors import InputError
-from tests.scripts import ENVIRONMENT, ROOT, act_at_call, assert_one_line_error, run_forked, run_python
+from tests.scripts import ENVIRONMENT, ROOT, assert_one_line_error, run_forked, run_python
 from video_data.video import read_frames
 from video_data.windows import iter_windows
 
@@ -139,10 +138,17 @@ def test_a_reader_that_has_gone_ends_the_program(finished_run, videos):
 
 
 def test_a_full_disk_is_one_line(finished_run, videos, tmp_path, monkeypatch):
-    """From the third row on no file may grow: the rows before it are there."""
-    act_at_call(monkeypatch, evaluate, "write_row", 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1)))
+    """At the third row: those before it are there."""
+    write_row = evaluate.write_row
+
+    def write_two_rows(path, row, number):
+        if number > 2:
+            raise OSError(28, "No space left on device", str(path))
+        write_row(path, row, number)
+
+    monkeypatch.setattr(evaluate, "write_row", write_two_rows)
     done = run_forked(evaluate, finished_run, "--video", *videos, "--save", tmp_path / "c.jsonl")
-    assert_one_line_error(done, "File too large")
+    assert_one_line_error(done, f"{tmp_path}/c.jsonl: No space left on device")
     assert [row["video"] for row in read_rows(tmp_path / "c.jsonl")] == [str(video) for video in videos[:2]]
 
 

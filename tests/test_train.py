@@ -318,13 +318,13 @@ def test_a_damaged_file_of_a_run_is_named_and_nothing_is_changed(script, name, k
 
 @pytest.mark.parametrize("n", [4, 7, 9, 12])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(n, finished_run, flags, tmp_path, monkeypatch):
-    """From the n-th file on, no file may grow beyond 500 bytes: a checkpoint, a row of the log or captions. Reference:
-    the run on a disk with space."""
+    """From the n-th file on, no file may grow beyond 8,000 bytes: a checkpoint is larger. Reference: the run on a disk
+    with space."""
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        act_at_call(patch, os, "fsync", 2 * n, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)))
+        act_at_call(patch, os, "fsync", 2 * n, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)))
         done = run_forked(train, *flags, "--save-every", 2, "--out", out)
-    assert_one_line_error(done, "File too large")
+    assert_one_line_error(done, f"cannot write {out}/", "File too large")
     assert not list(out.rglob(".*.tmp"))
     done = run_forked(train, "--resume", out)
     assert done.returncode == 0, done.stderr
