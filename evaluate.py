@@ -28,7 +28,8 @@ from common.config import Config, read_config
 from common.errors import InputError, error_prefix, explain_out_of_memory
 from common.files import write_json
 from model import Captioner
-from report.build import fits_another, page_entry, report_split, report_videos, show_video
+from report.page import fits_another, page_entry, report_split, report_videos
+from report.show import show_video
 from training import devices
 from training.distributed import ProcessGroup
 from training.frozen_models import fingerprint_models, load_models, resolve_models

@@ -13,7 +13,6 @@ from torch import Tensor
 from common import cli
 from common.errors import InputError
 from common.files import field, read_json, replace_atomically
-from common.run_log import check_output
 from evaluate import load_run
 from video_data import shapes
 from video_data.datasets import Clip, read_dataset
@@ -57,7 +56,6 @@ def main() -> None:
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
     parser.add_argument("--out", type=cli.path, default=Path("docs/captions.png"), help="the PNG file to write")
     args = parser.parse_args()
-    check_output("--out", args.out, args.run)
     captioner, flags = load_run(args.run)
     if flags["dataset"] != "shapes":
         raise InputError(f"{args.run}: expected a run on shapes, found one on {flags['dataset']}")
