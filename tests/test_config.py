@@ -1,4 +1,4 @@
-"""`Config`: flags, config.json and the words of a command line say the same; what does not fit is refused in one line."""
+"""`Config`: flags, config.json and the words of a command line say the same, and what does not fit is refused."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -78,9 +78,10 @@ def test_the_defaults_of_a_dataset(dataset):
     ("--rank 6", "--rank: expected a multiple of 4"), ("--cache-features --write-back", "--cache-features"),
     ("--cache-features --method lora", "--cache-features"), ("--cache-features --method none", "--cache-features"),
     ("--plan --method none", "--plan"), ("--precision bf16 --method full", "--precision bf16"),
-    ("--frames 0", "--frames: expected a whole number from 1 to 4096, found '0'"), ("--lr nan", "--lr: expected a number"),
-    ("--lr 0", "--lr: expected a number above 0"), ("--token-dropout 0.95", "--token-dropout"), ("--seed 1.5", "--seed"),
-    ("--shapes-sizes 1 2", "--shapes-sizes"), ("--epochs 1e9", "--epochs"), ("--colour red", "--colour"),
+    ("--frames 0", "--frames: expected a whole number from 1 to 4096, found '0'"), ("--lr nan", "--lr: expected"),
+    ("--lr 0", "--lr: expected a number above 0"), ("--token-dropout 0.95", "--token-dropout"),
+    ("--seed 1.5", "--seed"), ("--shapes-sizes 1 2", "--shapes-sizes"),
+    ("--epochs 1e9", "--epochs"), ("--colour red", "--colour"),
     ("--data=", "--data: expected a path"), ("--mllm=", "--mllm: expected Unicode text"), ("--gate x", "--gate"),
     ("--instruction \udcff --mllm m", "--instruction: expected Unicode text"), ("--dat x", "--dat"),
 ])
@@ -122,9 +123,10 @@ def test_a_value_that_was_changed_by_hand_is_named_with_its_file(name, value, tm
 
 def test_another_version_or_other_fields_are_refused(tmp_path):
     stored = to_json(Config())
-    for changes, message in (({"version": "0.12.0"}, f"made by version '0.12.0', this is version {VERSION}"),
-                             ({"version": None}, "made by version None"), ({"config": []}, "'config': expected an object"),
-                             ({"config": stored | {"x": 1}}, "config: expected just the fields of a run, differs in 'x'")):
+    for changes, message in (
+            ({"version": "0.12.0"}, f"made by version '0.12.0', this is version {VERSION}"),
+            ({"version": None}, "made by version None"), ({"config": []}, "'config': expected an object"),
+            ({"config": stored | {"x": 1}}, "config: expected just the fields of a run, differs in 'x'")):
         run = write_config(tmp_path / "run", Config(), **changes)
         with pytest.raises(InputError, match=f"run/config.json: .*{message}"):
             read_config(run)

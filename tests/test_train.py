@@ -72,7 +72,8 @@ def test_the_files_and_the_output_of_a_run(finished_run, backbones):
     assert config["models"] == {name: fingerprint_of(backbones / name) for name in files}
     rows = read_log(finished_run)
     steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == list(range(1, 13)) and [r["step"] for r in rows if "val" in r] == [0, 6, 12]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert [row["step"] for row in rows if "val" in row] == [0, 6, 12]
     assert all(len(row["gates"]) == 2 and row["clips/s"] > 0 and row["lr"] > 0 for row in steps)
     assert [row["elapsed"] for row in rows] == sorted(row["elapsed"] for row in rows)
     output, run = (finished_run / "stdout.txt").read_text(), shlex.quote(str(finished_run))
@@ -135,8 +136,9 @@ def test_each_step_and_block_hides_other_tokens(flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [
-    "--method none", "--method linear --cache-features --grid 2", "--method lora", "--method lora-lm", "--method adapter",
-    "--method prompt", "--method full", "--write-back --gate none", "--precision bf16 --cache-features",
+    "--method none", "--method linear --cache-features --grid 2", "--method lora", "--method lora-lm",
+    "--method adapter", "--method prompt", "--method full", "--write-back --gate none",
+    "--precision bf16 --cache-features",
     "--image-size 128", "--mllm", "--mllm --method none --grid 2"])
 def test_every_kind_of_run_is_evaluated_as_it_was_trained(words, finished_run, flags, tmp_path):
     """evaluate.py gives the captions and the CIDEr of the end of training, bit for bit."""
@@ -297,7 +299,8 @@ DAMAGE = {
 OF_ALL, OF_STATE = ("cut", "empty", "gone", "a folder", "a pipe"), ("flipped", "no step", "no score", "no optimizer",
                                                                    "no tensors", "no moment")
 DAMAGED = [*((train, "last/state.pt", kind) for kind in (*OF_ALL, *OF_STATE)),
-           *((script, "best/adapter.safetensors", kind) for script in (train, evaluate) for kind in (*OF_ALL, "flipped")),
+           *((script, "best/adapter.safetensors", kind) for script in (train, evaluate)
+             for kind in (*OF_ALL, "flipped")),
            *((script, "config.json", kind) for script in (train, evaluate) for kind in OF_ALL),
            *((train, "log.jsonl", kind) for kind in ("a bad row", "no object", "no number", "a folder"))]
 

@@ -34,8 +34,8 @@ RESULTS = "test.json", "report.html"
 
 
 def check_out(folder: Path) -> None:
-    """Raises InputError unless a new run can be made in the folder: it is missing, or empty, and can be written to. A run
-    that was killed before it had a config.json, or a row in its log, has left last/ at most."""
+    """Raises InputError unless a new run can be made in the folder: it is missing, or empty, and can be written to. A
+    run that was killed before it had a config.json has left last/ at most."""
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if "config.json" in found:
         raise InputError(f"{folder}: holds a run already; --resume {folder} continues it, --out names another folder")

@@ -16,10 +16,11 @@ def test_an_input_error_is_one_short_line():
 
 
 @pytest.mark.parametrize("error, text", [
-    (ValueError("bad\nnews"), "f: is damaged or of another kind: ValueError: bad"), (KeyError("x"), "f: expected a field 'x'"),
-    (OSError(5, "Input/output error", "f"), "f: Input/output error"), (InputError("no z"), "f: no z"),
-    (InputError("f: line 3"), "f: line 3"), (RecursionError("deep"), "f: .* deep"), (UnicodeError("x"), "f: .* x"),
-    (struct.error("x"), "f: .* x"), (zipfile.BadZipFile("x"), "f: .* x"), (pickle.UnpicklingError("x"), "f: .* x"),
+    (ValueError("bad\nnews"), "f: is damaged or of another kind: ValueError: bad"),
+    (KeyError("x"), "f: expected a field 'x'"), (OSError(5, "Input/output error", "f"), "f: Input/output error"),
+    (InputError("no z"), "f: no z"), (InputError("f: line 3"), "f: line 3"), (RecursionError("deep"), "f: .* deep"),
+    (UnicodeError("x"), "f: .* x"), (struct.error("x"), "f: .* x"), (zipfile.BadZipFile("x"), "f: .* x"),
+    (pickle.UnpicklingError("x"), "f: .* x"),
     (EOFError(), "f: .*EOFError"), (RuntimeError("y" * 999), "f: .*y{200}$"), (IndexError("x"), "f: .* x"),
 ])
 def test_what_a_parser_raises_names_the_file_once(error, text):
@@ -42,8 +43,9 @@ def test_a_prefix_is_of_input_errors_alone():
         raise ValueError("what")
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 5 bytes\nmore"),
-                                   RuntimeError("CUDA out of memory. Tried"), RuntimeError("could not create a primitive")])
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 5 bytes\nmore"),
+    RuntimeError("CUDA out of memory. Tried"), RuntimeError("could not create a primitive")])
 def test_a_lack_of_memory_says_what_was_done(error):
     with refused("out of memory: a step: "), explain_out_of_memory("a step"):
         raise error

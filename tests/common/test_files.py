@@ -174,7 +174,8 @@ def test_format_bytes():
 
 @pytest.mark.parametrize("content, word", [
     (b"", "line 1 column 1"), (b'{\n "a": 1,\n "b" 2}', "line 3 column 6"), (b'{"a": "\xff"}', "utf-8"),
-    (b"[1]", "expected a JSON object, found [1]"), (b'{"a": {"b": 1, "b": 2}}', "occurs twice"), (b"[" * 100_000, "recursion"),
+    (b"[1]", "expected a JSON object, found [1]"), (b'{"a": {"b": 1, "b": 2}}', "occurs twice"),
+    (b"[" * 100_000, "recursion"),
 ])
 def test_what_is_not_a_json_object_is_refused(tmp_path, content, word):
     (tmp_path / "config.json").write_bytes(content)
@@ -214,10 +215,11 @@ def test_a_field_is_checked():
 
 
 @pytest.mark.parametrize("value, kind, expected", [
-    (True, int, "a whole number, found True"), (True, float, "a number, found True"), (1.0, int, "a whole number, found 1.0"),
-    ("1", int, "a whole number, found '1'"), (1, bool, "true or false, found 1"), (None, dict, "an object, found None"),
-    ({}, list, "a list, found {}"), (math.nan, float, "a number, found nan"), (10**400, float, "a number, found 1000"),
-    ("x" * 10_000, float, "a number, found 'xxx"),
+    (True, int, "a whole number, found True"), (True, float, "a number, found True"),
+    (1.0, int, "a whole number, found 1.0"), ("1", int, "a whole number, found '1'"),
+    (1, bool, "true or false, found 1"),
+    (None, dict, "an object, found None"), ({}, list, "a list, found {}"), (math.nan, float, "a number, found nan"),
+    (10**400, float, "a number, found 1000"), ("x" * 10_000, float, "a number, found 'xxx"),
 ])
 def test_a_field_of_another_type_is_refused(value, kind, expected):
     with refused("m/config.json: field 'width'", expected):

@@ -143,7 +143,8 @@ def expected_names(name: str) -> set[str]:
     for i in range(config.last_blocks):
         parts = ["norm.weight", "norm.bias", "q.weight", "kv.weight", "kv_change.weight", "o.weight"]
         parts += ["gate.weight", "gate.bias"] if config.gate != "none" else []
-        parts += [f"write_{x}.weight" for x in ("q", "kv", "o")] if config.write_back and i < config.last_blocks - 1 else []
+        is_written = config.write_back and i < config.last_blocks - 1
+        parts += [f"write_{x}.weight" for x in ("q", "kv", "o")] if is_written else []
         names |= {f"adapter.blocks.{i}.{part}" for part in parts}
     return names
 
@@ -209,8 +210,8 @@ def test_the_trained_share_of_public_models_is_at_most_1_4_percent():
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "full"])
 def test_only_frozen_weights_are_bf16(name):
-    """Model seed 14, frames seed 15: loss within 2 % of fp32's, gradients of the trained fp32 tensors point the same way
-    (cosine above 0.95 for those whose gradient is not rounding alone)."""
+    """Model seed 14, frames seed 15: loss within 2 % of fp32's, gradients of the trained fp32 tensors point the same
+    way (cosine above 0.95 for those whose gradient is not rounding alone)."""
     full, half, frames = randomized(name, 14), make(name, 14, dtype=torch.bfloat16), clips(2, T, 15)
     half.load_state_dict(full.state_dict())
     assert {p.dtype for key, p in half.named_parameters() if key in half.trained()} == {torch.float32}

@@ -62,7 +62,8 @@ def test_micro_batches_train_as_whole_batches(two_run, two_flags, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_both(two_run, two_flags, tmp_path, monkeypatch):
-    """SIGTERM, twice, to the second process alone, in step 4: both stop after it, and `--resume` gives the same bits."""
+    """SIGTERM, twice, to the second process alone, in step 4: both stop after it, and `--resume` gives the same
+    bits."""
     out = tmp_path / "stopped"
 
     def interrupt() -> None:

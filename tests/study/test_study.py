@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from training.config import make_parser, parse_args
 
 from common.errors import InputError
 from study import __main__ as program
@@ -22,7 +23,6 @@ from study import figures, report, runs
 from study.runs import RunKey, chosen_lr, first_runs, later_runs
 from study.tables import CHOSEN, LRS, SEEDS, TABLES, Table, of_size
 from train import load_captioner
-from training.config import make_parser, parse_args
 from training.distributed import ProcessGroup
 
 A, B = "--rank 8", "--method none"

@@ -61,11 +61,3 @@ def test_shards_are_gathered_in_order(monkeypatch):
     assert [len(shard) for shard in shards] == [3, 2, 2]
     monkeypatch.setattr(ProcessGroup, "all_gather", lambda _, local: shards)
     assert groups[1].gather_shards(shards[1]) == items
-
-
-def test_a_single_process_exchanges_nothing():
-    group, weight = ProcessGroup(), torch.nn.Parameter(torch.ones(3))
-    weight.grad = torch.tensor([1.0, 2.0, 3.0])
-    group.all_reduce_gradients([weight])
-    group.broadcast([weight])
-    assert weight.grad.tolist() == [1, 2, 3] and group.all_reduce(5) == 5 and group.gather_shards([1, 2]) == [1, 2]

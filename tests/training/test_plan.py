@@ -10,9 +10,9 @@ import torch
 
 from common.config import Config
 from common.errors import InputError
+from tests.reference.test_08_memory import make_captioner
 from training import plan
 from training.inputs import cached_inputs
-from tests.reference.test_08_memory import make_captioner
 from video_data.batches import epoch_batches
 from video_data.datasets import VideoDataset, read_dataset
 
