@@ -60,8 +60,8 @@ def main() -> None:
     if flags["dataset"] != "shapes":
         raise InputError(f"{args.run}: expected a run on shapes, found one on {flags['dataset']}")
     captions = field(read_json(args.run / "test.json"), "captions", dict, args.run / "test.json")
-    sizes, seed = flags["shapes_sizes"], flags["shapes_seed"]
-    clips = read_dataset("shapes", Path(flags["data"]), sizes, splits=["test"], seed=seed).splits["test"]
+    sizes = flags["shapes_sizes"]
+    clips = read_dataset("shapes", Path(flags["data"]), sizes, splits=["test"]).splits["test"]
     if missing := [clip.id for clip in clips if clip.id not in captions]:
         raise InputError(f"{args.run / 'test.json'}: captions: expected {len(clips)}, found none of {missing[0]}")
     chosen = select_clips(clips, captions)

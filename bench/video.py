@@ -16,7 +16,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from bench.measure import compare_in_turns
-from video_data.video import as_preprocessing, decode_frames, frame_to_rgb, frames_at, read_frames, sample_positions
+from common.preprocessing import Preprocessing
+from video_data.video import decode_frames, frame_to_rgb, frames_at, read_frames, sample_positions
 
 T, S = 16, 224
 CLIPS = ("clips/12727.mp4", "clips/walk.mkv", "clips/realshort.mp4", "msvd/YouTubeClips/*.avi")  # in QADAPTER_REAL
@@ -34,7 +35,7 @@ def make_clip(path: Path) -> None:
 
 def read_with_pyav(path: Path, indices: list[int]) -> np.ndarray:
     """Converts every frame, then selects: uint8 (T, 3, S, S)."""
-    preprocessing, reformatter = as_preprocessing(S), VideoReformatter()
+    preprocessing, reformatter = Preprocessing(S, S), VideoReformatter()
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         frames = [frame_to_rgb(frame, preprocessing, reformatter) for frame in container.decode(video=0)]

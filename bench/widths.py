@@ -29,7 +29,6 @@ from torch import Tensor
 from common import cli
 from common.errors import InputError
 from common.files import replace_atomically, write_json
-from common.workers import worker_pool
 from model import MAX_CAPTION_TOKENS, AdapterConfig, Captioner
 from models.lm import CausalLM
 from models.tokenizer import load_tokenizer
@@ -40,9 +39,19 @@ from training.config import TINY
 from training.devices import DTYPES, keep_freed_memory, select_precision
 from training.frozen_models import backbone_hashes
 from training.optimizer import make_optimizer, set_learning_rate
-from video_data.batches import IGNORE_INDEX, TrainingExamples, collate, epoch_batches
-from video_data.cache import ClipCache, cached_features, cached_frames
-from video_data.datasets import Clip, cache_folder, read_dataset
+from video_data.annotations import Clip
+from video_data.batches import (
+    IGNORE_INDEX,
+    ClipCache,
+    TrainingExamples,
+    cache_folder,
+    cached_features,
+    cached_frames,
+    collate,
+    epoch_batches,
+    run_in_processes,
+)
+from video_data.datasets import read_dataset
 
 VIT, LM = map(Path, TINY)
 LRS = {  # without scaling the best rate falls with the width, so those curves begin lower
@@ -89,7 +98,7 @@ def make_training_set(data: Path, num_clips: int, precision: str) -> TrainingSet
     dtype = DTYPES[precision]
     vit, lm, config = ViT.from_pretrained(VIT, dtype), CausalLM.from_pretrained(LM, dtype), AdapterConfig()
     captioner = Captioner(vit, lm, load_tokenizer(LM), config)
-    frames = cached_frames(clips, cache_folder(None, "shapes", data), "train", config.frames, vit.preprocessing, 0)
+    frames = cached_frames(clips, cache_folder("shapes", data), "train", config.frames, vit.preprocessing)
     key = [backbone_hashes({"vit": VIT, "lm": LM}), precision, captioner.first_block]
     shape = captioner.block_outputs_shape(config.frames)
     features = cached_features(frames, key, shape, captioner.block_outputs, images_per_batch=32 * config.frames)
@@ -187,7 +196,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clips", type=cli.at_least(1), default=1500, help="training clips")
     parser.add_argument("--batch-size", type=cli.at_least(1), default=32, help="clips per step")
     parser.add_argument("--precision", choices=["auto", *DTYPES], default="auto", help="of the frozen weights")
-    parser.add_argument("--workers", type=cli.at_least(1), default=os.cpu_count(), help="trainings at once")
     parser.add_argument("--data", type=cli.path, default=Path("data/widths-shapes"),
                         help="the folder of shapes; made if it is empty")  # fmt: skip
     parser.add_argument("--save", type=cli.path, required=True, metavar="FILE",
@@ -209,11 +217,9 @@ def main() -> None:
     jobs = [(curve, lr) for curve in curves for lr in LRS[curve.scaling]]
     train_one = partial(train, training_set=training_set, steps=args.steps, batch_size=args.batch_size)
     losses = {curve: {} for curve in curves}
-    with worker_pool(args.workers) as pool:
-        for (curve, lr), loss in zip(jobs, pool.map(train_one, jobs), strict=True):
-            print(f"D {curve.width}  scaling {curve.scaling}  seed {curve.seed}  lr {lr:.2e}  loss {loss:.4f}",
-                  flush=True)  # fmt: skip
-            losses[curve][f"{lr:.4g}"] = round(loss, 5)
+    for (curve, lr), loss in zip(jobs, run_in_processes("widths", train_one, [(job,) for job in jobs]), strict=True):
+        print(f"D {curve.width}  scaling {curve.scaling}  seed {curve.seed}  lr {lr:.2e}  loss {loss:.4f}")
+        losses[curve][f"{lr:.4g}"] = round(loss, 5)
     settings = {"steps": args.steps, "averaged steps": AVERAGED_STEPS, "warmup": WARMUP, "gate lr": GATE_LR,
                 "clips": args.clips, "batch size": args.batch_size, "captions per clip": 1,
                 "seed of the batches": BATCH_SEED, "precision": precision,

@@ -56,13 +56,13 @@ def test_the_command_trains_as_the_training_script_does(tmp_path, monkeypatch):
     """
     for name, value in {"LRS": {"fan-in": [1e-3, 2e-3]}, "REPEATS": (1, 3), "SEEDS": {"fan-in": (0,)}}.items():
         monkeypatch.setattr(widths, name, value)
-    done = run_forked(widths, "--clips", 8, "--batch-size", 8, "--steps", 3, "--workers", 1, "--precision", "fp32",
+    done = run_forked(widths, "--clips", 8, "--batch-size", 8, "--steps", 3, "--precision", "fp32",
                       "--data", tmp_path / "data", "--save", tmp_path / "widths.svg")  # fmt: skip
     assert done.returncode == 0, done.stderr
     one, three = json.loads((tmp_path / "widths.json").read_text())["curves"]
     done = run_forked(train, "--dataset", "shapes", "--data", tmp_path / "data", "--shapes-sizes", 8, 1, 1, "--seed", 0,
                       "--cache-features", "--frames", 8, "--captions-per-clip", 1, "--batch-size", 8, "--epochs", 3,
-                      "--lr", 2e-3, "--log-every", 1, "--precision", "fp32", "--workers", 1,
+                      "--lr", 2e-3, "--log-every", 1, "--precision", "fp32",
                       "--token-dropout", 0, "--out", tmp_path / "run")  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = [row["loss"] for row in read_log(tmp_path / "run") if "loss" in row]
