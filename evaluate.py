@@ -246,15 +246,20 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(message)
 
 
+def file_id(path: Path) -> tuple[int, int]:
+    """What is the same for all names of a file, links too."""
+    return path.stat().st_dev, path.stat().st_ino
+
+
 def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequence[Path]) -> None:
     """Raises InputError for an output that cannot be written, or would replace a file of the run or of `inputs`, files
     and folders that are read; and for several videos with an output for one."""
     outputs = {flag: path for flag in ("save", "report", "show") if (path := getattr(args, flag))}
     of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "lock")
-    inputs = [path.resolve() for path in (*inputs, *videos, *map(args.run.joinpath, of_run))]
+    read = {file_id(path) for path in (*inputs, *videos, *map(args.run.joinpath, of_run)) if path.exists()}
     for flag, path in outputs.items():
         target = path.resolve()
-        if target.exists() and not {target, *target.parents}.isdisjoint(inputs):
+        if target.exists() and not read.isdisjoint(map(file_id, (target, *target.parents))):
             raise InputError(f"--{flag} {path}: is a file that is read, expected another one")
         if not os.access(target.parent, os.W_OK) or (target.exists() and not target.is_file()):
             raise InputError(f"--{flag} {path}: expected the name of a file in a folder that can be written to")

@@ -96,7 +96,7 @@ def test_a_long_video_is_captioned_piece_by_piece(finished_run, videos, tmp_path
     assert done.returncode == 0, done.stderr
     expected = [{"video": str(videos[0]), "start": round(start, 3), "end": round(end, 3),
                  "caption": captioner.caption(frames[None])[0]}
-                for start, end, frames in iter_windows(videos[0], 0.5, 0.5, 8, captioner.vit.preprocessing)]
+                for start, end, frames in iter_windows(videos[0], 0.5, 8, captioner.vit.preprocessing)]
     assert len(expected) > 1 and read_rows(tmp_path / "c.jsonl") == expected
     assert json.dumps(f"{videos[0]}, 0.50 to 1.00 s") in (tmp_path / "r.html").read_text()
     (tmp_path / "c.srt").write_text("old")
@@ -185,7 +185,7 @@ def test_real_videos_are_captioned_or_named(finished_run, real):
 @pytest.mark.parametrize("words, message", [
     ("--video VIDEO --split val", "--split and --data: expected without --video"), ("--window 2", "--window"),
     ("--video VIDEO --data DATA", "--data: expected without"), ("--show x.png", "--show and --window: expected"),
-    ("--video VIDEO --window 2 --show x.png", "--show: expected without --window"), ("--beams 400", "400"),
+    ("--video VIDEO --window 2 --show x.png", "--show: expected without --window"), ("--beams 1000", "1000"),
     ("--video VIDEO --save a.srt", "--save FILE.srt: expected --window"), ("--device abacus", "--device abacus"),
     ("--video VIDEO VIDEO --window 2 --save a.srt", "a.srt: expected one video, found 2"), ("--beams 0", "--beams"),
     ("--video VIDEO VIDEO --show a.png", "a.png: expected one video"), ("--window 1e-9 --video VIDEO", "--window"),
@@ -200,14 +200,16 @@ def test_what_does_not_fit_is_refused(words, message, finished_run, flags, video
 
 
 @pytest.mark.parametrize("name", ["config.json", "log.jsonl", "best/adapter.safetensors", "best", "data/captions.json",
-                                  "lm/model.safetensors", "video", "link"])
+                                  "lm/model.safetensors", "video", "link", "hard link"])
 @pytest.mark.parametrize("flag", ["--save", "--report", "--show"])
 def test_an_output_replaces_no_input(flag, name, finished_run, flags, backbones, videos, tmp_path, monkeypatch):
     """Files of the run, of the dataset, of the frozen models, and the videos, also under another name."""
     (tmp_path / "video.mp4").write_bytes(videos[0].read_bytes())
     (tmp_path / "link.mp4").symlink_to(tmp_path / "video.mp4")
+    os.link(tmp_path / "video.mp4", tmp_path / "hard link.mp4")
     path = {"data": Path(flags[-1]) / "captions.json", "lm": backbones / "lm/model.safetensors",
-            "video": tmp_path / "video.mp4", "link": tmp_path / "link.mp4"}.get(name.split("/")[0], finished_run / name)
+            **{name: tmp_path / f"{name}.mp4" for name in ("video", "link", "hard link")}}.get(
+                name.split("/")[0], finished_run / name)
     before = path.read_bytes() if path.is_file() else None
     words = [] if name.startswith("data") and flag != "--show" else ["--video", tmp_path / "video.mp4"]
     if name.startswith("data") and words:

@@ -207,9 +207,9 @@ def test_a_finished_run_is_trained_longer(finished_run, tmp_path):
 
 @pytest.mark.parametrize("words", [[], ["--mllm"]])
 def test_a_plan_trains_nothing(words, flags, tmp_path):
-    """In an interpreter of its own. The dataset of shapes is made, neither a cache nor a run is."""
+    """The dataset of shapes is made, neither a cache nor a run is."""
     base = mllm_flags(flags) if words else [*flags, "--cache-features"]
-    done = run_python("train.py", *base, "--data", tmp_path / "shapes", "--out", tmp_path / "run", "--plan")
+    done = run_forked(train, *base, "--data", tmp_path / "shapes", "--out", tmp_path / "run", "--plan")
     assert done.returncode == 0, done.stderr
     assert "steps of 4 clips" in done.stdout and "memory of a step on cpu" in done.stdout
     assert ("train features" in done.stdout) == (not words)
@@ -375,7 +375,7 @@ def test_a_folder_with_other_files_is_not_trained_into(flags, tmp_path, name):
 @pytest.mark.parametrize("words, message", [
     (["--frames", 0], "--frames: expected a whole number from 1 to 4096"), (["--colour", "red"], "--colour"),
     (["--queries", 300], "300 visual tokens.* 256"), (["--last-blocks", 3], "--last-blocks 3: the ViT has 2 blocks"),
-    (["--beams", 400], "400"), (["--vit", "gone"], "gone: expected a folder"), (["--image-size", 100], "patch size 16"),
+    (["--beams", 1000], "1000"), (["--vit", "gone"], "gone: expected a folder"), (["--image-size", 100], "patch size 16"),
     (["--batch-size", 64], "--batch-size 64: the dataset has only 12"), (["--grid", 2, "--method", "none"], "--grid 2"),
     (["--device", "abacus"], "--device abacus"), (["--device", "meta"], "--device meta"), (["--data", ROOT], str(ROOT)),
     (["--out", "/dev/null/x"], "--out /dev/null/x: cannot be written"), (["--shapes-sizes", 3, 4, 6], "another folder"),
