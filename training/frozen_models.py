@@ -10,17 +10,15 @@ from pathlib import Path
 import torch
 
 from common.config import Config
-from common.errors import InputError, explain_out_of_memory
+from common.errors import explain_out_of_memory
 from common.files import fingerprint_of
 from common.preprocessing import VIDEO_PREPROCESSORS
 from models import hub
-from models.lm import CausalLM, LMConfig
+from models.lm import CausalLM
 from models.mllm import MLLM
-from models.mllm_checkpoints import check_mllm_config
 from models.pair import Pair
 from models.tokenizer import load_tokenizer
-from models.vit import ViT, ViTConfig
-from models.vit_checkpoints import check_vit_config, read_folder_preprocessing, read_vit_config
+from models.vit import ViT
 from models.weights import weight_files
 
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
@@ -38,22 +36,21 @@ def with_default_models(config: Config, device: torch.device) -> Config:
     return replace(config, vit=config.vit or vit, lm=config.lm or lm)
 
 
-def check_mllm(folder: Path) -> None:
-    """Raises InputError unless the folder's configs and tokenizer, without its weights, are of a supported MLLM."""
-    check_mllm_config(folder)
-    load_tokenizer(folder)
-
-
 def resolve_models(config: Config) -> tuple[Config, dict[str, Path]]:
     """The folders of the models that the config names; downloads hub ids, each of which gets its commit in the config.
 
     What needs no weights is checked before they are downloaded. Raises InputError.
     """
-    checks = {"vit": check_vit_config, "lm": load_tokenizer, "mllm": check_mllm}
-    folders = {}
+    models, folders = {"vit": ViT, "lm": CausalLM, "mllm": MLLM}, {}
     for part in ["mllm"] if config.mllm else ["vit", "lm"]:
+
+        def check(folder: Path, part: str = part) -> None:
+            models[part].from_config(folder)
+            if part != "vit":
+                load_tokenizer(folder)
+
         name = getattr(config, part)
-        folders[part] = hub.resolve(name, check=checks[part])
+        folders[part] = hub.resolve(name, check=check)
         config = replace(config, **{part: hub.pin_revision(name, folders[part])})
     return config, folders
 
@@ -73,29 +70,13 @@ def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | 
                 meta: bool = False) -> tuple[MLLM | Pair, object]:
     """The models and their tokenizer. image_size: side of the input of --vit in pixels; None: its own. With `meta` they
     are on the meta device, and only the configs and the tokenizer are read. Raises InputError."""
+
+    def load(model, part: str, *options):
+        if meta:
+            return model.from_config(folders[part], *options).to(dtype)
+        return model.from_pretrained(folders[part], dtype, *options)
+
     with explain_out_of_memory(f"reading {' and '.join(map(str, folders.values()))}"):
         if "mllm" in folders:
-            folder = folders["mllm"]
-            if meta:
-                with torch.device("meta"):
-                    return MLLM.from_config(folder).to(dtype), load_tokenizer(folder)
-            return MLLM.from_pretrained(folder, dtype), load_tokenizer(folder)
-        tokenizer = load_tokenizer(folders["lm"])
-        if meta:
-            return Pair(*meta_pair(folders["vit"], folders["lm"], dtype, image_size)), tokenizer
-        vit = ViT.from_pretrained(folders["vit"], dtype, image_size)
-        return Pair(vit, CausalLM.from_pretrained(folders["lm"], dtype)), tokenizer
-
-
-def meta_pair(vit_folder, lm_folder, dtype, image_size=None):
-    if vit_folder.is_file():
-        raise InputError(f"{vit_folder}: --plan needs a folder with a config.json")
-    kind, config = read_vit_config(vit_folder / "config.json")
-    preprocessing = read_folder_preprocessing(vit_folder, kind.removesuffix("_vision_model"), config)
-    with torch.device("meta"):
-        vit = ViT(ViTConfig(**config))
-        lm = CausalLM(LMConfig.from_json(lm_folder / "config.json"))
-        size = image_size or preprocessing.size
-        if size != vit.config.image_size:
-            vit.resize(size)
-    return vit.to(dtype), lm.to(dtype)
+            return load(MLLM, "mllm"), load_tokenizer(folders["mllm"])
+        return Pair(load(ViT, "vit", image_size), load(CausalLM, "lm")), load_tokenizer(folders["lm"])

@@ -227,8 +227,8 @@ def test_only_frozen_weights_are_bf16(name):
 
 
 def test_the_loss_on_cached_block_outputs_is_that_on_frames():
-    """Model seed 16, frames seed 17: in bf16, as a cache stores them, equal bit for bit. So are channel statistics, also
-    of a model in float32."""
+    """Model seed 16, frames seed 17: in bf16, as a cache stores them, equal bit for bit. So are channel statistics,
+    also of a model in float32."""
     captioner, frames = randomized("no write-back", 16, dtype=torch.bfloat16), clips(2, T, 17)
     outputs = captioner.block_outputs(frames)
     assert outputs.dtype == torch.bfloat16 and outputs.shape == (2, *captioner.block_outputs_shape(T))
