@@ -164,9 +164,8 @@ def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
 
 
 def test_format_bytes():
-    assert [format_bytes(n) for n in (0, 999, 1000, 1_234_567, 2_200_000_000, 10**16)] == [
-        "0 bytes", "999 bytes", "1.0 kB", "1.2 MB", "2.2 GB", "10000.0 TB",
-    ]
+    found = [format_bytes(n) for n in (0, 999, 1000, 1_234_567, 2_200_000_000, 10**16)]
+    assert found == ["0 bytes", "999 bytes", "1.0 kB", "1.2 MB", "2.2 GB", "10000.0 TB"]
 
 
 # ------------------------------------------------------------------------------------------ JSON

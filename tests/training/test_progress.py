@@ -50,16 +50,6 @@ def test_the_time_left_includes_validations_and_the_test_split(clock):
     assert progress.elapsed() == clock.now - 4900
 
 
-def test_the_last_validation_counts(clock):
-    """By hand: 20 s for the first one, 10 s for the second; then 2 steps of 1 s, 2 validations and the test: 47 s."""
-    progress = Progress(0, VALIDATION_STEPS, BATCH_SIZE, clock.now, TEST_RATIO)
-    for seconds in (20, 10):
-        with progress.validation():
-            clock.now += seconds
-    clock.now += 8
-    assert progress.update(8) == (6, "6 clips/s  elapsed 0:38  left 0:47")
-
-
 def test_a_resumed_run_says_that_it_has_not_measured_a_validation(clock):
     """Resumed after step 5 of 10, with 300 s before. Validations are after steps 8 and 10."""
     progress = Progress(5, VALIDATION_STEPS, BATCH_SIZE, clock.now - 300, TEST_RATIO)
