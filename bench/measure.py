@@ -1,5 +1,6 @@
 """Measures wall time of functions in turns, and CPU time and memory of a function in a new process."""
 
+import ctypes
 import os
 import re
 import statistics
@@ -31,6 +32,11 @@ def compare_in_turns(what: str, ours: Callable, theirs: Callable, repeats: int) 
 def new_process() -> ProcessPoolExecutor:
     """A process that inherits no memory from this one."""
     return ProcessPoolExecutor(1, get_context("spawn"))
+
+
+def release_freed_memory() -> None:
+    """Returns to the system what glibc keeps of freed memory."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(reset: bool = False) -> float:

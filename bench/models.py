@@ -95,7 +95,7 @@ def generation_row(theirs: nn.Module, ours: CausalLM, dtype: str, rows: int, bea
     """
     eos = ours.config.eos_id
     prefix = torch.randn(rows, 24, 768, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])  # (B, S, C)
-    our_generate = partial(generate, ours, prefix, 30, beams=beams)
+    our_generate = partial(generate, ours, prefix, beams)
     their_generate = partial(theirs.generate, inputs_embeds=prefix, attention_mask=torch.ones(rows, 24),
                              do_sample=False, num_beams=beams, max_new_tokens=30, eos_token_id=eos,
                              pad_token_id=eos)  # fmt: skip

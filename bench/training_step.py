@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.measure import compare_in_turns, elapsed, new_process, peak_memory
+from bench.measure import compare_in_turns, elapsed, new_process, peak_memory, release_freed_memory
 from bench.models import assert_close, make_clip_b16, make_llama_160m
 from model import AdapterConfig, Captioner
 from models.lm import CausalLM
@@ -118,9 +118,13 @@ def make_step_of_kind(kind: str) -> Callable[[], None]:
     (their_vit, vit), (their_lm, lm) = make_clip_b16("bf16"), make_llama_160m("bf16")
     side, name = kind.split()
     if side == "peft":
-        return make_step(PeftCaptioner(their_vit, their_lm, name), make_peft_batch(vit, *make_batch()))
-    keep_freed_memory()
-    return make_step(make_captioner(vit, lm, name), make_batch())
+        model, batch = PeftCaptioner(their_vit, their_lm, name), make_peft_batch(vit, *make_batch())
+    else:
+        keep_freed_memory()
+        model, batch = make_captioner(vit, lm, name), make_batch()
+    del their_vit, vit, their_lm, lm
+    release_freed_memory()  # of the models: it is not the step's
+    return make_step(model, batch)
 
 
 def take_step(kind: str) -> float:

@@ -248,7 +248,7 @@ class TrainingExamples:
     ):
         """cache[i] holds M frames or features of clips[i]. Captions longer than `max_tokens` are truncated."""
         self.cache, self.num_frames, self.num_captions, self.seed = cache, num_frames, num_captions, seed
-        encoded = [tokenizer.encode([normalize_caption(caption) for caption in clip.captions]) for clip in clips]
+        encoded = [[tokenizer.encode(normalize_caption(caption)) for caption in clip.captions] for clip in clips]
         self.captions = [[[*ids[:max_tokens], eos_id] for ids in captions] for captions in encoded]
         self.num_truncated = sum(len(ids) > max_tokens for captions in encoded for ids in captions)
 
