@@ -12,7 +12,7 @@ from common.config import Config
 from common.errors import InputError
 from tests.reference.test_08_memory import make_captioner
 from training import plan
-from training.inputs import cached_inputs
+from training.inputs import cached_inputs, plan_caches
 from video_data.batches import epoch_batches
 from video_data.datasets import VideoDataset, read_dataset
 
@@ -56,6 +56,11 @@ def make_config(dataset: VideoDataset, folder: Path, **fields) -> Config:
     return Config(data=folder, frames=4, queries=4, rank=4, last_blocks=0, precision="fp32", batch_size=2, **fields)
 
 
+def cache_sizes(planned: dict) -> dict[str, int]:
+    """Bytes of frames and of features, of all splits."""
+    return {kind: sum(len(cache) * cache.clip_bytes for cache in group.values()) for kind, group in planned.items()}
+
+
 @pytest.mark.parametrize("cache_features", [False, True])
 def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dataset, backbones, tmp_path, capsys):
     """All sizes are said in one line before the first clip is decoded; with everything there nothing is said. Features
@@ -64,12 +69,12 @@ def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dat
     captioner = make_captioner(backbones, config)
     capsys.readouterr()
     caches = cached_inputs(config, dataset, captioner, {}, CPU)
-    planned, said = plan.cache_bytes(config, dataset.counts(), captioner), capsys.readouterr().out
-    sizes = {kind: sum(size for name, size in planned.items() if kind in name) for kind in ("frames", "features")}
-    texts = [f"{kind} {plan.format_bytes(size)}" for kind, size in sizes.items() if size]
+    planned, said = plan_caches(config, dataset, captioner, {}), capsys.readouterr().out
+    sizes = cache_sizes(planned)
+    texts = [f"{kind} {plan.format_bytes(size)}" for kind, size in sizes.items()]
     assert said.startswith(f"cache: {', '.join(texts)}, go into {tmp_path / 'shapes/.cache'}\n")
     stored = sum(path.stat().st_size for path in (tmp_path / "shapes/.cache").rglob("*") if path.is_file())
-    assert stored == sum(sizes.values()) and len(planned) == (5 if cache_features else 3)
+    assert stored == sum(sizes.values()) and ("features" in sizes) == cache_features
     assert [len(caches[split][0]) for split in ("train", "val", "test")] == [config.stored_frames, 4, 4]
     cached_inputs(config, dataset, captioner, {}, CPU)
     assert capsys.readouterr().out == ""
@@ -86,7 +91,7 @@ def test_a_disk_without_space_is_an_error_before_the_first_clip_is_decoded(datas
     """One byte less than all frames and features need, then just as much."""
     config = make_config(dataset, tmp_path / "shapes", cache_features=True)
     captioner, usage = make_captioner(backbones, config), type(shutil.disk_usage("."))
-    needed = sum(plan.cache_bytes(config, dataset.counts(), captioner).values())
+    needed = sum(cache_sizes(plan_caches(config, dataset, captioner, {})).values())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
     with pytest.raises(InputError, match=r"needs 316\.7 kB, the disk of .* has 316\.7 kB free"):
         cached_inputs(config, dataset, captioner, {}, CPU)
