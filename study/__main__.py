@@ -67,21 +67,18 @@ def read_run(folder: Path) -> dict:
 def train(key: Key, jobs: int) -> dict:
     """Trains a run, unless it is finished, and returns what results/ keeps of it. Raises InputError if it fails."""
     row, lr, seed = key
-    command, threads, peak = command_of(*key), max(1, (os.cpu_count() or 1) // jobs), None
+    command, threads = command_of(*key), max(1, (os.cpu_count() or 1) // jobs)
     folder = RUNS / re.sub(r"[^\w.]+", "-", " ".join(command))
     if not (folder / "test.json").exists():
         words = ["--resume", folder] if (folder / "config.json").exists() else [*command, "--out", folder]
         with open(f"{folder}.txt", "a") as log:
-            child = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=log, stderr=log,
-                                     env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-            _, status, usage = os.wait4(child.pid, 0)
-        child.returncode, peak = os.waitstatus_to_exitcode(status), 1024 * usage.ru_maxrss  # in KiB on Linux
-        if child.returncode:
-            raise InputError(f"{folder}: the run ended with {child.returncode}, see {log.name}")
+            code = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, stdout=log, stderr=log,
+                                  env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+        if code:
+            raise InputError(f"{folder}: the run ended with {code}, see {log.name}")
     return {"version": VERSION, "flags": row.flags, "lr": lr, "seed": seed, "date": time.strftime("%Y-%m-%d"),
             "machine": f"{threads} thread(s) of {cpu_name()}, {jobs} at a time",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "peak bytes": peak,
-            **read_run(folder)}
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}, **read_run(folder)}
 
 
 def main() -> None:

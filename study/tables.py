@@ -96,34 +96,28 @@ def format_rate(row: Row, lr: float) -> str:
     return f"{lr:g}{' ↓' if lr == min(row.lrs) else ' ↑' if lr == max(row.lrs) else ''}"
 
 
-def format_flags(row: Row) -> str:
-    """The row's flags, and in brackets those of version 0.12.0 where they are others."""
-    if row.own_flags == row.own_published:
-        return f"`{row.own_flags}`"
-    return f"{f'`{row.own_flags}`' if row.own_flags else 'by the tag'} (`{row.own_published}`)"
-
-
 def format_table(name: str) -> str:
     """One comparison as two tables of Markdown: scores; differences from the reference row, costs and flags."""
     table, results = CONTENT["tables"][name], read_results(name)
     upper = [["trained", "parameters", "share", "`--lr`", "seeds", *SCORES]]
-    lower = [[f"beside {table['reference']}", *COMPARED, *COSTS, "flags of the row"]]
+    lower = [[f"beside {table['reference']}", *COMPARED, *COSTS, "flags of the row", "of version 0.12.0"]]
     done = [(row, row.best_runs(results)) for row in read_rows(name)]
     reference = next(runs for row, runs in done if row.label == table["reference"])
     for row, runs in ((row, runs) for row, runs in done if runs):
         compared = reference and runs is not reference
-        costs = [[run[key] / unit for run in runs if run[key] is not None] for key, unit in COSTS.values()]
+        costs = [[run[key] / unit for run in runs if run.get(key)] for key, unit in COSTS.values()]
         upper.append([row.label, f"{runs[0]['trained']:,}", f"{100 * runs[0]['trained'] / runs[0]['total']:.2f} %",
                       format_rate(row, runs[0]["lr"]), str(len(runs)),
                       *(mean_and_spread(scores(runs, column)) for column in SCORES)])
         lower.append([row.label,
                       *(difference(scores(runs, x), scores(reference, x)) if compared else "" for x in COMPARED),
-                      *(mean_and_spread(values, 2) if values else "" for values in costs), format_flags(row)])
+                      *(mean_and_spread(values, 2) if values else "" for values in costs),
+                      f"`{row.own_flags}`" if row.own_flags else "by the tag", f"`{row.own_published}`"])
     for lines in (upper, lower):
         lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     made = sorted({f"{run['machine']}, {run['date']}" for _, runs in done for run in runs})
     store = CONTENT["stores"][table["store"]]
-    head = f"Flags of every row: `{store['flags']}` (`{store['published']}`). {'; '.join(made)}."
+    head = f"Flags of every row: `{store['flags']}`, of version 0.12.0: `{store['published']}`. {'; '.join(made)}."
     return "\n\n".join([head, *("\n".join(f"| {' | '.join(line)} |" for line in lines) for lines in (upper, lower))])
 
 
