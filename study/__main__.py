@@ -28,20 +28,18 @@ RUNS = ROOT / "runs/study"
 Key = tuple[Row, float, int]  # of a run: its row, learning rate and seed
 
 
-def missing_runs(rows: list[Row], results: list[dict], seeds: list[int]) -> list[Key]:
+def missing_runs(rows: list[Row], seeds: list[int]) -> list[Key]:
     """What to train next: all rates at seed 0, and once they are there the best one at the other seeds."""
     missing = []
-    for row in rows:
-        runs = row.runs(results)
-        best = row.best_lr(runs)
-        wanted = [(lr, 0) for lr in row.lrs] if best is None else [(best, seed) for seed in seeds if row.trains]
-        missing += [(row, *key) for key in wanted if row.flags and key not in runs]
+    for row in (row for row in rows if row.command):
+        firsts, later = [(lr, 0) for lr in row.lrs], [(row.best_lr, seed) for seed in seeds if row.trains]
+        missing += [(row, *key) for key in (firsts if row.best_lr is None else later) if key not in row.runs]
     return missing
 
 
 def command_of(row: Row, lr: float, seed: int) -> list[str]:
     """The words after `python train.py`, without the run's folder."""
-    return [*row.flags.split(), "--lr", f"{lr:g}", "--seed", str(seed)]
+    return [*row.command.split(), "--lr", f"{lr:g}", "--seed", str(seed)]
 
 
 def make_clips(folder: str, sizes: list[int]) -> None:
@@ -76,7 +74,7 @@ def train(key: Key, jobs: int) -> dict:
                                   env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
         if code:
             raise InputError(f"{folder}: the run ended with {code}, see {log.name}")
-    return {"version": VERSION, "flags": row.flags, "lr": lr, "seed": seed, "date": time.strftime("%Y-%m-%d"),
+    return {"version": VERSION, "flags": row.command, "lr": lr, "seed": seed, "date": time.strftime("%Y-%m-%d"),
             "machine": f"{threads} thread(s) of {cpu_name()}, {jobs} at a time",
             "versions": {"python": platform.python_version(), "torch": torch.__version__}, **read_run(folder)}
 
@@ -91,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     table, results = CONTENT["tables"][args.table], read_results(args.table)
     RUNS.mkdir(parents=True, exist_ok=True)
-    while keys := missing_runs(read_rows(args.table), results, args.seeds):
+    while keys := missing_runs(read_rows(args.table, results), args.seeds):
         print("\n".join(" ".join(["python train.py", *command_of(*key)]) for key in keys))
         if args.dry_run:
             return

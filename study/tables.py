@@ -1,7 +1,7 @@
 """The tables of `tables.toml`, their runs in results/, and the page docs/study-tables.md that is written from both.
 
-A run is a JSON object: its flags, learning rate and seed, its scores and costs, when and where it was made, and by which
-version. Tables of one store share their runs: rows with the same flags are trained once.
+A run is a JSON object: its flags, learning rate and seed, its scores and costs, and when, where and by which version it
+was made. Tables of one store share their runs: rows with the same flags are trained once.
 """
 
 import tomllib
@@ -27,46 +27,47 @@ class Row:
     """What is trained with several learning rates at seed 0, and with the best of them at the other seeds."""
 
     label: str
-    own_flags: str | None  # those besides the store's; None: the row needs version 0.12.0
-    own_published: str
-    flags: str | None  # all flags of `train.py`
-    published: str
+    flags: str | None  # of `train.py`, after those of the store; None: the row needs version 0.12.0
+    published: str  # of version 0.12.0
+    command: str | None  # the store's flags and the row's
     lrs: Sequence[float]
-    trains: bool
+    runs: dict[tuple[float, int], dict]  # those that are done, by learning rate and seed
 
-    def runs(self, results: Sequence[dict]) -> dict[tuple[float, int], dict]:
-        """Its runs that are done, by learning rate and seed."""
-        return {(run["lr"], run["seed"]): run for run in results if run["flags"] in (self.flags, self.published)}
+    @property
+    def trains(self) -> bool:
+        return "--method none" not in self.published
 
-    def best_lr(self, runs: dict[tuple[float, int], dict]) -> float | None:
+    @property
+    def best_lr(self) -> float | None:
         """The rate with the highest validation CIDEr at seed 0; None while a run is missing."""
-        if any((lr, 0) not in runs for lr in self.lrs):
+        if any((lr, 0) not in self.runs for lr in self.lrs):
             return None
-        return max(self.lrs, key=lambda lr: runs[lr, 0]["val CIDEr"])
+        return max(self.lrs, key=lambda lr: self.runs[lr, 0]["val CIDEr"])
 
-    def best_runs(self, results: Sequence[dict]) -> list[dict]:
+    @property
+    def best_runs(self) -> list[dict]:
         """The runs with the best rate, by seed."""
-        runs = self.runs(results)
-        return [runs[key] for key in sorted(runs) if key[0] == self.best_lr(runs)]
-
-
-def read_rows(name: str) -> list[Row]:
-    """The rows of a table. One that trains nothing has one learning rate."""
-    table = CONTENT["tables"][name]
-    store, rows = CONTENT["stores"][table["store"]], []
-    for row in table["rows"]:
-        own, published = row.get("flags"), row.get("published", row.get("flags"))
-        lrs = row.get("lrs") or table.get("lrs") or CONTENT["lrs"]
-        trains = "--method none" not in published
-        rows.append(Row(row["label"], own, published, own and f"{store['flags']} {own}",
-                        f"{store['published']} {published}", lrs if trains else lrs[:1], trains))
-    return rows
+        return [self.runs[lr, seed] for lr, seed in sorted(self.runs) if lr == self.best_lr]
 
 
 def read_results(name: str) -> list[dict]:
     """The runs of a table's store."""
     path = RESULTS / f"{CONTENT['tables'][name]['store']}.json"
     return read_json(path)["runs"] if path.exists() else []
+
+
+def read_rows(name: str, results: Sequence[dict]) -> list[Row]:
+    """The rows of a table, with their runs among the results. A row that trains nothing has one learning rate."""
+    table = CONTENT["tables"][name]
+    store, rows = CONTENT["stores"][table["store"]], []
+    for row in table["rows"]:
+        flags, published = row.get("flags"), row.get("published", row.get("flags"))
+        command, old_command = flags and f"{store['flags']} {flags}", f"{store['published']} {published}"
+        runs = {(run["lr"], run["seed"]): run for run in results if run["flags"] in (command, old_command)}
+        lrs = row.get("lrs") or table.get("lrs") or CONTENT["lrs"]
+        lrs = lrs[:1] if "--method none" in published else lrs
+        rows.append(Row(row["label"], flags, published, command, lrs, runs))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------- the page
@@ -98,13 +99,14 @@ def format_rate(row: Row, lr: float) -> str:
 
 def format_table(name: str) -> str:
     """One comparison as two tables of Markdown: scores; differences from the reference row, costs and flags."""
-    table, results = CONTENT["tables"][name], read_results(name)
+    table = CONTENT["tables"][name]
     upper = [["trained", "parameters", "share", "`--lr`", "seeds", *SCORES]]
     lower = [[f"beside {table['reference']}", *COMPARED, *COSTS, "flags of the row", "of version 0.12.0"]]
-    done = [(row, row.best_runs(results)) for row in read_rows(name)]
-    reference = next(runs for row, runs in done if row.label == table["reference"])
-    for row, runs in ((row, runs) for row, runs in done if runs):
-        compared = reference and runs is not reference
+    rows = [row for row in read_rows(name, read_results(name)) if row.best_runs]
+    reference = next((row.best_runs for row in rows if row.label == table["reference"]), None)
+    for row in rows:
+        runs = row.best_runs
+        compared = reference and row.label != table["reference"]
         costs = [[run[key] / unit for run in runs if run.get(key)] for key, unit in COSTS.values()]
         upper.append([row.label, f"{runs[0]['trained']:,}", f"{100 * runs[0]['trained'] / runs[0]['total']:.2f} %",
                       format_rate(row, runs[0]["lr"]), str(len(runs)),
@@ -112,10 +114,10 @@ def format_table(name: str) -> str:
         lower.append([row.label,
                       *(difference(scores(runs, x), scores(reference, x)) if compared else "" for x in COMPARED),
                       *(mean_and_spread(values, 2) if values else "" for values in costs),
-                      f"`{row.own_flags}`" if row.own_flags else "by the tag", f"`{row.own_published}`"])
+                      f"`{row.flags}`" if row.flags else "by the tag", f"`{row.published}`"])
     for lines in (upper, lower):
         lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
-    made = sorted({f"{run['machine']}, {run['date']}" for _, runs in done for run in runs})
+    made = sorted({f"{run['machine']}, {run['date']}" for row in rows for run in row.best_runs})
     store = CONTENT["stores"][table["store"]]
     head = f"Flags of every row: `{store['flags']}`, of version 0.12.0: `{store['published']}`. {'; '.join(made)}."
     return "\n\n".join([head, *("\n".join(f"| {' | '.join(line)} |" for line in lines) for lines in (upper, lower))])
