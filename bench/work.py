@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,12 +24,11 @@ from bench.measure import Work
 from common.config import Config
 from common.preprocessing import CLIP_MEAN, CLIP_STD
 from model import Captioner, CausalLM, Pair, ViT, generate
-from study.tables import ROOT
 from training.devices import DTYPES, keep_freed_memory
 from video_data import shapes
 
 B, T, K, L, S, RANK = 2, 8, 4, 15, 224, 32
-CONFIGS = ROOT / "tests/models/configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "tests/models/configs"
 TOKENIZER = SimpleNamespace(bos_id=lambda: 1, encode=lambda text: [10, 11, 12])  # what a captioner needs of one
 
 
@@ -90,7 +90,10 @@ def search(dtype: str, beams: int, side: str) -> Work:
 
 
 class PeftCaptioner(nn.Module):
-    """Theirs: LoRA in the queries and values of the ViT or of the language model; each caption is a row."""
+    """Theirs: LoRA in the queries and values of the ViT or of the language model; each caption is a row.
+
+    Neither frame vectors nor a scale of visual tokens: here the former are zero, and embeddings have a size of 1.
+    """
 
     def __init__(self, vit: nn.Module, lm: nn.Module, adapted: str):
         from peft import LoraConfig, get_peft_model
@@ -99,13 +102,12 @@ class PeftCaptioner(nn.Module):
         lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"])
         self.vit = get_peft_model(vit, lora) if adapted == "ViT" else vit
         self.lm = get_peft_model(lm, lora) if adapted == "language model" else lm
-        self.connector, self.time_embed = nn.Linear(768, 768), nn.Parameter(torch.zeros(T, 768))
-        self.prefix_scale = lm.get_input_embeddings().weight.float().square().mean().sqrt()
+        self.connector = nn.Linear(768, 768)
 
     def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """Pixels (R, T, 3, S, S), labels (R, L) -> the loss, summed over the tokens."""
         pooled = self.vit(pixel_values=pixels.flatten(0, 1)).pooler_output.unflatten(0, pixels.shape[:2])
-        visual = self.connector(pooled.float() + self.time_embed) * self.prefix_scale  # (R, T, C)
+        visual = self.connector(pooled.float())  # (R, T, C)
         embed = self.lm.get_input_embeddings()
         texts = embed(torch.tensor([TOKENIZER.bos_id(), *TOKENIZER.encode("")])).expand(len(pixels), -1, -1)
         x = torch.cat([texts[:, :1], visual.to(texts.dtype), texts[:, 1:], embed(labels)], dim=1)
@@ -121,14 +123,15 @@ def step(method: str, adapted: str, side: str) -> Work:
     if side == "ours":
         keep_freed_memory()  # as train.py
         model = Captioner(Pair(vit, lm), TOKENIZER, Config(method=method, rank=RANK, frames=T))
+        if model.time_embed is not None:
+            nn.init.zeros_(model.time_embed)
     else:
         model = PeftCaptioner(vit, lm, adapted)
         mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
         frames = ((frames / 255 - mean) / std).bfloat16().repeat_interleave(K, dim=0)  # (R, T, 3, S, S)
         labels = labels.flatten(0, 1)  # (R, L)
+    nn.init.zeros_(model.connector.bias)
     model.connector.weight.data.copy_(random_tensor(768, 768) / 768**0.5)
-    for start in (model.connector.bias, *([] if model.time_embed is None else [model.time_embed])):
-        nn.init.zeros_(start)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
 

@@ -4,6 +4,7 @@ Each run is a process of `train.py` with a folder below runs/study. A run that w
 that is in results/ is not run again, published ones among them: take those out to train them anew.
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -66,7 +67,8 @@ def train(key: Key, jobs: int) -> dict:
     """Trains a run, unless it is finished, and returns what results/ keeps of it. Raises InputError if it fails."""
     row, lr, seed = key
     command, threads = command_of(*key), max(1, (os.cpu_count() or 1) // jobs)
-    folder = RUNS / re.sub(r"[^\w.]+", "-", " ".join(command))
+    digest = hashlib.sha256(" ".join(command).encode()).hexdigest()[:8]
+    folder = RUNS / re.sub(r"[^\w.]+", "-", f"{row.flags} {lr:g} {seed} {digest}").strip("-")
     if not (folder / "test.json").exists():
         words = ["--resume", folder] if (folder / "config.json").exists() else [*command, "--out", folder]
         with open(f"{folder}.txt", "a") as log:

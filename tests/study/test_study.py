@@ -10,11 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import train
 from common.config import parse_args
 from common.errors import InputError
 from study import __main__ as study
 from study import tables
-from train import load_captioner
+from tests.scripts import run_forked
 from training.distributed import ProcessGroup
 
 ROWS = {(name, row.label): row for name in tables.CONTENT["tables"]
@@ -24,7 +25,8 @@ ROWS = {(name, row.label): row for name in tables.CONTENT["tables"]
 def row_of(*runs: tuple[float, int, float], **changes) -> tables.Row:
     """A row with three learning rates and some runs: rate, seed, validation CIDEr."""
     done = {(lr, seed): {"val CIDEr": cider} for lr, seed, cider in runs}
-    return replace(tables.Row("a", "--rank 8", "--rank 8", "--dataset shapes --rank 8", (0.1, 0.2, 0.4), done), **changes)
+    row = tables.Row("a", "--rank 8", "--rank 8", "--dataset shapes --rank 8", (0.1, 0.2, 0.4), done)
+    return replace(row, **changes)
 
 
 @pytest.mark.parametrize("command", sorted({row.command for row in ROWS.values() if row.command and row.trains}))
@@ -32,7 +34,7 @@ def test_todays_flags_train_as_many_parameters_as_the_published_runs(command):
     """Counted on the meta device. Reference: results/."""
     published = {run["trained"] for row in ROWS.values() if row.command == command for run in row.best_runs}
     config = parse_args([*command.split(), "--plan", "--precision", "fp32"])
-    captioner, _ = load_captioner(config, torch.device("cpu"), ProcessGroup())
+    captioner, _ = train.load_captioner(config, torch.device("cpu"), ProcessGroup())
     assert {sum(p.numel() for p in captioner.trained().values())} == published
 
 
@@ -91,37 +93,35 @@ def test_what_is_kept_of_a_run(tmp_path):
 
 def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     """A tiny table of two seeds. A stopped run is resumed, a finished one not run again, one that fails is a line."""
-    words = " ".join(map(str, flags)).replace("--lr 0.02", "")
+    words, commands = " ".join(map(str, flags)).replace("--lr 0.02", ""), []
+    rows = [{"label": "a", "flags": "--variant no-changes"}, {"label": "b", "flags": "--method none"}]
     content = {"lrs": [0.02], "intro": "", "clips": {}, "stores": {"x": {"flags": words, "published": words}},
-               "tables": {"tiny": {"title": "Tiny", "store": "x", "reference": "a", "rows": [
-                   {"label": "a", "flags": "--variant no-changes"}, {"label": "b", "flags": "--method none"}]}}}
-    for module in (study, tables):
-        monkeypatch.setattr(module, "CONTENT", content)
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(tables, "PAGE", tmp_path / "page.md")
+               "tables": {"tiny": {"title": "Tiny", "store": "x", "reference": "a", "rows": rows}}}
+
+    def run(command: list, **options) -> subprocess.CompletedProcess:
+        commands.append(command[2:])
+        return run_forked(train, *command[2:])
+
+    for owner, name, value in ((study, "CONTENT", content), (tables, "CONTENT", content), (subprocess, "run", run),
+                               (study, "RESULTS", tmp_path), (tables, "RESULTS", tmp_path),
+                               (study, "RUNS", tmp_path / "runs"), (tables, "PAGE", tmp_path / "page.md")):
+        monkeypatch.setattr(owner, name, value)
     monkeypatch.setattr("sys.argv", ["study", "tiny", "--seeds", "0", "1", "--dry-run"])
     study.main()
-    assert [line[-18:] for line in capsys.readouterr().out.splitlines()] == ["--lr 0.02 --seed 0"] * 2
+    assert [line[-18:] for line in capsys.readouterr().out.splitlines()] == ["--lr 0.02 --seed 0"] * 2 and not commands
     monkeypatch.setattr("sys.argv", ["study", "tiny", "--seeds", "0", "1"])
     study.main()
     stored = json.loads((tmp_path / "x.json").read_text())["runs"]
     assert [(run["flags"].rpartition("--")[2], run["seed"], run["steps"]) for run in stored] == [
         ("method none", 0, 0), ("variant no-changes", 0, 12), ("variant no-changes", 1, 12)]
-    page = (tmp_path / "page.md").read_text()
-    assert "| b | 0 | 0.00 % |  | 1 |" in page and "| a | " in page and "`--variant no-changes`" in page
+    assert "| b | 0 | 0.00 % |  | 1 |" in (tmp_path / "page.md").read_text() and len(commands) == 3
 
     (tmp_path / "x.json").unlink()
-    folder = next((tmp_path / "runs").glob("*no-changes*seed-1"))
-    for name in ("test.json", "report.html"):  # as if it had been stopped before the test split
-        (folder / name).unlink()
-    commands, run = [], subprocess.run
-    monkeypatch.setattr(study.subprocess, "run", lambda command, **options: (commands.append(command[2:]),
-                                                                             run(command, **options))[1])
+    folder = next((tmp_path / "runs").glob("*no-changes-0.02-1-????????"))
+    (folder / "test.json").unlink()  # as if it had been stopped before the test split
     study.main()
-    assert commands == [["--resume", folder]]
+    assert commands[3:] == [["--resume", folder]]
     assert [x["test"] for x in json.loads((tmp_path / "x.json").read_text())["runs"]] == [x["test"] for x in stored]
-
-    content["tables"]["tiny"]["rows"].append({"label": "c", "flags": "--method lora --last-blocks 9 --image-size 1"})
+    rows.append({"label": "c", "flags": "--last-blocks 9"})
     with pytest.raises(InputError, match="the run ended with 2, see"):
         study.main()

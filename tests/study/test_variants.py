@@ -29,7 +29,7 @@ def make(name: str | None) -> QAdapter:
 
 
 def naive(name: str | None, adapter: QAdapter, z: Tensor) -> Tensor:
-    """The last block's output of a clip (T, P, D) -> LN(Q) (N, D), by the equations in qadapter.py and the variant's."""
+    """The last block's output of a clip (T, P, D) -> LN(Q) (N, D) by the equations in qadapter.py and the variant's."""
     block, zero = adapter.blocks[0], torch.zeros(P, D, dtype=torch.float64)
     mean, std = (0, 1) if name == "raw-channels" else (block.mean, block.std)
     y = (F.layer_norm(z, (D,)) - mean) / std  # (T, P, D)
@@ -46,7 +46,8 @@ def naive(name: str | None, adapter: QAdapter, z: Tensor) -> Tensor:
                 k, v = now @ block.kv.weight[:R][h].T, now @ block.kv.weight[R:][h].T  # (P, d)
                 if name not in NO_CHANGES:
                     change = y[t] - y[t - 1] if t else zero
-                    k, v = k + change @ block.kv_change.weight[:R][h].T, v + change @ block.kv_change.weight[R:][h].T
+                    k = k + change @ block.kv_change.weight[:R][h].T
+                    v = v + change @ block.kv_change.weight[R:][h].T
                 if name == "gate-patch":
                     v = v * torch.sigmoid(now @ block.gate.weight.T + block.gate.bias)
                 logits.append(k @ (block.q.weight[h] @ block.norm(q)) / (R // HEADS) ** 0.5)
