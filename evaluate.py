@@ -28,16 +28,16 @@ from common.config import Config, read_config
 from common.errors import InputError, error_prefix, explain_out_of_memory
 from common.files import write_json
 from model import Captioner
-from report.build import fits_another, page_entry, report_split, report_videos, show_video
+from report.page import fits_another, page_entry, report_split, report_videos
+from report.show import show_video
 from training import devices
 from training.distributed import ProcessGroup
 from training.frozen_models import fingerprint_models, load_models, resolve_models
 from training.run import check_run
 from video_data import shapes
 from video_data.annotations import VIDEO_SUFFIXES
-from video_data.batches import to_tensor
-from video_data.cache import cached_frames
-from video_data.datasets import VideoDataset, cache_folder, read_dataset
+from video_data.batches import cache_folder, cached_frames, to_tensor
+from video_data.datasets import VideoDataset, read_dataset
 from video_data.video import read_frames
 from video_data.windows import format_srt, iter_windows
 
@@ -117,8 +117,8 @@ def format_scores(scores: dict[str, float]) -> str:
 
 def evaluate_split(captioner: Captioner, dataset: VideoDataset, args: argparse.Namespace, config: Config) -> None:
     """Captions a split of the run's dataset, prints its scores, and writes --save and --report."""
-    root = cache_folder(None, dataset.name, config.data)
-    cache = cached_frames(dataset.splits[args.split], root, args.split, config.frames, captioner.vit.preprocessing, 0)
+    root = cache_folder(dataset.name, config.data)
+    cache = cached_frames(dataset.splits[args.split], root, args.split, config.frames, captioner.vit.preprocessing)
     batch_size = config.micro_batch_size or BATCH_SIZE
     result = caption_and_score(captioner, dataset, args.split, cache, batch_size, ProcessGroup(), beams=config.beams)
     print(f"{args.split}: {format_scores(result.scores)}\n{result.signature}")
@@ -158,7 +158,7 @@ def caption_videos(captioner: Captioner, paths: list[Path], config: Config,
     for path in paths:
         name = str(path).replace("\n", "\\n")
         try:
-            for start, end, pixels in (iter_windows(path, window, window, config.frames, preprocessing) if window else
+            for start, end, pixels in (iter_windows(path, window, config.frames, preprocessing) if window else
                                        [(0, 0, read_frames(path, config.frames, preprocessing))]):
                 times = {"start": round(start, 3), "end": round(end, 3)} if window else {}
                 caption = captioner.caption(pixels[None].to(device), config.beams)[0]

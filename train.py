@@ -21,7 +21,7 @@ from common.config import Config, parse_args
 from common.errors import InputError, explain_out_of_memory
 from evaluate import caption_and_score, format_scores
 from model import MAX_CAPTION_TOKENS, Captioner
-from report.build import report_split
+from report.page import report_split
 from training import devices, distributed
 from training.frozen_models import fingerprint_models, load_models, resolve_models, with_default_models
 from training.inputs import cached_inputs

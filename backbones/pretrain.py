@@ -1,131 +1,97 @@
-"""Makes the two tiny backbones in `backbones/`: `python -m backbones.pretrain`.
+"""Makes the weights and tokenizers of the tiny models again: `python -m backbones.pretrain`.
 
-The ViT learns from still images of `shapes`. At each patch it predicts the colour and kind of the shape that covers it
-and where that shape's centre is, how large it is and how it is rotated; at the class token which shapes are present.
+    tiny-lm     a Llama that learns from text and from mixed keyword embeddings (`texts.py`)
+    tiny-vit    a CLIP ViT that learns from still images of `shapes` (`stills.py`)
+    tiny-mllm   both, joined in LLaVA's layout [1]
 
-The language model learns from text and from mixed keyword embeddings (`lm_data.py`). Neither model sees a clip together
-with its caption; that is left to `train.py`.
+Each is a folder in the format of a public model. Its config.json and preprocessor_config.json say what is made; the
+program writes model.safetensors (fp16) and tokenizer.model beside them. No model sees a clip together with its caption;
+that is left to `train.py`.
 
-Both are written as the folder of a public model: config.json, model.safetensors (fp16), and for the ViT
-preprocessor_config.json, for the language model tokenizer.model.
+The MLLM is trained as LLaVA is, in two stages, with a frozen ViT. First the projector alone learns captions of stills:
+each patch has to become what the frozen language model already understands. Then projector and language model learn
+them. The language model goes on with its own texts as well, so it does not forget how to say motion, of which stills
+show nothing.
 
-Letters: n images, P tokens an image, D width of the ViT, S side in pixels.
+Shapes: n images, P tokens of the ViT per image, D ViT width, S side in pixels.
+
+References
+[1] https://arxiv.org/abs/2310.03744
 """
 
 import io
 import json
-import time
+import struct
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.lm_data import KEYWORDS, LMTrainingData, document
+from backbones.stills import COLOURS, KINDS, AlbumData, StillHeads, draw_still
+from backbones.texts import KEYWORDS, PROMPT, TextData, document
 from common import cli
-from common.files import replace_atomically
+from common.files import read_json
 from models.lm import CausalLM, LMConfig
-from models.lm_checkpoints import lm_tensor_names
+from models.lm_checkpoints import lm_tensor_names, read_lm_config
+from models.mllm import MLLM, MLLMConfig
+from models.mllm_checkpoints import Spelling, mllm_tensor_names, read_mllm_config
+from models.mllm_prompts import INSTRUCTION
 from models.safetensors import write_safetensors
+from models.tokenizer import SentencePieceTokenizer
 from models.vit import ViT, ViTConfig
-from models.vit_checkpoints import clip_tensor_names
+from models.vit_checkpoints import clip_tensor_names, read_vit_config
 from video_data import shapes
 
-VIT = ViTConfig(image_size=shapes.SIDE, patch_size=16, width=128, depth=6, heads=4, mlp_width=512,
-                activation="gelu", norm_eps=1e-5)  # fmt: skip
-# vocab is an upper limit; the model gets as many as the tokenizer has.
-LM = LMConfig(vocab=480, width=160, depth=4, heads=4, kv_heads=2, head_width=40, mlp_width=448,
-              rope_theta=10000.0, norm_eps=1e-5, max_positions=256, tied=True, bos_id=1, eos_id=2)  # fmt: skip
-COLOURS, KINDS = list(shapes.COLOURS), list(shapes.KINDS)
-NO_SHAPE = -1
-
-# ------------------------------------------------------------------------------------ still images
-
-
-def draw_still(index: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """An image (S, S, 3) uint8 and its targets.
-
-    classes (P-1, 2): colour and kind of the shape that covers most of each patch, or -1. geometry (P-1, 5) of that
-    shape: centre from the image's centre in patches, log radius, cosine and sine of the angle times the shape's
-    symmetry. presence (colours * kinds,) of each shape in the image.
-    """
-    rng = np.random.default_rng([seed, 9, index])
-    scene = shapes.draw_scene(rng)
-    u = rng.uniform(0, 1, 1)
-    frames, masks = shapes.render(scene, u, rng)
-    size, side = VIT.patch_size, shapes.SIDE // VIT.patch_size
-    share = masks[:, 0].reshape(len(scene), side, size, side, size).mean((2, 4)).reshape(len(scene), -1)
-    classes = np.full((side * side, 2), NO_SHAPE, np.int64)
-    geometry = np.zeros((side * side, 5), np.float32)
-    presence = np.zeros((len(COLOURS), len(KINDS)), np.float32)
-    for i, shape in enumerate(scene):
-        covered = (share[i] > 0.05) & (share[i] == share.max(0))  # (P-1,)
-        x, y, radius, angle, _ = (float(v[0]) for v in shape.state_at(u))
-        colour, kind = COLOURS.index(shape.colour), KINDS.index(shape.kind)
-        presence[colour, kind] = covered.any()
-        rotation = angle * shapes.SYMMETRY.get(shape.kind, 0)
-        classes[covered] = colour, kind
-        geometry[covered] = (x / size - side / 2, y / size - side / 2, np.log(radius / 9), np.cos(rotation),
-                             np.sin(rotation))  # fmt: skip
-    return frames[0], classes, geometry, presence.reshape(-1)
-
-
-class StillHeads(nn.Module):
-    """Linear heads on the ViT's tokens, discarded after pretraining."""
-
-    def __init__(self):
-        super().__init__()
-        self.colour = nn.Linear(VIT.width, len(COLOURS) + 1)
-        self.kind = nn.Linear(VIT.width, len(KINDS) + 1)
-        self.geometry = nn.Linear(VIT.width, 5)
-        self.presence = nn.Linear(VIT.width, len(COLOURS) * len(KINDS))
-
-    def forward(self, tokens: Tensor, classes: Tensor, geometry: Tensor, presence: Tensor) -> Tensor:
-        """Tokens (n, P, D) and the targets of `draw_still` -> the loss."""
-        patches, covered = tokens[:, 1:], classes[..., 0] != NO_SHAPE  # (n, P-1, D), (n, P-1)
-        return (
-            F.cross_entropy(self.colour(patches).flatten(0, 1), classes[..., 0].flatten() + 1)
-            + F.cross_entropy(self.kind(patches).flatten(0, 1), classes[..., 1].flatten() + 1)
-            + 4 * F.mse_loss(self.geometry(patches[covered]), geometry[covered])
-            + 20 * F.binary_cross_entropy_with_logits(self.presence(tokens[:, 0]), presence)
-        )
+MAX_PIECES = 480  # of the tokenizer, which has fewer
+WORDS = ("USER:", "ASSISTANT:", "Describe", "video.")  # of LLaVA's prompt; tiny-lm would spell them in bytes
+PUBLISHED = Spelling("vision_tower.vision_model.", "language_model.model.", "language_model.lm_head.weight",
+                     "multi_modal_projector.")
+STILLS_PER_PROMPT = (1, 2, 4, 8)  # drawn for each step
 
 
 def train(name: str, parameters: list[nn.Parameter], compute_loss: Callable[[], Tensor], steps: int,
-          peak_lr: float) -> None:  # fmt: skip
+          peak_lr: float) -> None:
     """AdamW with warm-up and cosine decay. `compute_loss` draws a batch and returns its loss."""
     optimizer = torch.optim.AdamW(parameters, peak_lr, betas=(0.9, 0.98), weight_decay=0.05)
-    start_time = time.monotonic()
     for step in range(steps):
         scale = min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * scale
+        optimizer.param_groups[0]["lr"] = peak_lr * scale
         loss = compute_loss()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
-            elapsed = cli.format_seconds(time.monotonic() - start_time)
-            print(f"{name} step {step}/{steps}  loss {loss.item():.4f}  {elapsed}", flush=True)
+            print(f"{name} step {step}/{steps}  loss {loss.item():.4f}")
+
+
+def save_weights(folder: Path, module: nn.Module, names: dict[str, str]) -> None:
+    """Writes the tensors in fp16, under their public names."""
+    tensors = {names[name]: tensor.half() for name, tensor in module.state_dict().items()}
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    print(f"{folder}: {sum(p.numel() for p in module.parameters()):,} parameters")
+
+
+# --------------------------------------------------------------------------------------- tiny-vit
 
 
 def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: int) -> None:
-    """Trains the ViT on `count` still images and writes its folder."""
+    """Trains the ViT of a folder on `count` still images."""
+    torch.manual_seed(seed)
     with ProcessPoolExecutor() as pool:
         columns = zip(*pool.map(partial(draw_still, seed=seed), range(count), chunksize=500), strict=True)
         images, *targets = (torch.from_numpy(np.stack(column)) for column in columns)
     images = images.permute(0, 3, 1, 2).contiguous()  # (count, 3, S, S)
-    mean, std = [0.3] * 3, [0.2] * 3
-    vit, heads = ViT(VIT, mean, std), StillHeads()
+    config = ViTConfig(**read_vit_config(folder / "config.json")[1])
+    preprocessing = read_json(folder / "preprocessor_config.json")
+    vit, heads = ViT(config, preprocessing["image_mean"], preprocessing["image_std"]), StillHeads(config.width)
     nn.init.normal_(vit.position, std=0.3)  # as large as the patch embeddings, or positions are hard to learn
-    for block in vit.blocks:
+    for block in vit.blocks:  # each block starts as the identity
         nn.init.zeros_(block.attn.out.weight)
         nn.init.zeros_(block.mlp.down.weight)
     generator = torch.Generator().manual_seed(seed)
@@ -136,18 +102,10 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
         return heads(tokens, *(target[rows] for target in targets))
 
     train("vit", [*vit.parameters(), *heads.parameters()], compute_loss, steps, peak_lr=1e-3)
-    config = {
-        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": VIT.activation,
-        "hidden_size": VIT.width, "image_size": VIT.image_size, "intermediate_size": VIT.mlp_width,
-        "layer_norm_eps": VIT.norm_eps, "num_attention_heads": VIT.heads, "num_channels": 3,
-        "num_hidden_layers": VIT.depth, "patch_size": VIT.patch_size, "torch_dtype": "float16",
-    }  # fmt: skip
-    preprocessing = {"image_mean": mean, "image_std": std, "size": {"shortest_edge": VIT.image_size}}
-    configs = {"config.json": config, "preprocessor_config.json": preprocessing}
-    save_model(folder, vit, clip_tensor_names(VIT), configs)
+    save_weights(folder, vit, clip_tensor_names(config))
 
 
-# ---------------------------------------------------------------------------------- language model
+# ---------------------------------------------------------------------------------------- tiny-lm
 
 
 def train_tokenizer(texts: list[str]) -> bytes:
@@ -155,81 +113,97 @@ def train_tokenizer(texts: list[str]) -> bytes:
     nouns = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
     verbs = [phrase for pairs in shapes.MOTIONS.values() for pair in pairs for phrase in pair]
     symbols = ["\u2581" + words.replace(" ", "\u2581") for words in [*nouns, *verbs, *KEYWORDS]]
-    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=LM.vocab,
-        user_defined_symbols=symbols,
-        byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2,
-        pad_id=-1, unk_id=0, bos_id=LM.bos_id, eos_id=LM.eos_id, num_threads=1,
-    )  # fmt: skip
+        sentence_iterator=iter(texts), model_writer=(model := io.BytesIO()), model_type="bpe", vocab_size=MAX_PIECES,
+        user_defined_symbols=symbols, byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False,
+        minloglevel=2, pad_id=-1, unk_id=0, bos_id=1, eos_id=2, num_threads=1)
     return model.getvalue()
 
 
 def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int) -> None:
-    """Trains tokenizer and language model on `count` documents and as many captions, and writes their folder."""
+    """Trains tokenizer and language model of a folder on `count` documents and as many captions. config.json gets the
+    tokenizer's number of pieces."""
+    torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 8])
     documents = [document(rng) for _ in range(count)]
     tokenizer_model = train_tokenizer([" ".join(parts) for parts in documents[:20000]])
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
-    lm = CausalLM(replace(LM, vocab=tokenizer.vocab_size()))
+    (folder / "tokenizer.model").write_bytes(tokenizer_model)
+    config = read_json(folder / "config.json") | {"vocab_size": tokenizer.vocab_size()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    lm = CausalLM(LMConfig(**read_lm_config(folder / "config.json")))
     nn.init.normal_(lm.embed.weight, std=0.05)  # also the weight of the head
     for block in lm.blocks:  # each block starts as the identity
         nn.init.zeros_(block.attn.o.weight)
         nn.init.zeros_(block.down.weight)
-    data, num_documents = LMTrainingData(tokenizer, documents, rng, seed), max(1, batch_size // 4)
+    data = TextData(tokenizer, documents, rng, seed, [tokenizer.bos_id()], tokenizer.encode(PROMPT))
 
     def compute_loss() -> Tensor:
-        document_loss = data.document_loss(lm, num_documents)
-        caption_loss = data.caption_loss(lm, batch_size - num_documents)
+        num_documents = max(1, batch_size // 4)
+        document_loss, caption_loss = data.loss(lm, num_documents, batch_size - num_documents)
         return (document_loss + 3 * caption_loss) / 4
 
     train("lm", list(lm.parameters()), compute_loss, steps, peak_lr=4e-3)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "vocab_size": lm.config.vocab, "hidden_size": LM.width, "num_hidden_layers": LM.depth,
-        "num_attention_heads": LM.heads, "num_key_value_heads": LM.kv_heads,
-        "head_dim": LM.head_width, "intermediate_size": LM.mlp_width,
-        "rope_theta": LM.rope_theta, "rms_norm_eps": LM.norm_eps,
-        "max_position_embeddings": LM.max_positions, "tie_word_embeddings": LM.tied,
-        "bos_token_id": LM.bos_id, "eos_token_id": LM.eos_id, "attention_bias": False,
-        "mlp_bias": False, "rope_scaling": None, "torch_dtype": "float16",
-    }  # fmt: skip
-    save_model(folder, lm, lm_tensor_names(lm.config), {"config.json": config})
-    with replace_atomically(folder / "tokenizer.model") as file:
-        file.write(tokenizer_model)
+    save_weights(folder, lm, lm_tensor_names(lm.config))
 
 
-# -------------------------------------------------------------------------------- the command line
+# -------------------------------------------------------------------------------------- tiny-mllm
 
 
-def save_model(folder: Path, module: nn.Module, names: dict[str, str], configs: dict[str, dict]) -> None:
-    """Writes the folder of a public model: the tensors in fp16 under their public names, and JSON files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {names[name]: tensor.half() for name, tensor in module.state_dict().items()}
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    for name, config in configs.items():
-        with replace_atomically(folder / name) as file:
-            file.write((json.dumps(config, indent=2) + "\n").encode())
-    print(f"{folder}: {sum(p.numel() for p in module.parameters()):,} parameters")
+def add_words(tokenizer_model: bytes, words: tuple[str, ...]) -> bytes:
+    """A sentencepiece model with more words, each one token after all others. The ids of the others do not change.
+
+    The file is a protocol buffer. A list in it grows by appending to the file: field 1 of the model is one piece, with
+    its text (field 1), score (2) and type (3; 4 is a user-defined symbol).
+    """
+    for word in words:
+        text = f"\u2581{word}".encode()
+        piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", 0) + b"\x18\x04"
+        tokenizer_model += b"\x0a" + bytes([len(piece)]) + piece
+    return tokenizer_model
+
+
+def pretrain_mllm(folder: Path, backbones: Path, albums: int, texts: int, steps: tuple[int, int], batch_size: int,
+                  seed: int) -> None:
+    """Joins tiny-vit and tiny-lm in the folder `backbones` and trains both stages."""
+    torch.manual_seed(seed)
+    vit, lm = ViT.from_pretrained(backbones / "tiny-vit"), CausalLM.from_pretrained(backbones / "tiny-lm")
+    tokenizer_model = add_words((backbones / "tiny-lm/tokenizer.model").read_bytes(), WORDS)
+    (folder / "tokenizer.model").write_bytes(tokenizer_model)
+    tokenizer = SentencePieceTokenizer(sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model))
+    mllm = MLLM(MLLMConfig.from_dict(read_mllm_config(folder / "config.json")))
+    mllm.vit = vit
+    nn.init.normal_(mllm.lm.embed.weight, std=0.05)
+    for name, tensor in lm.state_dict().items():
+        mllm.lm.state_dict()[name][: len(tensor)] = tensor  # all rows but those of the new words
+    rng = np.random.default_rng([seed, 12])
+    stills = AlbumData(mllm, tokenizer, albums, seed)
+    documents = [document(rng) for _ in range(texts)]
+    data = TextData(tokenizer.processor, documents, rng, seed, *mllm.prompt(tokenizer, 1, INSTRUCTION))
+
+    def still_loss() -> Tensor:
+        return stills.loss(mllm, batch_size, int(rng.choice(STILLS_PER_PROMPT)))
+
+    def whole_loss() -> Tensor:
+        return still_loss() + sum(data.loss(mllm.lm, batch_size // 2, batch_size // 2))
+
+    mllm.requires_grad_(False)
+    mllm.projector.requires_grad_(True)
+    train("projector", list(mllm.projector.parameters()), still_loss, steps[0], peak_lr=4e-3)
+    mllm.lm.requires_grad_(True)
+    trained = [*mllm.projector.parameters(), *mllm.lm.parameters()]
+    train("projector and lm", trained, whole_loss, steps[1], peak_lr=2e-3)
+    save_weights(folder, mllm, mllm_tensor_names(mllm.config, PUBLISHED))
 
 
 def main() -> None:
-    parser = cli.Parser("Makes the two tiny backbones.")
-    parser.add_argument("--out", type=Path, default=Path("backbones"), help="where the two folders are written")
-    parser.add_argument("--only", choices=["vit", "lm"], help="make one of the two")
-    parser.add_argument("--seed", type=cli.at_least(0), default=0, help="of data, weights and order")
-    parser.add_argument("--stills", type=cli.at_least(1), default=60_000, help="images drawn for the ViT")
-    parser.add_argument("--vit-steps", type=cli.at_least(1), default=4000, help="steps of 128 images")
-    parser.add_argument("--texts", type=cli.at_least(1), default=50_000, help="texts written for the language model")
-    parser.add_argument("--lm-steps", type=cli.at_least(1), default=2000, help="steps of 64 texts")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after a quarter of an hour
-    if args.only != "vit":
-        torch.manual_seed(args.seed)
-        pretrain_lm(args.out / "tiny-lm", args.texts, args.lm_steps, 64, args.seed)
-    if args.only != "lm":
-        torch.manual_seed(args.seed)
-        pretrain_vit(args.out / "tiny-vit", args.stills, args.vit_steps, 128, args.seed)
+    parser = cli.Parser("Makes the weights and tokenizers of the tiny models.", "python -m backbones.pretrain")
+    parser.add_argument("--folder", type=cli.folder, default=Path(__file__).parent,
+                        help="holds tiny-lm, tiny-vit and tiny-mllm with their config.json; weights are replaced")
+    folder = parser.parse_args().folder
+    pretrain_lm(folder / "tiny-lm", count=50_000, steps=2000, batch_size=64, seed=0)
+    pretrain_vit(folder / "tiny-vit", count=60_000, steps=4000, batch_size=128, seed=0)
+    pretrain_mllm(folder / "tiny-mllm", folder, albums=4000, texts=20_000, steps=(100, 400), batch_size=32, seed=0)
 
 
 if __name__ == "__main__":

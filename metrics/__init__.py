@@ -7,8 +7,8 @@
 BLEU-1..4, METEOR 1.5, ROUGE-L and CIDEr (which is CIDEr-D), after the Penn Treebank tokenizer. The folder imports
 nothing of the project and can be copied elsewhere. `python -m metrics` scores files.
 
-Where to start: `plain.py` has BLEU, ROUGE-L and CIDEr as their papers write them. `ptb.py` is the tokenizer,
-`meteor.py` is METEOR.
+Where to start: `plain.py` has BLEU and CIDEr as their papers write them, `rouge.py` has ROUGE-L. `ptb.py` is the
+tokenizer, `meteor.py` is METEOR.
 
 METEOR needs tables that are not part of this code; `meteor_data.py` says where they are read from. Without them METEOR
 uses the remaining matchers and is named after them, e.g. METEOR[exact,stem].
@@ -28,10 +28,7 @@ __all__ = ["METRICS", "VERSION", "InputError", "Scores", "score"]
 VERSION = "1.0"
 METRICS = ("BLEU", "METEOR", "ROUGE_L", "CIDEr")
 TOKENIZERS = ("ptb", "none")
-TABLES_HINT = (
-    "install pycocoevalcap (they are read from its files, Java is not needed), or give their folder as meteor_data,"
-    " --meteor-data or METEOR_DATA"
-)
+TABLES_HINT = "install pycocoevalcap (its files are read, no Java is needed) or set meteor_data or --meteor-data"
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,7 @@ class Scores:
 def check_options(tokenizer, metrics):
     if tokenizer not in TOKENIZERS:
         raise InputError(f"tokenizer: is {tokenizer!r}, expected one of {', '.join(TOKENIZERS)}")
-    unknown = set(metrics) - set(METRICS)
-    if unknown or not metrics or isinstance(metrics, str):
+    if isinstance(metrics, str) or not metrics or not set(metrics) <= set(METRICS):
         raise InputError(f"metrics: is {metrics!r}, expected some of {', '.join(METRICS)}")
 
 
@@ -74,14 +70,10 @@ def meteor_name(tables):
 def check_tables(tables, strict):
     """Notes about missing tables. Raises InputError instead if `strict`."""
     missing = [name for name in ("synonym", "paraphrase") if name not in tables.matchers()]
-    if not missing:
-        return ()
-    if tables.words is None:
-        missing.append("function words")
     note = f"METEOR's tables ({', '.join(missing)}) were not found: {TABLES_HINT}"
-    if strict:
+    if missing and strict:
         raise InputError(note)
-    return (note,)
+    return (note,) if missing else ()
 
 
 def make_signature(references, num_videos, tokenizer, metrics, tables):
@@ -101,7 +93,7 @@ def make_signature(references, num_videos, tokenizer, metrics, tables):
     return "|".join([*parts, f"v:{VERSION}"])
 
 
-def score_ngrams(references, hypotheses, metrics, names):
+def score_ngrams(references, hypotheses, metrics):
     """{name: (corpus score, per-video scores)} of BLEU-1..4 and CIDEr, if they are in `metrics`.
 
     The n-gram counts are large. They are freed when this returns, before METEOR needs its memory.
@@ -113,8 +105,6 @@ def score_ngrams(references, hypotheses, metrics, names):
         corpus, per_video = bleu.score(counts)
         results |= {f"Bleu_{n}": (corpus[n - 1], per_video[n - 1]) for n in range(1, ngrams.MAX_N + 1)}
     if "CIDEr" in metrics:
-        if not counts.length[: counts.num_references].any():
-            raise InputError(f"{names[0]}: every reference is empty, expected a word for CIDEr")
         results["CIDEr"] = cider.score(counts)
     return results
 
@@ -149,7 +139,7 @@ def score(
         tables = load_meteor_tables(meteor_data, progress)
         notes = check_tables(tables, strict)
     refs, hyps = tokenize(refs, hyps, tokenizer)
-    results = score_ngrams(refs, hyps, metrics, names)
+    results = score_ngrams(refs, hyps, metrics)
     if tables is not None:
         results[meteor_name(tables)] = meteor.score(refs, hyps, tables, progress)[:2]
     if "ROUGE_L" in metrics:

@@ -9,7 +9,6 @@ import csv
 import json
 import os
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,11 +16,14 @@ from pathlib import Path
 from . import METRICS, TOKENIZERS, InputError, inputs, score
 
 
-class Progress:
-    """Prints progress on standard error once the work takes longer than two seconds.
+def warn(text, end="\n"):
+    """Prints on the standard error. What takes it may be full; the exit code tells an error, too."""
+    with suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
 
-    A terminal shows one line that is rewritten; elsewhere only the final state is printed.
-    """
+
+class Progress:
+    """Prints notes, and on a terminal, once the work takes longer than two seconds, a line that is rewritten."""
 
     def __init__(self):
         self.start_time = self.last_time = time.monotonic()
@@ -29,11 +31,9 @@ class Progress:
     def __call__(self, text, done=None, total=None):
         now = time.monotonic()
         if done is None:
-            print(text, file=sys.stderr, flush=True)
-        elif now - self.start_time > 2 and (now - self.last_time > 0.2 or done == total):
-            end = "\r" if sys.stderr.isatty() and done < total else "\n"
-            if end == "\r" or done == total:
-                print(f"{text} {done}/{total}", end=end, file=sys.stderr, flush=True)
+            warn(text)
+        elif sys.stderr.isatty() and now - self.start_time > 2 and (now - self.last_time > 0.2 or done == total):
+            warn(f"{text} {done}/{total}", end="\r" if done < total else "\n")
             self.last_time = now
 
 
@@ -44,68 +44,23 @@ def format_table(scores):
     return "\n".join([*lines, scores.signature])
 
 
-# --- the CSV of per-video scores ----------------------------------------------------------------------------------
-
-
-def check_writable(path, *inputs):
-    """Raises InputError if no CSV can be written to `path`, or if it is one of the inputs. Called before the scores are
-    computed."""
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError
-        if not path.exists() or path.is_file():
-            tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise InputError(
-            f"--per-video {path}: expected a file in an existing folder that can be written to"
-        ) from error
-    if os.path.realpath(path) in map(os.path.realpath, inputs):
+def check_output(path, *sources):
+    """Raises InputError before the work for a --per-video that cannot be a file or is one of the `sources`."""
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise InputError(f"--per-video {path}: expected a file in an existing folder")
+    if os.path.realpath(path) in map(os.path.realpath, sources):
         raise InputError(f"--per-video {path}: is one of the inputs, expected another file")
 
 
-def write_rows(file, per_video):
-    names = list(next(iter(per_video.values())))
-    writer = csv.writer(file)
-    writer.writerow(["id", *names])
-    for key, scores in per_video.items():
-        writer.writerow([key, *[scores[name] for name in names]])
-
-
 def write_csv(path, per_video):
-    """Writes one row of unscaled scores per video. Raises OSError.
-
-    A regular file is replaced atomically. Anything else, such as a pipe, is written to directly.
-    """
-    path, options = Path(os.path.realpath(path)), {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    if path.exists() and not path.is_file():
-        with open(path, "w", **options) as file:
-            return write_rows(file, per_video)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    """Writes one row of unscaled scores per video. Raises InputError."""
     try:
-        with os.fdopen(handle, "w", **options) as file:
-            write_rows(file, per_video)
-        os.chmod(temporary, 0o666 & ~current_umask())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def current_umask():
-    """The permission bits that new files do not get."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-# --- the command --------------------------------------------------------------------------------------------------
-
-
-def warn(text):
-    """Prints on the standard error. What takes it may be full; the exit code tells an error, too."""
-    with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", *next(iter(per_video.values()))])
+            writer.writerows([key, *scores.values()] for key, scores in per_video.items())
+    except OSError as error:  # on a full disk it does not name the file
+        raise InputError(f"--per-video {path}: {error.strerror}") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,77 +71,50 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    parser = Parser(
-        prog="python -m metrics",
-        allow_abbrev=False,
-        description="BLEU, METEOR, ROUGE-L and CIDEr of captions, as video captioning papers report them (equal to"
-        " pycocoevalcap's scores; no Java).",
-    )
-    parser.add_argument("--references", required=True, help="JSON: {id: [caption, ...]} or COCO annotations")
-    parser.add_argument("--hypotheses", required=True, help="JSON: {id: caption}, {id: [caption]} or COCO results")
-    parser.add_argument(
-        "--tokenizer",
-        choices=TOKENIZERS,
-        default="ptb",
-        help="ptb (what papers use), or none for captions that are already tokenized",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, unscaled")
-    parser.add_argument("--per-video", metavar="FILE", help="write each video's scores as CSV")
-    parser.add_argument("--subset", action="store_true", help="score only the videos that have a hypothesis")
-    parser.add_argument("--strict", action="store_true", help="fail if METEOR's tables are missing")
-    parser.add_argument("--meteor-data", metavar="DIR", help="folder of meteor-1.5.jar and paraphrase-en.gz")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="which to compute (all)")
+    text = "BLEU, METEOR, ROUGE-L and CIDEr of captions, equal to pycocoevalcap's scores; no Java."
+    parser = Parser(prog="python -m metrics", allow_abbrev=False, description=text)
+    flag = parser.add_argument
+    flag("--references", required=True, help="JSON: {id: [caption, ...]} or COCO annotations")
+    flag("--hypotheses", required=True, help="JSON: {id: caption}, {id: [caption]} or COCO results")
+    flag("--tokenizer", choices=TOKENIZERS, default="ptb", help="ptb (as papers), none (already tokenized)")
+    flag("--json", action="store_true", help="print one JSON object, unscaled")
+    flag("--per-video", metavar="FILE", help="write each video's scores as CSV")
+    flag("--subset", action="store_true", help="score only the videos that have a hypothesis")
+    flag("--strict", action="store_true", help="fail if METEOR's tables are missing")
+    flag("--meteor-data", metavar="DIR", help="folder of meteor-1.5.jar and paraphrase-en.gz")
+    flag("--metrics", nargs="+", choices=METRICS, default=METRICS, help="which to compute (all)")
     return parser
+
+
+def run(argv):
+    """Reads, scores, prints and writes. Raises InputError and OSError."""
+    args = make_parser().parse_args(argv)
+    if args.per_video:
+        check_output(args.per_video, args.references, args.hypotheses)
+    references, hypotheses = inputs.read_references(args.references), inputs.read_hypotheses(args.hypotheses)
+    options = {name: getattr(args, name) for name in ("tokenizer", "meteor_data", "strict", "subset", "metrics")}
+    names = args.references, args.hypotheses
+    scores = score(references, hypotheses, names=names, progress=Progress(), **options)
+    for note in scores.notes:
+        warn(note)
+    as_json = json.dumps({**scores.corpus, "signature": scores.signature})
+    try:
+        if args.per_video:
+            write_csv(args.per_video, scores.per_video)
+    finally:  # a full disk under one of the two outputs must not lose the other
+        print(as_json if args.json else format_table(scores), flush=True)
 
 
 def main(argv=None):
     """Runs the command; returns its exit code."""
-    for name in ("stdin", "stdout", "stderr"):  # None if the caller has closed it
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if the caller has closed it
     try:
-        args = make_parser().parse_args(argv)
-        if args.per_video:
-            check_writable(args.per_video, args.references, args.hypotheses)
-        scores = score(
-            inputs.read_references(args.references),
-            inputs.read_hypotheses(args.hypotheses),
-            tokenizer=args.tokenizer,
-            meteor_data=args.meteor_data,
-            strict=args.strict,
-            subset=args.subset,
-            metrics=args.metrics,
-            names=(args.references, args.hypotheses),
-            progress=Progress(),
-        )
-        for note in scores.notes:
-            warn(note)
-        as_json = json.dumps({**scores.corpus, "signature": scores.signature})
-        failure = None
-        try:
-            print(as_json if args.json else format_table(scores), flush=True)
-        except BrokenPipeError:
-            raise
-        except OSError as error:  # a full disk: one of the two outputs must not lose the other
-            failure = error
-        if args.per_video:
-            try:
-                write_csv(args.per_video, scores.per_video)
-            except OSError as error:  # which names a temporary file
-                raise InputError(f"--per-video {args.per_video}: {error.strerror or error}") from error
-        if failure:
-            raise failure
-    except InputError as error:
-        warn(f"error: {error}")
-        return 2
+        run(argv)
     except BrokenPipeError:  # the reader, e.g. `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        warn(f"error: {InputError(str(error.filename or 'output'))}: {error.strerror}")
-        return 2
-    except MemoryError:
-        warn("error: out of memory")
+    except (InputError, OSError, MemoryError) as error:
+        warn(f"error: {str(error) or 'out of memory'}")
         return 2
     except KeyboardInterrupt:
         warn("stopped")

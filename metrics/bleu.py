@@ -33,17 +33,13 @@ def clipped_matches(counts, n):
 
     An n-gram counts at most as often as in the reference that has it most often.
     """
-    references, hypotheses = counts.split(n)
-    stride = max(references.num_distinct, 1)
-    key = counts.video[references.row] * stride + references.ngram  # (K,)
-    order = np.lexsort((references.count, key))
-    key, max_count = key[order], references.count[order]
+    references, hypotheses = counts.tables[n - 1]
+    order = np.lexsort((references.count, references.key()))
+    key, max_count = references.key()[order], references.count[order]
     is_last = np.append(key[1:] != key[:-1], True)[: len(key)]  # of equal keys the last has the highest count
-    key, max_count = key[is_last], max_count[is_last]  # (video, n-gram) pairs
-    video = counts.video[hypotheses.row]
-    index, is_found = find_sorted(key, video * stride + hypotheses.ngram)
-    matches = np.minimum(hypotheses.count[is_found], max_count[index[is_found]])
-    return sum_by_index(video[is_found], matches, counts.num_videos)  # (V,)
+    index, is_found = find_sorted(key[is_last], hypotheses.key())
+    matches = np.minimum(hypotheses.count[is_found], max_count[is_last][index[is_found]])
+    return sum_by_index(hypotheses.video[is_found], matches, counts.num_videos)  # (V,)
 
 
 def bleu_from_counts(matches, totals, hyp_length, ref_length):

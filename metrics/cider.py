@@ -17,32 +17,27 @@ References
 
 import numpy as np
 
+from .inputs import InputError
 from .ngrams import MAX_N, find_sorted, sum_by_index
 
 SIGMA = 6.0
 
 
-def inverse_document_frequency(counts, n):
+def inverse_document_frequency(references, num_videos):
     """ln(videos) - ln(videos with the n-gram in a reference, at least 1): (D,)."""
-    references, _ = counts.split(n)
-    stride = max(references.num_distinct, 1)
-    ngram = np.unique(counts.video[references.row] * stride + references.ngram) % stride  # once per video
-    return np.log(counts.num_videos) - np.log(np.maximum(np.bincount(ngram, minlength=stride), 1))
+    ngram = np.unique(references.key()) % references.num_distinct  # once per video
+    return np.log(num_videos) - np.log(np.maximum(np.bincount(ngram, minlength=references.num_distinct), 1))
 
 
 def clipped_cosine(counts, n):
     """Clipped cosine similarity of each reference with its video's hypothesis, for one n: (R,)."""
-    idf = inverse_document_frequency(counts, n)
-    references, hypotheses = counts.split(n)
-    stride = max(references.num_distinct, 1)
+    references, hypotheses = counts.tables[n - 1]
+    idf = inverse_document_frequency(references, counts.num_videos)
     ref_value = references.count * idf[references.ngram]
     hyp_value = hypotheses.count * idf[hypotheses.ngram]
     ref_norm = np.sqrt(sum_by_index(references.row, ref_value**2, counts.num_references))  # (R,)
-    hyp_video = counts.video[hypotheses.row]
-    hyp_norm = np.sqrt(sum_by_index(hyp_video, hyp_value**2, counts.num_videos))  # (V,)
-
-    ref_video = counts.video[references.row]
-    index, is_found = find_sorted(hyp_video * stride + hypotheses.ngram, ref_video * stride + references.ngram)
+    hyp_norm = np.sqrt(sum_by_index(hypotheses.video, hyp_value**2, counts.num_videos))  # (V,)
+    index, is_found = find_sorted(hypotheses.key(), references.key())
     product = np.minimum(hyp_value[index[is_found]], ref_value[is_found]) * ref_value[is_found]
     dot = sum_by_index(references.row[is_found], product, counts.num_references)  # (R,)
     norms = ref_norm * hyp_norm[counts.video[: counts.num_references]]
@@ -52,11 +47,11 @@ def clipped_cosine(counts, n):
 def score(counts):
     """CIDEr, 0..10, of NgramCounts: (corpus score, per-video scores (V,)).
 
-    Raises ValueError if every reference is empty (pycocoevalcap fails there too).
+    Raises InputError if every reference is empty (pycocoevalcap fails there too).
     """
     num_references = counts.num_references
     if not counts.length[:num_references].any():
-        raise ValueError("CIDEr: every reference is empty, expected at least one word")
+        raise InputError("CIDEr: every reference is empty, expected at least one word")
     video = counts.video[:num_references]  # (R,)
     bigrams = np.maximum(counts.length - 1, 0)
     difference = (bigrams[num_references:][video] - bigrams[:num_references]).astype(float)

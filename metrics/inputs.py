@@ -7,6 +7,10 @@ names the input, the id and what was expected.
 
 import json
 import re
+import zipfile
+import zlib
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 MAX_LETTERS = 10_000  # of a caption; the rules of the tokenizer take long on more
@@ -14,6 +18,7 @@ MAX_LETTERS = 10_000  # of a caption; the rules of the tokenizer take long on mo
 # caption to the wrong video; here it becomes a space.
 LINE_BREAKS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
 NAMES = ("references", "hypotheses")
+DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError, zipfile.BadZipFile, zlib.error)
 
 
 class InputError(ValueError):
@@ -25,143 +30,91 @@ class InputError(ValueError):
         super().__init__(message if len(message) <= 2000 else message[:2000] + " ...")
 
 
-def format_ids(ids, limit=3):
-    """'a', 'b', 'c' and 7 more."""
-    ids = [repr(str(i)) for i in ids]
-    more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
-    return ", ".join(ids[:limit]) + more
-
-
-def type_name(value):
-    return type(value).__name__
+@contextmanager
+def reading(path, expected):
+    """Turns what a missing or damaged file raises into an InputError. The block should only parse."""
+    try:
+        yield
+    except InputError:
+        raise
+    except DAMAGE as error:
+        reason = f"no field {error}" if type(error) is KeyError else getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: {reason}, expected {expected}") from error
 
 
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def reject_duplicate_keys(path):
-    """A hook for `json.loads`: a key that occurs twice in an object raises InputError instead of being dropped."""
-
-    def object_from_pairs(pairs):
-        result = {}
-        for key, value in pairs:
-            if key in result:
-                raise InputError(f"{path}: id {key!r} occurs twice, expected once")
-            result[key] = value
-        return result
-
-    return object_from_pairs
+def unique_keys(pairs):
+    """A dict of (key, value) pairs. Raises ValueError for a key that occurs twice, which `dict` would drop."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"id {key!r} occurs twice")
+    return result
 
 
 def read_json(path):
     """The contents of a JSON file. Raises InputError."""
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():  # might never end
-        raise InputError(f"{path}: is a pipe or a device, expected a JSON file")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected a JSON file") from error
-    if not raw.strip():
-        raise InputError(f"{path}: is empty, expected JSON")
-    if raw[:1] == b"\x80":
-        raise InputError(f"{path}: is a pickle, which can run code when it is read; expected JSON")
-    try:
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=reject_duplicate_keys(path))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8, expected UTF-8") from error
-    except json.JSONDecodeError as error:
-        position = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{path}: {position}: {error.msg}, expected JSON") from error
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; deeply nested brackets
-        raise InputError(f"{path}: {error}, expected JSON") from error
-
-
-def coco_caption(path, field, item, index):
-    """(id, caption) of one COCO annotation or result."""
-    if not isinstance(item, dict) or "image_id" not in item or "caption" not in item:
-        raise InputError(f"{path}: {field}[{index}]: expected an object with image_id and caption")
-    if type(item["image_id"]) not in (int, str):
-        raise InputError(f"{path}: {field}[{index}]: image_id is {item['image_id']!r}, expected a number or a string")
-    return item["image_id"], item["caption"]
+    if path.exists() and not path.is_file():  # a pipe or a device might never end
+        raise InputError(f"{path}: is not a regular file, expected a JSON file")
+    with reading(path, "a JSON file"):
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique_keys)
 
 
 def read_references(path):
     """{id: [caption, ...]} from a JSON file that holds the same, or COCO's {"annotations": [...]}."""
     data = read_json(path)
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected {{id: [caption, ...]}} or COCO annotations, found {type_name(data)}")
-    annotations = data.get("annotations")
+    annotations = data.get("annotations") if isinstance(data, dict) else None
     if not isinstance(annotations, list) or not any(isinstance(item, dict) for item in annotations):
         return data
     references = {}
-    for index, item in enumerate(annotations):
-        key, caption = coco_caption(path, "annotations", item, index)
-        references.setdefault(str(key), []).append(caption)
+    with reading(path, "COCO annotations, objects with image_id and caption"):
+        for item in annotations:
+            references.setdefault(str(item["image_id"]), []).append(item["caption"])
     return references
 
 
 def read_hypotheses(path):
     """{id: caption} from a JSON file: {id: caption}, {id: [caption]} or COCO's list of results."""
     data = read_json(path)
-    if isinstance(data, dict):
-        return data
     if not isinstance(data, list):
-        raise InputError(f"{path}: expected {{id: caption}} or a list of COCO results, found {type_name(data)}")
-    hypotheses = {}
-    for index, item in enumerate(data):
-        key, caption = coco_caption(path, "", item, index)
-        if str(key) in hypotheses:
-            raise InputError(f"{path}: id {str(key)!r} occurs twice, expected one caption per video")
-        hypotheses[str(key)] = caption
-    return hypotheses
+        return data
+    with reading(path, "COCO results, objects with image_id and caption, one per video"):
+        return unique_keys([(str(item["image_id"]), item["caption"]) for item in data])
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
 
 
+def format_ids(ids):
+    """'a', 'b', 'c' and 7 more."""
+    return ", ".join(map(repr, ids[:3])) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+
+
 def check_caption(caption, where):
     """A caption as one line."""
     if not isinstance(caption, str):
-        raise InputError(f"{where}: expected a string, found {type_name(caption)}")
+        raise InputError(f"{where}: expected one string, found {type(caption).__name__}")
     if len(caption) > MAX_LETTERS:
         raise InputError(f"{where}: has {len(caption):,} characters, expected at most {MAX_LETTERS:,}")
     return LINE_BREAKS.sub(" ", caption)
 
 
-def check_references(value, where):
+def check_references(group, where):
     """The references of one video, each as one line."""
-    if not isinstance(value, list | tuple):
-        raise InputError(f"{where}: expected a list of captions, found {type_name(value)}")
-    if not value:
-        raise InputError(f"{where}: has no references, expected at least one")
-    return [check_caption(caption, f"{where}, caption {number}") for number, caption in enumerate(value, 1)]
-
-
-def check_hypothesis(value, where):
-    """The hypothesis of one video, as one line."""
-    if isinstance(value, list | tuple):
-        if len(value) != 1:
-            raise InputError(f"{where}: has {len(value)} captions, expected one")
-        value = value[0]
-    return check_caption(value, where)
+    if not isinstance(group, list | tuple) or not group:
+        raise InputError(f"{where}: expected a list of at least one caption")
+    return [check_caption(caption, f"{where}, caption {number}") for number, caption in enumerate(group, 1)]
 
 
 def items_by_text_id(captions, name, expected):
     """{id as text: (id, value)} of a dict of captions."""
     if not isinstance(captions, dict):
-        raise InputError(f"{name}: expected {expected}, found {type_name(captions)}")
-    items = {}
-    duplicates = []
-    for key, value in captions.items():
-        if str(key) in items and str(key) not in duplicates:
-            duplicates.append(str(key))
-        items[str(key)] = key, value
-    if duplicates:
-        raise InputError(f"{name}: id {format_ids(duplicates)} occurs twice, expected once")
-    return items
+        raise InputError(f"{name}: expected {expected}, found {type(captions).__name__}")
+    with reading(name, "every id once"):
+        return unique_keys([(str(key), (key, value)) for key, value in captions.items()])
 
 
 def pair_captions(references, hypotheses, subset=False, names=NAMES):
@@ -169,23 +122,21 @@ def pair_captions(references, hypotheses, subset=False, names=NAMES):
 
     ids are the keys of `references`. With `subset`, videos without a hypothesis are left out. Raises InputError.
     """
-    references = items_by_text_id(references, names[0], "{id: [caption, ...]}")
-    hypotheses = items_by_text_id(hypotheses, names[1], "{id: caption}")
+    references = items_by_text_id(references, names[0], "{id: [caption, ...]} or COCO annotations")
+    hypotheses = items_by_text_id(hypotheses, names[1], "{id: caption} or COCO results")
     if not references:
         raise InputError(f"{names[0]}: has no videos, expected at least one")
-    unexpected = [text_id for text_id in hypotheses if text_id not in references]
-    if unexpected:
+    if unexpected := [text_id for text_id in hypotheses if text_id not in references]:
         raise InputError(f"{names[1]}: id {format_ids(unexpected)} has no references in {names[0]}")
+    scored = [text_id for text_id in references if text_id in hypotheses]
     missing = [text_id for text_id in references if text_id not in hypotheses]
-    if missing and (not subset or len(missing) == len(references)):
-        raise InputError(
-            f"{names[1]}: id {format_ids(missing)} has no hypothesis, expected one for each of {len(references)}"
-            " videos (to score a subset, set subset or --subset)"
-        )
-    ids, checked_references, checked_hypotheses = [], [], []
-    for text_id, (key, value) in references.items():
-        if text_id in hypotheses:
-            ids.append(key)
-            checked_references.append(check_references(value, f"{names[0]}, id {text_id!r}"))
-            checked_hypotheses.append(check_hypothesis(hypotheses[text_id][1], f"{names[1]}, id {text_id!r}"))
-    return ids, checked_references, checked_hypotheses
+    if not scored or missing and not subset:
+        expected = f"one for each of {len(references)} videos (to score a subset, set subset or --subset)"
+        raise InputError(f"{names[1]}: id {format_ids(missing)} has no hypothesis, expected {expected}")
+    checked_references, checked_hypotheses = [], []
+    for text_id in scored:
+        checked_references.append(check_references(references[text_id][1], f"{names[0]}, id {text_id!r}"))
+        value = hypotheses[text_id][1]
+        value = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+        checked_hypotheses.append(check_caption(value, f"{names[1]}, id {text_id!r}"))
+    return [references[text_id][0] for text_id in scored], checked_references, checked_hypotheses

@@ -69,10 +69,9 @@ def weigh_words(content, function):
 def weigh_matches(counts, side):
     """Weighted matched words of the hypothesis (side 0) or the reference (side 1)."""
     total = 0.0
-    for matcher, weight in enumerate(MATCHER_WEIGHTS):
-        total += weight * DELTA * counts[4 + 4 * matcher + side]
-    for matcher, weight in enumerate(MATCHER_WEIGHTS):
-        total += weight * (1 - DELTA) * counts[6 + 4 * matcher + side]
+    for first, kind_weight in (4, DELTA), (6, 1 - DELTA):  # content words, function words
+        for matcher, weight in enumerate(MATCHER_WEIGHTS):
+            total += weight * kind_weight * counts[first + 4 * matcher + side]
     return total
 
 
@@ -101,12 +100,8 @@ def score_counts(counts):
 
 def sum_counts(segments):
     """Counts of a corpus from the counts of its segments."""
-    total = [0] * NUM_COUNTS
-    for counts in segments:
-        for i, count in enumerate(counts):
-            total[i] += count
-        if is_perfect(counts):
-            total[CHUNKS] -= counts[CHUNKS]
+    total = [sum(column) for column in zip(*segments, strict=True)]
+    total[CHUNKS] -= sum(counts[CHUNKS] for counts in segments if is_perfect(counts))
     return total
 
 
@@ -241,18 +236,13 @@ def score(references, hypotheses, tables, progress=None):
     hypotheses = [text.replace("|||", "").replace("  ", " ") for text in hypotheses]
     # It also joins references with "|||", so a reference that contains it becomes two.
     references = [[part for text in group for part in text.split("|||")] for group in references]
-    words = {
-        text: tuple(meteor_text.split_words(text, prefixes))
-        for text in {*hypotheses, *(text for group in references for text in group)}
-    }
+    texts = {*hypotheses, *(text for group in references for text in group)}
+    words = {text: tuple(meteor_text.split_words(text, prefixes)) for text in texts}
     for group, text in zip(references, hypotheses, strict=True):
         for reference in group:
             check_lengths(words[text], words[reference])
-    lexicon = Lexicon(
-        tables,
-        {words[text] for group in references for text in group},
-        {words[text] for text in hypotheses},
-    )
+    all_references = {words[text] for group in references for text in group}
+    lexicon = Lexicon(tables, all_references, {words[text] for text in hypotheses})
     segments, scores = [], []
     for group, text in zip(references, hypotheses, strict=True):
         distinct = dict.fromkeys(words[reference] for reference in group)

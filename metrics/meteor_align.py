@@ -34,9 +34,6 @@ def span_mask(start, length):
 class Path:
     """A partial alignment: matches by reference position, and the values that the search compares."""
 
-    __slots__ = ("hyp_total", "ref_total", "chunks", "distance", "ref_next", "hyp_end", "placed", "chosen",
-                 "hyp_mask", "ref_mask")  # fmt: skip
-
     def __init__(self, placed):
         """placed: matches that every path has; `add` counts them when the search reaches them."""
         self.hyp_total = self.ref_total = 0  # weighted matched words, truncated to integers
@@ -52,8 +49,7 @@ class Path:
 
     def copy(self):
         other = Path.__new__(Path)
-        for name in Path.__slots__:
-            setattr(other, name, getattr(self, name))
+        other.__dict__.update(self.__dict__)
         return other
 
     def sort_key(self):
@@ -97,24 +93,22 @@ class Path:
 
 
 def uncontested_matches(matches, num_hyp_words):
-    """Matches that are the only one at their position and share no word with any other.
+    """Matches that share no word with any other.
 
     matches: for each reference position the list of Matches that start there.
     """
     ref_uses, hyp_uses = [0] * len(matches), [0] * num_hyp_words
-    for matches_here in matches:
-        for match in matches_here:
-            for i in range(match.ref_start, match.ref_start + match.ref_length):
-                ref_uses[i] += 1
-            for i in range(match.hyp_start, match.hyp_start + match.hyp_length):
-                hyp_uses[i] += 1
+    all_matches = [match for matches_here in matches for match in matches_here]
+    for match in all_matches:
+        for i in range(match.ref_start, match.ref_start + match.ref_length):
+            ref_uses[i] += 1
+        for i in range(match.hyp_start, match.hyp_start + match.hyp_length):
+            hyp_uses[i] += 1
     return [
         match
-        for matches_here in matches
-        if len(matches_here) == 1
-        for match in matches_here
-        if all(n == 1 for n in ref_uses[match.ref_start : match.ref_start + match.ref_length])
-        and all(n == 1 for n in hyp_uses[match.hyp_start : match.hyp_start + match.hyp_length])
+        for match in all_matches
+        if set(ref_uses[match.ref_start : match.ref_start + match.ref_length]) == {1}
+        and set(hyp_uses[match.hyp_start : match.hyp_start + match.hyp_length]) == {1}
     ]
 
 

@@ -14,12 +14,11 @@ References
 import importlib.util
 import os
 import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import meteor_paraphrases
-from .inputs import InputError
+from .inputs import InputError, reading
 from .meteor_paraphrases import Paraphrases
 from .meteor_text import Prefixes
 
@@ -27,11 +26,11 @@ JAR = "meteor-1.5.jar"
 PARAPHRASES = "paraphrase-en.gz"
 last_loaded = {}  # "files": paths that `find_files` returned, "tables": Tables that were read from them
 # (suffix, replacement) for English nouns, verbs, adjectives and adverbs. The first one that leads to a known word wins.
-DETACHMENT_RULES = (
-    ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
-    ("men", "man"), ("ies", "y"), ("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"),
-    ("ed", ""), ("ing", "e"), ("ing", ""), ("er", ""), ("est", ""), ("er", "e"), ("est", "e"),
-)  # fmt: skip
+DETACHMENT_RULES = [
+    rule.split(":")
+    for rule in "s: ses:s xes:x zes:z ches:ch shes:sh men:man ies:y s: ies:y es:e es: ed:e ed: ing:e ing: er: est:"
+    " er:e est:e".split()
+]
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,11 @@ class Tables:
 
 def read_word_tables(path):
     """WordTables from METEOR's zip. Raises InputError for any other file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            function_words, prefixes, synsets, exceptions = (
-                archive.read(name).decode("utf-8").split("\n")
-                for name in (
-                    "function/english.words",
-                    "nonbreaking/english.prefixes",
-                    "synonym/english.synsets",
-                    "synonym/english.exceptions",
-                )
-            )
-    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: {error}, expected METEOR 1.5's jar") from error
+    names = "function/english.words", "nonbreaking/english.prefixes", "synonym/english.synsets"
+    with reading(path, "METEOR 1.5's jar"), zipfile.ZipFile(path) as archive:
+        function_words, prefixes, synsets, exceptions = (
+            archive.read(name).decode("utf-8").split("\n") for name in (*names, "synonym/english.exceptions")
+        )
     prefix_lines = [line.split() for line in prefixes if line.strip() and not line.startswith("#")]
     irregular_forms = {}
     for base, forms in zip(exceptions[0::2], exceptions[1::2], strict=False):

@@ -66,7 +66,9 @@ class Lexicon:
         function_words = tables.words.function_words if tables.words is not None else ()
         self.texts = {}  # caption -> Text
         for caption, caption_phrases in zip(captions, phrases, strict=True):
-            function_mask = sum(1 << i for i, word in enumerate(caption) if word in function_words)
+            function_mask = 0
+            for i, word in enumerate(caption):
+                function_mask |= (word in function_words) << i
             words = tuple([self.word_ids[word] for word in caption])
             self.texts[tuple(caption)] = Text(words, function_mask, caption_phrases)
 
@@ -95,17 +97,16 @@ class Lexicon:
         is_useful = in_reference[left] & in_hypothesis[right]
         is_useful |= in_hypothesis[left] & in_reference[right]
         entries = np.flatnonzero(is_useful)
-        for entry, left_node, right_node in zip(
-            entries.tolist(), left[entries].tolist(), right[entries].tolist(), strict=True
-        ):
+        columns = entries.tolist(), left[entries].tolist(), right[entries].tolist()
+        for entry, left_node, right_node in zip(*columns, strict=True):
             self.right_sides[left_node].append((entry, right_node))
             self.left_sides[right_node].append((entry, left_node))
         is_matchable = np.zeros(paraphrases.num_nodes(), bool)
         is_matchable[left[entries]] = is_matchable[right[entries]] = True
         keep = is_matchable[node]
         phrases, shared = [[] for _ in captions], {}
-        for index, *phrase in zip(*[column[keep].tolist() for column in (caption, start, length, node)], strict=True):
-            phrase = tuple(phrase)
+        owner, *columns = [column[keep].tolist() for column in (caption, start, length, node)]
+        for index, phrase in zip(owner, zip(*columns, strict=True), strict=True):
             phrases[index].append(shared.setdefault(phrase, phrase))  # many are equal: one object each
         return [tuple(caption_phrases) for caption_phrases in phrases]
 

@@ -1,14 +1,13 @@
-"""METEOR 1.5's paraphrase table: 5.3 million pairs of phrases, compiled once, then memory-mapped.
+"""METEOR 1.5's paraphrase table: 5.3 million pairs of phrases, compiled once.
 
 The gz that holds them takes seconds to read. So it is compiled once into a file of plain arrays in the user's cache
-folder, which later runs map into memory.
+folder, which later runs read.
 
 A paraphrase (left, right) is two nodes of one trie of word ids. Node 0 is the empty phrase. The child of a node by a
 word is the position of `node * vocabulary + word` in the sorted array `keys`, plus one.
 
-The compiled file: 8 bytes of magic, length and CRC-32 of a JSON header (4 bytes each, little-endian), the header, then
-the arrays, each aligned to 64 bytes. The header names the size and sha256 of the source and the CRC-32 of the arrays.
-A file that does not agree is compiled again.
+The compiled file is an npz of the arrays and of the sha256 of the source. A file that is damaged (each array has a
+CRC-32) or of another source is compiled again.
 
 References
 [1] Denkowski and Lavie, Meteor Universal: Language Specific Translation Evaluation for Any Target Language, WMT 2014
@@ -17,21 +16,17 @@ References
 
 import gzip
 import hashlib
-import json
 import os
 import tempfile
-import zlib
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from .inputs import InputError
+from .inputs import InputError, reading
 
-MAGIC = b"METEORP3"
-READ_SIZE = 1 << 21  # bytes read at a time
-CHUNK_SIZE = 1 << 18  # phrases handled at a time
+READ_SIZE = 1 << 21  # characters read at a time
 MAX_PHRASE_WORDS = 7
 
 
@@ -82,33 +77,21 @@ class Paraphrases:
 # --- compiling ----------------------------------------------------------------------------------------------------
 
 
-def fingerprint(path):
-    """{"size": bytes, "sha256": hex} of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(READ_SIZE):
-            digest.update(block)
-    return {"size": os.path.getsize(path), "sha256": digest.hexdigest()}
-
-
-def read_line_chunks(path):
-    """Yields the lines of a gz in lists whose lengths are multiples of three. Raises InputError."""
-    rest, lines = b"", []
-    try:
-        with gzip.open(path) as file:
+def read_entries(path):
+    """Yields the lines of a gz, three for each entry, in lists of whole entries. Raises InputError."""
+    rest = ""
+    with reading(path, "METEOR's paraphrases in a gz"):
+        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
             while block := file.read(READ_SIZE):
-                text, newline, rest = (rest + block).rpartition(b"\n")
-                if newline:
-                    lines += text.decode("utf-8").split("\n")
-                    whole = len(lines) // 3 * 3
-                    yield lines[:whole]
-                    lines = lines[whole:]
-            lines += [rest.decode("utf-8")] if rest else []
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}, expected METEOR's paraphrases in a gz") from error
-    if len(lines) not in (0, 3):
-        raise InputError(f"{path}: ends inside an entry, expected three lines per entry")
-    yield lines
+                lines = (rest + block).split("\n")
+                whole = (len(lines) - 1) // 3 * 3  # the last line may go on in the next block
+                yield lines[:whole]
+                rest = "\n".join(lines[whole:])
+    if rest:
+        lines = rest.removesuffix("\n").split("\n")
+        if len(lines) != 3:
+            raise InputError(f"{path}: ends inside an entry, expected three lines per entry")
+        yield lines
 
 
 class IdMap(dict):
@@ -130,36 +113,23 @@ class PhraseList:
         words = " ".join(phrases).split(" ")
         ids = np.fromiter(map(self.word_ids.__getitem__, words), np.int32, len(words))
         self.words.append(ids.astype(np.min_scalar_type(len(self.word_ids))))
-        text = np.frombuffer("\n".join(["", *phrases]).encode("utf-8"), np.uint8)
-        spaces = np.add.reduceat(text == ord(" "), np.flatnonzero(text == ord("\n")), dtype=np.int8)
-        self.lengths.append(spaces + np.int8(1))
-
-
-def sorted_unique(arrays):
-    """Sorted distinct values of all arrays."""
-    merged = np.concatenate([np.unique(array) for array in arrays])
-    merged.sort()
-    return merged[np.append(True, merged[1:] != merged[:-1])]
+        self.lengths.append(np.fromiter((text.count(" ") + 1 for text in phrases), np.int8, len(phrases)))
 
 
 def build_trie(phrases, vocabulary):
-    """(keys, nodes): sorted keys of the trie of a PhraseList, which is emptied, and the node (int32) of each phrase."""
+    """(keys, nodes): sorted keys of the trie of a PhraseList, and the node (int32) of each phrase."""
     words, lengths = np.concatenate(phrases.words), np.concatenate(phrases.lengths)
-    phrases.words.clear()
+    phrases.words.clear()  # the memory is needed
     first = np.cumsum(lengths, dtype=np.int32) - lengths
     node, keys, num_nodes = np.zeros(len(lengths), np.int32), [], 1
     for depth in range(int(lengths.max())):
-
-        def child_keys(depth=depth):  # in chunks: temporaries of all phrases would double the memory
-            for start in range(0, len(lengths), CHUNK_SIZE):
-                longer = start + np.flatnonzero(lengths[start : start + CHUNK_SIZE] > depth)
-                key = node[longer].astype(np.int64) * vocabulary + words[first[longer] + depth]
-                yield longer, key
-
-        keys.append(sorted_unique(key for _, key in child_keys()))
-        for longer, key in child_keys():
-            order = np.argsort(key)  # a search in ascending order is twice as fast
-            node[longer[order]] = np.searchsorted(keys[-1], key[order]) + num_nodes
+        longer = np.flatnonzero(lengths > depth)
+        key = node[longer].astype(np.int64) * vocabulary + words[first[longer] + depth]
+        order = np.argsort(key)
+        key = key[order]
+        is_new = np.append(True, key[1:] != key[:-1])
+        node[longer[order]] = np.cumsum(is_new, dtype=np.int32) + (num_nodes - 1)
+        keys.append(key[is_new])
         num_nodes += len(keys[-1])
     return np.concatenate(keys), node
 
@@ -168,7 +138,7 @@ def compile_table(path):
     """Arrays of METEOR's paraphrase file: {"words", "keys", "left", "right"}. Raises InputError."""
     word_ids, repeats, previous = IdMap(), [], None
     lefts, rights = PhraseList(word_ids), PhraseList(word_ids)
-    for lines in read_line_chunks(path):
+    for lines in read_entries(path):
         distinct_lefts = []
         for left, entries in groupby(lines[1::3]):  # the file is grouped by left
             if left != previous:
@@ -197,56 +167,26 @@ def compile_table(path):
 # --- the compiled file --------------------------------------------------------------------------------------------
 
 
-def align64(size):
-    """`size` rounded up to a multiple of 64."""
-    return -(-size // 64) * 64
-
-
-def write_compiled(path, source, arrays):
+def write_compiled(path, arrays):
     """Writes the compiled file atomically. Raises OSError."""
-    layout, offset, crc = {}, 0, 0
-    for name, array in arrays.items():
-        layout[name] = {"dtype": array.dtype.str, "length": len(array), "offset": offset}
-        offset += align64(array.nbytes)
-        crc = zlib.crc32(array.data, crc)
-    header = json.dumps({"source": source, "arrays": layout, "crc32": crc}).encode("ascii")
-    start = MAGIC + len(header).to_bytes(4, "little") + zlib.crc32(header).to_bytes(4, "little")
-    body = align64(len(start) + len(header))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(start + header)
-            for name, array in arrays.items():
-                file.seek(body + layout[name]["offset"])
-                file.write(array.data)
-            file.truncate(body + offset)
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
         os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
-def map_compiled(path, source):
+def read_compiled(path, source):
     """Arrays of a compiled file, or None if it is missing, damaged or of another source."""
     try:
-        data = np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError):  # missing, empty
+        with np.load(path) as file:
+            arrays = dict(file)
+        return arrays if arrays["source"] == source else None
+    except Exception:  # damage can raise almost anything; the file is only a copy
         return None
-    start = data[:16].tobytes()
-    length, header_crc = (int.from_bytes(start[i : i + 4], "little") for i in (8, 12))
-    header = data[16 : 16 + length].tobytes()
-    if start[:8] != MAGIC or not header or len(header) < length or zlib.crc32(header) != header_crc:
-        return None
-    header, arrays, crc = json.loads(header), {}, 0
-    body = data[align64(16 + length) :]
-    for name, layout in header["arrays"].items():
-        dtype = np.dtype(layout["dtype"])
-        part = body[layout["offset"] : layout["offset"] + layout["length"] * dtype.itemsize]
-        crc = zlib.crc32(part.data, crc)
-        if len(part) == layout["length"] * dtype.itemsize:
-            arrays[name] = part.view(dtype)
-    return arrays if header["source"] == source and header["crc32"] == crc else None
 
 
 def cache_folder():
@@ -262,16 +202,16 @@ def load(path, progress=None):
     progress: called with one line of text before compiling. If the cache cannot be written, the table stays in memory
     for this run only.
     """
-    source = fingerprint(path)
-    compiled = cache_folder() / f"meteor-paraphrases-{source['sha256'][:16]}.bin"
-    arrays = map_compiled(compiled, source)
+    with open(path, "rb") as file:
+        source = hashlib.file_digest(file, "sha256").hexdigest()
+    compiled = cache_folder() / f"meteor-paraphrases-{source[:16]}.npz"
+    arrays = read_compiled(compiled, source)
     if arrays is None:
         if progress:
             progress(f"compiling METEOR's paraphrases into {compiled} (once)")
-        arrays = compile_table(path)
+        arrays = compile_table(path) | {"source": np.array(source)}
         try:
-            write_compiled(compiled, source, arrays)
-            arrays = map_compiled(compiled, source) or arrays
+            write_compiled(compiled, arrays)
         except OSError as error:
             if progress:
                 progress(f"cannot store the compiled paraphrases: {error}")

@@ -21,9 +21,14 @@ class NgramTable:
     """Counts of one n: n-gram `ngram[k]` occurs `count[k]` times in caption `row[k]`, sorted by (row, ngram)."""
 
     row: np.ndarray  # (K,)
+    video: np.ndarray  # (K,) the video of each row
     ngram: np.ndarray  # (K,)
     count: np.ndarray  # (K,)
     num_distinct: int  # n-grams are 0..num_distinct - 1
+
+    def key(self):
+        """One number for each (video, n-gram): (K,)."""
+        return self.video * self.num_distinct + self.ngram
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,7 @@ class NgramCounts:
     num_references: int  # R
     video: np.ndarray  # (R + V,) the video of each row, 0..V - 1
     length: np.ndarray  # (R + V,) words of each row
-    tables: tuple  # tables[n - 1]: NgramTable of n
-
-    def split(self, n):
-        """(references, hypotheses): NgramTables of n. Rows of hypotheses still count from `num_references`."""
-        table = self.tables[n - 1]
-        first = np.searchsorted(table.row, self.num_references)
-        return (
-            NgramTable(table.row[:first], table.ngram[:first], table.count[:first], table.num_distinct),
-            NgramTable(table.row[first:], table.ngram[first:], table.count[first:], table.num_distinct),
-        )
+    tables: tuple  # tables[n - 1]: NgramTables of n, (references, hypotheses)
 
 
 def find_sorted(sorted_keys, keys):
@@ -70,20 +66,23 @@ def count_ngrams(references, hypotheses):
         caption_words = caption.split()
         words += [word_ids.setdefault(word, len(word_ids)) for word in caption_words]
         length.append(len(caption_words))
-    words, length = np.array(words, np.int64), np.array(length, np.int64)
+    words, length, num_references = np.array(words, np.int64), np.array(length, np.int64), len(length) - num_videos
     video = np.concatenate([np.repeat(np.arange(num_videos), [len(r) for r in references]), np.arange(num_videos)])
     row = np.repeat(np.arange(len(length)), length)
     words_left = np.repeat(np.cumsum(length), length) - np.arange(len(words))  # to the end of the caption
     tables = []
-    ngram, num_distinct = words, len(word_ids)  # of the n-gram that starts at each word
+    ngram, num_distinct = words, max(len(word_ids), 1)  # of the n-gram that starts at each word
     for n in range(1, MAX_N + 1):
         start = np.flatnonzero(words_left >= n)
         if n > 1:
             pair = ngram[start] * len(word_ids) + words[start + n - 1]
             distinct, inverse = np.unique(pair, return_inverse=True)
-            ngram, num_distinct = np.zeros(len(words), np.int64), len(distinct)
+            ngram, num_distinct = np.zeros(len(words), np.int64), max(len(distinct), 1)
             ngram[start] = inverse.reshape(-1)
-        stride = max(num_distinct, 1)
-        key, count = np.unique(row[start] * stride + ngram[start], return_counts=True)
-        tables.append(NgramTable(key // stride, key % stride, count, num_distinct))
-    return NgramCounts(num_videos, len(length) - num_videos, video, length, tuple(tables))
+        key, count = np.unique(row[start] * num_distinct + ngram[start], return_counts=True)
+        rows, ngrams = np.divmod(key, num_distinct)
+        first = np.searchsorted(rows, num_references)
+        columns = rows, video[rows], ngrams, count
+        parts = [column[:first] for column in columns], [column[first:] for column in columns]
+        tables.append(tuple(NgramTable(*part, num_distinct) for part in parts))
+    return NgramCounts(num_videos, num_references, video, length, tuple(tables))

@@ -1,17 +1,15 @@
-"""BLEU, ROUGE-L and CIDEr-D with dictionaries and loops. Read this file first.
+"""BLEU and CIDEr-D with dictionaries and loops. Read this file first.
 
-The scorers in `bleu.py`, `rouge.py` and `cider.py` compute the same numbers with arrays and bit masks; tests hold the
-two versions equal. Constants and conventions are those of pycocoevalcap, the code of [5], which caption papers use.
+The scorers in `bleu.py` and `cider.py` compute the same numbers with arrays, ten times faster; tests hold the two
+versions equal. Constants and conventions are those of pycocoevalcap, the code of [3], which caption papers use.
 
 Input of every function: tokenized captions, words separated by spaces. references: for each video a list of str;
 hypotheses: for each video one str. Every function returns (corpus score, list of scores per video).
 
 References
 [1] Papineni et al., BLEU: a Method for Automatic Evaluation of Machine Translation, ACL 2002.
-[2] Lin, ROUGE: A Package for Automatic Evaluation of Summaries, ACL workshop 2004.
-[3] Cormen et al., Introduction to Algorithms, chapter Dynamic Programming: longest common subsequence.
-[4] Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, CVPR 2015.
-[5] Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv 1504.00325, 2015.
+[2] Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, CVPR 2015.
+[3] Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv 1504.00325, 2015.
 """
 
 from collections import Counter
@@ -19,7 +17,6 @@ from math import exp, log, sqrt
 
 ORDERS = (1, 2, 3, 4)  # n of the n-grams
 SMALL, TINY = 1e-9, 1e-15  # BLEU: added to every divisor and to every dividend
-BETA = 1.2  # ROUGE-L: above 1, recall weighs more than precision
 SIGMA = 6.0  # CIDEr-D: width of the length penalty, in bigrams
 
 
@@ -68,43 +65,6 @@ def plain_bleu(references, hypotheses):
     return bleu_from_counts(*total), [bleu_from_counts(*row) for row in counts]
 
 
-# --- ROUGE-L ------------------------------------------------------------------------------------------------------
-
-
-def lcs_length(x, y):
-    """Length of the longest common subsequence of two lists, by the recurrence of [3].
-
-    c[i][j] = 0                                if i = 0 or j = 0
-            = c[i - 1][j - 1] + 1              if x_i = y_j
-            = max(c[i][j - 1], c[i - 1][j])    otherwise
-    """
-    c = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
-    for i in range(1, len(x) + 1):
-        for j in range(1, len(y) + 1):
-            c[i][j] = c[i - 1][j - 1] + 1 if x[i - 1] == y[j - 1] else max(c[i][j - 1], c[i - 1][j])
-    return c[-1][-1]
-
-
-def plain_rouge_l(references, hypotheses):
-    """ROUGE-L (0..1): (mean over videos, list over videos).
-
-    pycocoevalcap takes the best precision and the best recall independently, so they may come from different
-    references. It splits at every single space: an empty caption is one empty word.
-    """
-    scores = []
-    for group, hypothesis in zip(references, hypotheses, strict=True):
-        precision = recall = 0.0
-        words = hypothesis.split(" ")
-        for reference in group:
-            reference_words = reference.split(" ")
-            lcs = lcs_length(reference_words, words)
-            precision = max(precision, lcs / len(words))  # [2] P_lcs
-            recall = max(recall, lcs / len(reference_words))  # [2] R_lcs
-        divisor = recall + BETA**2 * precision
-        scores.append((1 + BETA**2) * precision * recall / divisor if divisor else 0.0)  # [2] F_lcs
-    return sum(scores) / len(scores), scores
-
-
 # --- CIDEr-D ------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +77,7 @@ def document_frequencies(references):
 
 
 def tf_idf(caption, n, frequencies, num_videos):
-    """[4] g^n, the vector of one caption: n-gram -> count * ln(videos / document frequency).
+    """[2] g^n, the vector of one caption: n-gram -> count * ln(videos / document frequency).
 
     The idf is of the scored set. Counts are not divided by the caption's length: the cosine cancels it.
     """
@@ -132,7 +92,7 @@ def norm(vector):
 def plain_cider(references, hypotheses):
     """CIDEr-D (0..10): (mean over videos, list over videos). One video alone scores 0, because every idf is ln 1.
 
-    [4] For a hypothesis h, CIDEr-D_n = 10/m * sum over its m references s of
+    [2] For a hypothesis h, CIDEr-D_n = 10/m * sum over its m references s of
         exp(-(l(h) - l(s))^2 / (2 sigma^2)) * (min(g^n(h), g^n(s)) . g^n(s)) / (|g^n(h)| |g^n(s)|)
     and CIDEr-D is its mean over n = 1..4. In pycocoevalcap the length l is the number of bigrams.
     """

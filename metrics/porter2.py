@@ -19,26 +19,24 @@ VOWEL = "[aeiouy]"
 VOWEL_NONVOWEL = re.compile("[aeiouy][^aeiouy]")
 DOUBLES = ("bb", "dd", "ff", "gg", "mm", "nn", "pp", "rr", "tt")
 SHORT_SYLLABLE_END = re.compile("(?:^|[^aeiouy])[aeiouy][^aeiouywxY]$|^[aeiouy][^aeiouy]$")
-EXCEPTIONS = {
-    "skis": "ski", "skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "idly": "idl",
-    "gently": "gentl", "ugly": "ugli", "early": "earli", "only": "onli", "singly": "singl",
-    "sky": "sky", "news": "news", "howe": "howe", "atlas": "atlas", "cosmos": "cosmos",
-    "bias": "bias", "andes": "andes",
-}  # fmt: skip
-EXCEPTIONS_AFTER_1A = {  # left unchanged after step 1a
-    "inning", "outing", "canning", "herring", "earring", "proceed", "exceed", "succeed",
-}  # fmt: skip
-STEP_2 = {
-    "tional": "tion", "enci": "ence", "anci": "ance", "abli": "able", "entli": "ent",
-    "izer": "ize", "ization": "ize", "ational": "ate", "ation": "ate", "ator": "ate",
-    "alism": "al", "aliti": "al", "alli": "al", "fulness": "ful", "ousli": "ous",
-    "ousness": "ous", "iveness": "ive", "iviti": "ive", "biliti": "ble", "bli": "ble",
-    "ogi": "og", "fulli": "ful", "lessli": "less", "li": "",
-}  # fmt: skip
-STEP_3 = {
-    "tional": "tion", "ational": "ate", "alize": "al", "icate": "ic", "iciti": "ic",
-    "ical": "ic", "ful": "", "ness": "", "ative": "",
-}  # fmt: skip
+
+
+def suffix_table(text):
+    """{suffix or word: replacement} from "suffix:replacement" pairs."""
+    return dict(pair.split(":") for pair in text.split())
+
+
+EXCEPTIONS = suffix_table(
+    "skis:ski skies:sky dying:die lying:lie tying:tie idly:idl gently:gentl ugly:ugli early:earli only:onli"
+    " singly:singl sky:sky news:news howe:howe atlas:atlas cosmos:cosmos bias:bias andes:andes"
+)
+UNCHANGED_AFTER_1A = frozenset("inning outing canning herring earring proceed exceed succeed".split())
+STEP_2 = suffix_table(
+    "tional:tion enci:ence anci:ance abli:able entli:ent izer:ize ization:ize ational:ate ation:ate ator:ate alism:al"
+    " aliti:al alli:al fulness:ful ousli:ous ousness:ous iveness:ive iviti:ive biliti:ble bli:ble ogi:og fulli:ful"
+    " lessli:less li:"
+)
+STEP_3 = suffix_table("tional:tion ational:ate alize:al icate:ic iciti:ic ical:ic ful: ness: ative:")
 STEP_4 = "al ance ence er ic able ible ant ement ment ent ism ate iti ous ive ize ion".split()
 
 
@@ -139,7 +137,7 @@ def stem(word):
     r1, r2 = find_regions(word)
     word = word.removesuffix(longest_suffix(word, ("'", "'s", "'s'")))
     word = step_1a(word)
-    if word not in EXCEPTIONS_AFTER_1A:
+    if word not in UNCHANGED_AFTER_1A:
         word = step_1b(word, r1)
         if len(word) > 2 and re.search("[^aeiouy][yY]$", word):  # step 1c
             word = word[:-1] + "i"

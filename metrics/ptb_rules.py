@@ -17,91 +17,75 @@ import unicodedata
 LETTER, CAPITAL, MARK, SYMBOL = "\u00e9", "\u00c9", "\u0301", "\u2603"
 SUPERSCRIPT, SUBSCRIPT, OTHER_SPACE = "\u00b2", "\u2082", "\u2000"
 DASH, HYPHEN, SPACE, DECIMAL, NO_SHAPE = "\u2013", "\u2010", "\u00a0", "\u066b", "\0"
-UNCHANGED = set("\u00ad\u00a2\u00a3\u00a4\u20a0\u20ac\u2026\u2044\u00bc\u00bd\u00be\u2153\u2154")
-UNCHANGED |= set("\u207a\u207b\u208a\u208b\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb")
+UNCHANGED = "\u00ad\u00a2\u00a3\u00a4\u20a0\u20ac\u2026\u2044\u00bc\u00bd\u00be\u2153\u2154\u207a\u207b\u208a\u208b"
+UNCHANGED += "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb"
 # Control codes that are characters in Windows-1252 are read as those characters.
-WINDOWS_1252 = {"\x80": "\u20ac", "\x91": "\u2018", "\x92": "\u2019", "\x93": "\u201c", "\x94": "\u201d"}
-WINDOWS_1252 |= {"\x85": "\u2026", "\x96": DASH, "\x97": DASH}
-
-
-def code_points(text):
-    """Code points from hexadecimal ranges: "A1 A5-A7" -> {0xa1, 0xa5, 0xa6, 0xa7}."""
-    codes = set()
-    for part in text.split():
-        first, _, last = part.partition("-")
-        codes.update(range(int(first, 16), int(last or first, 16) + 1))
-    return codes
-
-
+WINDOWS_1252 = {0x80: "\u20ac", 0x85: "\u2026", 0x91: "\u2018", 0x92: "\u2019", 0x93: "\u201c", 0x94: "\u201d"}
 # Not letters, but parts of words: vowel signs, accents, tone marks.
-MARK_CODES = code_points(
-    "2C2-2C5 2D2-2DF 2E5-2EB 2ED 2EF-36F 375 378-379 384-385 3F6 483-487 55A-55F 591-5BD 5BF"
-    " 5C1-5C2 5C4-5C5 5C7 615-61A 64B-65E 670 6D6-6E4 6E7-6ED 6FD-6FE 70F 711 730-74C 7A6-7B0"
-    " 7EB-7F3 900-903 93C 93E-94E 951-955 962-963 981-983 9BC 9BE-9C4 9C7-9C8 9CB-9CD 9D7"
-    " 9E2-9E3 A01-A03 A3C A3E-A4F A81-A83 ABC ABE-ACF B82 BBE-BC2 BC6-BC8 BCA-BCD C01-C03"
-    " C3E-C56 D3E-D44 D46-D48 E31 E34-E3A E47-E4E EB1 EB4-EBC EC8-ECD 1885-1886"
+MARKS = (
+    "2C2-2C5 2D2-2DF 2E5-2EB 2ED 2EF-36F 375 378-379 384-385 3F6 483-487 55A-55F 591-5BD 5BF 5C1-5C2 5C4-5C5 5C7"
+    " 615-61A 64B-65E 670 6D6-6E4 6E7-6ED 6FD-6FE 70F 711 730-74C 7A6-7B0 7EB-7F3 900-903 93C 93E-94E 951-955 962-963"
+    " 981-983 9BC 9BE-9C4 9C7-9C8 9CB-9CD 9D7 9E2-9E3 A01-A03 A3C A3E-A4F A81-A83 ABC ABE-ACF B82 BBE-BC2 BC6-BC8"
+    " BCA-BCD C01-C03 C3E-C56 D3E-D44 D46-D48 E31 E34-E3A E47-E4E EB1 EB4-EBC EC8-ECD 1885-1886"
 )
 # Tokens of one character. A character of no class is dropped and splits the text around it.
-SYMBOL_CODES = code_points(
-    "A1 A5-A9 AC AE-B1 B4 B6-B8 BF D7 F7 37E 387 589 5BE 5C0 5C3 5C6 5F3-5F4 600-603 606-60C"
-    " 614 61B 61E-61F 66A 66D 6D4 700-70D 7F6-7F8 964-965 E3F E4F 1FBD 2016-2017 2020-2023"
-    " 2030-2038 203B 203E-2042 207C-207E 208C-208E 20A4 2100-2101 2103-2106 2108-2109 2114"
-    " 2116-2118 211E-2123 2125 2127 2129 212E 213A-213B 2140-2144 214A-214D 214F 2155-215E"
-    " 2190-2BFF 3001-3002 3012 30FB FF01-FF0F FF1A-FF20 FF3B-FF40 FF5B-FF65 FFE0-FFE1"
-    " FFE5-FFE6"
+SYMBOLS = (
+    "A1 A5-A9 AC AE-B1 B4 B6-B8 BF D7 F7 37E 387 589 5BE 5C0 5C3 5C6 5F3-5F4 600-603 606-60C 614 61B 61E-61F 66A 66D"
+    " 6D4 700-70D 7F6-7F8 964-965 E3F E4F 1FBD 2016-2017 2020-2023 2030-2038 203B 203E-2042 207C-207E 208C-208E 20A4"
+    " 2100-2101 2103-2106 2108-2109 2114 2116-2118 211E-2123 2125 2127 2129 212E 213A-213B 2140-2144 214A-214D 214F"
+    " 2155-215E 2190-2BFF 3001-3002 3012 30FB FF01-FF0F FF1A-FF20 FF3B-FF40 FF5B-FF65 FFE0-FFE1 FFE5-FFE6"
 )
 # Letters added to Unicode later than Stanford's tables, which do not know them.
-UNKNOWN_CODES = code_points(
-    "37F 528-52F 560 588 5EF 860-86A 870-887 889-88E 8A1 8AD-8C9 978 980 9FC AF9 C34 C5A C5D"
-    " C80 CDD D04 D54-D56 D5F DE6-DEF E86 E89 E8C E8E-E93 E98 EA0 EA8-EA9 EAC 13F5 13F8-13FD"
-    " 16F1-16F8 170D 171F 1878 191D-191E 19B0-19C0 19C8-19C9 1B4C 1C80-1C88 1C90-1CBA"
-    " 1CBD-1CBF 1CF2-1CF3 1CFA 2C2F 2C5F 312E-312F 31BB-31BF 4DB6-4DBF 9FCD-9FFF A698-A69D"
-    " A78F A794-A79F A7AB-A7CA A7D0-A7D9 A7F2-A7F7 A8FD-A8FE A9E0-A9E4 A9E6-A9FE AA7E-AA7F"
-    " AB30-AB5A AB5C-AB69 AB70-ABBF"
+UNKNOWN = (
+    "37F 528-52F 560 588 5EF 860-86A 870-887 889-88E 8A1 8AD-8C9 978 980 9FC AF9 C34 C5A C5D C80 CDD D04 D54-D56 D5F"
+    " DE6-DEF E86 E89 E8C E8E-E93 E98 EA0 EA8-EA9 EAC 13F5 13F8-13FD 16F1-16F8 170D 171F 1878 191D-191E 19B0-19C0"
+    " 19C8-19C9 1B4C 1C80-1C88 1C90-1CBA 1CBD-1CBF 1CF2-1CF3 1CFA 2C2F 2C5F 312E-312F 31BB-31BF 4DB6-4DBF 9FCD-9FFF"
+    " A698-A69D A78F A794-A79F A7AB-A7CA A7D0-A7D9 A7F2-A7F7 A8FD-A8FE A9E0-A9E4 A9E6-A9FE AA7E-AA7F AB30-AB5A"
+    " AB5C-AB69 AB70-ABBF"
 )
+CODE_POINTS = {  # shape: hexadecimal ranges
+    MARK: MARKS,
+    SYMBOL: SYMBOLS,
+    SPACE: "A0",
+    OTHER_SPACE: "2000-200A 3000",
+    SUPERSCRIPT: "B2-B3 B9 2070 2074-2079",
+    SUBSCRIPT: "2080-2089",
+    DASH: "96-97 2013-2015",
+    HYPHEN: "58A 2010-2011",
+    DECIMAL: "66B-66C",
+    NO_SHAPE: UNKNOWN,
+}
 CATEGORY_SHAPES = {"Lu": CAPITAL, "Lt": CAPITAL, "Ll": LETTER, "Lm": LETTER, "Lo": LETTER, "Nd": "0"}
 
 
 class Shapes(dict):
-    """Code point -> shape, for `str.translate`. Filled as characters occur."""
+    """Code point -> shape, for `str.translate`. Characters that no table names are filled in as they occur."""
 
     def __missing__(self, code):
-        char = chr(code)
-        if code < 128 or char in UNCHANGED:
-            shape = char
-        elif char in WINDOWS_1252:
-            shape = WINDOWS_1252[char]
-        elif code in MARK_CODES:
-            shape = MARK
-        elif code in SYMBOL_CODES:
-            shape = SYMBOL
-        elif char in "\u00a0\u3000" or 0x2000 <= code <= 0x200A:
-            shape = SPACE if code == 0xA0 else OTHER_SPACE
-        elif char in "\u00b2\u00b3\u00b9\u2070" or 0x2074 <= code <= 0x2079:
-            shape = SUPERSCRIPT
-        elif 0x2080 <= code <= 0x2089:
-            shape = SUBSCRIPT
-        elif char in "\u2013\u2014\u2015":
-            shape = DASH
-        elif char in "\u058a\u2010\u2011":
-            shape = HYPHEN
-        elif char in "\u066b\u066c":
-            shape = DECIMAL
-        elif code in UNKNOWN_CODES or code > 0xFFFF:  # beyond FFFF: two surrogates in Java, in no rule
+        if code < 128:
+            shape = chr(code)
+        elif code > 0xFFFF:  # two surrogates in Java, in no rule
             shape = NO_SHAPE
         else:
-            shape = CATEGORY_SHAPES.get(unicodedata.category(char), NO_SHAPE)
+            shape = CATEGORY_SHAPES.get(unicodedata.category(chr(code)), NO_SHAPE)
         self[code] = shape
         return shape
 
 
-SHAPES = Shapes()
+def make_shapes():
+    shapes = Shapes(WINDOWS_1252 | {ord(char): char for char in UNCHANGED})
+    for shape, ranges in CODE_POINTS.items():
+        for first, _, last in (part.partition("-") for part in ranges.split()):
+            shapes.update(dict.fromkeys(range(int(first, 16), int(last or first, 16) + 1), shape))
+    return shapes
+
+
+SHAPES = make_shapes()
 
 # --- actions: text of a match -> list of tokens ---------------------------------------------------------------------
 
 QUOTES = {"\u2018": "`", "\u201b": "`", "\u2039": "`", "\u2019": "'", "\u203a": "'", "\u201c": "``"}
-QUOTES |= {"\u00ab": "``", "\u201d": "''", "\u00bb": "''", "\x91": "`", "\x92": "'", "\x93": "``"}
-QUOTES |= {"\x94": "''"}
+QUOTES |= {"\u00ab": "``", "\u201d": "''", "\u00bb": "''", "\x91": "`", "\x92": "'", "\x93": "``", "\x94": "''"}
 BRACKETS = {"(": "-LRB-", ")": "-RRB-", "[": "-LSB-", "]": "-RSB-", "{": "-LCB-", "}": "-RCB-"}
 SINGLE_CHARACTERS = BRACKETS | {"\u00a2": "cents", "\u00a3": "#", "\u00a4": "$", "\u20a0": "$", "\u20ac": "$"}
 SINGLE_CHARACTERS |= {"\x80": "$", "\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3"}
@@ -125,8 +109,7 @@ def join_spaces(text):
     return ["".join("\u00a0" if char in " \t" else BRACKETS.get(char, char) for char in text)]
 
 
-def escape_parentheses(text):
-    return ["".join({"(": "-LRB-", ")": "-RRB-"}.get(char, char) for char in text)]
+escape_parentheses = map_characters({"(": "-LRB-", ")": "-RRB-"})
 
 
 def drop_soft_hyphens(text):
@@ -177,32 +160,30 @@ WORD = "<W>(?:<W>|[0-9])*(?:[.!?]<W>(?:<W>|[0-9])*)*"
 CLITIC = "(?:[sSmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
 NUMBER = "[0-9]*(?:[.:,\u066b][0-9]+)+|[0-9]+"
 LINK_END = '[^ \t\u00a0\n"<>|.!?(){},-]'
+DOMAIN = '[^ \t\u00a0\n"<>|().]+'
 PATH = '(?:/[^ \t\u00a0\n"<>|()]+' + LINK_END + ")?"
 
 # Abbreviations keep their dot. Some can end a sentence: before a capital, a tag or the end of the file the dot is read
 # twice, so "etc. Then" is "etc." "." "then".
 ENDS_SENTENCE = (
-    "jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|calif|ala|ariz|colo"
-    "|conn|ct|fla|ga|ind|kans?|ky|md|mich|minn|mo|mont|neb|nev|okla|penn|tenn|va|vt|wisc?|wyo|dak"
-    "|inc|cos?|corp|ltd|plc|bhd|assn|univ|intl|sys|bldg|blvd|rd|rt|sq|esq|est|etc|ext"
-    "|tel|al|seq|sr|jr|ph\\.d"
+    "jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|calif|ala|ariz|colo|conn|ct|fla|ga|ind"
+    "|kans?|ky|md|mich|minn|mo|mont|neb|nev|okla|penn|tenn|va|vt|wisc?|wyo|dak|inc|cos?|corp|ltd|plc|bhd|assn|univ"
+    "|intl|sys|bldg|blvd|rd|rt|sq|esq|est|etc|ext|tel|al|seq|sr|jr|ph\\.d"
 )
 ENDS_SENTENCE_CAPITALIZED = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
 INSIDE_SENTENCE = (
-    "adj|adm|adv|alex|asst|atty|ave|brig|capt|cf|cie|cmdr|col|cpl|dept|det|drs?|elec|ens|ft|gen"
-    "|govs?|hon|insp|invt|jos|lt|maj|messrs|mlle|mme|mrs?|ms|msgr|mt|natl|pfc|ph|pres|prof"
-    "|pvt|reps?|rev|sens?|sfc|sgt|spc|ste?|supt|wm"
+    "adj|adm|adv|alex|asst|atty|ave|brig|capt|cf|cie|cmdr|col|cpl|dept|det|drs?|elec|ens|ft|gen|govs?|hon|insp|invt"
+    "|jos|lt|maj|messrs|mlle|mme|mrs?|ms|msgr|mt|natl|pfc|ph|pres|prof|pvt|reps?|rev|sens?|sfc|sgt|spc|ste?|supt|wm"
 )
 BEFORE_NUMBER = "art|ca|figs?|nos?|op|pp|prop"
 EXTENSIONS = (
-    "bat|bmp|c|cgi|class|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png"
-    "|ppt|ps|py|sql|tar|txt|wav|x|xml|zip"
+    "bat|bmp|c|cgi|class|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt"
+    "|wav|x|xml|zip"
 )
 # Initials end a sentence only before one of these words.
 SENTENCE_STARTERS = (
-    "an?|about|according|additionally|after|as|at|but|earlier|he|her|here|however|if|in|it|last"
-    "|many|more|now|once|one|other|our|she|since|so|some|such|that|the|their|then|there|these|they"
-    "|this|we|what|when|while|yet|you|m[rs]\\."
+    "an?|about|according|additionally|after|as|at|but|earlier|he|her|here|however|if|in|it|last|many|more|now|once|one"
+    "|other|our|she|since|so|some|such|that|the|their|then|there|these|they|this|we|what|when|while|yet|you|m[rs]\\."
 )
 TAG = (
     r"<(?:[!?][A-Za-z-][^>\n]*|/?[A-Za-z][A-Za-z0-9:._-]*"
@@ -239,10 +220,7 @@ rule("[hH]", '(?i:https?)://[^ \t\u00a0\n"<>|()]+' + LINK_END)
 rule("[wW]", r"www\.(?:[^ \t\u00a0\n\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}" + PATH)
 # ",-_" is a range that contains all capitals and digits: so it is in Stanford's rules
 rule("[^A-Z0-9,-_]", "(?:[^ \t\u00a0\n\"`'<>|.!?(){},-_$]+\\.)+(?:com|net|org|edu)" + PATH)
-rule(
-    "[a-zA-Z0-9<]",
-    '<?[a-zA-Z0-9][^ \t\u00a0\n"<>|()]*@(?:[^ \t\u00a0\n"<>|().]+\\.)*[^ \t\u00a0\n"<>|().]+>?',
-)
+rule("[a-zA-Z0-9<]", '<?[a-zA-Z0-9][^ \t\u00a0\n"<>|()]*@(?:' + DOMAIN + "\\.)*" + DOMAIN + ">?")
 rule("@", "@[A-Za-z_][A-Za-z_0-9]*")
 rule("#", "#<L>+")
 # clitics
@@ -252,15 +230,11 @@ rule("[nN]", "[nN]<P>[tT]", map_characters(QUOTES))
 rule("[0-9]", "[0-9]{1,2}[-/][0-9]{1,2}[-/][0-9]{2,4}")
 rule("[-+0-9.:,\u066b]", f"[-+]?(?:{NUMBER})")
 rule("[0-9]", r"(?:[0-9]{1,4}[- \u00a0])?[0-9]{1,4}\\?[/\u2044][0-9]{1,4}", join_spaces)
-rule(
-    "[0-9+(]",
-    r"(?:\([0-9]{2,3}\) ?|\+*(?:[0-9]{2,4}[- ])?[0-9]{2,4}[- ])[0-9]{3,4}[- ]?[0-9]{3,5}",
-    join_spaces,
-)
+AREA_CODE = r"(?:\([0-9]{2,3}\) ?|\+*(?:[0-9]{2,4}[- ])?[0-9]{2,4}[- ])"
+rule("[0-9+(]", AREA_CODE + "[0-9]{3,4}[- ]?[0-9]{3,5}", join_spaces)
 # abbreviations
-ENDING_PATTERN = (
-    f"(?:(?i:{ENDS_SENTENCE})|{ENDS_SENTENCE_CAPITALIZED}|{ENDS_SENTENCE_CAPITALIZED.upper()}|[Pp]?[Pp]t[ey]s?)"
-)
+STATES = f"{ENDS_SENTENCE_CAPITALIZED}|{ENDS_SENTENCE_CAPITALIZED.upper()}"
+ENDING_PATTERN = f"(?:(?i:{ENDS_SENTENCE})|{STATES}|[Pp]?[Pp]t[ey]s?)"
 rule("[cpCP]", "(?:co|pte|pty)\\.(?P<context>[ \t](?:ltd|lim))", None, re.I)
 rule("[A-Za-z]", rf"{ENDING_PATTERN}\.{SENTENCE_CONTEXT}", repeat_dot)
 rule("[A-Za-z]", rf"{ENDING_PATTERN}\.(?P<context>[\s\S]{{2}})?")
@@ -295,12 +269,8 @@ rule("'", "''?")
 rule("&", "&(?:[HT]L|[UL]R|Q[CLR]|odq|cdq|#[0-9]+|quot|apos);", None, re.I)
 # smileys
 rule("[<>:;=]", r"[<>]?[:;=][-o*']?[dpDOP()@\[\]{|\\](?P<context>[^A-Za-z0-9])", escape_parentheses)
-rule(
-    "[-^x=~<>'(]",
-    r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)"
-    r"|\([\^x=~<>']-[\^x=~<>'`]\)",
-    escape_parentheses,
-)
+FACES = r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)"
+rule("[-^x=~<>'(]", FACES, escape_parentheses)
 # other signs
 rule("-", "-{5,}")
 rule("-", "-{3,4}", replace_with("--"))

@@ -1,4 +1,4 @@
-"""ROUGE-L as caption papers report it: F (beta 1.2) of the longest common subsequence. Read `plain.py` first.
+"""ROUGE-L as caption papers report it: F (beta 1.2) of the longest common subsequence.
 
 Behaviour of pycocoevalcap, kept here: precision and recall are each the best over all references, taken independently,
 so they may come from two different references. Words are split at every single space, so two spaces enclose an empty
@@ -11,7 +11,7 @@ References
 
 import numpy as np
 
-BETA = 1.2
+BETA = 1.2  # above 1, recall weighs more than precision
 
 
 def position_masks(words):
@@ -23,10 +23,11 @@ def position_masks(words):
 
 
 def lcs_length(masks, length, words):
-    """Length of the longest common subsequence of `words` and the `length` words behind `masks` [2].
+    """Length of the longest common subsequence of `words` y and the `length` words x behind `masks` [2].
 
-    `row` is one row of the LCS table: a zero bit at i means that the LCS with the first i + 1 words is one longer than
-    the LCS with the first i.
+    The textbook fills a table: c[i][j] = c[i-1][j-1] + 1 if x_i = y_j, else max(c[i][j-1], c[i-1][j]). Here `row` is
+    one row of it: a zero bit at i means that the LCS with the first i + 1 words of x is one longer than with the first
+    i.
     """
     row = all_ones = (1 << length) - 1
     for word in words:
@@ -49,7 +50,7 @@ def score_video(references, hypothesis):
         recall = max(recall, lcs / len(reference_words))
     if precision == 0 or recall == 0:
         return 0.0
-    return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
+    return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)  # [1] F_lcs
 
 
 def score(references, hypotheses):

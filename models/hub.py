@@ -1,60 +1,47 @@
 """Public models by name: a local folder or file, or `owner/name[@revision]` of the Hugging Face hub, downloaded once.
 
-    CACHE/owner--name/refs/REVISION       the commit of the revision (percent-encoded) when it was downloaded
     CACHE/owner--name/COMMIT/NAME         a file of the model
     CACHE/owner--name/COMMIT/NAME.part    the same, not complete yet
-    CACHE/owner--name/COMMIT/.complete    {"files": {NAME: bytes}}, written last
-    CACHE/owner--name/COMMIT/.lock        held by the process that downloads
+    CACHE/owner--name/refs/REVISION       the commit of a revision (percent-encoded), once its files are complete
+    CACHE/owner--name/.lock               held by the process that downloads
 
 A complete model needs no network, and `main` stays at the commit it had when it was downloaded. For a newer commit,
 name a revision or delete CACHE/owner--name. Environment variables: QADAPTER_CACHE replaces ~/.cache/qadapter/hub,
-HF_ENDPOINT names a mirror of https://huggingface.co, HF_TOKEN is needed for gated models.
+HF_ENDPOINT replaces https://huggingface.co, HF_TOKEN is needed for gated models.
 
 References
 [1] The listing of a model's files: https://huggingface.co/docs/hub/api
 [2] Range requests: RFC 9110, https://www.rfc-editor.org/rfc/rfc9110, section 14
 """
 
-import json
 import os
 import re
+import shutil
 from collections.abc import Callable
-from http.client import HTTPException, HTTPResponse, InvalidURL
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from reprlib import repr as short
-from tempfile import TemporaryDirectory
-from time import monotonic, sleep
+from time import sleep
+from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from common.cli import format_seconds
-from common.errors import InputError
-from common.files import (
-    acquire_lock,
-    check_disk_space,
-    field,
-    format_bytes,
-    parse_object,
-    read_json,
-    replace_atomically,
-    sha256_of,
-    sync_folder,
-)
+from common.errors import InputError, reading
+from common.files import acquire_lock, field, format_bytes, parse_object, replace_atomically, sha256_of
 from common.preprocessing import VIDEO_PREPROCESSORS
 from models.weights import WEIGHT_FILE_NAMES, read_index
 
-CACHE = Path(os.path.expanduser(os.environ.get("QADAPTER_CACHE") or "~/.cache/qadapter/hub"))
+CACHE = Path(os.environ.get("QADAPTER_CACHE") or "~/.cache/qadapter/hub").expanduser()
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder
 
 TIMEOUT = 30  # seconds without a byte
-PAUSES = (1, 2, 4, 8, 16)  # seconds before each retry; they start again after progress
-REPORT_INTERVAL = 10  # seconds between lines of progress
+PAUSES = (1, 4, 16)  # seconds before each retry
 
-PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"  # of a path: neither hidden nor a parent folder
-HUB_ID = re.compile(rf"({PART}/{PART})(?:@({PART}(?:/{PART})*))?")
-COMMIT, SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
+PART = r"\w(?:[\w.-]*\w)?"  # of a path: neither hidden nor a parent folder
+HUB_ID = re.compile(rf"({PART}/{PART})(?:@({PART}(?:/{PART})*))?", re.ASCII)
+COMMIT = re.compile("[0-9a-f]{40}")
 
+CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json", *VIDEO_PREPROCESSORS)
 GATED = ": the model is gated, private or missing: accept its terms on its page and set HF_TOKEN to a token with access"
 REFUSALS = {401: GATED, 403: GATED, 404: ": no such local folder or file, and no such model or revision"}
 
@@ -62,234 +49,151 @@ REFUSALS = {401: GATED, 403: GATED, 404: ": no such local folder or file, and no
 # -------------------------------------------------------------------------------------- files
 
 
-class _Interrupted(Exception):
-    """A broken connection or a busy server: a retry may help."""
+class _RedirectHandler(HTTPRedirectHandler):
+    """Keeps the token from other servers than the one it is for."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if (new.type, new.host) != (req.type, req.host):
+            new.remove_header("Authorization")
+        return new
+
+
+def _open(url: str, start: int = 0) -> HTTPResponse:
+    """Requests a file from byte `start` on [2]. Raises InputError if it is refused, OSError if a retry may help."""
+    headers = {"User-Agent": "qadapter"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    if token := os.environ.get("HF_TOKEN", "").strip():
+        headers["Authorization"] = f"Bearer {token}"
+    try:
+        return build_opener(_RedirectHandler).open(Request(url, headers=headers), timeout=TIMEOUT)
+    except HTTPError as error:
+        if error.code in REFUSALS:
+            raise InputError(f"{url}: the server answers {error.code}{REFUSALS[error.code]}") from error
+        raise
+    except ValueError:  # its message may contain the token
+        raise InputError(f"{url}: expected an address like https://host/path, and a token of ASCII") from None
+
+
+def _with_retries(url: str, request: Callable[[], Any]) -> Any:
+    """The result of `request`, which is tried again if the connection breaks or the server is busy."""
+    for pause in (*PAUSES, None):
+        try:
+            return request()
+        except (OSError, HTTPException) as error:
+            if pause is None:
+                raise InputError(
+                    f"{url}: {error or type(error).__name__}; what has arrived stays in {CACHE}"
+                ) from error
+            sleep(pause)
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-class _RedirectHandler(HTTPRedirectHandler):
-    """Sends the token along only if the redirect stays on the same scheme, host and port."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        token = req.get_header("Authorization")
-        if token and urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2]:
-            new.add_unredirected_header("Authorization", token)
-        return new
-
-
-def _open(url: str, start: int) -> HTTPResponse:
-    """Requests a file from byte `start` on. Raises InputError if it is refused, _Interrupted if a retry may help."""
-    try:
-        request = Request(url, headers={"User-Agent": "qadapter", "Accept-Encoding": "identity"})
-        if start:
-            request.add_header("Range", f"bytes={start}-")
-        if token := os.environ.get("HF_TOKEN", "").strip():  # unredirected: urllib would send it to any server
-            request.add_unredirected_header("Authorization", f"Bearer {token}")
-        if request.type not in ("http", "https"):
-            raise ValueError
-        response = build_opener(_RedirectHandler).open(request, timeout=TIMEOUT)
-    except HTTPError as error:
-        response = error
-    except (InvalidURL, ValueError):  # their messages may contain the token
-        raise InputError(f"{url}: expected an address like https://host/path, and a token of ASCII") from None
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise _Interrupted(f"cannot be reached: {reason or type(reason).__name__}") from error
-    if response.status in (200, 206):
-        return response
-    if response.status == 429 or response.status >= 500:
-        raise _Interrupted(f"the server answers {response.status}")
-    raise InputError(f"{url}: the server answers {response.status}{REFUSALS.get(response.status, '')}")
-
-
-def _copy(response: HTTPResponse, file, start: int, total: int | None, name: str, report) -> int:
-    """Appends the response to a file of `start` bytes; returns its size then, at most a chunk more than `total`."""
-    received, started = start, monotonic()
-    next_report = started + REPORT_INTERVAL
-    while total is None or received <= total:
-        try:
-            chunk = response.read1(1 << 20)  # what has arrived already: a break loses none of it
-        except (OSError, HTTPException) as error:
-            raise _Interrupted(f"the connection broke: {error or type(error).__name__}") from error
-        if not chunk:
-            break
-        file.write(chunk)
-        received += len(chunk)
-        if total and monotonic() >= next_report:
-            next_report += REPORT_INTERVAL
-            seconds_left = (total - received) * (monotonic() - started) / (received - start)
-            report(f"{name}: {received / total:.0%} of {format_bytes(total)}, {format_seconds(seconds_left)} left")
-    return received
-
-
-def _receive(url: str, part: Path, size: int | None, resume: bool, report) -> None:
-    """One request for the bytes that `part` does not have yet."""
-    start = _size(part) if resume and _size(part) <= size else 0
-    if start and start == size:
-        return
-    with _open(url, start) as response:
-        if response.status == 200:
-            start = 0
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            part.unlink(missing_ok=True)
-            raise _Interrupted("the server sends another range than requested")
-        total = size if response.length is None else start + response.length
-        if size is not None and total != size:
-            part.unlink(missing_ok=True)
-            raise InputError(f"{url}: expected {size} bytes, the server states {total}")
-        with open(part, "ab" if start else "wb") as file:
-            received = _copy(response, file, start, total, part.stem, report)
-    if total is not None and received < total:
-        raise _Interrupted(f"the connection broke at {format_bytes(received)} of {format_bytes(total)}")
-    if total is not None and received > total:
-        part.unlink()
-        raise InputError(f"{url}: expected {total} bytes, the server sends more")
-
-
-def _download(url: str, path: Path, size: int | None, sha256: str | None, report) -> None:
+def _download(url: str, path: Path, size: int, sha256: str | None) -> None:
     """Downloads a file to `path`, which exists only when it is complete; a correct file there is kept.
 
     A partial file is continued, also by later calls, if its SHA-256 is known and can prove that the parts fit together.
     Raises InputError for a file of another size or SHA-256, and after the last retry.
     """
-    if path.is_file() and size in (None, _size(path)) and sha256 in (None, sha256_of(path)):
+    part = path.with_name(path.name + ".part")
+
+    def receive() -> None:
+        start = _size(part) if sha256 else 0
+        if not start or start < size:
+            with _open(url, start) as response, open(part, "ab" if response.status == 206 else "wb") as file:
+                shutil.copyfileobj(response, file)
+        if _size(part) < size:
+            raise ConnectionError(f"the connection broke at {format_bytes(_size(part))} of {format_bytes(size)}")
+
+    if _size(path) == size and path.is_file() and sha256 in (None, sha256_of(path)):
         return
-    part, tries, furthest = path.with_name(path.name + ".part"), 0, 0
-    while True:
-        try:
-            _receive(url, part, size, sha256 is not None, report)
-            break
-        except _Interrupted as error:
-            if _size(part) > furthest:
-                tries, furthest = 0, _size(part)
-            if tries == len(PAUSES):
-                raise InputError(f"{url}: {error}; what is complete stays in {CACHE}") from error
-            report(f"{url}: {error}; trying again in {PAUSES[tries]} s")
-            sleep(PAUSES[tries])
-            tries += 1
-    if sha256 is not None and (found := sha256_of(part)) != sha256:
+    _with_retries(url, receive)
+    if _size(part) != size or sha256 not in (None, sha256_of(part)):
         part.unlink()
-        raise InputError(f"{url}: expected SHA-256 {sha256}, found {found}")
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
+        raise InputError(f"{url}: expected {size} bytes of SHA-256 {sha256}, found other ones, which are deleted")
     os.replace(part, path)
-    sync_folder(path.parent)
 
 
 # ------------------------------------------------------------------------------------- models
 
 
-def _is_complete(folder: Path) -> bool:
-    if not (path := folder / ".complete").is_file():
-        return False
-    files = field(read_json(path), "files", dict, path)
-    return all((folder / name).is_file() and _size(folder / name) == size for name, size in files.items())
-
-
-def _fetch_listing(url: str, revision: str, report) -> tuple[str, dict[str, tuple[int, str | None]]]:
-    """-> the commit, and {name: (bytes, SHA-256)} of its files; small files, those in git, have no SHA-256."""
-    with TemporaryDirectory() as folder:
-        _download(url, Path(folder) / "listing", None, None, report)
-        listing = parse_object((Path(folder) / "listing").read_bytes(), url)
+def _fetch_listing(url: str, revision: str) -> tuple[str, dict[str, tuple[int, str | None]]]:
+    """The commit, and {name: (bytes, SHA-256)} of its files [1]; small files, those in git, have no SHA-256."""
+    listing = parse_object(_with_retries(url, lambda: _open(url).read()), url)
     commit, files = field(listing, "sha", str, url), {}
     if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
         raise InputError(f"{url}: sha: expected the commit, 40 hex digits, found {commit!r}")
-    for file in field(listing, "siblings", list, url):
-        if not isinstance(file, dict):
-            raise InputError(f"{url}: siblings: expected objects with an rfilename, found {short(file)}")
-        name = field(file, "rfilename", str, f"{url}: siblings")
-        where, lfs = f"{url}: {name}", field(file, "lfs", dict, f"{url}: {name}", {})
-        size, sha256 = field(lfs or file, "size", int, where), field(lfs, "sha256", str, where) if lfs else None
-        if size < 0 or (sha256 is not None and not SHA256.fullmatch(sha256)):
-            raise InputError(f"{where}: expected a size of at least 0 and a SHA-256 in hex, found {size}, {sha256}")
-        files[name] = size, sha256
+    with reading(url):
+        for file in listing["siblings"]:
+            lfs = file.get("lfs")
+            size = field(lfs or file, "size", int, url, least=0)
+            files[file["rfilename"]] = size, lfs["sha256"] if lfs else None
     return commit, files
 
 
-def _download_files(files: dict, weights: list[str], folder: Path, base_url: str, check, report) -> None:
-    """Downloads the configs and the tokenizer, runs `check`, then downloads the weights."""
-
-    def download(name: str) -> None:
-        (folder / name).parent.mkdir(exist_ok=True)
-        _download(f"{base_url}/{quote(name)}", folder / name, *files[name], report)
-
-    tokenizer = ("tokenizer.model",) if "tokenizer.model" in files else ("tokenizer.json", "tokenizer_config.json")
-    names = ("config.json", "generation_config.json", "preprocessor_config.json", *VIDEO_PREPROCESSORS, *tokenizer)
-    configs = [name for name in names if name in files]
-    if weights[0].endswith(".index.json"):
-        download(weights[0])
-        shards = list(read_index(folder / weights[0]))
-        if missing := [name for name in shards if name not in files]:
-            raise InputError(f"{folder / weights[0]}: names {missing[0]!r:.200}, which {base_url} does not have")
-        weights = weights + shards
-    sizes = {name: files[name][0] for name in configs + weights}
-    report(f"downloading {len(sizes)} files, {format_bytes(sum(sizes.values()))}, from {base_url} into {folder}")
-    present = sum(max(_size(folder / name), _size(folder / f"{name}.part")) for name in sizes)
-    check_disk_space(folder, sum(sizes.values()) - present, base_url)
-    for name in configs:
-        download(name)
-    check(folder)
-    for name in weights:
-        download(name)
-    with replace_atomically(folder / ".complete") as file:
-        file.write(json.dumps({"files": sizes}).encode())
-
-
-def _download_model(repo: str, revision: str, home: Path, check, report) -> Path:
-    """Downloads a model's missing files, one process at a time; returns their folder."""
+def _download_model(repo: str, revision: str, home: Path, check: Callable[[Path], object]) -> str:
+    """Downloads the configs and the tokenizer, runs `check`, then downloads the weights; returns the commit."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
-    commit, files = _fetch_listing(url, revision, report)
+    commit, files = _fetch_listing(url, revision)
+    folder, base_url = home / commit, f"{endpoint}/{repo}/resolve/{commit}"
+
+    def download(names: list[str]) -> None:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _download(f"{base_url}/{quote(name)}", folder / name, *files[name])
+
+    tokenizer = ["tokenizer.model"] if "tokenizer.model" in files else ["tokenizer.json", "tokenizer_config.json"]
+    configs = [name for name in (*CONFIGS, *tokenizer) if name in files]
     weights = [name for name in WEIGHT_FILE_NAMES if name in files][:1]
-    if "config.json" not in files or not weights:
-        raise InputError(f"{url}: expected config.json and one of {', '.join(WEIGHT_FILE_NAMES)}, found {short(files)}")
-    folder = home / commit
-    folder.mkdir(parents=True, exist_ok=True)
-    if (lock := acquire_lock(folder / ".lock", wait=False)) is None:
-        report(f"{folder}: waiting for another process that downloads into it")
-        lock = acquire_lock(folder / ".lock", wait=True)
-    try:
-        if not _is_complete(folder):
-            _download_files(files, weights, folder, f"{endpoint}/{repo}/resolve/{commit}", check, report)
-    finally:
-        os.close(lock)
-    return folder
+    if "config.json" not in configs or not weights:
+        raise InputError(f"{url}: expected config.json and one of {', '.join(WEIGHT_FILE_NAMES)}, found one at most")
+    if weights[0].endswith(".index.json"):
+        download(weights)
+        weights += read_index(folder / weights[0])
+        if missing := [name for name in weights if name not in files]:
+            raise InputError(f"{folder / weights[0]}: names {missing[0]}, which {base_url} does not have")
+    total = format_bytes(sum(files[name][0] for name in configs + weights))
+    print(f"downloading {len(configs + weights)} files, {total}, from {base_url} into {folder}")
+    download(configs)
+    check(folder)
+    download(weights)
+    return commit
 
 
-def resolve(name: str | Path, check: Callable[[Path], object] = lambda folder: None,
-            report: Callable[[str], None] = print) -> Path:  # fmt: skip
-    """A local folder or file -> itself; `backbones/...` -> the project's own; a hub id -> its folder in CACHE.
+def resolve(name: str | Path, check: Callable[[Path], object] = lambda folder: None) -> Path:
+    """The folder or file of a model: a local one itself, `backbones/...` of the project, or a hub id's in CACHE.
 
     A hub model is downloaded unless it is complete. `check` gets its folder before the weights are downloaded, and
-    raises InputError if the model cannot be used. Every failure is an InputError of one line.
+    raises InputError if the model cannot be used.
     """
     if os.path.exists(name):
         return Path(name)
     if str(name).startswith("backbones/"):
-        if not (folder := ROOT / name).is_dir():
-            raise InputError(f"{folder}: expected the folder of a model, found none")
-        return folder
-    match = HUB_ID.fullmatch(str(name))
-    if not match or len(str(name)) > 200 or ".." in str(name) or "--" in match[1]:
+        return ROOT / name
+    if not (match := HUB_ID.fullmatch(str(name))):
         raise InputError(f"{name}: expected a folder, a file or a hub id like owner/name[@revision]")
     repo, revision = match[1], match[2] or "main"
     home = CACHE / repo.replace("/", "--")
-    ref = home / "refs" / quote(revision, safe="")
-    revision = ref.read_text("latin-1") if ref.is_file() else revision
-    if COMMIT.fullmatch(revision) and _is_complete(home / revision):
-        return home / revision
-    try:
-        folder = _download_model(repo, revision, home, check, report)
-        ref.parent.mkdir(exist_ok=True)
-        with replace_atomically(ref) as file:
-            file.write(folder.name.encode())
-    except OSError as error:
-        raise InputError(f"cannot write {error.filename or home}: {error.strerror or error}") from error
-    return folder
+    refs = home / "refs"
+    ref = refs / quote(revision, safe="")
+    if not ref.exists():
+        refs.mkdir(parents=True, exist_ok=True)
+        if (lock := acquire_lock(home / ".lock", wait=False)) is None:
+            print(f"{home}: waiting for another process that downloads into it")
+            lock = acquire_lock(home / ".lock", wait=True)
+        with open(lock, "wb"):  # closing it releases the lock
+            if not ref.exists():
+                commit = _download_model(repo, revision, home, check)
+                os.sync()  # the files are on the disk before the ref that says so
+                for path in (refs / commit, ref):
+                    with replace_atomically(path) as file:
+                        file.write(commit.encode())
+    return home / ref.read_text()
 
 
 def pin_revision(name: str | Path, folder: Path) -> str:

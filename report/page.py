@@ -1,39 +1,75 @@
-"""One self-contained HTML page about a run: settings, curves, scores, and its clips with what the model saw.
+"""The page of a split and that of a user's videos: one self-contained HTML file with settings, curves, scores, and the
+clips with what the model saw.
 
 The page needs no network and no framework. Captions, references and names of files are foreign text: in the markup they
-are escaped, and the script makes nothing but text of them.
+are escaped, and the script makes nothing but text of them. It is to stay below 15 MB, so of many clips some are left
+out, and of these some are without attention, which takes a byte per patch, block and query, and a third more as text.
 
-Letters: T frames, L adapted blocks, N queries.
+Shapes: T frames, S side in pixels, P tokens of the ViT per frame, L adapted blocks, N queries.
 """
 
 import base64
 import html
 import json
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from string import Template
 
-import numpy as np
+import torch
 
-from common.files import replace_atomically
-from report.inside import Inside
-from report.strips import shown_frames
+from common.files import read_json, replace_atomically
+from report.attention import AttentionMaps, record_attention
+from report.curves import draw_run
+from report.show import film_strip, shown_frames
 
-HERE = Path(__file__).parent
-CURVES = '<details open><summary>Training</summary><div class="curves">{}</div></details>'
+MAX_CLIPS, MAX_WITH_ATTENTION = 500, 50  # on a page
+MAX_STRIP_BYTES, MAX_ATTENTION_BYTES = 8_000_000, 4_500_000  # of all clips together
+
+# ------------------------------------------------------------------------------------- of one clip
 
 
-@dataclass(frozen=True)
-class ClipRow:
-    """One clip of the page."""
+def fits_another(entries: Collection[dict]) -> bool:
+    """Whether a page of these clips takes another one."""
+    return len(entries) < MAX_CLIPS and sum(len(entry["strip"]) for entry in entries) < MAX_STRIP_BYTES
 
-    id: str
-    strip: str  # the address of a picture of its T frames side by side
-    frames: int  # T
-    caption: str
-    references: list[str] = field(default_factory=list)
-    scores: dict[str, float] = field(default_factory=dict)  # unscaled
-    inside: Inside | None = None  # of this clip alone
+
+def max_with_attention(captioner, frames: int) -> int:
+    """How many clips of T = `frames` frames are shown with their attention."""
+    if captioner.adapter is None:
+        return 0
+    blocks, queries = len(captioner.adapter.blocks), len(captioner.adapter.queries)
+    return min(MAX_WITH_ATTENTION, MAX_ATTENTION_BYTES // (blocks * queries * frames * len(captioner.vit.position)))
+
+
+def encode_attention(maps: AttentionMaps, shown: list[int]) -> dict:
+    """The attention to the frames `shown` as base64 of a byte per patch, its shape (L, N, shown, side), and the gates.
+    255 is the most that a query reads in any frame."""
+    patches = maps.patches()  # (L, N, T, side, side)
+    levels = (255 * patches / patches.amax((-3, -2, -1), keepdim=True).clamp(min=1e-12)).round().byte()[:, :, shown]
+    gates = None if maps.gates is None else maps.gates[:, 0].double().round(decimals=3).tolist()
+    return {"attention": base64.b64encode(levels.numpy()).decode(), "shape": list(levels.shape[:4]), "gates": gates}
+
+
+def page_entry(captioner, row: dict, frames: torch.Tensor, count: int) -> dict:
+    """What the page's script needs of a video {"video", "caption"}, or a window {"start", "end"} of one, and its frames
+    uint8 (T, 3, S, S), on a page with `count` others."""
+    shown = shown_frames(len(frames))
+    window = f", {row['start']:.2f} to {row['end']:.2f} s" if "start" in row else ""
+    entry = {"id": row["video"] + window, "strip": film_strip(frames), "frames": len(shown), "caption": row["caption"],
+             "references": [], "scores": {}}
+    if count < max_with_attention(captioner, len(frames)):
+        entry |= encode_attention(record_attention(captioner, frames[None]), shown)
+    return entry
+
+
+# --------------------------------------------------------------------------------------- the page
+
+
+def read_settings(run_folder: Path) -> dict[str, object]:
+    """What a page says of a run: its numbers of parameters, and the flags that are set; 0 is a value."""
+    content = read_json(run_folder / "config.json")
+    flags = {name: value for name, value in content["config"].items() if value is not None and value is not False}
+    return {name: f"{content[name]:,}" for name in ("trained", "total")} | flags
 
 
 def format_rows(rows: dict[str, object]) -> str:
@@ -42,53 +78,49 @@ def format_rows(rows: dict[str, object]) -> str:
     return f"<table>{''.join(cells)}</table>"
 
 
-def encode_attention(patches: np.ndarray) -> str:
-    """Attention (L, N, T, side, side) -> base64 of a byte a patch of the frames that a strip shows; 255 is the most
-    that the query reads in any frame."""
-    largest = patches.max((-3, -2, -1), keepdims=True)
-    levels = np.round(255 * patches / np.maximum(largest, 1e-12)).astype(np.uint8)
-    levels = levels[:, :, shown_frames(patches.shape[2])]
-    return base64.b64encode(levels.tobytes()).decode()
-
-
-def clip_data(row: ClipRow) -> dict:
-    """What the page's script needs of one clip."""
-    scores = {name: round(value, 4) for name, value in row.scores.items()}
-    count = len(shown_frames(row.frames))
-    name = row.id.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
-    data = {"id": name, "strip": row.strip, "frames": count,
-            "caption": row.caption, "references": row.references, "scores": scores}  # fmt: skip
-    if row.inside is not None:
-        patches = row.inside.patches()[0]
-        blocks, queries, _, side = patches.shape[:4]
-        data |= {"attention": encode_attention(patches), "shape": [blocks, queries, count, side]}
-        if row.inside.gates is not None:
-            data["gates"] = np.round(row.inside.gates[0].astype(float), 3).tolist()
-    return data
-
-
-def read(name: str) -> str:
-    """A part of the page that lies beside this file."""
-    return (HERE / name).read_text(encoding="utf-8")
-
-
-def format_page(title: str, settings: dict[str, object], clips: list[dict], first_block: int, scores: dict[str, float],
-                signature: str = "", curves: str = "") -> str:  # fmt: skip
-    """The page. clips: see `clip_data`; first_block: number of the first adapted block; curves: SVGs, or nothing."""
-    data = {"clips": clips, "sortable": list(clips[0]["scores"]) if clips else [], "first": first_block}
-    shown = format_rows({name: f"{100 * value:.1f}" for name, value in scores.items()})
-    return Template(read("page.html")).substitute(
-        title=html.escape(title),
-        css=read("page.css"),
-        scores=f'{shown}<p class="signature">{html.escape(signature)}</p>' if scores else "",
-        settings=format_rows(settings),
-        curves=CURVES.format(curves) if curves else "",
-        data=json.dumps(data).replace("<", "\\u003c"),
-        script=read("page.js"),
-    )
-
-
-def write_page(path: Path, page: str) -> None:
-    """Writes the page as UTF-8. Raises InputError if the disk refuses."""
+def write_page(path: Path, run_folder: Path, title: str, entries: list[dict], first_block: int, settings: dict,
+               scores: dict[str, float], signature: str = "", curves: str = "") -> None:
+    """Writes a page about a run. entries: see `page_entry`; first_block: number of the first adapted block; settings:
+    beside those of the run; curves: SVGs, or nothing."""
+    data = {"clips": entries, "sortable": list(entries[0]["scores"]) if entries else [], "first": first_block}
+    template, css, script = (Path(__file__).with_suffix(kind).read_text("utf-8") for kind in (".html", ".css", ".js"))
+    page = Template(template).substitute(
+        title=html.escape(f"{run_folder.resolve().name}: {title}"), css=css, script=script, curves=curves,
+        settings=format_rows(read_settings(run_folder) | settings), signature=html.escape(signature),
+        scores=format_rows({name: f"{100 * value:.1f}" for name, value in scores.items()}),
+        data=json.dumps(data).replace("<", "\\u003c"))
     with replace_atomically(path) as file:
         file.write(page.encode(errors="backslashreplace"))  # names of files need not be UTF-8
+
+
+def order_clips(scores: Sequence[float]) -> list[int]:
+    """Indices of clips in the order in which a page takes them: the worst, the first, the second worst, the second."""
+    worst_first = sorted(range(len(scores)), key=scores.__getitem__)
+    return list(dict.fromkeys(i for pair in zip(worst_first, range(len(scores)), strict=True) for i in pair))
+
+
+def report_split(path: Path, run_folder: Path, captioner, dataset, split: str, cache: Sequence, result) -> None:
+    """Writes the page of a split: its worst clips and some of the others.
+
+    cache: frames uint8 (T, 3, S, S) of each clip; result: an `evaluate.SplitResult`.
+    """
+    clips, entries = dataset.splits[split], {}
+    for i in order_clips([result.clip_scores[clip.id]["CIDEr"] for clip in clips]):
+        if not fits_another(entries.values()):
+            break
+        name, scores = clips[i].id, result.clip_scores[clips[i].id]
+        shown = {metric: scores[metric] for metric in sorted(scores) if metric.startswith(("CIDEr", "METEOR"))}
+        row = {"video": name, "caption": result.captions[name]}
+        entry = page_entry(captioner, row, torch.tensor(cache[i]), len(entries))
+        entries[i] = entry | {"references": list(clips[i].captions), "scores": shown}
+    first_block, title = captioner.first_block + 1, f"{len(entries)} of {len(clips)} {split} clips of {dataset.name}"
+    write_page(path, run_folder, title, [entries[i] for i in sorted(entries)], first_block, {}, result.scores,
+               result.signature, draw_run(run_folder, first_block))
+
+
+def report_videos(path: Path, run_folder: Path, captioner, entries: list[dict], rows: list[dict]) -> None:
+    """Writes the page of a user's videos, see `page_entry`; rows: all captions and errors so far."""
+    failed = [row["video"] for row in rows if "error" in row]
+    title = f"{len(entries)} of {len(rows) - len(failed)} captions"
+    settings = {"not captioned": ", ".join(failed)} if failed else {}
+    write_page(path, run_folder, title, entries, captioner.first_block + 1, settings, {})

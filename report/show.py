@@ -1,23 +1,44 @@
-"""One picture of a clip: its frames, what the queries read after each adapted block, and the caption.
+"""Pictures of a clip: a strip of its frames for a page, and one PNG of its frames, what the queries read of them after
+each adapted block, and the caption.
 
-Letters: T frames, S side in pixels, L adapted blocks, N queries, H height of a row.
+Shapes: T frames, S side in pixels, H height of a row, L adapted blocks, N queries.
 """
 
+import base64
 import textwrap
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.io import encode_png
+from torchvision.io import encode_jpeg, encode_png
 from torchvision.utils import draw_bounding_boxes
 
 from common.files import replace_atomically
-from report.inside import Inside
-from report.strips import shown_frames, side_by_side
+from report.attention import AttentionMaps, record_attention
 
-HEIGHT, LINE, LETTER, MARGIN = 160, 32, 12, 12  # pixels: H, a line of text, a wide letter, margins
+MAX_FRAMES = 64  # that are shown: a JPEG is at most 65,500 pixels wide
+STRIP_HEIGHT, QUALITY = 96, 75  # of a page's strip: pixels at most, JPEG's 1 to 100
+HEIGHT, LINE, LETTER, MARGIN = 160, 32, 12, 12  # of the PNG, in pixels: H, a line of text, a wide letter, margins
 DARK = 0.15  # how bright that is which is not read
+
+
+def shown_frames(count: int) -> list[int]:
+    """Indices of the frames of `count` that are shown: MAX_FRAMES from the first to the last, or all."""
+    return torch.linspace(0, count - 1, min(count, MAX_FRAMES)).round().long().tolist()
+
+
+def side_by_side(frames: Tensor, height: int) -> Tensor:
+    """Frames (T, 3, S, S) with values from 0 to 255 -> one picture uint8 (3, H, T * H)."""
+    if frames.shape[-1] != height:
+        frames = F.interpolate(frames.float(), (height, height), mode="bilinear", antialias=True)  # (T, 3, H, H)
+    return torch.cat(list(frames.round().clamp(0, 255).to(torch.uint8)), dim=2)  # (3, H, T * H)
+
+
+def film_strip(frames: Tensor) -> str:
+    """Frames uint8 (T, 3, S, S) -> "data:image/jpeg;base64,...": those that are shown, side by side, not enlarged."""
+    picture = side_by_side(frames[shown_frames(len(frames))], min(STRIP_HEIGHT, frames.shape[-1]))
+    return f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(picture.cpu(), QUALITY).numpy()).decode()}"
 
 
 def draw_text(words: str, width: int) -> Tensor:
@@ -25,35 +46,33 @@ def draw_text(words: str, width: int) -> Tensor:
     pictures = []
     for line in textwrap.wrap(words, width // LETTER) or [""]:
         picture = torch.full((3, LINE // 2, width // 2), 255, dtype=torch.uint8)  # its letters are small
-        corner = torch.zeros(1, 4)
-        picture = draw_bounding_boxes(picture, corner, [line], colors="white", label_colors="black")
+        picture = draw_bounding_boxes(picture, torch.zeros(1, 4), [line], colors="white", label_colors="black")
         pictures.append(F.interpolate(picture[None].float(), (LINE, width), mode="bilinear")[0].to(torch.uint8))
     return torch.cat(pictures, dim=1)
 
 
-def light(inside: Inside) -> Tensor:
+def brightness(maps: AttentionMaps) -> Tensor:
     """How brightly each patch is shown (L, T, side, side), DARK to 1: what all queries read of it, by their gates."""
-    attention = torch.from_numpy(inside.patches()[0])  # (L, N, T, side, side)
-    if inside.gates is not None:
-        attention = attention * torch.from_numpy(inside.gates[0])[..., None, None, None]
-    read = attention.sum(1)  # (L, T, side, side)
+    gates = 1 if maps.gates is None else maps.gates[:, 0, :, None, None, None]  # (L, N, 1, 1, 1)
+    read = (gates * maps.patches()).sum(1)  # (L, T, side, side)
     return DARK + (1 - DARK) * read / read.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 
-def draw_clip(frames: Tensor, caption: str, inside: Inside | None, first_block: int) -> Tensor:
-    """Frames uint8 (T, 3, S, S) and what `look_inside` found of this clip alone -> a picture uint8 (3, *, *)."""
+def draw_clip(frames: Tensor, caption: str, maps: AttentionMaps | None, first_block: int) -> Tensor:
+    """Frames uint8 (T, 3, S, S), and what was read of this clip -> a picture uint8 (3, *, *). first_block: the number
+    of the first adapted block."""
     shown = shown_frames(len(frames))
     frames, width = frames[shown], HEIGHT * len(shown)
     parts = [side_by_side(frames, HEIGHT), draw_text(caption, width)]  # (3, H, W), (3, lines * LINE, W)
-    for i, row in enumerate(light(inside) if inside is not None else ()):
+    for i, row in enumerate(brightness(maps) if maps is not None else ()):
         bright = F.interpolate(row[shown, None], frames.shape[-2:], mode="nearest")  # (T, 1, S, S)
-        gate = "" if inside.gates is None else f", mean gate {inside.gates[0, i].mean():.2f}"
-        parts += [side_by_side(frames * bright, HEIGHT),
-                  draw_text(f"read after block {first_block + i}{gate}", width)]  # fmt: skip
+        gate = "" if maps.gates is None else f", mean gate {maps.gates[i, 0].mean():.2f}"
+        parts += [side_by_side(frames * bright, HEIGHT), draw_text(f"read after block {first_block + i}{gate}", width)]
     return F.pad(torch.cat(parts, dim=1), (MARGIN,) * 4, value=255)
 
 
-def write_picture(path: Path, picture: Tensor) -> None:
-    """Writes a picture uint8 (3, height, width) as PNG. Raises InputError if the disk refuses."""
+def show_video(path: Path, captioner, caption: str, frames: Tensor) -> None:
+    """Writes one PNG of a video's frames uint8 (T, 3, S, S), what was read of them, and the caption."""
+    picture = draw_clip(frames, caption, record_attention(captioner, frames[None]), captioner.first_block + 1)
     with replace_atomically(path) as file:
         file.write(encode_png(picture).numpy().tobytes())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,15 +10,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from unittest.mock import patch
 
 import torch
 
 from backbones import pretrain
 from common import cli
+from common.files import read_json, write_json
 from models.safetensors import read_safetensors, write_safetensors
 from training import distributed
 
@@ -26,7 +26,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 TIMEOUT = 120  # seconds
 STEPS = [(torch.optim.AdamW, "step")]  # for `ActAtCall`
 TWELVE_STEPS = ["--shapes-sizes", "12", "4", "6", "--batch-size", "4", "--epochs", "4", "--eval-every", "2",
-                "--log-every", "1", "--workers", "1", "--device", "cpu", "--queries", "4", "--rank", "4",
+                "--log-every", "1", "--device", "cpu", "--queries", "4", "--rank", "4",
                 "--heads", "2", "--last-blocks", "0", "--captions-per-clip", "2", "--precision", "fp32",
                 "--lr", "0.02"]  # fmt: skip
 
@@ -34,12 +34,14 @@ TWELVE_STEPS = ["--shapes-sizes", "12", "4", "6", "--batch-size", "4", "--epochs
 def make_backbones(folder: Path) -> Path:
     """Writes two tiny backbones, `vit` and `lm`, seed 0. The language model's weights are large: its text depends on
     all of its input."""
-    torch.manual_seed(0)
-    vit = replace(pretrain.VIT, width=16, depth=2, heads=2, mlp_width=32)
-    lm = replace(pretrain.LM, vocab=400, width=32, depth=2, heads=2, kv_heads=1, head_width=16, mlp_width=48)
-    with patch.object(pretrain, "VIT", vit), patch.object(pretrain, "LM", lm):
-        pretrain.pretrain_vit(folder / "vit", count=8, steps=1, batch_size=4, seed=0)
-        pretrain.pretrain_lm(folder / "lm", count=300, steps=1, batch_size=2, seed=0)
+    vit = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    lm = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+          "intermediate_size": 48}
+    for name, small in (("vit", vit), ("lm", lm)):
+        shutil.copytree(ROOT / f"backbones/tiny-{name}", folder / name)
+        write_json(folder / name / "config.json", read_json(folder / name / "config.json") | small)
+    pretrain.pretrain_vit(folder / "vit", count=8, steps=1, batch_size=4, seed=0)
+    pretrain.pretrain_lm(folder / "lm", count=300, steps=1, batch_size=2, seed=0)
     path = folder / "lm/model.safetensors"
     tensors = read_safetensors(path)
     random = {name: 0.3 * torch.randn(tensor.shape) for name, tensor in tensors.items() if "norm" not in name}

@@ -16,7 +16,7 @@ from training.presets import PRESETS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("train", "evaluate", "metrics", "bench", "bench.picture", "bench.shapes_ceiling",
-            "bench.widths", "backbones.pretrain", "backbones.pretrain_mllm", "study", "tests.fuzz")  # fmt: skip
+            "bench.widths", "backbones.pretrain", "study", "tests.fuzz")  # fmt: skip
 TORCHRUN_FLAGS = {"--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
 CHROMIUM_FLAGS = {"--headless", "--hide-scrollbars", "--window-size", "--screenshot"}
 SUFFIXES = (".py", ".md", ".txt", ".json", ".jsonl", ".csv", ".pkl", ".zip", ".png", ".svg", ".yml", ".cff", ".toml",

@@ -21,8 +21,8 @@ import train
 from common.cli import printable
 from common.errors import InputError
 from tests.scripts import ENVIRONMENT, ROOT, assert_one_line_error, run_forked, run_python
-from video_data.cache import cached_frames
-from video_data.datasets import cache_folder, read_dataset
+from video_data.batches import cache_folder, cached_frames
+from video_data.datasets import read_dataset
 
 
 def test_the_scores_are_those_of_training(finished_run, tmp_path):
@@ -38,7 +38,7 @@ def test_the_flags_of_generation_reach_the_decoder(finished_run, tmp_path):
     captioner, flags = evaluate.load_run(finished_run)
     root = Path(flags["data"])
     clips = read_dataset("shapes", root, flags["shapes_sizes"], splits=["test"]).splits["test"]
-    cache = cached_frames(clips, cache_folder(None, "shapes", root), "test", 8, captioner.vit.preprocessing, 1)
+    cache = cached_frames(clips, cache_folder("shapes", root), "test", 8, captioner.vit.preprocessing)
     frames = torch.from_numpy(np.stack([cache[i] for i in range(6)]))
     greedy, differs = captioner.caption(frames), set()
     for options in ({"beams": 3, "length_penalty": -2.0}, {"min_new_tokens": 7, "max_new_tokens": 9}):
@@ -106,23 +106,23 @@ def test_sigterm_leaves_the_page_of_what_was_captioned(finished_run, flags, tmp_
 def test_a_long_video_is_captioned_piece_by_piece(finished_run, flags, tmp_path):
     """Windows of half a second of a clip of shapes: captions of the frames of `iter_windows`, as JSON and subtitles."""
     video = next((Path(flags[-1]) / "test").glob("*.mp4"))
-    words = [finished_run, "--video", video, "--window", 0.5, "--stride", 0.25, "--save"]
+    words = [finished_run, "--video", video, "--window", 0.5, "--save"]
     done = run_forked(evaluate, *words, tmp_path / "c.jsonl", "--report", tmp_path / "r.html")
     assert done.returncode == 0, done.stderr
     captioner, run_flags = evaluate.load_run(finished_run)
     expected = [
         {"video": str(video), "start": round(start, 3), "end": round(end, 3),
          "caption": captioner.caption(frames[None])[0]}
-        for start, end, frames in evaluate.iter_windows(video, 0.5, 0.25, run_flags["frames"],
+        for start, end, frames in evaluate.iter_windows(video, 0.5, run_flags["frames"],
                                                         captioner.vit.preprocessing)
     ]  # fmt: skip
     assert len(expected) > 2
     assert [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()] == expected
-    assert json.dumps(f"{video}, 0.25 to 0.75 s") in (tmp_path / "r.html").read_text()
+    assert json.dumps(f"{video}, 0.50 to 1.00 s") in (tmp_path / "r.html").read_text()
     assert run_forked(evaluate, *words, tmp_path / "c.srt").returncode == 0
     cues = (tmp_path / "c.srt").read_text().split("\n\n")
     assert [cue.split("\n")[2] for cue in cues[:-1]] == [row["caption"] for row in expected]
-    assert cues[1].startswith("2\n00:00:00,250 --> 00:00:00,750\n")
+    assert cues[1].startswith("2\n00:00:00,500 --> 00:00:01,000\n")
 
 
 def test_a_saved_file_stays_where_nothing_is_captioned(finished_run, tmp_path, monkeypatch):
@@ -273,7 +273,6 @@ def test_each_user_error_is_one_line(finished_run, backbones, flags, tmp_path, m
     refused([finished_run, "--video", video, "--data", flags[-1]], "--data", "without --video")
     refused([finished_run, "--video", video, "--show", tmp_path / "x.srt"], "--show", "x.srt", ".png")
     refused([finished_run, "--window", 2], "--window", "--video")
-    refused([finished_run, "--video", video, "--stride", 2], "--stride", "expected --window")
     refused([finished_run, "--video", video, "--window", 2, "--show", "x.png"], "--show", "without --window")
     refused([finished_run, "--video", video, "--window", 1e-9], "--window", "0.1")
     refused([finished_run, "--save", finished_run / "best/adapter.safetensors"], "a file of the run")

@@ -13,7 +13,7 @@ import torch
 
 import evaluate
 import train
-from backbones.pretrain_mllm import PUBLISHED
+from backbones.pretrain import PUBLISHED
 from common.cli import printable
 from common.errors import InputError
 from common.files import read_json, sha256_of, write_json
@@ -161,7 +161,7 @@ def test_features_of_the_frozen_vit_are_cached(method, mllm, flags, tmp_path):
     words = [*TWELVE_STEPS, "--mllm", mllm, "--data", flags[-1], "--method", method, "--precision", "bf16",
              "--candidate-frames", 8, "--epochs", 1]  # fmt: skip
     for name, extra in (("cached", ["--cache-features"]), ("frames", [])):
-        done = run_forked(train, *words, *extra, "--cache", tmp_path / "cache", "--out", tmp_path / name)
+        done = run_forked(train, *words, *extra, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
     assert untimed(tmp_path / "cached") == untimed(tmp_path / "frames")
 

@@ -48,8 +48,8 @@ from training.devices import DTYPES
 from training.frozen_models import backbone_hashes
 from training.inputs import cached_inputs
 from video_data import annotations, shapes
-from video_data.cache import cached_frames
-from video_data.datasets import cache_folder, read_dataset
+from video_data.batches import cache_folder, cached_frames
+from video_data.datasets import read_dataset
 
 
 def same_tensors(one: Path, other: Path) -> bool:
@@ -236,8 +236,8 @@ def test_cached_features_are_block_outputs(finished_run, flags, tmp_path):
         vit = captioner.vit
         args = parse_args([*map(str, words), "--out", str(tmp_path / "unused")])
         dataset = read_dataset("shapes", args.data, args.shapes_sizes)
-        clips, root = dataset.splits["train"], cache_folder(None, "shapes", args.data)
-        frames = cached_frames(clips, root, "train", 8, vit.preprocessing, 1)
+        clips, root = dataset.splits["train"], cache_folder("shapes", args.data)
+        frames = cached_frames(clips, root, "train", 8, vit.preprocessing)
         with torch.no_grad():
             expected = vit(vit.normalize(torch.from_numpy(np.array(frames[3]))).to(dtype))  # (8, P, D)
         hashes = backbone_hashes({part: Path(stored[part]) for part in ("vit", "lm")})
@@ -248,7 +248,7 @@ def test_cached_features_are_block_outputs(finished_run, flags, tmp_path):
         assert not encode.called  # all are cached
         last, _ = evaluate.load_run(tmp_path / precision, "last")
         val = dataset.splits["val"]
-        val_frames = cached_frames(val, root, "val", 8, vit.preprocessing, 1)
+        val_frames = cached_frames(val, root, "val", 8, vit.preprocessing)
         step = max(int(path.stem) for path in (tmp_path / precision / "val").iterdir())
         stored = json.loads((tmp_path / precision / f"val/{step}.json").read_text())["captions"]
         assert list(stored.values()) == evaluate.caption_split(last, val_frames, range(len(val)), 2)
@@ -425,7 +425,8 @@ def test_each_dataset_trains_and_is_scored(finished_run, flags, tmp_path, monkey
         return capsys.readouterr().out
 
     out, cache = tmp_path / "run", tmp_path / "cache"
-    output = output_of(train, *flags, "--dataset", name, "--data", folder, "--cache", cache, "--out", out,
+    monkeypatch.setenv("QADAPTER_FRAMES", str(cache))
+    output = output_of(train, *flags, "--dataset", name, "--data", folder, "--out", out,
                        "--batch-size", 2, "--epochs", 1)  # fmt: skip
     test, config = json.loads((out / "test.json").read_text()), json.loads((out / "config.json").read_text())
     assert test["scores"]["CIDEr"] >= 0 and test["signature"] in output and f"|data:{name} test" in test["signature"]

@@ -3,8 +3,16 @@
 import torch
 
 from common.config import Config
-from video_data.cache import ClipCache, cached_features, cached_frames, check_space, features_cache, frames_cache
-from video_data.datasets import VideoDataset, cache_folder
+from video_data.batches import (
+    ClipCache,
+    cache_folder,
+    cached_features,
+    cached_frames,
+    check_space,
+    features_cache,
+    frames_cache,
+)
+from video_data.datasets import VideoDataset
 
 FEATURE_SPLITS = "train", "val"  # the test split is read once
 
@@ -18,7 +26,7 @@ def cached_inputs(config: Config, dataset: VideoDataset, captioner, fingerprints
     method that trains nothing gets no training clips. The fingerprints are those of the frozen models, on which the
     block outputs depend. Raises InputError.
     """
-    root, preprocessing = cache_folder(None, config.dataset, config.data), captioner.vit.preprocessing
+    root, preprocessing = cache_folder(config.dataset, config.data), captioner.vit.preprocessing
     counts = {"train": config.stored_frames, "val": config.frames, "test": config.frames}
     if config.method == "none":
         del counts["train"]
@@ -32,7 +40,7 @@ def cached_inputs(config: Config, dataset: VideoDataset, captioner, fingerprints
     check_space(planned, root)
 
     for split, count in counts.items():
-        caches[split] = cached_frames(dataset.splits[split], root, split, count, preprocessing, 0)
+        caches[split] = cached_frames(dataset.splits[split], root, split, count, preprocessing)
     if config.cache_features:
         for split in FEATURE_SPLITS:
             caches[split] = cached_features(caches[split], key, shapes[split],

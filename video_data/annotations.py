@@ -1,10 +1,6 @@
-"""Captions and splits of MSVD and MSR-VTT from the files in circulation, and the video file of each clip.
+"""Captions, splits and video files of MSVD, MSR-VTT and your own clips.
 
-    MSVD      captions   AllVideoDescriptions.txt      lines "ID CAPTION", comments begin with #
-                         raw-captions.pkl              {ID: [[WORD, ...], ...]}
-                         MSR Video Description Corpus  CSV: VideoID, Start, End, Language, Description, ...
-              splits     train_list.txt, val_list.txt, test_list.txt, or youtube_mapping.txt (lines "ID vidN")
-    MSR-VTT   both       *.json with {videos: [{video_id, split}], sentences: [{video_id, caption}]}
+The docstring of a reader says what belongs in the folder of its dataset; it is printed if the folder is empty.
 
 The standard split of MSVD [1] takes the clips in the order of their numbers N: 1,200 for training, 100 for validation,
 670 for testing. The numbers follow the code points of the ids, so the order of all 1,970 is known without the mapping.
@@ -18,56 +14,75 @@ import csv
 import io
 import pickle
 import re
-import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
 
-from common.errors import InputError
+from common.errors import InputError, reading
 from common.files import field as json_field
-from common.files import read_json
+from common.files import open_to_read, read_json
 
-VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
+VIDEO_SUFFIXES = tuple(".avi .mp4 .mkv .mov .webm .m4v .mpg .mpeg .wmv .flv .ts".split())
 SPLITS = ("train", "val", "test")
 MAX_DEPTH = 3  # levels of subfolders that are searched
+
+Pairs = list[tuple[str, str]]  # (id, caption)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video file and its captions."""
+
+    id: str
+    path: Path
+    captions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """Ids per split and captions per id, unchanged from the files."""
+    """Ids per split, captions and video file per id, unchanged from the files."""
 
     splits: dict[str, list[str]]
     captions: dict[str, list[str]]
-    files: list[Path]
+    videos: dict[str, Path]
+    files: list[Path]  # the source of captions and splits
     skipped: int = 0  # rows without a caption
-    aliases: dict[str, str] = field(default_factory=dict)  # id -> another name that its video file may have
 
 
 def iter_files(root: Path) -> Iterator[Path]:
     """Files in the folder and its subfolders, nearest first, sorted by name. Hidden subfolders are skipped."""
     folders = [root]
     for _ in range(MAX_DEPTH + 1):
-        subfolders = []
-        for folder in folders:
-            paths = sorted(folder.iterdir())
-            yield from (path for path in paths if path.is_file())
-            subfolders += [path for path in paths if path.is_dir() and not path.name.startswith(".")]
-        folders = subfolders
+        paths = [path for folder in folders for path in sorted(folder.iterdir())]
+        yield from (path for path in paths if path.is_file())
+        folders = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
 
 
-def find_file(files: Iterable[Path], *names: str) -> Path | None:
-    """The first file that has the first name; if there is none, the second name, and so on. Case is ignored."""
-    files = list(files)
-    return next((path for name in names for path in files if path.name.lower() == name.lower()), None)
+def find_file(files: list[Path], name: str) -> Path | None:
+    """The first file of this name. Case is ignored."""
+    return next((path for path in files if path.name.lower() == name.lower()), None)
+
+
+def find_videos(files: list[Path], names: dict[str, str]) -> dict[str, Path]:
+    """{id: another name of the clip or the id again} -> {id: the video file with one of the two names}.
+
+    Clips without a file are left out. Raises InputError if a clip has two files.
+    """
+    by_name: dict[str, list[Path]] = {}
+    for path in files:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            by_name.setdefault(path.stem, []).append(path)
+    found = {clip_id: by_name.get(clip_id, []) + by_name.get(name, []) for clip_id, name in names.items()}
+    for paths in found.values():
+        if len({path.resolve() for path in paths}) > 1:  # several links to one file are allowed
+            raise InputError(f"{paths[0]}: and {paths[1]}: two videos of one clip, expected one")
+    return {clip_id: paths[0] for clip_id, paths in found.items() if paths}
 
 
 def read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"{error.object[error.start]:#04x} at {error.start}"
-        raise InputError(f"{path}: expected UTF-8, found byte {byte}") from error
+    with open_to_read(path) as file:
+        return file.read().decode("utf-8-sig")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -75,27 +90,22 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in read_text(path).split("\n") if line.strip() and not line.startswith("#")]
 
 
-def group_captions(pairs: Iterable[tuple[str, str]]) -> tuple[dict[str, list[str]], int]:
-    """(id, caption) pairs -> captions by id, and the number of skipped ones, which have no letter from a to z."""
-    captions: dict[str, list[str]] = {}
-    skipped = 0
+def group_captions(pairs: Pairs) -> tuple[dict[str, list[str]], int]:
+    """Captions by id, and the number of skipped ones, which have no letter from a to z."""
+    captions: dict[str, list[str]] = {clip_id: [] for clip_id, _ in pairs}
     for clip_id, caption in pairs:
-        group = captions.setdefault(clip_id, [])
-        if any("a" <= letter <= "z" for letter in caption.lower()):
-            group.append(" ".join(caption.split()))
-        else:
-            skipped += 1
-    return captions, skipped
+        if re.search("[a-z]", caption.lower()):
+            captions[clip_id].append(" ".join(caption.split()))
+    return captions, len(pairs) - sum(map(len, captions.values()))
 
 
 # -------------------------------------------------------------------------------------------- MSVD
 
 
-def read_descriptions(path: Path) -> Iterator[tuple[str, str]]:
-    """AllVideoDescriptions.txt -> (id, caption)."""
-    for line in read_lines(path):
-        clip_id, _, caption = line.strip().partition(" ")
-        yield clip_id, caption
+def read_descriptions(path: Path) -> Pairs:
+    """AllVideoDescriptions.txt."""
+    parts = [line.strip().partition(" ") for line in read_lines(path)]
+    return [(clip_id, caption) for clip_id, _, caption in parts]
 
 
 class SafeUnpickler(pickle._Unpickler):  # the one in C allocates as much memory as a damaged file asks for
@@ -105,92 +115,88 @@ class SafeUnpickler(pickle._Unpickler):  # the one in C allocates as much memory
         raise pickle.UnpicklingError(f"it calls {module}.{name}")
 
 
-def read_pickle(path: Path) -> Iterator[tuple[str, str]]:
-    """raw-captions.pkl -> (id, caption)."""
-    try:
-        content = SafeUnpickler(io.BytesIO(path.read_bytes())).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
-            MemoryError, RecursionError, AssertionError, struct.error) as error:  # fmt: skip
-        raise InputError(f"{path}: not a pickle of captions that can be trusted: {short(str(error))}") from error
-    expected = f"{path}: expected {{id: [[word, ...], ...]}}"
-    if not isinstance(content, dict):
-        raise InputError(f"{expected}, found {type(content).__name__}")
-    for clip_id, captions in content.items():
-        if not isinstance(clip_id, str) or not isinstance(captions, list):
-            raise InputError(f"{expected}, found {short(clip_id)}: {short(captions)}")
-        for words in captions:
-            words = [words] if isinstance(words, str) else words
-            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-                raise InputError(f"{expected}, found {short(words)} in the captions of {short(clip_id)}")
-            yield clip_id, " ".join(words)
+def read_pickle(path: Path) -> Pairs:
+    """raw-captions.pkl."""
+    with open_to_read(path) as file:
+        pairs = []
+        for clip_id, captions in SafeUnpickler(io.BytesIO(file.read())).load().items():
+            if not isinstance(clip_id, str) or not isinstance(captions, list):
+                raise InputError(f"expected {{id: [[word, ...], ...]}}, found {short(clip_id)}: {short(captions)}")
+            pairs += [(clip_id, words if isinstance(words, str) else " ".join(words)) for words in captions]
+        return pairs
 
 
-def read_corpus_csv(path: Path) -> Iterator[tuple[str, str]]:
-    """The MSR Video Description Corpus -> (id, caption), English captions only."""
+def read_corpus_csv(path: Path) -> Pairs:
+    """The MSR Video Description Corpus, English captions only."""
     rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    columns = "VideoID", "Start", "End", "Language", "Description"
-    try:
-        if missing := [name for name in columns if name not in (rows.fieldnames or [])]:
-            raise InputError(f"{path}: expected a column {missing[0]!r} in its first line")
-        for row in rows:
-            video, start, end, language, caption = (row[name] or "" for name in columns)
-            if language.strip() == "English":
-                yield f"{video}_{start}_{end}", caption
-    except csv.Error as error:
-        raise InputError(f"{path}: line {rows.line_num}: not a CSV file: {error}") from error
+    with reading(path):
+        english = [row for row in rows if (row["Language"] or "").strip() == "English"]
+        return [(f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"] or "") for row in english]
+
+
+CSV_NAMES = "MSR_Video_Description_Corpus.csv", "MSR Video Description Corpus.csv", "video_corpus.csv"
+MSVD_READERS = {"AllVideoDescriptions.txt": read_descriptions, "raw-captions.pkl": read_pickle}
+MSVD_READERS |= dict.fromkeys(CSV_NAMES, read_corpus_csv)
 
 
 def read_msvd(root: Path) -> Annotations:
-    """Annotations of MSVD in the folder `root`. Raises InputError without captions or without a known split."""
+    """MSVD (Microsoft Research Video Description Corpus): 1,970 short clips. In the folder or in its subfolders:
+
+    YouTubeClips/               the clips, ID.avi (or .mp4; vidN.avi with youtube_mapping.txt), 1.7 GB
+    AllVideoDescriptions.txt    the captions, lines "ID CAPTION"; or raw-captions.pkl, {ID: [[WORD, ...], ...]},
+                                or MSR_Video_Description_Corpus.csv
+    youtube_mapping.txt         lines "ID vidN"; or train_list.txt, val_list.txt, test_list.txt, the ids of each split;
+                                not needed with captions of all clips
+
+    docs/datasets.md lists where each file is published.
+    """
     files = list(iter_files(root))
-    readers = {"AllVideoDescriptions.txt": read_descriptions, "raw-captions.pkl": read_pickle,
-               "MSR_Video_Description_Corpus.csv": read_corpus_csv,
-               "MSR Video Description Corpus.csv": read_corpus_csv, "video_corpus.csv": read_corpus_csv}  # fmt: skip
-    source = find_file(files, *readers)
-    if source is None:
-        raise InputError(f"{root}: expected one of {', '.join(readers)} in it")
-    reader = next(reader for name, reader in readers.items() if name.lower() == source.name.lower())
-    captions, skipped = group_captions(reader(source))
+    sources = [(read, path) for name, read in MSVD_READERS.items() if (path := find_file(files, name))]
+    if not sources:
+        raise InputError(f"{root}: expected one of {', '.join(MSVD_READERS)} in it")
+    read, source = sources[0]
+    captions, skipped = group_captions(read(source))
     mapping = find_file(files, "youtube_mapping.txt")
-    numbers = read_mapping(mapping) if mapping else {}
-    splits, split_files = _split_msvd(root, files, mapping, numbers, captions)
-    return Annotations(splits, captions, [source, *split_files], skipped, numbers)
+    aliases = read_mapping(mapping) if mapping else {}
+    lists = [find_file(files, f"{split}_list.txt") for split in SPLITS]
+    if all(lists):
+        ids = {name: clip_id for clip_id, name in aliases.items()}
+        stems = [[Path(line.strip()).stem for line in read_lines(path)] for path in lists]
+        splits = [[ids.get(stem, stem) for stem in group] for group in stems]
+    else:
+        lists, ordered = [mapping] if mapping else [], list(aliases) or sorted(captions)
+        if len(ordered) != 1970:
+            expected = "expected all 1970, or train_list.txt, val_list.txt and test_list.txt"
+            raise InputError(f"{mapping or root}: {len(ordered)} clips, so its split is not known: {expected}")
+        splits = [ordered[:1200], ordered[1200:1300], ordered[1300:]]
+    videos = find_videos(files, {clip_id: aliases.get(clip_id, clip_id) for group in splits for clip_id in group})
+    return Annotations(dict(zip(SPLITS, splits, strict=True)), captions, videos, [source, *lists], skipped)
 
 
 def read_mapping(path: Path) -> dict[str, str]:
-    """youtube_mapping.txt -> {id: vidN}."""
-    numbers = {}
-    for line in read_lines(path):
-        words = line.split()
-        if len(words) != 2 or not re.fullmatch(r"vid[0-9]{1,9}", words[1]) or words[0] in numbers:
-            raise InputError(f"{path}: expected 'ID vidN' in each line, each ID once, found {short(line)}")
-        numbers[words[0]] = words[1]
-    return numbers
-
-
-def _split_msvd(root: Path, files: list[Path], mapping: Path | None, numbers: dict[str, str],
-                captions: dict[str, list[str]]) -> tuple[dict[str, list[str]], list[Path]]:  # fmt: skip
-    """-> ids per split and the files that define it: the lists, else the mapping, else none (the order of all ids)."""
-    lists = {split: find_file(files, f"{split}_list.txt") for split in SPLITS}
-    if all(lists.values()):
-        ids = {number: clip_id for clip_id, number in numbers.items()}
-        stems = {split: [Path(line.strip()).stem for line in read_lines(path)] for split, path in lists.items()}
-        return {split: [ids.get(stem, stem) for stem in stems[split]] for split in SPLITS}, list(lists.values())
-    ordered = sorted(numbers, key=lambda clip_id: int(numbers[clip_id][3:])) if numbers else sorted(captions)
-    if len(ordered) != 1970:
-        raise InputError(f"{mapping or root}: {len(ordered)} clips, so its split is not known: expected all 1970, or "
-                         "train_list.txt, val_list.txt and test_list.txt")  # fmt: skip
-    return {"train": ordered[:1200], "val": ordered[1200:1300], "test": ordered[1300:]}, [mapping] if mapping else []
+    """youtube_mapping.txt -> {id: vidN}, by N."""
+    with reading(path):
+        pairs = [(clip_id, int(name.removeprefix("vid")), name) for clip_id, name in map(str.split, read_lines(path))]
+    return {clip_id: name for clip_id, _, name in sorted(pairs, key=lambda pair: pair[1])}
 
 
 # ----------------------------------------------------------------------------------------- MSR-VTT
 
-MSRVTT_FILES = ("MSRVTT_data.json", "train_val_videodatainfo.json", "train_videodatainfo.json",
-                "val_videodatainfo.json", "test_videodatainfo.json", "videodatainfo_2017.json")  # fmt: skip
+MSRVTT_FILES = (
+    "MSRVTT_data.json train_val_videodatainfo.json train_videodatainfo.json val_videodatainfo.json "
+    "test_videodatainfo.json videodatainfo_2017.json"
+).split()
 
 
 def read_msrvtt(root: Path) -> Annotations:
-    """Annotations of MSR-VTT in the folder `root`, in one file or several. Raises InputError."""
+    """MSR-VTT: 10,000 clips with 20 captions each [2]. In the folder or in its subfolders:
+
+    TrainValVideo/, TestVideo/    the clips, videoN.mp4, in these folders or in one, 6 GB
+    MSRVTT_data.json              {videos: [{video_id, split}], sentences: [{video_id, caption}]}; or
+                                  train_val_videodatainfo.json and test_videodatainfo.json
+
+    docs/datasets.md lists where each file is published.
+    """
     files = list(iter_files(root))
     sources = [path for name in MSRVTT_FILES if (path := find_file(files, name))]
     if not sources:
@@ -199,47 +205,45 @@ def read_msrvtt(root: Path) -> Annotations:
     pairs: dict[tuple, tuple[str, str]] = {}  # two files may contain the same sentence
     for path in sources:
         content = read_json(path)
-        for clip_id, split, _ in _read_objects(content, "videos", ("video_id", "split"), path):
-            split = {"validate": "val"}.get(split, split)
-            if split not in SPLITS or split_of.setdefault(clip_id, split) != split:
-                raise InputError(f"{path}: split of {short(clip_id)} is {short(split)}, expected train, validate or "
-                                 "test, and the same in all files")  # fmt: skip
-        rows = _read_objects(content, "sentences", ("video_id", "caption"), path)
-        for i, (clip_id, caption, row) in enumerate(rows):
-            number = f"{path} {i}" if row.get("sen_id") is None else str(row["sen_id"])
-            pairs.setdefault((clip_id, number, caption), (clip_id, caption))
-    captions, skipped = group_captions(pairs.values())
+        with reading(path):
+            for row in json_field(content, "videos", list, path):
+                clip_id, split = json_field(row, "video_id", str, "videos"), json_field(row, "split", str, "videos")
+                split = {"validate": "val"}.get(split, split)
+                if split not in SPLITS or split_of.setdefault(clip_id, split) != split:
+                    expected = "expected train, validate or test, and the same in all files"
+                    raise InputError(f"split of {short(clip_id)} is {short(split)}, {expected}")
+            for i, row in enumerate(json_field(content, "sentences", list, path)):
+                clip_id, caption = (json_field(row, name, str, "sentences") for name in ("video_id", "caption"))
+                number = f"{path} {i}" if row.get("sen_id") is None else str(row["sen_id"])
+                pairs.setdefault((clip_id, number, caption), (clip_id, caption))
+    captions, skipped = group_captions(list(pairs.values()))
     ordered = sorted(split_of, key=lambda clip_id: (len(clip_id), clip_id))  # video9 before video10
     splits = {split: [clip_id for clip_id in ordered if split_of[clip_id] == split] for split in SPLITS}
-    return Annotations(splits, captions, sources, skipped)
+    videos = find_videos(files, dict(zip(ordered, ordered, strict=True)))
+    return Annotations(splits, captions, videos, sources, skipped)
 
 
-def _read_objects(content: dict, name: str, fields: tuple[str, str], path: Path) -> Iterator[tuple[str, str, dict]]:
-    """The two fields, strings, of each object in the list content[name], and the object."""
-    where = f"{path}: {name}"
-    for row in json_field(content, name, list, path):
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: expected objects, found {short(row)}")
-        yield json_field(row, fields[0], str, where), json_field(row, fields[1], str, where), row
+# ---------------------------------------------------------------------------------- your own clips
 
 
-# ------------------------------------------------------------------------------------------ videos
+def read_folder(root: Path) -> Annotations:
+    """Your own clips: videos, and a file captions.json with paths relative to the folder:
 
+    {"train": {"a.mp4": ["a man opens a door", "someone comes in"], "more/b.mov": ["a dog barks"]},
+     "val": {"c.mp4": ["a cat sleeps"]},
+     "test": {"d.mp4": ["a child paints"]}}
 
-def find_clip_files(root: Path, aliases: dict[str, str]) -> dict[str, Path]:
-    """{id: another name of the clip, or ""} -> {id: the video file in `root` with one of the two names}.
-
-    Clips without a file are left out. Raises InputError if a clip has two files.
+    val chooses the best weights. test is scored once, at the end.
     """
-    by_name: dict[str, list[Path]] = {}
-    for path in iter_files(root):
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            by_name.setdefault(path.stem, []).append(path)
-    files = {}
-    for clip_id, alias in aliases.items():
-        paths = by_name.get(clip_id, []) + by_name.get(alias, [])
-        if len({path.resolve() for path in paths}) > 1:  # several links to one file are allowed
-            raise InputError(f"{paths[0]}: and {paths[1]}: two videos of one clip, expected one")
-        if paths:
-            files[clip_id] = paths[0]
-    return files
+    source = root / "captions.json"
+    content = read_json(source)
+    if content.keys() != set(SPLITS):
+        raise InputError(f"{source}: expected the splits {', '.join(SPLITS)}, found {short(list(content))}")
+    groups = {split: json_field(content, split, dict, source) for split in SPLITS}
+    captions = {name: group for clips in groups.values() for name, group in clips.items()}
+    for name, group in captions.items():
+        is_list = isinstance(group, list) and group
+        if not is_list or not all(isinstance(caption, str) and re.search(r"[^\W_]", caption) for caption in group):
+            raise InputError(f"{source}: {name!r}: expected a list of captions, each with a word in it")
+    videos = {name: root / name for name in captions if (root / name).is_file()}
+    return Annotations({split: list(clips) for split, clips in groups.items()}, captions, videos, [source])

@@ -1,26 +1,235 @@
-"""From clips to batches: each epoch shows other frames of a clip and the next of its captions.
+"""From clips to batches: frames are decoded once and kept on the disk, and each epoch draws its examples from those.
 
-Training samples T of the M frames that are cached per clip (`cache.py`), so a video is decoded only once. Where M = T,
-each epoch shows the same frames.
+    ROOT/train-32x224-1a2b3c4d/KEY                      frames (M, 3, S, S), uint8
+    ROOT/train-32x224-1a2b3c4d-features-5e6f7a8b/KEY    features (M, ...), bf16: the ViT's hidden states
 
-Letters: B clips, T frames, M cached frames per clip, S side in pixels, K captions per clip, L tokens of the longest
+KEY is a hash of everything that the array depends on. A file is written under a temporary name, flushed and renamed, so
+a file called KEY is complete. After a kill at any moment, the next call continues with the missing clips. Two processes
+may fill one folder at once; they do the same work twice. Before a folder is filled, files of other keys are deleted, as
+well as temporary files that are a day old. Newer ones may belong to a process that is still running.
+
+Training samples T of the M frames of a clip: each epoch shows other frames and the next captions. Where M = T, each
+epoch shows the same frames.
+
+Shapes: B clips, T frames, M stored frames per clip, S side in pixels, K captions per clip, L tokens of the longest
 caption with its EOS.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from video_data.cache import ClipCache
-from video_data.datasets import Clip
-from video_data.video import sample_positions
+from common.cli import TimeLeft
+from common.errors import InputError
+from common.files import check_disk_space, format_bytes, replace_atomically
+from common.preprocessing import Preprocessing
+from video_data.annotations import Clip
+from video_data.video import read_frames, sample_positions
 
+READER_VERSION = 3  # raise this when `read_frames` chooses or converts frames differently
+DAY = 24 * 3600  # seconds
 IGNORE_INDEX = -100  # the default ignore_index of torch's cross_entropy
 
 Example = tuple[np.ndarray, list[list[int]]]  # frames (T, 3, S, S) or features (T, ...); token ids of K captions
+
+# -------------------------------------------------------------------------------------- processes
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)  # the processes are the parallel part
+    parent = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphan goes on
+
+
+def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> list:
+    """[function(*task) for task in tasks], by one process per core. Reports the time left.
+
+    All processes end at once if one of them fails or dies, or at Ctrl-C. The first item of a task is its name: Raises
+    InputError with the names of tasks that may have killed their process, as a lack of memory does.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, min(cores, len(tasks)))
+    pool, time_left, futures = ProcessPoolExecutor(cores, initializer=_start_worker), TimeLeft(what, len(tasks)), []
+    try:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process only
+        for task in tasks:
+            futures.append(pool.submit(function, *task))
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for done, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            if (done - 1) % cores == 0:  # one task of each process since the last time
+                time_left.update(done)
+        return [future.result() for future in futures]
+    except BaseException as error:
+        for process in multiprocessing.active_children():
+            process.kill()
+        if not isinstance(error, BrokenProcessPool):
+            raise
+        lost = [isinstance(future.exception(), BrokenProcessPool) for future in futures]
+        names = ", ".join([str(task[0]) for task, is_lost in zip(tasks, lost, strict=False) if is_lost][:cores])
+        raise InputError(f"{names}: a process that worked on one of these died") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ------------------------------------------------------------------------------------------ caches
+
+
+def cache_folder(dataset: str, root: Path) -> Path:
+    """The folder for a dataset's caches: .cache in its own folder `root`, or one that no other dataset shares in the
+    folder that the environment variable QADAPTER_FRAMES names."""
+    if cache := os.environ.get("QADAPTER_FRAMES"):
+        return Path(cache) / f"{dataset}-{_hash(str(root.resolve()))[:8]}"
+    return root / ".cache"  # hidden folders are not searched for videos
+
+
+def _hash(*content) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ClipCache:
+    """Arrays of one shape and dtype, one per clip: cache[i] is mapped from the file folder/keys[i]."""
+
+    folder: Path
+    keys: list[str]
+    shape: tuple[int, ...]  # of one clip's array
+    dtype: type
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, i: int) -> np.memmap:
+        return np.memmap(f"{self.folder}/{self.keys[i]}", self.dtype, "r", shape=self.shape)
+
+    def read(self, i: int, indices: Sequence[int]) -> np.ndarray:
+        """cache[i][indices], read into memory: for a training step twice as fast as mapping 64 files."""
+        rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        with open(f"{self.folder}/{self.keys[i]}", "rb", buffering=0) as file:
+            for row, index in zip(rows, indices, strict=True):
+                file.seek(int(index) * row.nbytes)
+                if file.readinto(row) != row.nbytes:
+                    raise InputError(f"{file.name}: was cut short; it is made again by the next call")
+        return rows
+
+    @property
+    def clip_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def missing(self) -> list[int]:
+        """Clips whose file is absent or has the wrong size."""
+        paths = [self.folder / key for key in self.keys]
+        return [i for i, p in enumerate(paths) if not p.is_file() or p.stat().st_size != self.clip_bytes]
+
+    def write(self, i: int, array: np.ndarray) -> None:
+        """Raises InputError when the disk is full, read-only and so on."""
+        assert (array.shape, array.dtype) == (self.shape, self.dtype)
+        with replace_atomically(self.folder / self.keys[i]) as file:
+            file.write(np.ascontiguousarray(array))
+
+    def make_room(self) -> int:
+        """Deletes files of other keys, and temporary files that are a day old. Returns the bytes still missing."""
+        if missing := self.missing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in set(self.folder.iterdir()) - {self.folder / key for key in self.keys}:
+                with suppress(FileNotFoundError):  # another process was faster
+                    if path.suffix != ".tmp" or time.time() - path.stat().st_mtime > DAY:
+                        path.unlink()
+        return len(missing) * self.clip_bytes
+
+
+def check_space(caches: Mapping[str, Sequence[ClipCache]], root: Path) -> None:
+    """Prints the size of what is missing in all caches of the folder `root`: {"frames": [cache, ...], ...}.
+
+    Deletes files of other keys first. Raises InputError if the disk lacks the space for all of them together.
+    """
+    needed = {what: sum(cache.make_room() for cache in group) for what, group in caches.items()}
+    if total := sum(needed.values()):
+        sizes = ", ".join(f"{what} {format_bytes(size)}" for what, size in needed.items() if size)
+        print(f"cache: {sizes}, go into {root}")
+        check_disk_space(root, total, f"{root}, {sizes}")
+
+
+def frames_cache(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing) -> ClipCache:
+    """The cache that `cached_frames` fills, as it is now."""
+    size = preprocessing.size
+    settings = [size, preprocessing.resize, preprocessing.squash, preprocessing.interpolation]  # of uint8 frames
+    settings.append(preprocessing.longest_edge)
+    files = [[clip.id, stat.st_size, stat.st_mtime_ns] for clip in clips for stat in [clip.path.stat()]]
+    keys = [_hash(READER_VERSION, *file, count, *settings) for file in files]
+    return ClipCache(root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}", keys, (count, 3, size, size), np.uint8)
+
+
+def _decode_clip(path: Path, cache: ClipCache, preprocessing: Preprocessing) -> str | None:
+    """Fills the cache of one clip. Runs in another process: nothing large is sent between processes. Returns what is
+    wrong with the video, if anything is."""
+    try:
+        frames = read_frames(path, cache.shape[0], preprocessing)
+    except InputError as error:
+        return str(error)
+    return cache.write(0, frames.numpy())
+
+
+def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing) -> ClipCache:
+    """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S). Each clip is decoded only once.
+
+    Raises InputError for clips that cannot be decoded, all of them at once, for a process that dies, and lack of space.
+    Clips that are done stay.
+    """
+    cache = frames_cache(clips, root, split, count, preprocessing)
+    check_space({"frames": [cache]}, cache.folder)
+    one_clip = {i: replace(cache, keys=[cache.keys[i]]) for i in cache.missing()}
+    tasks = [(clips[i].path, clip_cache, preprocessing) for i, clip_cache in one_clip.items()]
+    if errors := list(filter(None, run_in_processes("frames", _decode_clip, tasks))):
+        raise InputError(f"{len(errors)} clips cannot be read: {'; '.join(errors)}")
+    return cache
+
+
+def features_cache(frames: ClipCache, key: Any, shape: tuple[int, ...]) -> ClipCache:
+    """The cache that `cached_features` fills, as it is now. `shape` is that of one clip's features."""
+    folder = frames.folder.with_name(f"{frames.folder.name}-features-{_hash(key)[:8]}")
+    return ClipCache(folder, [_hash(frames_key, key) for frames_key in frames.keys], shape, np.uint16)
+
+
+def cached_features(
+    frames: ClipCache, key: Any, shape: tuple[int, ...], encode: Callable[[Tensor], Tensor], images_per_batch: int
+) -> ClipCache:
+    """Features of the cached frames, bf16 of `shape` (M, ...), as uint16: numpy has no bf16, so these are its bits.
+
+    encode: uint8 (B, M, 3, S, S) -> bf16 (B, M, ...), about `images_per_batch` images at a time. `key` (JSON) names
+    all that the features depend on except the frames. Raises InputError for lack of space. Clips that are done stay.
+    """
+    cache = features_cache(frames, key, shape)
+    check_space({"features": [cache]}, cache.folder)
+    missing, batch_size = cache.missing(), max(1, images_per_batch // frames.shape[0])
+    time_left = TimeLeft("features", len(missing))
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        features = encode(torch.from_numpy(np.stack([frames[i] for i in batch])))  # (B, M, ...)
+        for i, array in zip(batch, features.view(torch.uint16).numpy(), strict=True):
+            cache.write(i, array)
+        time_left.update(start + len(batch))
+    return cache
+
+
+# --------------------------------------------------------------------------- examples and batches
 
 
 def normalize_caption(caption: str) -> str:
@@ -35,8 +244,9 @@ class TrainingExamples:
     drawn without replacement until all have been used.
     """
 
-    def __init__(self, clips: list[Clip], cache: ClipCache, tokenizer, num_frames: int, num_captions: int,
-                 seed: int, eos_id: int, max_tokens: int):  # fmt: skip
+    def __init__(
+        self, clips: list[Clip], cache: ClipCache, tokenizer, num_frames, num_captions, seed, eos_id, max_tokens
+    ):
         """cache[i] holds M frames or features of clips[i]. Captions longer than `max_tokens` are truncated."""
         self.cache, self.num_frames, self.num_captions, self.seed = cache, num_frames, num_captions, seed
         encoded = [tokenizer.encode([normalize_caption(caption) for caption in clip.captions]) for clip in clips]
@@ -66,7 +276,7 @@ def to_tensor(inputs: np.ndarray) -> Tensor:
 
 
 def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
-    """-> frames (B, T, 3, S, S) uint8 or features (B, T, ...) bf16, and labels (B, K, L) padded with IGNORE_INDEX."""
+    """Frames (B, T, 3, S, S) uint8 or features (B, T, ...) bf16, and labels (B, K, L) padded with IGNORE_INDEX."""
     length = max(len(ids) for _, captions in examples for ids in captions)
     labels = [[ids + [IGNORE_INDEX] * (length - len(ids)) for ids in captions] for _, captions in examples]
     # Not torch.stack: in the thread of `prefetch` it starts threads of its own, and a step takes twice as long.
@@ -75,19 +285,18 @@ def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
 
 def prefetch(load: Callable, keys: Iterable) -> Iterator:
     """load(key) for each key, in order. While one result is used, another thread loads the next."""
+    pending = deque()
     with ThreadPoolExecutor(1) as executor:
-        pending = None
         for key in keys:
-            following = executor.submit(load, key)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
+            pending.append(executor.submit(load, key))
+            if len(pending) == 2:
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
 
 
-def epoch_batches(num_clips: int, batch_size: int, epochs: int, seed: int,
-                  first_step: int = 0) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
+def epoch_batches(
+    num_clips: int, batch_size: int, epochs: int, seed: int, first_step: int = 0
+) -> Iterator[list[tuple[int, int]]]:
     """Batches of (clip, epoch) keys. Each epoch is shuffled anew; its last incomplete batch is dropped."""
     steps = num_clips // batch_size
     for step in range(first_step, epochs * steps):

@@ -5,63 +5,75 @@ grows, shrinks, blinks, spins or stays still, independently. The clips are ordin
 like any other video. A single frame shows colour, kind and place, but does not tell a motion from its opposite or from
 staying still: place, size and angle at mid-clip have the same distribution for all motions.
 
-Letters: F frames per clip, S side of a frame in pixels, N shapes.
+`python -m video_data.shapes FOLDER` makes a folder of clips. It is complete when captions.json is there, which is
+written last: {split: {file: [caption, ...]}}.
+
+Shapes: F frames per clip, S side of a frame in pixels, N shapes.
 
 References
 [1] MPEG-4 in an MP4 container through PyAV, https://pyav.org/docs/stable/
 [2] Signed distances of simple polygons, https://iquilezles.org/articles/distfunctions2d/
 """
 
-import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from common import cli
 from common.errors import InputError
-from common.files import acquire_lock, read_json, replace_atomically
-from common.workers import worker_pool
+from common.files import acquire_lock, write_json
+from video_data.annotations import SPLITS
+from video_data.batches import run_in_processes
 
 SIDE, FRAMES, RATE = 64, 16, 8  # pixels, frames per clip, frames per second
+DEFAULT_SIZES = (9000, 200, 500)  # clips for training, validation, test
 
 COLOURS = {
-    "red": (215, 40, 40), "green": (40, 170, 60), "blue": (50, 90, 225), "yellow": (240, 220, 50),
-    "orange": (245, 135, 25), "purple": (140, 55, 185), "white": (242, 242, 242), "pink": (250, 150, 195),
-}  # fmt: skip
+    "red": (215, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 90, 225),
+    "yellow": (240, 220, 50),
+    "orange": (245, 135, 25),
+    "purple": (140, 55, 185),
+    "white": (242, 242, 242),
+    "pink": (250, 150, 195),
+}
 KINDS = ("circle", "square", "triangle", "cross", "ring")
 SYMMETRY = {"square": 4, "triangle": 3, "cross": 4}  # a rotation by 360/n degrees maps the shape onto itself
 
 # motion -> phrases for it, each (finite verb, participle)
 MOTIONS = {
-    "left": (("moves left", "moving left"), ("slides to the left", "sliding to the left"),
-             ("drifts leftward", "drifting leftward")),
-    "right": (("moves right", "moving right"), ("slides to the right", "sliding to the right"),
-              ("drifts rightward", "drifting rightward")),
-    "up": (("moves up", "moving up"), ("rises", "rising"), ("drifts upward", "drifting upward")),
-    "down": (("moves down", "moving down"), ("sinks", "sinking"), ("drifts downward", "drifting downward")),
-    "grow": (("grows", "growing"), ("gets bigger", "getting bigger"), ("becomes larger", "becoming larger")),
-    "shrink": (("shrinks", "shrinking"), ("gets smaller", "getting smaller"),
-               ("becomes tiny", "becoming tiny")),
-    "blink": (("blinks", "blinking"), ("flashes on and off", "flashing on and off"),
-              ("comes and goes", "coming and going")),
-    "spin": (("spins", "spinning"), ("turns around", "turning around"), ("rotates", "rotating")),
-    "still": (("stays still", "staying still"), ("does not move", "not moving"),
-              ("rests in place", "resting in place")),
-}  # fmt: skip
+    "left": "moves left/moving left, slides to the left/sliding to the left, drifts leftward/drifting leftward",
+    "right": "moves right/moving right, slides to the right/sliding to the right, drifts rightward/drifting rightward",
+    "up": "moves up/moving up, rises/rising, drifts upward/drifting upward",
+    "down": "moves down/moving down, sinks/sinking, drifts downward/drifting downward",
+    "grow": "grows/growing, gets bigger/getting bigger, becomes larger/becoming larger",
+    "shrink": "shrinks/shrinking, gets smaller/getting smaller, becomes tiny/becoming tiny",
+    "blink": "blinks/blinking, flashes on and off/flashing on and off, comes and goes/coming and going",
+    "spin": "spins/spinning, turns around/turning around, rotates/rotating",
+    "still": "stays still/staying still, does not move/not moving, rests in place/resting in place",
+}
+MOTIONS = {motion: [phrase.split("/") for phrase in phrases.split(", ")] for motion, phrases in MOTIONS.items()}
+# The range of a motion's speed, see Shape. Spinning goes either way, standing still has none.
+SPEEDS = dict.fromkeys(("left", "right", "up", "down"), (12, 28))
+SPEEDS |= {"grow": (0.6, 1.1), "shrink": (0.6, 1.1), "blink": (1.5, 4)}
 
 # Captions of one and of two shapes: nouns n, m; finite verbs f, g; participles p, q.
-ONE_SHAPE = ("a {n} {f}", "a {n} is {p}", "there is a {n} that {f}", "the {n} {f}", "one {n} {p}",
-             "we see a {n} that is {p}")  # fmt: skip
-TWO_SHAPES = ("a {n} {f} and a {m} {g}", "a {n} is {p} and a {m} is {q}", "a {n} {f} while a {m} {g}",
-              "there is a {n} that {f} and a {m} that {g}", "the {n} {f} and the {m} {g}",
-              "one {n} {p} and one {m} {q}")  # fmt: skip
+ONE_SHAPE = (
+    "a {n} {f}, a {n} is {p}, there is a {n} that {f}, the {n} {f}, one {n} {p}, we see a {n} that is {p}".split(", ")
+)
+TWO_SHAPES = (
+    "a {n} {f} and a {m} {g}, a {n} is {p} and a {m} is {q}, a {n} {f} while a {m} {g}, "
+    "there is a {n} that {f} and a {m} that {g}, the {n} {f} and the {m} {g}, one {n} {p} and one {m} {q}"
+).split(", ")
 
 
 @dataclass(frozen=True)
@@ -80,15 +92,11 @@ class Shape:
 
     def state_at(self, u: np.ndarray) -> tuple[np.ndarray, ...]:
         """Centre x, y, radius, angle and visibility at times u, each of u's shape."""
-        change = (u - 0.5) * self.speed
-        zero = np.zeros_like(u)
-        x = self.x + {"left": -change, "right": change}.get(self.motion, zero)
-        y = self.y + {"up": -change, "down": change}.get(self.motion, zero)
-        radius = self.radius * np.exp({"grow": change, "shrink": -change}.get(self.motion, zero))
-        angle = self.angle + (change if self.motion == "spin" else zero)
-        visible = np.ones_like(u)
-        if self.motion == "blink":
-            visible = ((u * self.speed + self.phase) % 1 < 0.5).astype(u.dtype)
+        change = dict.fromkeys(MOTIONS, np.zeros_like(u)) | {self.motion: (u - 0.5) * self.speed}
+        x, y = self.x + change["right"] - change["left"], self.y + change["down"] - change["up"]
+        radius = self.radius * np.exp(change["grow"] - change["shrink"])
+        angle = self.angle + change["spin"]
+        visible = (u * self.speed + self.phase) % 1 < 0.5 if self.motion == "blink" else np.ones_like(u)
         return x, y, radius, angle, visible
 
 
@@ -97,23 +105,12 @@ def draw_shape(rng: np.random.Generator) -> Shape:
     As a consequence, some shapes leave the frame in part."""
     motion = str(rng.choice(list(MOTIONS)))
     kinds = [k for k in KINDS if motion != "spin" or k in SYMMETRY]  # a spinning circle looks still
-    speed = {
-        "left": rng.uniform(12, 28), "right": rng.uniform(12, 28),
-        "up": rng.uniform(12, 28), "down": rng.uniform(12, 28),
-        "grow": rng.uniform(0.6, 1.1), "shrink": rng.uniform(0.6, 1.1),
-        "blink": rng.uniform(1.5, 4), "spin": rng.choice([-1, 1]) * rng.uniform(2, 6), "still": 0,
-    }[motion]  # fmt: skip
-    return Shape(
-        colour=str(rng.choice(list(COLOURS))),
-        kind=str(rng.choice(kinds)),
-        motion=motion,
-        x=rng.uniform(16, SIDE - 16),
-        y=rng.uniform(16, SIDE - 16),
-        radius=rng.uniform(8, 12),
-        angle=rng.uniform(0, 2 * math.pi),
-        speed=float(speed),
-        phase=rng.uniform(0, 1),
-    )
+    speeds = {name: rng.uniform(*limits) for name, limits in SPEEDS.items()} | {"still": 0.0}
+    speeds["spin"] = float(rng.choice([-1, 1]) * rng.uniform(2, 6))
+    colour, kind = str(rng.choice(list(COLOURS))), str(rng.choice(kinds))
+    x, y, radius = rng.uniform(16, SIDE - 16), rng.uniform(16, SIDE - 16), rng.uniform(8, 12)
+    angle, phase = rng.uniform(0, 2 * math.pi), rng.uniform(0, 1)
+    return Shape(colour, kind, motion, x, y, radius, angle, speeds[motion], phase)
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[Shape, ...]:
@@ -132,22 +129,25 @@ def draw_scene(rng: np.random.Generator) -> tuple[Shape, ...]:
 # ------------------------------------------------------------------------------------------ pixels
 
 
+# Signed distance from a shape of radius r at the origin, in pixels [2].
+DISTANCES = {
+    "circle": lambda x, y, r: np.hypot(x, y) - 0.9 * r,
+    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.8 * r,
+    "triangle": lambda x, y, r: np.maximum.reduce([x * math.cos(a) + y * math.sin(a) for a in NORMALS]) - r / 2,
+    "cross": lambda x, y, r: np.minimum(bar(x, y, r), bar(y, x, r)),
+    "ring": lambda x, y, r: abs(np.hypot(x, y) - 0.75 * r) - 0.2 * r,
+}
+NORMALS = (math.pi / 2, math.pi * 7 / 6, -math.pi / 6)  # of the triangle's sides
+
+
+def bar(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """The horizontal bar of a cross."""
+    return np.maximum(abs(x) - r, abs(y) - r / 3)
+
+
 def coverage(kind: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """The fraction of each pixel that a shape covers, from its signed distance in pixels [2]."""
-    if kind == "circle":
-        distance = np.hypot(x, y) - 0.9 * r
-    elif kind == "square":
-        distance = np.maximum(abs(x), abs(y)) - 0.8 * r
-    elif kind == "cross":
-        horizontal = np.maximum(abs(x) - r, abs(y) - r / 3)
-        vertical = np.maximum(abs(x) - r / 3, abs(y) - r)
-        distance = np.minimum(horizontal, vertical)
-    elif kind == "triangle":
-        sides = [x * math.cos(a) + y * math.sin(a) for a in (math.pi / 2, math.pi * 7 / 6, -math.pi / 6)]
-        distance = np.maximum.reduce(sides) - r / 2
-    else:  # ring
-        distance = abs(np.hypot(x, y) - 0.75 * r) - 0.2 * r
-    return np.clip(0.5 - distance, 0, 1)
+    """The fraction of each pixel that a shape covers."""
+    return np.clip(0.5 - DISTANCES[kind](x, y, r), 0, 1)
 
 
 # Camera noise is a random slice of this: drawing it for each clip would take half of the time.
@@ -159,18 +159,14 @@ def draw_background(rng: np.random.Generator) -> np.ndarray:
     grid = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
     direction = rng.uniform(0, 2 * math.pi)
     ramp = grid[0] * math.cos(direction) + grid[1] * math.sin(direction)
-    style = rng.integers(5)
-    if style == 0:
-        pattern = np.zeros((SIDE, SIDE))
-    elif style == 1:
-        pattern = ramp / SIDE
-    elif style == 2:
-        pattern = np.sin(ramp * rng.uniform(0.3, 0.9)) * 0.5
-    elif style == 3:
-        cell = rng.integers(6, 14)
-        pattern = ((grid[0] // cell + grid[1] // cell) % 2) - 0.5
-    else:
-        pattern = np.kron(rng.uniform(-0.5, 0.5, (8, 8)), np.ones((8, 8)))
+    patterns = (
+        lambda: np.zeros((SIDE, SIDE)),
+        lambda: ramp / SIDE,
+        lambda: np.sin(ramp * rng.uniform(0.3, 0.9)) * 0.5,
+        lambda: np.add(*(grid // rng.integers(6, 14))) % 2 - 0.5,
+        lambda: np.kron(rng.uniform(-0.5, 0.5, (8, 8)), np.ones((8, 8))),
+    )
+    pattern = patterns[rng.integers(5)]()
     base = rng.uniform(25, 110) + rng.uniform(-18, 18, 3)
     return (base + pattern[..., None] * rng.uniform(10, 45)).astype(np.float32)
 
@@ -250,25 +246,16 @@ def attribute_accuracy(references: dict[str, list[str]], captions: dict[str, str
     `shapes`: exactly the clip's colours and kinds. `motion`: in addition, the right motion for each shape.
     `motion_one`, `motion_two`: `motion` among the clips with one and with two shapes.
     """
-    shapes, motion, two = [], [], []
+    rows = []
     for key, caption in captions.items():
         expected, claimed = parse_claims(references[key][0]), parse_claims(caption)
-        shapes.append([noun for noun, _ in expected] == [noun for noun, _ in claimed])
-        motion.append(expected == claimed)
-        two.append(len(expected) == 2)
-    motion, two = np.array(motion), np.array(two)
-    accuracy = {"shapes": float(np.mean(shapes)), "motion": float(np.mean(motion))}
+        same_nouns = [noun for noun, _ in expected] == [noun for noun, _ in claimed]
+        rows.append((same_nouns, expected == claimed, len(expected) == 2))
+    shapes, motion, two = np.array(rows).T
+    accuracy = {"shapes": float(shapes.mean()), "motion": float(motion.mean())}
     if two.any() and not two.all():
         accuracy |= {"motion_one": float(motion[~two].mean()), "motion_two": float(motion[two].mean())}
     return accuracy
-
-
-def perfect_captions(references: dict[str, list[str]], template: int, phrase: int) -> dict[str, str]:
-    """Captions that name every shape and motion correctly, all with one template and the same phrase per motion."""
-    return {
-        key: fill_template(template, [(noun, *MOTIONS[motion][phrase]) for noun, motion in parse_claims(texts[0])])
-        for key, texts in references.items()
-    }
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -292,64 +279,49 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def make_clip(index: int, split: str, root: Path, seed: int) -> list[str]:
-    """Writes clip `index` of a split and returns its captions. Each clip has its own random stream."""
-    rng = np.random.default_rng([seed, ("train", "val", "test").index(split), index])
+def make_clip(path: Path, seed: int) -> list[str]:
+    """Writes the clip ROOT/SPLIT/INDEX.mp4 and returns its captions. Each clip has its own random stream."""
+    rng = np.random.default_rng([seed, SPLITS.index(path.parent.name), int(path.stem)])
     scene = draw_scene(rng)
     frames, _ = render(scene, np.linspace(0, 1, FRAMES), rng)
-    write_clip(root / split / f"{index:05d}.mp4", frames)
+    write_clip(path, frames)
     return reference_captions(scene, rng)
 
 
-def make_dataset(root: Path, sizes: dict[str, int], seed: int = 0, report=print, workers: int = 0) -> None:
-    """Writes `root/SPLIT/*.mp4`, then `captions.json` ({split: {file: [captions]}}).
+def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0) -> None:
+    """Makes a folder of clips, `sizes` in its splits. One that is complete stays as it is.
 
-    `made.json` records seed and sizes, and whether the folder is complete. A complete folder is left unchanged. An
-    incomplete one is made again from the start by `workers` processes; 0: one per core. A lock lets only one call
-    write; others wait for it. Raises InputError if the folder has another seed or other sizes, or contains something
-    else.
+    A lock lets only one call write; others wait for it. Raises InputError if the folder contains something else.
     """
-    settings = {"seed": seed, "sizes": sizes}
-    if _is_complete(root, settings):
-        return
+    is_begun = (root / ".lock").exists() or (root / "captions.json").exists()
+    if root.exists() and not is_begun and any(not path.name.startswith(".") for path in root.iterdir()):
+        raise InputError(f"{root}: contains something other than shapes; give an empty or new folder")
     root.mkdir(parents=True, exist_ok=True)
     lock = acquire_lock(root / ".lock", wait=True)
     try:
-        if not _is_complete(root, settings):  # another process may have made it in the meantime
-            _write_dataset(root, settings, report, workers or os.cpu_count() or 1)
+        if (root / "captions.json").exists():
+            return
+        content = {}
+        for split, size in zip(SPLITS, sizes, strict=True):
+            (root / split).mkdir(exist_ok=True)
+            names = [f"{split}/{i:05d}.mp4" for i in range(size)]
+            captions = run_in_processes(f"shapes: {split}", make_clip, [(root / name, seed) for name in names])
+            content[split] = dict(zip(names, captions, strict=True))
+        write_json(root / "captions.json", content)
     finally:
         os.close(lock)
 
 
-def _is_complete(root: Path, settings: dict) -> bool:
-    """Whether the folder contains these clips. Raises InputError if it contains anything else. Ignores hidden files."""
-    made = root / "made.json"  # the first file to be written that is not hidden
-    if root.exists() and any(not path.name.startswith(".") for path in root.iterdir()) and not made.exists():
-        raise InputError(f"{root}: contains something other than shapes; give an empty or new folder")
-    found = read_json(made) if made.exists() else {}
-    if found.get("whole") and found != settings | {"whole": True}:
-        expected = f"{settings['sizes']} of seed {settings['seed']}"
-        raise InputError(f"{root}: contains {found.get('sizes')} clips of seed {found.get('seed')}, not {expected}; "
-                         "give another folder, or train with its --shapes-sizes and --shapes-seed")  # fmt: skip
-    return bool(found.get("whole"))
+def main() -> None:
+    example = "python -m video_data.shapes FOLDER --sizes 9000 200 500 --seed 0"
+    parser = cli.Parser("Makes clips of moving shapes.", example)
+    parser.add_argument("folder", type=cli.folder, help="where the clips go, a new or empty folder")
+    size = cli.number(int, 1, 10**6)
+    parser.add_argument("--sizes", type=size, nargs=3, default=DEFAULT_SIZES, help="clips to train, validate, test on")
+    parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="of the scenes")
+    args = parser.parse_args()
+    make_dataset(args.folder, args.sizes, args.seed)
 
 
-def _write_dataset(root: Path, settings: dict, report, workers: int) -> None:
-    _write_json(root / "made.json", settings | {"whole": False})
-    captions = {}
-    with worker_pool(workers) as pool:
-        for split, count in settings["sizes"].items():
-            (root / split).mkdir(exist_ok=True)
-            job = partial(make_clip, split=split, root=root, seed=settings["seed"])
-            captions[split] = {}
-            for i, references in enumerate(pool.map(job, range(count), chunksize=32)):
-                captions[split][f"{split}/{i:05d}.mp4"] = references
-                if (i + 1) % 1000 == 0 or i + 1 == count:
-                    report(f"shapes: {split} clip {i + 1}/{count} written")
-    _write_json(root / "captions.json", captions)
-    _write_json(root / "made.json", settings | {"whole": True})
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with replace_atomically(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
+if __name__ == "__main__":
+    cli.run(main)

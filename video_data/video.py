@@ -1,15 +1,13 @@
-"""Video decoding: a file's frames in order of display, and the few of them that a captioner reads.
+"""A video file becomes the few frames that a captioner reads.
 
 PyAV [1] reads the video. Frames are chosen by time, or by index where a file has no times: the clip's time span is cut
-into T equal segments, and each contributes the frame displayed at its centre (evaluation) or at a random time
-(training), as in Temporal Segment Networks [2].
+into T equal segments, and each contributes the frame displayed at its centre, as in Temporal Segment Networks [2].
 
-H.264 frames that no other frame refers to are decoded only where wanted: T = 16 frames of a real MSR-VTT clip (1280 x
-720, a keyframe every 26 to 128 frames) are read 2.6 times faster. Seeking to the keyframe before each wanted frame as
-well was only 1.1 times faster still, and seeking alone was 1.1, 1.1 and 1.3 times faster on three MSVD clips. So the
-code does not seek.
+H.264 frames that no other frame refers to are decoded only where they are selected: T = 16 frames of a real MSR-VTT
+clip (1280 x 720, a keyframe every 26 to 128 frames) are read 2.6 times faster. Seeking to the keyframe before each
+selected frame as well was only 1.1 times faster still, so the code does not seek.
 
-Letters: T frames, S side in pixels.
+Shapes: T frames, S side in pixels.
 
 References
 [1] https://pyav.org/docs/stable/
@@ -29,49 +27,37 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.container import InputContainer
-from av.sidedata.sidedata import Type as SideData
-from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
-from av.video.stream import VideoStream
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, reading
 from common.preprocessing import Preprocessing
 
 MAX_BUFFERED_BYTES = 512 * 2**20  # of decoded frames; a longer video is decoded a second time instead
 MAX_PIXELS = 2**25  # of a frame, decoded or resized, 8192 x 4096: a damaged header may claim 65535 x 65535
 
+# --------------------------------------------------------------------------------------- decoding
+
 
 @contextmanager
-def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file and its first video stream that is no cover picture. FFmpeg's errors in the block become InputErrors."""
+def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The file and its first video stream that is not a cover picture. FFmpeg's errors become InputErrors."""
+    limits = {"max_pixels": str(MAX_PIXELS)}
     try:
-        if os.path.getsize(path) == 0:
-            raise InputError(f"{path}: an empty file, expected a video")
-        limits = {"max_pixels": str(MAX_PIXELS)}
         # "file:" so that FFmpeg does not take a name with a colon in it for a URL
         with av.open(f"file:{path}", options=limits, metadata_errors="replace") as container:
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams:
-                raise InputError(f"{path}: has no video stream")
-            context = streams[0].codec_context
+            streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+            context = streams[0].codec_context if streams else None
             if context is None:
-                raise InputError(f"{path}: its video codec is unknown to the installed FFmpeg")
-            if context.width * context.height > MAX_PIXELS:
-                size = f"{context.width} x {context.height}"
-                raise InputError(f"{path}: its frames are {size} pixels, expected at most {MAX_PIXELS} in all")
+                raise InputError(f"{path}: has no video stream, or one whose codec the installed FFmpeg lacks")
             context.options = limits
-            context.thread_count = 1  # the workers are the parallel part
+            context.thread_count = 1  # the worker processes are the parallel part
             yield container, streams[0]
-    except InputError:
-        raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read as a video: {reason}") from error
+    except av.error.FFmpegError as error:
+        raise InputError(f"{path}: cannot be read as a video: {error.strerror}") from error
 
 
-def iter_packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet | None]:
+def iter_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | None]:
     """The stream's packets up to the first damage between two of them, then None, which flushes the decoder."""
     try:
         yield from (packet for packet in container.demux(stream) if packet.size)
@@ -84,92 +70,29 @@ def decode_frames(path: str | Path) -> Iterator[tuple[float, av.VideoFrame]]:
     """(time in seconds, frame) of each frame, in the decoder's order, which is the order of display.
 
     Times may step back, above all in AVI files. Frames that do not decode, or only with concealed errors, are skipped.
-    Raises InputError if the file is no video, has no video stream, or none of its frames can be decoded.
+    Raises InputError if the file is not a video, has no video stream, or none of its frames can be decoded.
     """
-    with open_video(path) as (container, stream):
-        yield from decode_stream(path, container, stream)
-
-
-def decode_stream(path: str | Path, container: InputContainer,
-                  stream: VideoStream) -> Iterator[tuple[float, av.VideoFrame]]:  # fmt: skip
-    """`decode_frames` of a file that is open."""
-    duration = float(1 / (stream.average_rate or stream.guessed_rate or 25))
     time = None
-    for packet in iter_packets(container, stream):
-        try:
-            frames = stream.codec_context.decode(packet)
-        except av.error.MemoryError:
-            raise
-        except av.error.FFmpegError:
-            continue
-        for frame in (f for f in frames if not f.is_corrupt):
-            if frame.pts is not None:
-                time = float(frame.pts * stream.time_base)
-            else:
-                time = 0.0 if time is None else time + duration
-            yield time, frame
+    with open_video(path) as (container, stream):
+        duration = float(1 / (stream.average_rate or stream.guessed_rate or 25))
+        for packet in iter_packets(container, stream):
+            try:
+                frames = stream.codec_context.decode(packet)
+            except av.error.MemoryError:
+                raise
+            except av.error.FFmpegError:
+                continue
+            for frame in (f for f in frames if not f.is_corrupt):
+                if frame.pts is not None:
+                    time = float(frame.pts * stream.time_base)
+                else:
+                    time = 0.0 if time is None else time + duration
+                yield time, frame
     if time is None:
         raise InputError(f"{path}: none of its frames can be decoded")
 
 
-def _has_display_times(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether packets carry the frames' display times before decoding: H.264 in MP4 or Matroska."""
-    return stream.codec_context.name == "h264" and bool({"mp4", "matroska"} & set(container.format.name.split(",")))
-
-
-def _decode_selected(container: InputContainer, stream: VideoStream,
-                     positions: np.ndarray) -> list[av.VideoFrame] | None:  # fmt: skip
-    """The frames displayed at `positions` of a file with display times, decoding as few others as possible.
-
-    Skips frames that no other frame refers to, which H.264 marks, and everything after the last wanted frame. The rest
-    decodes as usual. None if the file has any irregularity: a missing or repeated time, damage, frames out of order, a
-    wanted frame that is not returned.
-    """
-    context, packets = stream.codec_context, list(iter_packets(container, stream))
-    # A clip that was cut out of a video begins with packets that cannot be decoded.
-    first = next((i for i, packet in enumerate(packets) if packet and packet.is_keyframe), 0)
-    timestamps = [packet.pts for packet in packets[first:-1] if not packet.is_discard]
-    if not timestamps or None in timestamps:
-        return None
-    timestamps.sort()
-    selected = [timestamps[i] for i in frames_at([float(t * stream.time_base) for t in timestamps], positions)]
-    wanted, frames, last = {timestamps[0], *selected}, {}, timestamps[0] - 1
-    end = 1 + max(i for i, packet in enumerate(packets[:-1]) if packet.pts in wanted)
-    try:
-        for i, packet in enumerate([*packets[:end], None]):
-            decode_all = packet is None or packet.pts in wanted
-            context.skip_frame = "NONKEY" if i < first else "DEFAULT" if decode_all else "NONREF"
-            for frame in context.decode(packet):
-                if frame.is_corrupt or frame.pts is None or frame.pts <= last:
-                    return None
-                last = frame.pts
-                if last in wanted:
-                    frames[last] = frame
-    except av.error.FFmpegError:
-        return None
-    return [frames[t] for t in selected] if len(frames) == len(wanted) else None
-
-
-def _select_frames(path: str | Path, decoded: Iterator[tuple[float, av.VideoFrame]],
-                   positions: np.ndarray) -> list[av.VideoFrame]:  # fmt: skip
-    """The frames displayed at `positions` of any file, from all of its frames, `decoded`."""
-    times, frames, num_bytes = [], [], 0
-    for time, frame in decoded:
-        times.append(time)
-        num_bytes += frame.width * frame.height * frame.format.padded_bits_per_pixel // 8
-        if num_bytes <= MAX_BUFFERED_BYTES:
-            frames.append(frame)
-        else:
-            frames.clear()
-    # The k-th frame is displayed at the k-th time. Where times step back, the times are wrong, not the order of frames.
-    selected = frames_at(sorted(times), positions)
-    if len(frames) < len(times):
-        wanted = set(selected)
-        frames = {i: frame for i, (_, frame) in enumerate(decode_frames(path)) if i in wanted}
-    return [frames[i] for i in selected]
-
-
-def sample_positions(count: int, rng: np.random.Generator | None) -> np.ndarray:
+def sample_positions(count: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """One position in [0, 1) per segment, of `count` equal segments: the centre, or a random one with `rng`."""
     offsets = np.full(count, 0.5) if rng is None else rng.uniform(0, 1, count)
     return (np.arange(count) + offsets) / count
@@ -188,12 +111,94 @@ def frames_at(times: list[float], positions: np.ndarray) -> list[int]:
     return [max(0, bisect_right(times, times[0] + p * span + 1e-9) - 1) for p in positions]
 
 
+def select_frames(path: str | Path, positions: np.ndarray) -> list[av.VideoFrame]:
+    """The frames displayed at `positions` of any file, from all of its frames."""
+    times, frames, num_bytes = [], [], 0
+    for time, frame in decode_frames(path):
+        times.append(time)
+        num_bytes += frame.width * frame.height * frame.format.padded_bits_per_pixel // 8
+        if num_bytes <= MAX_BUFFERED_BYTES:
+            frames.append(frame)
+        else:
+            frames.clear()
+    # The k-th frame is displayed at the k-th time. Where times step back, the times are wrong, not the order of frames.
+    selected = frames_at(sorted(times), positions)
+    if len(frames) < len(times):
+        needed = set(selected)
+        frames = {i: frame for i, (_, frame) in enumerate(decode_frames(path)) if i in needed}
+    return [frames[i] for i in selected]
+
+
+def skip_to_frames(
+    path: str | Path, container: av.container.InputContainer, stream: av.VideoStream, positions: np.ndarray
+) -> list[av.VideoFrame] | None:
+    """The frames displayed at `positions`, decoding as few others as possible, or None where that is not possible.
+
+    It is possible where packets carry display times before decoding: H.264 in MP4 or Matroska. Skips frames that no
+    other frame refers to, which H.264 marks, and everything after the last selected frame. None if the file has any
+    irregularity: a missing or repeated time, damage, frames out of order, a selected frame that is not returned.
+    """
+    context = stream.codec_context
+    has_times = context.name == "h264" and bool({"mp4", "matroska"} & {*container.format.name.split(",")})
+    if not has_times or os.path.getsize(path) > MAX_BUFFERED_BYTES:  # all packets will be in memory
+        return None
+    packets = list(iter_packets(container, stream))
+    # A clip that was cut out of a video begins with packets that cannot be decoded.
+    first = next((i for i, packet in enumerate(packets) if packet and packet.is_keyframe), 0)
+    timestamps = [packet.pts for packet in packets[first:-1] if not packet.is_discard]
+    if not timestamps or None in timestamps:
+        return None
+    timestamps.sort()
+    selected = [timestamps[i] for i in frames_at([float(t * stream.time_base) for t in timestamps], positions)]
+    needed, frames, last = {timestamps[0], *selected}, {}, timestamps[0] - 1
+    end = 1 + max(i for i, packet in enumerate(packets[:-1]) if packet.pts in needed)
+    try:
+        for i, packet in enumerate([*packets[:end], None]):
+            decode_all = packet is None or packet.pts in needed
+            context.skip_frame = "NONKEY" if i < first else "DEFAULT" if decode_all else "NONREF"
+            for frame in context.decode(packet):
+                if frame.is_corrupt or frame.pts is None or frame.pts <= last:
+                    return None
+                last = frame.pts
+                if last in needed:
+                    frames[last] = frame
+    except av.error.FFmpegError:
+        return None
+    return [frames[t] for t in selected] if len(frames) == len(needed) else None
+
+
+def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessing) -> Tensor:
+    """T = `frames` frames of a video, displayed at the centres of equal segments: uint8 (T, 3, S, S).
+
+    `preprocessing`: a ViT's (`vit.preprocessing`), or S alone: the short side is resized to S, then S x S pixels are
+    cropped at the centre. If the clip has fewer frames, some are repeated. Raises InputError, which names the file.
+    """
+    if isinstance(preprocessing, int):
+        preprocessing = Preprocessing(size=preprocessing, resize=preprocessing)
+    positions, reformatter = sample_positions(frames), VideoReformatter()
+    with open_video(path) as (container, stream):
+        aspect = pixel_aspect(stream)
+        selected = skip_to_frames(path, container, stream, positions)
+    selected = selected or select_frames(path, positions)
+    with reading(path):
+        return stack_pictures([frame_to_rgb(frame, preprocessing, reformatter, aspect) for frame in selected])
+
+
+# -------------------------------------------------------------------------------------- conversion
+
+
+def pixel_aspect(stream: av.VideoStream) -> Fraction:
+    """Width of a pixel over its height; 1 where the file does not say, or says something absurd."""
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    return aspect if 0.1 <= aspect <= 10 else Fraction(1)
+
+
 def orient(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     """A picture (S, S, 3), turned and mirrored as players do with the frame, by quarters of a turn.
 
     The file's display matrix moves the point (x, y) to (a x + c y, b x + d y) [4].
     """
-    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
     if matrix is None:
         return picture
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
@@ -202,14 +207,9 @@ def orient(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def pixel_aspect(stream: VideoStream) -> Fraction:
-    """Width of a pixel over its height; 1 where the file does not say, or says something absurd."""
-    aspect = stream.sample_aspect_ratio or Fraction(1)
-    return aspect if 0.1 <= aspect <= 10 else Fraction(1)
-
-
-def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter: VideoReformatter,
-                 aspect: Fraction = Fraction(1)) -> np.ndarray:  # fmt: skip
+def frame_to_rgb(
+    frame: av.VideoFrame, preprocessing: Preprocessing, reformatter: VideoReformatter, aspect: Fraction = Fraction(1)
+) -> np.ndarray:
     """A decoded frame whose pixels have this aspect, resized, cropped at its centre and upright: uint8 (S, S, 3)."""
     if preprocessing.longest_edge is not None:  # the last step makes squares of all
         picture = resize_twice(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), preprocessing)
@@ -220,8 +220,8 @@ def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter
         short_side = min(displayed_width, frame.height)
         width, height = width * displayed_width // short_side, height * frame.height // short_side
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{frame.width} x {frame.height} would become {width} x {height}, too many")
-    interpolation = {"bicubic": Interpolation.BICUBIC, "bilinear": Interpolation.BILINEAR}[preprocessing.interpolation]
+        raise InputError(f"{frame.width} x {frame.height} would become {width} x {height} pixels, too many")
+    interpolation = Interpolation[preprocessing.interpolation.upper()]
     picture = reformatter.reformat(frame, width, height, "rgb24", interpolation=interpolation, threads=1)
     top, left = (height - size) // 2, (width - size) // 2
     return orient(picture.to_ndarray()[top : top + size, left : left + size], frame)
@@ -241,46 +241,13 @@ def resize_twice(picture: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
     try:
         for size in ((max(height, 1), max(width, 1)), (preprocessing.size, preprocessing.size)):
             if x.shape[2:] != size:
-                x = F.interpolate(x, size, mode="lanczos", align_corners=False, antialias=True)
+                x = F.interpolate(x, size, mode="lanczos", align_corners=False, antialias=True)  # (1, 3, *size)
     except (NotImplementedError, ValueError) as error:  # an older torch: no such mode, or not with antialias
-        raise ValueError(f"torch {torch.__version__} cannot resize with LANCZOS, expected 2.12 or newer") from error
+        raise InputError(f"torch {torch.__version__} cannot resize with LANCZOS, expected 2.12 or newer") from error
     return x[0].permute(1, 2, 0).numpy()  # (S, S, 3)
-
-
-def as_preprocessing(preprocessing: int | Preprocessing) -> Preprocessing:
-    """An int S means: resize the short side to S, then crop S x S at the centre."""
-    return preprocessing if isinstance(preprocessing, Preprocessing) else Preprocessing(preprocessing, preprocessing)
-
-
-def convert(path: str | Path, *args) -> np.ndarray:
-    """`frame_to_rgb`, whose failure is the file's."""
-    try:
-        return frame_to_rgb(*args)
-    except (av.error.FFmpegError, ValueError) as error:
-        raise InputError(f"{path}: its frames cannot be converted to RGB: {error}") from error
 
 
 def stack_pictures(pictures: Sequence[np.ndarray]) -> Tensor:
     """T pictures (S, S, 3) -> (T, 3, S, S)."""
     # numpy makes the copy: torch would wake all cores for it, in every worker
     return torch.from_numpy(np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2)))
-
-
-def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessing,
-                rng: np.random.Generator | None = None) -> Tensor:  # fmt: skip
-    """T = `frames` frames of a video, uint8 (T, 3, S, S): at the segment centres, or at random times with `rng`.
-
-    `preprocessing`: a ViT's (`vit.preprocessing`), or S alone. If the clip has fewer frames, some are repeated.
-    Raises InputError, which names the file.
-    """
-    preprocessing, positions = as_preprocessing(preprocessing), sample_positions(frames, rng)
-    with open_video(path) as (container, stream):
-        aspect = pixel_aspect(stream)
-        # _decode_selected holds all packets in memory.
-        if _has_display_times(container, stream) and os.path.getsize(path) <= MAX_BUFFERED_BYTES:
-            selected = _decode_selected(container, stream, positions)
-        else:
-            selected = _select_frames(path, decode_stream(path, container, stream), positions)
-    selected = selected or _select_frames(path, decode_frames(path), positions)
-    reformatter = VideoReformatter()
-    return stack_pictures([convert(path, frame, preprocessing, reformatter, aspect) for frame in selected])

@@ -1,16 +1,13 @@
-"""A long video, piece by piece: frames of one window of time after another.
+"""A long video, one window of time after another: only the frames of one window are in memory.
 
-Only the windows that are open are in memory.
-
-`read_frames` sorts the times of a file whose times step back. Here the frames after it are not known yet, so a frame
-before a step back is not displayed. A clock that begins anew, as in joined recordings, or jumps is an error.
-
-Letters: T frames, S side in pixels.
+Shapes: T frames, S side in pixels.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from fractions import Fraction
+from itertools import count
 from pathlib import Path
 
 import av
@@ -18,17 +15,9 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, reading
 from common.preprocessing import Preprocessing
-from video_data.video import (
-    convert,
-    decode_stream,
-    iter_packets,
-    open_video,
-    pixel_aspect,
-    sample_positions,
-    stack_pictures,
-)
+from video_data import video
 
 ONE_FRAME = 0.04  # seconds that the only frame of a video is displayed
 RESTART, JUMP = 1.0, 600.0  # seconds; a clock that steps back, or on, by more is another one
@@ -36,15 +25,14 @@ RESTART, JUMP = 1.0, 600.0  # seconds; a clock that steps back, or on, by more i
 
 @dataclass
 class Window:
-    """The frames displayed at the centres of T equal segments of a window, as far as they were met. Times are the
-    file's."""
+    """What is displayed at the centres of T equal segments of a window; times in seconds of the file's clock."""
 
-    start: float  # seconds
+    start: float
     end: float
     centres: np.ndarray  # (T,)
-    pictures: list[np.ndarray] = field(default_factory=list)  # (S, S, 3) each
+    pictures: list[np.ndarray] = field(default_factory=list)  # (S, S, 3) each, at the first centres
 
-    def wanted(self, until: float) -> int:
+    def frames_due(self, until: float) -> int:
         """How many more centres come before this time."""
         # 1e-9: a centre at the very start of a frame must select this frame, whatever the rounding
         return int((self.centres + 1e-9 < until).sum()) - len(self.pictures)
@@ -52,25 +40,22 @@ class Window:
     def frames(self) -> Tensor:
         """uint8 (T, 3, S, S). Where the video ended within the window, its frames are repeated evenly."""
         count = len(self.centres)
-        return stack_pictures([self.pictures[i * len(self.pictures) // count] for i in range(count)])
+        return video.stack_pictures([self.pictures[i * len(self.pictures) // count] for i in range(count)])
 
 
-def find_bounds(path: str | Path) -> tuple[float | None, float]:
-    """(start of the file, end of its pictures) in seconds of its clock, from packets, which are not decoded.
+def find_bounds(path: str | Path) -> tuple[float, float, Fraction]:
+    """(start of the file, end of its pictures, aspect of a pixel), from packets, which are not decoded.
 
-    Players count from the start of the file, where a sound may begin before the pictures. The start is None where the
-    file has none; the end is infinite where packets have no times.
+    Seconds of the file's clock; infinite if unknown. Players count from the start of the file, where a sound may begin
+    before the pictures.
     """
-    least, most, count = float("inf"), float("-inf"), 0
-    with open_video(path) as (container, stream):
-        for packet in iter_packets(container, stream):
-            ticks = packet and (packet.dts if packet.pts is None else packet.pts)
-            if ticks is not None and not packet.is_discard:
-                time = float(ticks * stream.time_base)
-                least, most, count = min(least, time), max(most, time), count + 1
-        start = None if container.start_time is None else container.start_time / av.time_base
-    end = most + frame_duration(most - least, count) if count else float("inf")
-    return start, end
+    with video.open_video(path) as (container, stream):
+        packets = (packet for packet in video.iter_packets(container, stream) if packet and not packet.is_discard)
+        ticks = [packet.dts if packet.pts is None else packet.pts for packet in packets]
+        times = [float(t * stream.time_base) for t in ticks if t is not None]
+        start = math.inf if container.start_time is None else container.start_time / av.time_base
+        end = max(times) + frame_duration(max(times) - min(times), len(times)) if times else math.inf
+        return start, end, video.pixel_aspect(stream)
 
 
 def frame_duration(span: float, count: int) -> float:
@@ -78,75 +63,73 @@ def frame_duration(span: float, count: int) -> float:
     return span / (count - 1) if span > 0 else ONE_FRAME
 
 
-def displayed_frames(path: str | Path,
-                     preprocessing: Preprocessing) -> Iterator[tuple[float, float, Callable]]:  # fmt: skip
-    """(begin, end, a function that makes its picture (S, S, 3)) for each frame of a video.
+def displayed_frames(path: str | Path) -> Iterator[tuple[float, float, av.VideoFrame]]:
+    """(begin, end, frame) of each frame: when it is displayed, in seconds of the file's clock.
 
-    A frame is displayed from begin to end, in seconds of the file's clock; where its times step back, they stay. The
-    last frame is displayed as long as the others are on average.
+    `read_frames` sorts times that step back. Here the frames to come are not known yet, so a frame before a step back
+    is not displayed. A clock that begins anew, as in joined recordings, or jumps is an InputError.
     """
-    reformatter, count, frame = VideoReformatter(), 0, None
-    with open_video(path) as (container, stream):
-        aspect = pixel_aspect(stream)
-        for time, following in decode_stream(path, container, stream):
-            if frame is None:
-                first = begin = time
-            else:
-                if not begin - RESTART <= time <= begin + JUMP:
-                    raise InputError(f"{path}: its clock steps from {begin:.2f} s to {time:.2f} s, expected one "
-                                     "recording: remux it to caption the rest")  # fmt: skip
-                end = max(begin, time)
-                yield begin, end, partial(convert, path, frame, preprocessing, reformatter, aspect)
-                begin = end
-            frame, count = following, count + 1
-    end = begin + frame_duration(begin - first, count)
-    yield begin, end, partial(convert, path, frame, preprocessing, reformatter, aspect)
+    frame, number = None, 0
+    for time, following in video.decode_frames(path):
+        if frame is None:
+            first = begin = time
+        else:
+            if not begin - RESTART <= time <= begin + JUMP:
+                clock = f"its clock steps from {begin:.2f} s to {time:.2f} s"
+                raise InputError(f"{path}: {clock}, expected one recording: remux it to caption the rest")
+            yield begin, max(begin, time), frame
+            begin = max(begin, time)
+        frame, number = following, number + 1
+    yield begin, begin + frame_duration(begin - first, number), frame
 
 
-def iter_windows(path: str | Path, length: float, stride: float, frames: int,
-                 preprocessing: Preprocessing) -> Iterator[tuple[float, float, Tensor]]:  # fmt: skip
-    """(start, end, frames uint8 (T, 3, S, S)) of each window of `length` seconds, one every `stride` seconds.
+def plan_windows(first: float, length: float, file_end: float, frames: int) -> Iterator[Window]:
+    """Windows one after another from `first` on, without end: what packets say of the end may be wrong.
+
+    The window in which the file should end is shortened, or left out if it is shorter than half a segment.
+    """
+    for k in count():
+        start = first + k * length
+        stop = min(start + length, file_end) if start < file_end else start + length
+        if k == 0 or start + length / (2 * frames) < stop:
+            yield Window(start, stop, start + video.sample_positions(frames) * (stop - start))
+
+
+def iter_windows(
+    path: str | Path, length: float, frames: int, preprocessing: Preprocessing
+) -> Iterator[tuple[float, float, Tensor]]:
+    """(start, end, frames uint8 (T, 3, S, S)) of one window of `length` seconds after another. One is in memory.
 
     Times are in seconds from the start of the file; the first window begins with the first frame. The last one ends
-    with the video, and its T frames are spread over what there is. It is left out if the one before it already reaches
-    the end, or if it is shorter than half a segment of a whole window. A video has at least one. Raises InputError.
+    with the video, and its T frames are spread over what there is. A video has at least one. Raises InputError.
     """
-    file_start, file_end = find_bounds(path)
-    positions, windows, count, zero = sample_positions(frames, None), [], 0, None
-    for begin, end, make_picture in displayed_frames(path, preprocessing):
-        if zero is None:
-            first, zero = begin, begin if file_start is None else min(begin, file_start)
-            opened = reached = first
-        while (start := first + count * stride) < end:
-            count += 1
-            stop = min(start + length, file_end) if start < file_end else start + length
-            if stop > opened and (count == 1 or start + length / (2 * frames) < stop):
-                windows.append(Window(start, stop, start + positions * (stop - start)))
-                opened = stop
-        if any(window.wanted(end) for window in windows):
-            picture = make_picture()
-            for window in windows:
-                window.pictures += [picture] * window.wanted(end)
-        while windows and windows[0].end <= end:
-            done = windows.pop(0)
-            reached = done.end
-            yield done.start - zero, done.end - zero, done.frames()
-    if reached == first and not windows[0].pictures:  # a video that ends before the first centre
-        windows[0].pictures.append(make_picture())
-    for window in windows:  # those that end later than the video
-        if window.pictures and reached < end:
-            reached = min(window.end, end)
-            yield window.start - zero, reached - zero, window.frames()
-
-
-def format_srt_time(seconds: float) -> str:
-    """"00:01:05,250"."""
-    milliseconds = round(1000 * seconds)
-    minutes, milliseconds = divmod(milliseconds, 60_000)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:02}:{minutes:02}:{milliseconds // 1000:02},{milliseconds % 1000:03}"
+    file_start, file_end, aspect = find_bounds(path)
+    window, reformatter = None, VideoReformatter()
+    for begin, end, frame in displayed_frames(path):
+        if window is None:
+            first, zero = begin, min(begin, file_start)
+            windows = plan_windows(begin, length, file_end, frames)
+            window = next(windows)
+        while window.start < end:
+            if due := window.frames_due(end):
+                with reading(path):
+                    window.pictures += [video.frame_to_rgb(frame, preprocessing, reformatter, aspect)] * due
+            if window.end > end:
+                break
+            yield window.start - zero, window.end - zero, window.frames()
+            window = next(windows)
+    if window.start == first and not window.pictures:  # a video that ends before the first centre
+        with reading(path):
+            window.pictures.append(video.frame_to_rgb(frame, preprocessing, reformatter, aspect))
+    if window.pictures:  # it ends later than the video
+        yield window.start - zero, min(window.end, end) - zero, window.frames()
 
 
 def format_srt(number: int, start: float, end: float, text: str) -> str:
     """One subtitle of an .srt file; numbers begin with 1."""
-    return f"{number}\n{format_srt_time(start)} --> {format_srt_time(end)}\n{text}\n\n"
+
+    def clock(seconds: float) -> str:  # "00:01:05,250"
+        ms = round(1000 * seconds)
+        return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
+
+    return f"{number}\n{clock(start)} --> {clock(end)}\n{text}\n\n"

@@ -33,22 +33,16 @@ def random_strings(count: int, seed: int) -> list[str]:
 
 def random_captions(seed: int) -> tuple[dict, dict]:
     """40 videos of 1 to 8 references: golden captions, cut, spliced and shuffled, with punctuation inserted."""
-    rng, data = random.Random(seed), golden("golden_vttlike") | {"more": golden("golden_msvdlike")["refs"]}
-    pool = [text for refs in (data["refs"], data["more"]) for group in refs.values() for text in group]
-    punctuation = ", . ! ? ... ; 's n't - / !!".split() + [" -", " (x)", '"', " 3", " 1,000", " 10:30", " &"]
+    rng, data = random.Random(seed), golden("golden_vttlike")["refs"] | golden("golden_msvdlike")["refs"]
+    pool = [text.split() for group in data.values() for text in group]
+    inserted = [*", . ! ? ... ; 's n't - / !! (x) 3 1,000 10:30 & \"".split(), *rng.choice(pool), *rng.choice(pool)]
 
     def vary(words):
         words = [word for word in words if rng.random() > 0.15]
         for _ in range(rng.choice((0, 0, 1, 2, 4))):
-            words.insert(rng.randrange(len(words) + 1), rng.choice(rng.choice(pool).split()))
-        words = [word + rng.choice(punctuation) if rng.random() < 0.06 else word for word in words]
-        if rng.random() < 0.2:
-            rng.shuffle(words)
-        text = " ".join(words)
-        return rng.choice((str, str, str.capitalize, str.upper, str.title))(text)
+            words.insert(rng.randrange(len(words) + 1), rng.choice(inserted))
+        words = rng.sample(words, len(words)) if rng.random() < 0.2 else words
+        return rng.choice((str, str, str.capitalize, str.upper, str.title))(" ".join(words))
 
-    refs, hyps = {}, {}
-    for i in range(40):
-        words = [*rng.choice(pool).split(), *(rng.choice(pool).split() if rng.random() < 0.3 else [])]
-        *refs[f"v{i}"], hyps[f"v{i}"] = [vary(words) for _ in range(rng.randrange(2, 10))]
-    return refs, hyps
+    groups = [[vary(words) for _ in range(rng.randrange(2, 10))] for words in rng.choices(pool, k=40)]
+    return {f"v{i}": group[1:] for i, group in enumerate(groups)}, {f"v{i}": group[0] for i, group in enumerate(groups)}

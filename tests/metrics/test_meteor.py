@@ -1,18 +1,18 @@
 """METEOR 1.5, against the output of its Java program through pycocoevalcap 1.2 (golden/).
 
-Stems, normalised lines and the 23 counts of a segment are compared for equality, scores within 1e-9.
+Stems, normalised lines and the 23 counts of a segment are compared for equality, scores (more of them in
+test_score.py) within 1e-9.
 """
 
 import random
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 
-from metrics import InputError, meteor, meteor_align, meteor_data, meteor_text, porter2, ptb, score
-from metrics.meteor_align import Match, align, count_chunks, extend_path
+from metrics import InputError, meteor, meteor_align, meteor_data, meteor_text, porter2, score
+from metrics.meteor_align import Match, align, extend_path
 from metrics.meteor_match import Hypothesis, Lexicon
-from tests.metrics.captions import COLLISION, CORPORA, TOLERANCE, golden, random_strings
+from tests.metrics.captions import COLLISION, CORPORA, TOLERANCE, golden
 from tests.metrics.small_tables import write_tables
 
 
@@ -29,59 +29,27 @@ def make_texts(refs, hyps, tables):
 
 def test_stems():
     cases = golden("stem_golden")
-    assert len(cases) == 2575
     assert {word: porter2.stem(word) for word in cases} == cases
-
-
-def test_stems_from_the_description_of_porter2():
-    """The examples in Porter2's own description of its first steps."""
-    cases = (
-        "ties tie cries cri gas gas this this gaps gap kiwis kiwi hoping hope hopping hop by by say say cry cri".split()
-    )
-    assert [porter2.stem(word) for word in cases[::2]] == cases[1::2]
 
 
 def test_normalization(tables):
     cases = golden("meteor_norm_golden")
-    assert len(cases) == 625
     for case in cases:
         assert meteor_text.normalize(case["input"], tables.words.prefixes) == case["normalized"], case
         assert meteor_text.split_words(case["input"], tables.words.prefixes) == case["words_lower"], case
-
-
-def test_tables_are_complete(tables):
-    """Sizes of the published tables: 5,274,084 paraphrases of 43,139 words, 147,306 entries of synonyms."""
-    assert len(tables.paraphrases.left) == len(tables.paraphrases.right) == 5_274_084
-    assert len(tables.paraphrases.word_ids) == 43_139
-    assert len(tables.words.synsets) == 147_306
-    assert {"the", "'s", "-lrb-"} <= tables.words.function_words
-    assert tables.words.synset_ids("automobile") & tables.words.synset_ids("cars")
-
-
-def test_base_forms(tables):
-    """The first rule that leads to a word of the table applies; none to words in "ss" or of one or two letters."""
-    cases = "ladies lady boxes box churches church women woman taller tall tallest tall grass grass as as".split()
-    cases = dict(zip(cases[::2], cases[1::2], strict=True)) | {"running": "", "xyzs": ""}
-    assert {word: tables.words.base_form(word) for word in cases} == cases
 
 
 # --- counts and scores --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CORPORA)
-def test_counts_and_scores(name, tables):
-    """23 counts of each segment as integers, its score, and the corpus score, without the hash collision."""
+def test_counts(name, tables):
+    """23 counts of each segment as integers, without the hash collision, and the corpus score of these counts."""
     data = golden(f"golden_{name}")
-    expected = data["scores"]["METEOR"]
-    ids = [key for key in data["ids"] if key != COLLISION]
-    is_compared = [key != COLLISION for key in data["ids"]]
-    refs, hyps = [data["refs_tok"][key] for key in ids], [data["hyps_tok"][key] for key in ids]
-    corpus, scores, counts = meteor.score(refs, hyps, tables)
-    expected_counts = np.array(expected["stats"])[is_compared]
-    assert (expected_counts == expected_counts.round()).all()
-    np.testing.assert_array_equal(counts, expected_counts.astype(int))
-    np.testing.assert_allclose(scores, np.array(expected["seg"])[is_compared], rtol=0, atol=TOLERANCE)
-    assert abs(corpus - meteor.score_counts(meteor.sum_counts(expected_counts.tolist()))) < TOLERANCE
+    expected, ids = data["scores"]["METEOR"], data["ids"]
+    _, _, counts = meteor.score([data["refs_tok"][i] for i in ids], [data["hyps_tok"][i] for i in ids], tables)
+    for key, found, row in zip(ids, counts.tolist(), expected["stats"], strict=True):
+        assert found == row or key == COLLISION
     assert abs(meteor.score_counts(meteor.sum_counts(expected["stats"])) - expected["corpus"]) < TOLERANCE
 
 
@@ -90,11 +58,6 @@ def test_two_spaces_in_a_hypothesis_are_one(tables):
     _, _, counts = meteor.score([["a , b"], ["a,  ,b"]], ["a,  ,b", "a , b"], tables)
     assert counts[0].tolist() == [3, 3, 2, 2, 0, 0, 2, 2] + [0] * 12 + [1, 2, 2]
     assert counts[1, :2].tolist() == [3, 4]  # references keep both spaces
-
-
-def test_corpus_score_is_not_the_mean(tables):
-    corpus, scores, _ = meteor.score([["a man runs"], ["the dog barks at a big cat"]], ["a man runs", "cat"], tables)
-    assert scores[0] == 1.0 and abs(corpus - scores.mean()) > 0.01
 
 
 def test_upper_bound_skips_no_better_reference(tables):
@@ -117,43 +80,7 @@ def test_upper_bound_skips_no_better_reference(tables):
     assert skipped > 200  # the bound saves alignments
 
 
-def test_order_of_references(tables):
-    """It changes no segment's score: 150 segments, seed 4. If all scores are 0, the first reference's counts win."""
-    data, rng = golden("golden_msvdlike"), random.Random(4)
-    refs, hyps = [data["refs_tok"][key] for key in data["ids"]], [data["hyps_tok"][key] for key in data["ids"]]
-    shuffled = [rng.sample(group, len(group)) for group in refs]
-    np.testing.assert_array_equal(meteor.score(refs, hyps, tables)[1], meteor.score(shuffled, hyps, tables)[1])
-    assert meteor.score([["one", "two words"]], ["xyz"], tables)[2][0, 1] == 1
-    assert meteor.score([["two words", "one"]], ["xyz"], tables)[2][0, 1] == 2
-
-
-def test_identical_captions(tables):
-    corpus, scores, counts = meteor.score([["a man runs", "x"], ["cat"]], ["a man runs", "cat"], tables)
-    assert corpus == 1.0 and (scores == 1.0).all()
-    assert counts[:, 20:].tolist() == [[1, 3, 3], [1, 1, 1]]
-
-
-def test_random_strings(tables):
-    """5,000 random strings (seeds 5 and 6), raw and tokenised, against others and against themselves."""
-    hyps, refs = random_strings(5_000, seed=5), random_strings(5_000, seed=6)
-    refs = [[a, b] for a, b in zip(refs, hyps[1:] + hyps[:1], strict=True)]
-    for tokenize in (list, ptb.tokenize_captions):
-        _, scores, counts = meteor.score([tokenize(group) for group in refs], tokenize(hyps), tables)
-        assert ((scores >= 0) & (scores <= 1)).all() and (counts >= 0).all()
-    identical = [text for text in ptb.tokenize_captions(hyps) if text.strip()]
-    _, scores, counts = meteor.score([[text] for text in identical], identical, tables)
-    # "|||" and double spaces are removed from hypotheses only, but the tokenizer leaves none of them.
-    assert (scores[counts[:, 0] > 0] == 1.0).all()
-
-
 # --- matchers and aligner, by hand --------------------------------------------------------------------------------
-
-
-def test_aligner_prefers_matches_then_chunks():
-    """hyp "a b a c", ref "a c": the second "a" stands before "c", one chunk instead of two."""
-    matches = [[Match(0, 1, 0, 1, 0), Match(0, 1, 2, 1, 0)], [Match(1, 1, 3, 1, 0)]]
-    alignment = align(matches, 4)
-    assert [match.hyp_start for match in alignment] == [2, 3] and count_chunks(alignment) == 1
 
 
 def test_synonyms_of_one_word_add_nothing():
@@ -165,19 +92,19 @@ def test_synonyms_of_one_word_add_nothing():
 
 
 @pytest.mark.parametrize(
-    ("hypothesis", "reference", "expected"),
+    "case",
     [
-        ("man of dog in dog car the man of a is , , man a running on",
-         "of man on of cars car a of cars , in , ,", 0.2391819673725708),
-        ("a running runs car running cars runs , car a , on man",
-         "on on car car dog a man runs man car car runs a dog runs runs running", 0.24740075802152425),
+        "man of dog in dog car the man of a is , , man a running on | of man on of cars car a of cars , in , ,"
+        " | 0.2391819673725708",
+        "a running runs car running cars runs , car a , on man | on on car car dog a man runs man car car runs a dog"
+        " runs runs running | 0.24740075802152425",
     ],
-)  # fmt: skip
-def test_beam_size(tables, hypothesis, reference, expected):
+)
+def test_beam_size(tables, case):
     """Captions whose alignment another beam changes: 41 paths give 0.231111 for the first, 39 give 0.235332 for the
     second. The expected scores are the Java program's, tolerance 1e-9."""
-    _, scores, _ = meteor.score([[reference]], [hypothesis], tables)
-    assert abs(scores[0] - expected) <= TOLERANCE
+    hypothesis, reference, expected = case.split(" | ")
+    assert abs(meteor.score([[reference]], [hypothesis], tables)[1][0] - float(expected)) <= TOLERANCE
 
 
 def all_extensions(path, position, matches):
@@ -192,8 +119,9 @@ def test_paths_that_are_left_out_change_nothing(seed):
     Reference: the search that keeps all paths until it cuts the beam."""
     rng = random.Random(seed)
     hypothesis, reference = ([rng.randrange(1 + seed % 3) for _ in range(size)] for size in (60, 50))
-    matches = [[Match(i, 1, k, 1, rng.choice([0, 0, 1, 2])) for k, other in enumerate(hypothesis) if word == other]
-               for i, word in enumerate(reference)]  # fmt: skip
+    matches = [[] for _ in reference]
+    for i, word in enumerate(reference):
+        matches[i] += [Match(i, 1, k, 1, rng.choice([0, 0, 1, 2])) for k in range(60) if word == hypothesis[k]]
     for i in rng.sample(range(48), 10):
         matches[i] += [Match(i, rng.randint(1, 3), k, rng.randint(1, 3), 3) for k in rng.sample(range(57), 20)]
     found = align(matches, 60)
@@ -212,14 +140,6 @@ def test_captions_that_take_too_long_are_named(small_tables):
         meteor.score([["x " * 250]], ["x " * 401], tables)
 
 
-def test_small_tables_match(small_tables):
-    tables = meteor_data.load()
-    _, _, counts = meteor.score([["a lot of dogs ran"]], ["many dogs running"], tables)
-    assert counts[0].tolist()[:4] == [3, 5, 0, 2]
-    assert counts[0, 4:20].reshape(4, 4).tolist() == [[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 2]]
-    assert tables.words.prefixes.always == {"Mr"} and tables.words.prefixes.before_digit == {"No"}
-
-
 @pytest.mark.parametrize(
     ("pairs", "expected"),
     [
@@ -235,12 +155,6 @@ def test_order_of_paraphrase_matches(small_tables, pairs, expected):
     (((reference,),), (text,), lexicon) = make_texts([["q"]], ["y x"], meteor_data.load())
     (matches,) = Hypothesis(text, [reference], lexicon).matches(reference)
     assert [(match.hyp_start, match.hyp_length) for match in matches] == expected
-
-
-def test_equal_captions_only_match_exactly(small_tables):
-    (((reference,),), (text,), lexicon) = make_texts([["car automobile"]], ["car automobile"], meteor_data.load())
-    matches = Hypothesis(text, [reference], lexicon).matches(reference)
-    assert matches == [[Match(0, 1, 0, 1, 0)], [Match(1, 1, 1, 1, 0)]]
 
 
 def test_bars_split_a_reference_in_two(small_tables):

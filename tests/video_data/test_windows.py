@@ -12,16 +12,16 @@ from common.preprocessing import Preprocessing
 from tests.video_data.test_video import EVEN, frame_indices, plain_decode, write_video
 from video_data import windows
 from video_data.video import VideoReformatter, frame_to_rgb
-from video_data.windows import format_srt, format_srt_time, iter_windows
+from video_data.windows import format_srt, iter_windows
 
 SQUARE = Preprocessing(32, 32)
 
 
-def expected_windows(times: list[float], length: float, stride: float, count: int) -> list[tuple]:
+def expected_windows(times: list[float], length: float, count: int) -> list[tuple]:
     """(start, end, index of the frame displayed at each centre), by a search through all frames for each centre."""
     end = times[-1] + (times[-1] - times[0]) / (len(times) - 1)
     found, k = [], 0
-    while (start := times[0] + k * stride) < end and (not found or found[-1][1] < end):
+    while (start := times[0] + k * length) < end:
         stop = min(start + length, end)
         centres = [start + (stop - start) * (i + 0.5) / count for i in range(count)]
         if k == 0 or start + length / count / 2 < stop:
@@ -31,58 +31,44 @@ def expected_windows(times: list[float], length: float, stride: float, count: in
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
-@pytest.mark.parametrize(("length", "stride"), [(0.37, 0.37), (0.5, 0.23), (0.1, 0.3), (0.03, 0.03), (5.0, 5.0)])
+@pytest.mark.parametrize("length", [0.37, 0.5, 0.1, 0.03, 5.0])
 @pytest.mark.parametrize("times", [EVEN, [0, 1, 2, 3, 40, 41, 90, 95, 96, 97]])
-def test_windows_have_the_frames_displayed_at_their_centres(tmp_path, times, length, stride, count):
-    """Windows side by side, overlapping, with gaps, shorter than a frame and longer than the video, whose last one has
-    its frames from what there is."""
-    found = list(iter_windows(write_video(tmp_path / "a.mp4", times), length, stride, count, SQUARE))
-    expected = expected_windows([t / 100 for t in times], length, stride, count)
+def test_windows_have_the_frames_displayed_at_their_centres(tmp_path, times, length, count):
+    """Windows shorter than a frame to longer than the video. The last one has its frames from what there is."""
+    found = list(iter_windows(write_video(tmp_path / "a.mp4", times), length, count, SQUARE))
+    expected = expected_windows([t / 100 for t in times], length, count)
     assert [(start, end) for start, end, _ in found] == [pytest.approx(row[:2]) for row in expected]
     assert [frame_indices(frames) for _, _, frames in found] == [row[2] for row in expected]
 
 
 def test_a_video_of_one_frame_has_one_window(tmp_path):
-    ((start, end, frames),) = iter_windows(write_video(tmp_path / "a.mp4", [0]), 2.0, 2.0, 4, SQUARE)
+    ((start, end, frames),) = iter_windows(write_video(tmp_path / "a.mp4", [0]), 2.0, 4, SQUARE)
     assert (start, end) == (0, windows.ONE_FRAME) and frames.shape == (4, 3, 32, 32)
 
 
-def add_silence(path, source, seconds: float):
-    """A copy of a video, with silence from 0 on."""
-    with av.open(str(source)) as read, av.open(str(path), "w") as written:
-        picture = written.add_stream_from_template(read.streams.video[0])
-        sound = written.add_stream("pcm_s16le", rate=8000, layout="mono")
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, int(8000 * seconds)), np.int16), "s16", "mono")
-        silence.sample_rate, silence.pts = 8000, 0
-        written.mux([*sound.encode(silence), *sound.encode()])
-        for packet in read.demux(video=0):
-            if packet.size:
-                packet.stream = picture
-                written.mux(packet)
-    return path
-
-
-@pytest.mark.parametrize(("suffix", "has_sound", "expected"), [(".ts", False, 0.0), (".mkv", True, 1.5)])
-def test_times_count_from_the_start_of_the_file(tmp_path, suffix, has_sound, expected):
-    """As players count. The clock of both files is 1.5 seconds or more at the first frame; one begins there."""
-    path = write_video(tmp_path / f"a{suffix}", [150 + t for t in EVEN])
-    path = add_silence(tmp_path / f"b{suffix}", path, 2.0) if has_sound else path
-    with av.open(str(path)) as container:
-        assert next(container.decode(video=0)).time >= 1.5
-    found = list(iter_windows(path, 0.2, 0.2, 2, SQUARE))
-    assert found[0][:2] == pytest.approx((expected, expected + 0.2))
+def test_times_count_from_the_start_of_the_file(tmp_path):
+    """As players count. The clock of a transport stream does not begin at 0, but the file does at its first frame. For
+    sound that begins before the pictures see test_real_clips."""
+    path = write_video(tmp_path / "a.ts", [150 + t for t in EVEN])
+    found = list(iter_windows(path, 0.2, 2, SQUARE))
+    assert [start for start, _, _ in found] == pytest.approx([0, 0.2, 0.4, 0.6])
     assert [frame_indices(frames) for _, _, frames in found] == [[1, 3], [6, 8], [11, 13], [16, 18]]
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "last"),
-    [(0.0, 0.8, [15, 17, 19]), (0.0, 0.95, [16, 16, 18]), (None, float("inf"), [16, 16, 18]), (0.0, 0.5, [16, 16, 18]),
-     (9.0, 0.8, [15, 17, 19])],
-)  # fmt: skip
+PACKETS = [
+    (0.0, 0.8, [15, 17, 19]),
+    (0.0, 0.95, [16, 16, 18]),
+    (math.inf, math.inf, [16, 16, 18]),
+    (0.0, 0.5, [16, 16, 18]),
+    (9.0, 0.8, [15, 17, 19]),
+]
+
+
+@pytest.mark.parametrize(("start", "end", "last"), PACKETS)
 def test_what_packets_say_may_be_wrong(tmp_path, monkeypatch, start, end, last):
     """A later end, as where the last ones are damaged, none, or an earlier one; a start after the first frame."""
-    monkeypatch.setattr(windows, "find_bounds", lambda path: (start, end))
-    found = list(iter_windows(write_video(tmp_path / "a.mp4", EVEN), 0.3, 0.3, 3, SQUARE))
+    monkeypatch.setattr(windows, "find_bounds", lambda path: (start, end, 1))
+    found = list(iter_windows(write_video(tmp_path / "a.mp4", EVEN), 0.3, 3, SQUARE))
     assert found[0][0] == 0 and found[-1][1] == pytest.approx(0.8) and frame_indices(found[-1][2]) == last
 
 
@@ -90,7 +76,7 @@ def test_joined_recordings_are_refused_where_the_second_begins(tmp_path):
     """Two transport streams in one file: the windows of the first come, then an error, not silence."""
     first = write_video(tmp_path / "a.ts", [200 + t for t in EVEN]).read_bytes()
     (tmp_path / "c.ts").write_bytes(first + write_video(tmp_path / "b.ts", EVEN).read_bytes())
-    found = iter_windows(tmp_path / "c.ts", 0.4, 0.4, 2, SQUARE)
+    found = iter_windows(tmp_path / "c.ts", 0.4, 2, SQUARE)
     assert frame_indices(next(found)[2]) == [2, 7]
     with pytest.raises(InputError, match=r"c.ts: its clock steps from 2.76 s to 0.00 s"):
         next(found)
@@ -98,7 +84,7 @@ def test_joined_recordings_are_refused_where_the_second_begins(tmp_path):
 
 def test_a_clock_that_jumps_ahead_is_refused(tmp_path):
     """Frames 0 to 3, and two that a day later begin: no window for each second of the day."""
-    found = iter_windows(write_video(tmp_path / "a.mkv", [0, 4, 8, 12, 8_640_000, 8_640_004]), 1.0, 1.0, 2, SQUARE)
+    found = iter_windows(write_video(tmp_path / "a.mkv", [0, 4, 8, 12, 8_640_000, 8_640_004]), 1.0, 2, SQUARE)
     with pytest.raises(InputError, match="its clock steps from 0.12 s to 86400.00 s"):
         list(found)
 
@@ -109,8 +95,8 @@ def test_real_clips(real, name):
     begin 2.6 seconds after the file."""
     decoded = plain_decode(real / name)
     times = np.maximum.accumulate([frame.time for frame in decoded]).tolist()
-    expected = expected_windows(times, 3.0, 3.0, 5)
-    found = list(iter_windows(real / name, 3.0, 3.0, 5, SQUARE))
+    expected = expected_windows(times, 3.0, 5)
+    found = list(iter_windows(real / name, 3.0, 5, SQUARE))
     assert [(start, end) for start, end, _ in found] == [pytest.approx(row[:2]) for row in expected]
     for (_, _, frames), (_, _, indices) in zip(found, expected, strict=True):
         pictures = [frame_to_rgb(decoded[i], SQUARE, VideoReformatter()) for i in indices]
@@ -121,13 +107,13 @@ def test_a_window_is_ready_before_the_next_is_decoded(tmp_path, monkeypatch):
     """However long the video is, not more of it is held than the windows that are open: one and a bit."""
     decoded = []
 
-    def count(path, container, stream, real=windows.decode_stream):
-        for time, frame in real(path, container, stream):
+    def count(path, real=windows.video.decode_frames):
+        for time, frame in real(path):
             decoded.append(time)
             yield time, frame
 
-    monkeypatch.setattr(windows, "decode_stream", count)
-    found = iter_windows(write_video(tmp_path / "a.mp4", EVEN), 0.2, 0.2, 2, SQUARE)
+    monkeypatch.setattr(windows.video, "decode_frames", count)
+    found = iter_windows(write_video(tmp_path / "a.mp4", EVEN), 0.2, 2, SQUARE)
     for k in range(3):
         next(found)
         assert decoded[-1] == pytest.approx(0.2 * (k + 1), abs=0.05)
@@ -144,4 +130,4 @@ def test_subtitles_are_read_by_ffmpeg(tmp_path):
     for (start, end, words), (pts, duration, read) in zip(cues, found, strict=True):
         assert math.isclose(pts, start, abs_tol=6e-4) and math.isclose(duration, end - start, abs_tol=1.1e-3)
         assert read == words
-    assert format_srt_time(3723.004) == "01:02:03,004" and format_srt_time(59.9996) == "00:01:00,000"
+    assert format_srt(3, 59.9996, 3723.004, "a") == "3\n00:01:00,000 --> 01:02:03,004\na\n\n"

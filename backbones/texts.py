@@ -1,9 +1,10 @@
-"""The training data of the tiny language model: documents, and captions after mixed keyword embeddings.
+"""What the tiny language models learn from: documents, and captions after mixed keyword embeddings.
 
 A document is a caption; a caption after a paraphrase or after keywords ("circle red left"); or keywords repeated in
 another order. None comes from a clip.
 
-Letters: n texts, N positions of mixed keywords, C width of the language model.
+Shapes: n texts, N positions of mixed keywords, C width of the language model, L tokens of the longest text with its
+EOS.
 """
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import PROMPT
 from models.lm import CausalLM
+from models.pair import PROMPT
 from video_data import shapes
 from video_data.batches import IGNORE_INDEX
 
@@ -43,8 +44,8 @@ def document(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def mix_keyword_embeddings(embed: nn.Embedding, keyword_ids: Tensor, all_ids: Tensor,
-                           generator: torch.Generator) -> Tensor:  # fmt: skip
-    """Keyword ids (n, 2, 3) of two shapes a text -> N embeddings a text that mix them, (n, N, C); N is random.
+                           generator: torch.Generator) -> Tensor:
+    """Keyword ids (n, 2, 3) of two shapes per text -> N embeddings per text that mix them, (n, N, C); N is random.
 
     Each position is the sum of one shape's three keywords in random proportions; in half of the texts some of the other
     shape's keywords leak in. All keywords, `all_ids`, and noise are added with small random weights.
@@ -80,47 +81,38 @@ def pad(rows: list[list[int]]) -> Tensor:
     return torch.tensor([row + [IGNORE_INDEX] * (length - len(row)) for row in rows])
 
 
-def trim_padding(rows: Tensor) -> Tensor:
-    """Removes the columns in which every row is padding."""
-    return rows[:, : int((rows != IGNORE_INDEX).sum(1).max())]
+def text_loss(lm: CausalLM, prefix: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of texts, padded ids (n, L), after prefixes, embeddings (n, any, C)."""
+    x = torch.cat([prefix, lm.embed(labels[:, :-1].clamp(min=0))], dim=1)
+    logits = lm.head(lm.hidden(x)[:, -labels.shape[1] :])  # (n, L, vocabulary)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
 
 
-class LMTrainingData:
-    """The language model's training data: documents, and captions after mixed keyword embeddings.
-
-    Mixed keywords are between `before` and `after`, ids; by default these are BOS and the prompt of `model.py`.
-    """
+class TextData:
+    """Documents, and as many captions after mixed keyword embeddings. These are between `before` and `after`, ids."""
 
     def __init__(self, tokenizer, documents: list[tuple[str, str]], rng: np.random.Generator, seed: int,
-                 before: list[int] | None = None, after: list[int] | None = None):  # fmt: skip
-        bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
-        self.documents = pad([[bos, *tokenizer.encode(prefix), *tokenizer.encode(text), eos]
-                              for prefix, text in documents])  # fmt: skip
+                 before: list[int], after: list[int]):
+        self.bos, eos = torch.tensor([tokenizer.bos_id()]), tokenizer.eos_id()
+        self.documents = [[*tokenizer.encode(prefix), *tokenizer.encode(text), eos] for prefix, text in documents]
         scenes = [shapes.draw_scene(rng) for _ in documents]
-        self.captions = pad([[*tokenizer.encode(shapes.describe(scene, rng)), eos] for scene in scenes])
+        self.captions = [[*tokenizer.encode(shapes.describe(scene, rng)), eos] for scene in scenes]
         ids = {word: tokenizer.piece_to_id("\u2581" + word) for word in KEYWORDS}
         assert tokenizer.unk_id() not in ids.values(), "every keyword is a token"
         self.all_ids = torch.tensor(list(ids.values()))
         # A single shape stands in both places, so it leaks into itself.
         self.keyword_ids = torch.tensor([[[ids[shape.colour], ids[shape.kind], ids[shape.motion]]
-                                          for shape in (scene * 2)[:2]] for scene in scenes])  # fmt: skip
-        self.before = torch.tensor([bos] if before is None else before)
-        self.after = torch.tensor(tokenizer.encode(PROMPT) if after is None else after)
+                                          for shape in (scene * 2)[:2]] for scene in scenes])
+        self.before, self.after = torch.tensor(before), torch.tensor(after)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def document_loss(self, lm: CausalLM, batch_size: int) -> Tensor:
-        """Cross-entropy of the next token in random documents."""
-        keys = torch.randint(len(self.documents), (batch_size,), generator=self.generator)
-        ids = trim_padding(self.documents[keys])
-        hidden = lm.hidden(lm.embed(ids[:, :-1].clamp(min=0)))
-        return F.cross_entropy(lm.head(hidden).flatten(0, 1), ids[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
-
-    def caption_loss(self, lm: CausalLM, batch_size: int) -> Tensor:
-        """Cross-entropy of random captions, each after mixed keywords of its scene."""
-        keys = torch.randint(len(self.captions), (batch_size,), generator=self.generator)
+    def loss(self, lm: CausalLM, documents: int, captions: int) -> tuple[Tensor, Tensor]:
+        """The losses of random documents, and of random captions, each after mixed keywords of its scene."""
+        keys = torch.randint(len(self.documents), (documents,), generator=self.generator)
+        prefix = lm.embed(self.bos).expand(documents, -1, -1)  # (n, 1, C)
+        document_loss = text_loss(lm, prefix, pad([self.documents[i] for i in keys]))
+        keys = torch.randint(len(self.captions), (captions,), generator=self.generator)
         visual = mix_keyword_embeddings(lm.embed, self.keyword_ids[keys], self.all_ids, self.generator)  # (n, N, C)
-        labels = trim_padding(self.captions[keys])
-        before, after = (lm.embed(ids).expand(batch_size, -1, -1) for ids in (self.before, self.after))
-        caption = lm.embed(labels[:, :-1].clamp(min=0))
-        hidden = lm.hidden(torch.cat([before, visual, after, caption], dim=1))[:, -labels.shape[1] :]
-        return F.cross_entropy(lm.head(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
+        before, after = (lm.embed(ids).expand(captions, -1, -1) for ids in (self.before, self.after))
+        prefix = torch.cat([before, visual, after], dim=1)  # (n, any, C)
+        return document_loss, text_loss(lm, prefix, pad([self.captions[i] for i in keys]))

@@ -1,1 +1,0 @@
-"""The tiny models of the demo, and the scripts that make them."""

@@ -1,0 +1,62 @@
+"""What the queries of the Q-Adapter read, as numbers.
+
+The adapter computes its attention in one fused call, which never gives its weights away. Hooks on its blocks compute
+them again from each block's input.
+
+Shapes: B clips, T frames, S side in pixels, P tokens of the ViT per frame, D ViT width, L adapted blocks, N queries, h
+heads, r rank, d = r/h.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qadapter import split_heads
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """What the queries read of B clips, and how much of it they keep."""
+
+    weights: Tensor  # (L, B, h, N, T, P); each query's sum to 1
+    gates: Tensor | None  # (L, B, N); None where there is not one number per query
+
+    def patches(self) -> Tensor:
+        """The attention to the patches of the first clip (L, N, T, side, side), the mean over the heads, without class
+        token."""
+        mean = self.weights[:, 0].mean(1)  # (L, N, T, P)
+        side = int(mean.shape[-1] ** 0.5)
+        return mean[..., -(side**2) :].unflatten(-1, (side, side))
+
+
+def attention_weights(block, queries: Tensor, patches: Tensor, time_embed: Tensor) -> Tensor:
+    """The weights of a `qadapter.GatedCrossAttention` for its inputs (B, N, D), (B, T, P, D), (T, D). Returns
+    (B, h, N, T, P)."""
+    z = F.layer_norm(patches, patches.shape[-1:])  # (B, T, P, D)
+    q = split_heads(block.q(block.norm(queries)))  # (B, h, N, d)
+    k = split_heads(block.keys_and_values(z, time_embed)[0])  # (B, h, T*P, d)
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, h, N, T*P)
+    mask = block.mask(z)  # see `GatedCrossAttention.mask`
+    return (logits if mask is None else logits.masked_fill(~mask, -torch.inf)).softmax(-1).unflatten(-1, z.shape[1:3])
+
+
+@torch.no_grad()
+def record_attention(captioner, frames: Tensor) -> AttentionMaps | None:
+    """What the Q-Adapter of a `model.Captioner` reads of frames uint8 (B, T, 3, S, S); None for the other methods."""
+    if captioner.adapter is None:
+        return None
+    weights: list[Tensor] = []
+
+    def record(block, inputs: tuple, _) -> None:
+        weights.append(attention_weights(block, *inputs).float().cpu())
+
+    with ExitStack() as hooks:  # which removes them
+        for block in captioner.adapter.blocks:
+            hooks.enter_context(block.register_forward_hook(record))
+        captioner.run_encoder(frames.to(next(captioner.parameters()).device))
+    stacked, gates = torch.stack(weights), captioner.adapter.gates.float().cpu()
+    is_per_query = gates.shape == (*stacked.shape[:2], stacked.shape[3])  # (L, B, N)
+    return AttentionMaps(stacked, gates if is_per_query else None)
