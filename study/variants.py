@@ -36,10 +36,6 @@ class ChannelGate(GatedCrossAttention):
     def make_gate(self, width: int) -> nn.Module:
         return self.Layer(width)
 
-    def forward(self, queries: Tensor, patches: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries, gates, patches = super().forward(queries, patches, time_embed)
-        return queries, gates.mean(-1), patches  # logs and pages show one number per query
-
 
 class TokenGate(GatedCrossAttention):
     """sigmoid((Y + E) w + b), one number per token of the ViT, scales the token's value; g = 1."""

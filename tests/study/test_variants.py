@@ -70,7 +70,7 @@ def test_a_variant_is_its_equations(name):
     adapter, z = make(name), torch.randn(2, T, 1, P, D, dtype=torch.float64)
     found = adapter.read(z)
     torch.testing.assert_close(found, torch.stack([naive(name, adapter, clip[:, 0]) for clip in z]), rtol=0, atol=1e-9)
-    assert adapter.gates.shape == (1, 2, N)  # for logs and pages
+    assert adapter.gates.shape == ((1, 2, N, D) if name == "gate-channel" else (1, 2, N))
     found.square().sum().backward()
     assert all(p.grad is not None for p in adapter.parameters() if p.requires_grad)
 
