@@ -8,17 +8,15 @@ whose caption is wrong, so that the picture also shows a mistake.
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from torchvision.io import encode_png
 
 from common import cli
 from common.files import read_json, replace_atomically
 from evaluate import load_run
+from report.show import draw_clip
 from video_data.datasets import Clip, read_dataset
 from video_data.shapes import parse_claims
 from video_data.video import read_frames
-
-SIDE, GAP, LINE, LABEL, WIDTH = 100, 16, 21, 115, 840  # pixels: a frame, margins, a line, its label, the picture
-ROW = SIDE + 2 * LINE + GAP
 
 
 def is_right(clip: Clip, caption: str) -> bool:
@@ -40,22 +38,13 @@ def main() -> None:
     parser.add_argument("--out", type=cli.path, default=Path("docs/captions.png"), help="the PNG file to write")
     args = parser.parse_args()
     captioner, _ = load_run(args.run, torch.device("cpu"), {})
-    config, captions = captioner.config, read_json(args.run / "test.json")["captions"]
-    clips = select_clips(read_dataset("folder", config.data, splits=["test"]).splits["test"], captions)
-    canvas = Image.new("RGB", (WIDTH, len(clips) * ROW + GAP), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
-    for row, clip in enumerate(clips):
-        y, caption = GAP + row * ROW, captions[clip.id]
-        frames = read_frames(clip.path, config.frames, captioner.vit.preprocessing)  # (T, 3, S, S)
-        for i, pixels in enumerate(frames.permute(0, 2, 3, 1).numpy()):
-            picture = Image.fromarray(pixels).resize((SIDE - 4, SIDE - 4), Image.Resampling.BICUBIC)
-            canvas.paste(picture, (GAP + i * SIDE, y))
-        label, colour = ("caption", "#1f2328") if is_right(clip, caption) else ("caption, wrong", "#b3261e")
-        for i, (name, text, ink) in enumerate(((label, caption, colour), ("reference", clip.captions[0], "#656d76"))):
-            draw.text((GAP, y + SIDE + i * LINE), name, "#656d76", font)
-            draw.text((GAP + LABEL, y + SIDE + i * LINE), text, ink, font)
+    config, captions, pictures = captioner.config, read_json(args.run / "test.json")["captions"], []
+    for clip in select_clips(read_dataset("folder", config.data, splits=["test"]).splits["test"], captions):
+        verdict = "right" if is_right(clip, captions[clip.id]) else "WRONG"
+        text = f"{captions[clip.id]} [{verdict}; a reference: {clip.captions[0]}]"
+        pictures.append(draw_clip(read_frames(clip.path, config.frames, captioner.vit.preprocessing), text, None, 0))
     with replace_atomically(args.out) as file:
-        canvas.save(file, "png", optimize=True)
+        file.write(encode_png(torch.cat(pictures, dim=1)).numpy().tobytes())  # (3, height, width)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from bench.measure import cpu_name
 from common import cli
 from common.config import VERSION
 from common.errors import InputError
-from common.files import read_json, read_json_lines, write_json
-from study.tables import CONTENT, RESULTS, ROOT, Row, read_results, read_rows, write_page
+from common.files import read_json, read_json_lines
+from study.tables import CONTENT, PAGE, ROOT, Row, add_run, format_page, read_rows
 
 RUNS = ROOT / "runs/study"
 
@@ -89,9 +89,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=cli.number(int, 1, 100), default=1, help="runs at a time; they share the cores")
     parser.add_argument("--dry-run", action="store_true", help="print the next commands and train nothing")
     args = parser.parse_args()
-    table, results = CONTENT["tables"][args.table], read_results(args.table)
     RUNS.mkdir(parents=True, exist_ok=True)
-    while keys := missing_runs(read_rows(args.table, results), args.seeds):
+    while keys := missing_runs(read_rows(args.table), args.seeds):
         print("\n".join(" ".join(["python train.py", *command_of(*key)]) for key in keys))
         if args.dry_run:
             return
@@ -99,10 +98,9 @@ def main() -> None:
             if any(folder in command_of(*key) for key in keys):
                 make_clips(folder, sizes)
         with ThreadPoolExecutor(args.jobs) as pool:
-            for result in pool.map(lambda key: train(key, args.jobs), keys):  # after an error no other run begins
-                results = sorted([*results, result], key=lambda run: (run["flags"], run["lr"], run["seed"]))
-                write_json(RESULTS / f"{table['store']}.json", {"runs": results})
-    write_page()
+            for run in pool.map(lambda key: train(key, args.jobs), keys):  # after an error no other run begins
+                add_run(CONTENT["tables"][args.table]["store"], run)
+    PAGE.write_text(format_page(), "utf-8")
 
 
 if __name__ == "__main__":

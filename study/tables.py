@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev, variance
 
-from common.files import read_json, replace_atomically
+from common.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs/study-tables.md", ROOT / "results"
-CONTENT = tomllib.loads(Path(__file__).with_name("tables.toml").read_text())
+CONTENT = tomllib.loads(Path(__file__).with_name("tables.toml").read_text("utf-8"))
 SCORES = {"BLEU-4": "Bleu_4", "METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr": "CIDEr", "shapes": "shapes right",
           "motion": "motion right", "of one": "motion_one right", "of two": "motion_two right"}
 COMPARED = "CIDEr", "shapes", "motion"
@@ -50,16 +50,22 @@ class Row:
         return [self.runs[lr, seed] for lr, seed in sorted(self.runs) if lr == self.best_lr]
 
 
-def read_results(name: str) -> list[dict]:
-    """The runs of a table's store."""
-    path = RESULTS / f"{CONTENT['tables'][name]['store']}.json"
+def read_runs(store: str) -> list[dict]:
+    """The runs in results/STORE.json."""
+    path = RESULTS / f"{store}.json"
     return read_json(path)["runs"] if path.exists() else []
 
 
-def read_rows(name: str, results: Sequence[dict]) -> list[Row]:
-    """The rows of a table, with their runs among the results. A row that trains nothing has one learning rate."""
+def add_run(store: str, run: dict) -> None:
+    """Adds a run to results/STORE.json, whose order does not depend on when a run ended."""
+    runs = sorted([*read_runs(store), run], key=lambda run: (run["flags"], run["lr"], run["seed"]))
+    write_json(RESULTS / f"{store}.json", {"runs": runs})
+
+
+def read_rows(name: str) -> list[Row]:
+    """The rows of a table, with their runs. A row that trains nothing has one learning rate."""
     table = CONTENT["tables"][name]
-    store, rows = CONTENT["stores"][table["store"]], []
+    store, results, rows = CONTENT["stores"][table["store"]], read_runs(table["store"]), []
     for row in table["rows"]:
         flags, published = row.get("flags"), row.get("published", row.get("flags"))
         command, old_command = flags and f"{store['flags']} {flags}", f"{store['published']} {published}"
@@ -102,7 +108,7 @@ def format_table(name: str) -> str:
     table = CONTENT["tables"][name]
     upper = [["trained", "parameters", "share", "`--lr`", "seeds", *SCORES]]
     lower = [[f"beside {table['reference']}", *COMPARED, *COSTS, "flags of the row", "of version 0.12.0"]]
-    rows = [row for row in read_rows(name, read_results(name)) if row.best_runs]
+    rows = [row for row in read_rows(name) if row.best_runs]
     reference = next((row.best_runs for row in rows if row.label == table["reference"]), None)
     for row in rows:
         runs = row.best_runs
@@ -127,8 +133,3 @@ def format_page() -> str:
     parts = (f"## {table['title']}\n\n`.venv/bin/python -m study {name}`\n\n{format_table(name)}\n"
              for name, table in CONTENT["tables"].items())
     return "\n".join([CONTENT["intro"].lstrip(), *parts])
-
-
-def write_page() -> None:
-    with replace_atomically(PAGE) as file:
-        file.write(format_page().encode())
