@@ -89,11 +89,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=cli.number(int, 1, 100), default=1, help="runs at a time; they share the cores")
     parser.add_argument("--dry-run", action="store_true", help="print the next commands and train nothing")
     args = parser.parse_args()
-    RUNS.mkdir(parents=True, exist_ok=True)
-    while keys := missing_runs(read_rows(args.table), args.seeds):
+    while keys := missing_runs(read_rows(args.table), sorted({*args.seeds})):
         print("\n".join(" ".join(["python train.py", *command_of(*key)]) for key in keys))
         if args.dry_run:
             return
+        RUNS.mkdir(parents=True, exist_ok=True)
         for folder, sizes in CONTENT["clips"].items():
             if any(folder in command_of(*key) for key in keys):
                 make_clips(folder, sizes)
