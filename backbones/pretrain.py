@@ -36,21 +36,24 @@ from backbones.stills import COLOURS, KINDS, AlbumData, StillHeads, draw_still
 from backbones.texts import KEYWORDS, PROMPT, TextData, document
 from common import cli
 from common.files import read_json
-from models.lm import CausalLM, LMConfig
-from models.lm_checkpoints import lm_tensor_names, read_lm_config
-from models.mllm import MLLM, MLLMConfig
-from models.mllm_checkpoints import Spelling, mllm_tensor_names, read_mllm_config
+from models.lm import CausalLM
+from models.mllm import MLLM
+from models.mllm_checkpoints import mllm_tensor_names
 from models.mllm_prompts import INSTRUCTION
+from models.names import CLIP, lm_tensor_names, tensor_names
 from models.safetensors import write_safetensors
 from models.tokenizer import SentencePieceTokenizer
-from models.vit import ViT, ViTConfig
-from models.vit_checkpoints import clip_tensor_names, read_vit_config
+from models.vit import ViT
 from video_data import shapes
 
 MAX_PIECES = 480  # of the tokenizer, which has fewer
 WORDS = ("USER:", "ASSISTANT:", "Describe", "video.")  # of LLaVA's prompt; tiny-lm would spell them in bytes
-PUBLISHED = Spelling("vision_tower.vision_model.", "language_model.model.", "language_model.lm_head.weight",
-                     "multi_modal_projector.")
+PUBLISHED = """
+    vision_tower.vision_model.embeddings.patch_embedding.weight
+    language_model.model.embed_tokens.weight
+    language_model.lm_head.weight
+    multi_modal_projector.linear_1.weight
+""".split()  # names with the prefixes of published files
 STILLS_PER_PROMPT = (1, 2, 4, 8)  # drawn for each step
 
 
@@ -87,9 +90,8 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
         columns = zip(*pool.map(partial(draw_still, seed=seed), range(count), chunksize=500), strict=True)
         images, *targets = (torch.from_numpy(np.stack(column)) for column in columns)
     images = images.permute(0, 3, 1, 2).contiguous()  # (count, 3, S, S)
-    config = ViTConfig(**read_vit_config(folder / "config.json")[1])
-    preprocessing = read_json(folder / "preprocessor_config.json")
-    vit, heads = ViT(config, preprocessing["image_mean"], preprocessing["image_std"]), StillHeads(config.width)
+    vit = ViT.from_config(folder)
+    vit, heads = ViT(vit.config, vit.preprocessing), StillHeads(vit.config.width)
     nn.init.normal_(vit.position, std=0.3)  # as large as the patch embeddings, or positions are hard to learn
     for block in vit.blocks:  # each block starts as the identity
         nn.init.zeros_(block.attn.out.weight)
@@ -102,7 +104,7 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
         return heads(tokens, *(target[rows] for target in targets))
 
     train("vit", [*vit.parameters(), *heads.parameters()], compute_loss, steps, peak_lr=1e-3)
-    save_weights(folder, vit, clip_tensor_names(config))
+    save_weights(folder, vit, tensor_names(vit, CLIP, "vision_model."))
 
 
 # ---------------------------------------------------------------------------------------- tiny-lm
@@ -131,7 +133,7 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
     (folder / "tokenizer.model").write_bytes(tokenizer_model)
     config = read_json(folder / "config.json") | {"vocab_size": tokenizer.vocab_size()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    lm = CausalLM(LMConfig(**read_lm_config(folder / "config.json")))
+    lm = CausalLM(CausalLM.from_config(folder).config)
     nn.init.normal_(lm.embed.weight, std=0.05)  # also the weight of the head
     for block in lm.blocks:  # each block starts as the identity
         nn.init.zeros_(block.attn.o.weight)
@@ -144,7 +146,7 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
         return (document_loss + 3 * caption_loss) / 4
 
     train("lm", list(lm.parameters()), compute_loss, steps, peak_lr=4e-3)
-    save_weights(folder, lm, lm_tensor_names(lm.config))
+    save_weights(folder, lm, lm_tensor_names(lm))
 
 
 # -------------------------------------------------------------------------------------- tiny-mllm
@@ -171,7 +173,7 @@ def pretrain_mllm(folder: Path, backbones: Path, albums: int, texts: int, steps:
     tokenizer_model = add_words((backbones / "tiny-lm/tokenizer.model").read_bytes(), WORDS)
     (folder / "tokenizer.model").write_bytes(tokenizer_model)
     tokenizer = SentencePieceTokenizer(sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model))
-    mllm = MLLM(MLLMConfig.from_dict(read_mllm_config(folder / "config.json")))
+    mllm = MLLM(MLLM.from_config(folder).config)
     mllm.vit = vit
     nn.init.normal_(mllm.lm.embed.weight, std=0.05)
     for name, tensor in lm.state_dict().items():
@@ -193,7 +195,7 @@ def pretrain_mllm(folder: Path, backbones: Path, albums: int, texts: int, steps:
     mllm.lm.requires_grad_(True)
     trained = [*mllm.projector.parameters(), *mllm.lm.parameters()]
     train("projector and lm", trained, whole_loss, steps[1], peak_lr=2e-3)
-    save_weights(folder, mllm, mllm_tensor_names(mllm.config, PUBLISHED))
+    save_weights(folder, mllm, mllm_tensor_names(mllm, PUBLISHED))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from reprlib import repr as short  # at most a line, however long or deep the value is
@@ -186,6 +186,14 @@ def field(config: dict[str, Any], name: str, kind: type, where: str | Path, defa
             raise InputError(f"field {name!r}: expected {TYPE_NAMES[kind]}, found {short(value)}")
         if kind in (int, float) and not least <= value <= most:
             raise InputError(f"field {name!r}: expected {least:g} to {most:g}, found {short(value)}")
+    return value
+
+
+def one_of(config: dict[str, Any], name: str, choices: Iterable[str], where: str | Path, default=REQUIRED) -> str:
+    """The string config[name], which must be one of `choices`. For the rest see `field`."""
+    value = field(config, name, str, where, default)
+    if value not in choices:
+        raise InputError(f"{where}: {name} is {short(value)}, expected {' or '.join(choices)}")
     return value
 
 

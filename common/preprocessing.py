@@ -8,9 +8,9 @@ Public models describe it in `preprocessor_config.json`. Its fields have several
     "do_...": left out if it is the default of the model's image processor
 
 SmolVLM and Idefics3 resize twice, each time with LANCZOS and with bytes as the result: the longer side to a given
-length, then both sides to S. This is read by a function of its own.
+length, then both sides to S. `read_lanczos_preprocessing` reads their files.
 
-Letters: S side of the ViT's input in pixels.
+Shapes: S side of the ViT's input in pixels.
 
 References
 [1] transformers, image_processing_backends.py: the meaning of each field; models/{clip,siglip,bit}/
@@ -18,18 +18,18 @@ References
 [2] torchvision, transforms/_presets.py, ImageClassification, and models/vision_transformer.py.
 """
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import InputError
-from common.files import bounded, field, read_json
+from common.files import field, read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of channels red, green, blue in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 MAX_SIDE = 2**14  # pixels
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic")  # in the order of PIL's numbers
 # A file for videos, as transformers 5 and 4 name it. Where there is one, preprocessor_config.json is for images.
 VIDEO_PREPROCESSORS = ("video_preprocessor_config.json", "video_processor/preprocessor_config.json")
 
@@ -54,27 +54,15 @@ class Preprocessing:
 def read_preprocessing(path: Path, default: Preprocessing) -> Preprocessing:
     """Reads a `preprocessor_config.json`; `default` has the values of missing fields. Raises InputError."""
     config = read_json(path)
-    _check_steps(config, path)
-    filters = {2: "bilinear", 3: "bicubic"}
-    number = field(config, "resample", int, path, 2 if default.interpolation == "bilinear" else 3)
-    if number not in filters:
-        raise InputError(f"{path}: resample is {number}, expected 2 (bilinear) or 3 (bicubic)")
-
-    resize, squash = default.resize, default.squash
-    if config.get("size") is not None:
-        resize, squash = _read_side(config, "size", path)
+    resize, squash = _read_side(config, "size", path, default.resize, default.squash)
     size = resize
     if field(config, "do_center_crop", bool, path, not default.squash):
-        size = default.size
-        if config.get("crop_size") is not None:
-            size, _ = _read_side(config, "crop_size", path)
+        size, _ = _read_side(config, "crop_size", path, default.size, True)
     elif not squash:
         raise InputError(f"{path}: do_center_crop is false, so size needs height and width: the ViT's input is square")
-    if not 1 <= size <= resize <= MAX_SIDE:
-        raise InputError(
-            f"{path}: crop_size is {size} and size is {resize}, expected 1 <= crop_size <= size <= {MAX_SIDE}"
-        )
-    return Preprocessing(size, resize, squash, filters[number], *_read_mean_and_std(config, path, default))
+    if size > resize:
+        raise InputError(f"{path}: crop_size is {size}, expected at most the size {resize}")
+    return _read_colours(config, path, replace(default, size=size, resize=resize, squash=squash))
 
 
 def read_lanczos_preprocessing(path: Path) -> Preprocessing:
@@ -84,59 +72,45 @@ def read_lanczos_preprocessing(path: Path) -> Preprocessing:
     frame is never split into parts.
     """
     config = read_json(path)
-    _check_steps(config, path)
-    if (number := field(config, "resample", int, path, 1)) != 1:
-        raise InputError(f"{path}: resample is {number}, expected 1 (LANCZOS)")
-    size = _read_longest_edge(config, "max_image_size", str(path))
     sampling = field(config, "video_sampling", dict, path, {})
-    if sampling:
-        longest_edge = _read_longest_edge(sampling, "video_size", f"{path}: video_sampling")
-    else:
-        longest_edge = _read_longest_edge(config, "size", str(path))
-    half = Preprocessing(size, size, squash=True, interpolation="lanczos", mean=HALF, std=HALF)
-    mean, std = _read_mean_and_std(config, path, half)
-    return replace(half, mean=mean, std=std, longest_edge=longest_edge)
+    first = field(sampling or config, "video_size" if sampling else "size", dict, path)
+    second = field(config, "max_image_size", dict, path)
+    longest_edge, size = (field(step, "longest_edge", int, path, least=1, most=4096) for step in (first, second))  # [1]
+    return _read_colours(config, path, Preprocessing(size, size, True, "lanczos", HALF, HALF, longest_edge))
 
 
-def _check_steps(config: dict, path: Path) -> None:
-    """Frames have any size and bytes as values, so no step can be left out."""
+def _read_side(config: dict, name: str, path: Path, side: int, is_both: bool) -> tuple[int, bool]:
+    """Returns the side in pixels, and whether both sides get it or only the shorter one; `side, is_both` by default."""
+    value, where = config.get(name), f"{path}: {name}"
+    if value is None:
+        return side, is_both
+    if not isinstance(value, dict):
+        value = {"shortest_edge": value}
+    names = ("shortest_edge",) if value.get("shortest_edge") is not None else ("height", "width")
+    sides = [field(value, side, int, where, least=1, most=MAX_SIDE) for side in names]
+    if len(set(sides)) > 1:
+        raise InputError(f"{where}: height is {sides[0]} and width is {sides[1]}, expected a square")
+    return sides[0], len(sides) == 2
+
+
+def _read_colours(config: dict, path: Path, default: Preprocessing) -> Preprocessing:
+    """The default with the interpolation, mean and standard deviation of the file.
+
+    Frames have any size and bytes as values, so no step can be left out.
+    """
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if not field(config, name, bool, path, True):
-            raise InputError(f"{path}: {name} is false, expected true: frames have any size and values from 0 to 255")
-    if abs(255 * (scale := field(config, "rescale_factor", float, path, 1 / 255)) - 1) > 1e-6:
-        raise InputError(f"{path}: rescale_factor is {scale}, expected 1/255")
+            raise InputError(f"{path}: {name} is false, only true is supported")
+    field(config, "rescale_factor", float, path, 1 / 255, 0.999999 / 255, 1.000001 / 255)
+    least, most = (1, 1) if default.interpolation == "lanczos" else (2, 3)
+    number = field(config, "resample", int, path, FILTERS.index(default.interpolation), least, most)
+    mean = _read_channels(config, "image_mean", path, default.mean, 0)
+    std = _read_channels(config, "image_std", path, default.std, 1e-6)
+    return replace(default, interpolation=FILTERS[number], mean=mean, std=std)
 
 
-def _read_longest_edge(config: dict, name: str, where: str) -> int:
-    return bounded(field(config, name, dict, where), "longest_edge", int, f"{where}: {name}", 1, 4096)  # as in [1]
-
-
-def _read_mean_and_std(config: dict, path: Path, default: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    mean = _read_channels(config, "image_mean", path, default.mean)
-    std = _read_channels(config, "image_std", path, default.std)
-    if min(std) <= 0:
-        raise InputError(f"{path}: image_std is {list(std)}, expected numbers above 0")
-    return mean, std
-
-
-def _read_side(config: dict, name: str, path: Path) -> tuple[int, bool]:
-    """-> the side in pixels; True if both sides are given, False for the shorter side alone."""
-    value = config[name]
-    if type(value) is int:
-        return value, False
-    where = f"{path}: {name}"
-    if isinstance(value, dict) and value.get("shortest_edge") is not None:
-        return field(value, "shortest_edge", int, where), False
-    if not isinstance(value, dict) or "height" not in value:
-        raise InputError(f"{where}: expected a whole number, shortest_edge, or height and width, found {value!r:.200}")
-    height, width = field(value, "height", int, where), field(value, "width", int, where)
-    if height != width:
-        raise InputError(f"{where}: height is {height} and width is {width}, expected a square")
-    return height, True
-
-
-def _read_channels(config: dict, name: str, path: Path, default: tuple) -> tuple[float, ...]:
-    value = field(config, name, list, path, list(default))
-    if len(value) != 3 or not all(type(x) in (int, float) and math.isfinite(x) for x in value):
-        raise InputError(f"{path}: field {name!r}: expected three numbers, found {value!r:.200}")
-    return tuple(value)
+def _read_channels(config: dict, name: str, path: Path, default: tuple, least: float) -> tuple[float, ...]:
+    values = field(config, name, list, path, list(default))
+    if len(values) != 3:
+        raise InputError(f"{path}: {name}: expected three numbers, found {len(values)}")
+    return tuple(field({name: value}, name, float, path, least=least) for value in values)

@@ -5,11 +5,12 @@ biases in the projections of queries, keys and values; Qwen 3 [7] normalizes que
 mixes local blocks, which have a window, with global ones; it also normalizes queries, keys and the outputs of
 attention and MLP, uses GELU instead of SiLU in its gated MLP, and scales its embeddings.
 
-Letters: B rows, S positions, C width, V vocabulary, h heads, g key-value heads, d head width.
+Shapes: B rows, S positions, C width, V vocabulary, h heads, g key-value heads, d head width.
 
 References
 [1] https://arxiv.org/abs/2302.13971; names and order of operations: transformers' modeling_llama.py
-[2] Rotary embeddings, https://arxiv.org/abs/2104.09864: rope.py
+[2] Rotary embeddings, https://arxiv.org/abs/2104.09864; scaled: https://arxiv.org/abs/2306.15595, and apply_scaling in
+    models/llama3/model.py of https://github.com/meta-llama/llama-models
 [3] Grouped queries, https://arxiv.org/abs/2305.13245
 [4] https://arxiv.org/abs/2310.06825; modeling_mistral.py
 [5] https://arxiv.org/abs/2503.19786; modeling_gemma3.py
@@ -17,6 +18,7 @@ References
 [7] https://arxiv.org/abs/2505.09388; modeling_qwen3.py
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import InputError
+from common.errors import InputError, reading
 from models import hub
-from models.lm_checkpoints import lm_tensor_names, read_lm_config
-from models.rope import RopeScaling, apply_rotary, rotary_cos_sin
+from models.lm_checkpoints import RopeScaling, read_lm_config
+from models.names import IGNORED, lm_tensor_names
 from models.weights import copy_strict, drop_tied_copy, read_tensors
 
 
@@ -65,10 +67,9 @@ class LMConfig:
         """Every token that ends a text."""
         return self.eos_id, *self.other_eos_ids
 
-    @classmethod
-    def from_json(cls, path: Path) -> "LMConfig":
-        """Reads a public config.json. Raises InputError if the model is not supported."""
-        return cls(**read_lm_config(path))
+    def __post_init__(self):
+        if self.heads % self.kv_heads or self.head_width % 2:  # rotary embeddings need pairs of channels
+            raise InputError(f"does not fit together: {self}")
 
 
 class KVCache:
@@ -97,8 +98,39 @@ class KVCache:
             used[: len(rows)] = used[rows]
 
 
-def attention_mask(queries: Tensor, keys: Tensor, visible: Tensor | None, window: int | None,
-                   dtype: torch.dtype) -> Tensor:  # fmt: skip
+def frequencies(theta: float, d: int, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Radians by which each pair of channels is rotated from one position to the next, float32 (d/2,).
+
+    Pair i has f = theta^(-2i/d): the first pairs rotate fast and encode short distances, the last ones long distances.
+    Scaling lowers them, so that positions beyond the length L of the pretraining meet angles that the model knows:
+
+        f' = f (keep + (1 - keep) / factor)
+
+    "linear" keeps none: all positions are divided by the factor. In "llama3", keep grows from 0 to 1 with the pair's
+    rotations in L positions, between `low` and `high` rotations: fast pairs keep their frequency.
+    """
+    pairs = torch.arange(d // 2, dtype=torch.float32, device=device)
+    unscaled = theta ** (-2 * pairs / d)
+    if scaling is None:
+        return unscaled
+    rotations = scaling.original_positions * unscaled / (2 * math.pi)
+    keep = ((rotations - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return unscaled * (keep + (1 - keep) / scaling.factor)
+
+
+def rotary_cos_sin(positions: Tensor, d: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype):
+    """Returns cosine and sine (S, d) of the rotation angles of positions (S,); the sine negated in the first half."""
+    angles = torch.outer(positions.float(), frequencies(theta, d, scaling, positions.device))  # (S, d/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates heads (B, h, S, d) by the angles of their positions. Channel i is paired with i + d/2, not with i + 1."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def attention_mask(queries: Tensor, keys: Tensor, visible: Tensor | None, window: int | None, dtype: torch.dtype):
     """Additive attention mask: 0 where a query may attend, else -inf.
 
     Positions of queries (S,) and keys (slots,) give a causal mask (S, slots); with `visible` (B, S, slots) that decides
@@ -157,8 +189,8 @@ class LMAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.index, k, v)  # (B, g, slots, d)
         # Without a mask the S queries are all positions, or a single new one, which may attend to every slot.
-        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, scale=self.scale,
-                                           enable_gqa=True)  # fmt: skip
+        is_causal = mask is None and q.shape[2] > 1
+        x = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=self.scale, enable_gqa=True)
         return self.o(x.transpose(1, 2).flatten(2))  # (B, S, C)
 
 
@@ -187,6 +219,8 @@ class LMBlock(nn.Module):
 class CausalLM(nn.Module):
     """A causal language model on embeddings: `lm(lm.embed(ids))` -> logits."""
 
+    CONFIG_FILES = ("config.json", "generation_config.json")
+
     def __init__(self, config: LMConfig):
         super().__init__()
         self.config = config
@@ -197,8 +231,7 @@ class CausalLM(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-               visible: Tensor | None = None) -> Tensor:  # fmt: skip
+    def hidden(self, x: Tensor, cache: KVCache | None = None, positions=None, visible=None) -> Tensor:
         """Embeddings (B, S, C) -> last hidden states (B, S, C), for callers that apply the head to some of them.
 
         With a cache, x follows the cached positions. Attention is causal, unless the caller gives the `positions` (S,)
@@ -234,9 +267,17 @@ class CausalLM(nn.Module):
         """Root mean square of the outputs of `embed` over the vocabulary; float32 ()."""
         scale = self.config.width**0.5 if self.config.gemma else 1.0
         # In parts: on a CPU each makes a float32 copy.
-        norms = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-                           for rows in self.embed.weight.split(2**14)])  # (V,)  # fmt: skip
+        parts = self.embed.weight.split(2**14)
+        norms = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) for rows in parts])  # (V,)
         return scale * (norms.square().mean() / self.config.width).sqrt()
+
+    @classmethod
+    def from_config(cls, folder: str | Path) -> "CausalLM":
+        """The model of a folder on the meta device, from CONFIG_FILES alone. Raises InputError."""
+        path = Path(folder) / "config.json"
+        fields = read_lm_config(path)
+        with reading(path), torch.device("meta"):
+            return cls(LMConfig(**fields))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "CausalLM":
@@ -244,15 +285,12 @@ class CausalLM(nn.Module):
 
         Missing, unexpected and misshapen tensors raise an InputError that names them.
         """
-        folder = hub.resolve(folder)
-        config = LMConfig.from_json(folder / "config.json")
-        with torch.device("meta"):
-            lm = cls(config)
+        folder = hub.resolve(folder, check=cls.from_config)
+        lm = cls.from_config(folder)
         tensors, path = read_tensors(folder)
-        if config.tied:
-            drop_tied_copy(tensors, "lm_head.weight", "model.embed_tokens.weight")
-        # Old files also hold the rotary frequencies.
-        ignored = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.depth)]
-        copy_strict(lm, tensors, lm_tensor_names(config), path, ignored)
+        names = lm_tensor_names(lm, tensors)
+        if lm.config.tied:
+            drop_tied_copy(tensors, "lm_head.weight", names["embed.weight"])
+        copy_strict(lm, tensors, names, path, list(filter(IGNORED.fullmatch, tensors)))
         tensors.clear()  # so that each tensor is freed as soon as it has been converted
         return lm.to(dtype)

@@ -1,12 +1,12 @@
 """A multimodal language model (MLLM): a ViT, a projector and a language model that were trained together.
 
-    frames -> ViT -> projector -> visual tokens -> in place of the image tokens of a prompt -> language model
+    frames -> ViT -> projector -> visual tokens -> instead of the image tokens of a prompt -> language model
 
-The layouts differ between the ViT and the language model. LLaVA [1] maps each patch by an MLP. LLaVA-OneVision [2]
+The families differ between the ViT and the language model. LLaVA [1] maps each patch by an MLP. LLaVA-OneVision [2]
 also shrinks the grid of each frame to half its side, and puts one learned token after the last frame. Idefics3 [3] and
 SmolVLM [4] join squares of s x s patches and map each by one matrix.
 
-Letters: B clips, T frames a clip, n images, S image side in pixels, P tokens of the ViT an image, D their width,
+Shapes: B clips, T frames a clip, n images, S image side in pixels, P tokens of the ViT an image, D their width,
 P' visual tokens an image, C width of the language model, L its positions, V its vocabulary, s the side of a square.
 
 References
@@ -20,32 +20,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import InputError
+from common.errors import InputError, reading
+from common.preprocessing import VIDEO_PREPROCESSORS
 from models import hub
 from models.lm import CausalLM, LMConfig
-from models.mllm_checkpoints import (
-    check_mllm_config,
-    read_mllm_checkpoint,
-    read_mllm_config,
-    read_mllm_preprocessing,
-)
+from models.mllm_checkpoints import copy_mllm_tensors, read_mllm_config, read_mllm_preprocessing
 from models.mllm_prompts import encode_prompt
 from models.tokenizer import Tokenizer
 from models.vit import ViT, ViTConfig
-from models.weights import copy_strict
+from models.weights import read_tensors
 
 
 @dataclass(frozen=True)
 class MLLMConfig:
     """Shape of an MLLM."""
 
-    layout: str  # llava | llava_onevision | idefics3 | smolvlm
+    family: str  # llava | llava_onevision | idefics3 | smolvlm
     vit: ViTConfig  # up to the block whose output is taken
     lm: LMConfig
     vit_family: str  # clip | siglip | idefics3
@@ -59,17 +54,18 @@ class MLLMConfig:
     def grid(self) -> int:
         """The side of the square of visual tokens that an image becomes, row by row."""
         side = self.vit.grid
-        return math.ceil(side / 2) if self.layout == "llava_onevision" else side // self.shuffle
+        return math.ceil(side / 2) if self.family == "llava_onevision" else side // self.shuffle
 
     @property
     def tokens_per_image(self) -> int:
         """P'. A class token comes before the grid."""
         return self.class_token + self.grid**2
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "MLLMConfig":
-        """From what `read_mllm_config` returns."""
-        return cls(**fields | {"vit": ViTConfig(**fields["vit"]), "lm": LMConfig(**fields["lm"])})
+    def __post_init__(self):
+        if self.vit.grid % self.shuffle:
+            raise InputError(
+                f"scale_factor is {self.shuffle}, expected a divisor of the side of {self.vit.grid} patches"
+            )
 
 
 class MLPProjector(nn.Module):
@@ -126,6 +122,7 @@ def interleave(lm: CausalLM, texts: Sequence[Tensor], visual: Sequence[Tensor]) 
 class MLLM(nn.Module):
     """A frozen public MLLM, for images and videos of one size. Larger images are not split into parts."""
 
+    CONFIG_FILES = (*ViT.CONFIG_FILES, *VIDEO_PREPROCESSORS, "generation_config.json")
     trained_together = True
 
     def __init__(self, config: MLLMConfig):
@@ -134,9 +131,9 @@ class MLLM(nn.Module):
         self.vit = ViT(config.vit)
         self.lm = CausalLM(config.lm)
         widths = config.vit.width, config.lm.width
-        is_llava = config.layout.startswith("llava")
+        is_llava = config.family.startswith("llava")
         self.projector = MLPProjector(*widths) if is_llava else ShuffleProjector(*widths, config.shuffle)
-        has_newline = config.layout == "llava_onevision"
+        has_newline = config.family == "llava_onevision"
         self.newline = nn.Parameter(torch.randn(widths[1]) / widths[1] ** 0.5) if has_newline else None  # (C,)
 
         self.projects_vectors = is_llava  # whether the projector maps single vectors, such as queries
@@ -144,7 +141,7 @@ class MLLM(nn.Module):
         self.grid = 0 if config.class_token else config.grid  # the side of a frame's square of tokens; 0: no square
 
     def frame_tokens(self, z: Tensor, grid: int) -> Tensor:
-        """Outputs of the ViT's last block (n, P, D) -> visual tokens or grid^2 averages of them (n, P' or grid^2, C)."""
+        """Outputs of the ViT's last block (n, P, D) -> visual tokens or averages of them (n, P' or grid^2, C)."""
         tokens = self.connect(self.vit.finish(z))
         return average_grid(tokens, grid) if grid else tokens
 
@@ -168,7 +165,7 @@ class MLLM(nn.Module):
         if self.config.vit.class_token and not self.config.class_token:
             features = features[:, 1:]
         x = self.projector(features)
-        return halve_grid(x) if self.config.layout == "llava_onevision" else x
+        return halve_grid(x) if self.config.family == "llava_onevision" else x
 
     def embed(self, ids: Tensor, pixels: Tensor) -> Tensor:
         """Ids (1, L) with an image token for each visual token, pixels (n, 3, S, S) -> the language model's input
@@ -178,8 +175,9 @@ class MLLM(nn.Module):
             visual = torch.cat([visual, self.newline[None]])
         is_image = ids == self.config.image_token_id
         if (found := int(is_image.sum())) != len(visual):
-            raise InputError(f"ids: image token {self.config.image_token_id} occurs {found} times, expected "
-                             f"{len(visual)} times for {len(pixels)} images")  # fmt: skip
+            raise InputError(
+                f"ids: image token {self.config.image_token_id} occurs {found} times, expected {len(visual)}"
+            )
         x = self.lm.embed(ids)
         return x.masked_scatter(is_image[..., None], visual.to(x.dtype))
 
@@ -187,11 +185,10 @@ class MLLM(nn.Module):
         """Ids (1, L) and pixels as for `embed` -> logits of each next token (1, L, V)."""
         return self.lm(self.embed(ids, pixels))
 
-    def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str,
-               seconds: float | None = None) -> list[list[int]]:  # fmt: skip
+    def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str, seconds: float | None = None) -> list[list]:
         """The model's own prompt for T = `frames` frames and an instruction: T + 1 lists of ids, which come before,
         between and after the frames' visual tokens. See `encode_prompt`."""
-        return encode_prompt(tokenizer, self.config.layout, self.config.lm_family, frames, instruction, seconds)
+        return encode_prompt(tokenizer, self.config.family, self.config.lm_family, frames, instruction, seconds)
 
     def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
         """Ids of T + 1 texts, those of `prompt`, and T groups of visual tokens (B, any, C) -> the language model's
@@ -203,19 +200,22 @@ class MLLM(nn.Module):
 
     @classmethod
     def from_config(cls, folder: str | Path) -> "MLLM":
-        """A model with random weights from the configs of a folder, for the meta device. Raises InputError."""
-        fields = read_mllm_config(Path(folder) / "config.json")
-        mllm = cls(MLLMConfig.from_dict(fields))
-        mllm.vit.preprocessing = read_mllm_preprocessing(Path(folder), fields)
+        """The model of a folder on the meta device, from CONFIG_FILES alone. Raises InputError."""
+        path = Path(folder) / "config.json"
+        fields = read_mllm_config(path)
+        preprocessing = read_mllm_preprocessing(Path(folder), fields)
+        with reading(path), torch.device("meta"):
+            parts = {"vit": ViTConfig(**fields["vit"]), "lm": LMConfig(**fields["lm"])}
+            mllm = cls(MLLMConfig(**fields | parts))
+        mllm.vit.preprocessing = preprocessing
         return mllm
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "MLLM":
         """Loads a folder or hub id. Missing, unexpected and misshapen tensors raise an InputError that names them."""
-        folder = hub.resolve(folder, check=check_mllm_config)
-        with torch.device("meta"):
-            mllm = cls.from_config(folder)
-        tensors, names, path, ignored = read_mllm_checkpoint(folder, mllm.config)
-        copy_strict(mllm, tensors, names, path, ignored)
+        folder = hub.resolve(folder, check=cls.from_config)
+        mllm = cls.from_config(folder)
+        tensors, path = read_tensors(folder)
+        copy_mllm_tensors(mllm, tensors, path)
         tensors.clear()  # so that each tensor is freed as soon as it has been converted
         return mllm.to(dtype)

@@ -4,7 +4,7 @@ The families differ before and after the blocks, hardly within them:
 
     frame -> patches [class token] + position [norm] -> blocks -> norm -> [class token | pooling head]
 
-Letters: n images, P tokens an image (class token, if any, and patches), D width, h heads, d = D/h, S image side in
+Shapes: n images, P tokens an image (class token, if any, and patches), D width, h heads, d = D/h, S image side in
 pixels, Q queries.
 
 References
@@ -23,15 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import InputError
-from common.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from common.errors import InputError, error_prefix, reading
+from common.preprocessing import Preprocessing
 from models import hub
-from models.vit_checkpoints import read_vit_checkpoint
-from models.weights import copy_strict
+from models.vit_checkpoints import PublicViT, copy_vit_tensors, read_vit_file, read_vit_folder
+from models.weights import read_tensors
 
 ACTIVATIONS = {  # name: f and s, with activation(x) = f(s x) / s
-    "quick_gelu": (F.silu, 1.702), "gelu": (F.gelu, 1), "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"), 1),
-}  # fmt: skip
+    "quick_gelu": (F.silu, 1.702),
+    "gelu": (F.gelu, 1),
+    "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"), 1),
+}
 TOKENS_PER_PASS = {"cpu": 3200, "gpu": 102400}  # of `block_outputs`: 16 and 519 images of ViT-B/16
 
 
@@ -54,6 +56,12 @@ class ViTConfig:
     final_norm: bool = False  # the last hidden state is taken after the final norm
     pooling_head: bool = False  # pool by attention to the patches instead of with a class token
 
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"hidden_act is {self.activation!r}, expected {' or '.join(ACTIVATIONS)}")
+        if self.patch_size > self.image_size or self.width % self.heads:
+            raise InputError(f"does not fit together: {self}")
+
     @property
     def grid(self) -> int:
         """The side of the square of patches."""
@@ -64,10 +72,7 @@ class ViTAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """Queries from x (n, Q, D) attend to keys and values from memory (n, P, D)."""
@@ -138,10 +143,12 @@ class ViT(nn.Module):
     last block, for the others that of the final norm. `preprocessing` says how frames are resized and normalized.
     """
 
-    def __init__(self, config: ViTConfig, mean=CLIP_MEAN, std=CLIP_STD):
+    CONFIG_FILES = ("config.json", "preprocessor_config.json")
+
+    def __init__(self, config: ViTConfig, preprocessing: Preprocessing | None = None):
         super().__init__()
         self.config = config
-        self.preprocessing = Preprocessing(config.image_size, config.image_size, mean=tuple(mean), std=tuple(std))
+        self.preprocessing = preprocessing or Preprocessing(config.image_size, config.image_size)
         size, width = config.patch_size, config.width
         self.patch = nn.Conv2d(3, width, kernel_size=size, stride=size, bias=config.patch_bias)
         self.cls = nn.Parameter(torch.randn(width) * 0.02) if config.class_token else None
@@ -200,10 +207,6 @@ class ViT(nn.Module):
         """Output of the last block (n, P, D) -> the normed patches, row by row, no class token (n, grid^2, D)."""
         return self.post_norm(x if self.cls is None else x[:, 1:])
 
-    def pooled(self, pixels: Tensor) -> Tensor:
-        """Normalized pixels (n, 3, S, S) -> one feature an image (n, D), see `pool`."""
-        return self.pool(self.run_blocks(pixels))
-
     def pool(self, x: Tensor) -> Tensor:
         """Output of the last block (n, P, D) -> the normed class token (n, D), or the output of SigLIP's pooling head.
 
@@ -218,42 +221,48 @@ class ViT(nn.Module):
     def resize(self, image_size: int, align_corners: bool = False) -> None:
         """Changes S to `image_size`: the grid of position embeddings is interpolated, bicubic.
 
-        Raises InputError unless S is a multiple of the patch size. (A public ViT whose own S is no multiple ignores the
-        pixels left over at the right and at the bottom, as its reference does.) torchvision interpolates with
-        `align_corners`. facebookresearch's own code scales DINOv2's grid by 0.1 patches more; here both of its file
-        formats give the result of transformers.
+        Raises InputError unless the new S is a multiple of the patch size. (A public ViT whose own S is not a multiple
+        ignores the pixels left over at the right and at the bottom, as its reference does.) torchvision interpolates
+        with `align_corners`. facebookresearch's own code scales DINOv2's grid by 0.1 patches more; here both of its
+        file formats give the result of transformers.
         """
-        patch, class_tokens = self.config.patch_size, int(self.config.class_token)
-        if image_size < 1 or image_size % patch:
-            raise InputError(f"image size {image_size}: expected a multiple of the patch size {patch}")
-        old, new = self.config.image_size // patch, image_size // patch
+        self.preprocessing = self.preprocessing.scaled(image_size)
+        if image_size == self.config.image_size:
+            return
+        if image_size < 1 or image_size % self.config.patch_size:
+            raise InputError(f"image size {image_size}: expected a multiple of the patch size {self.config.patch_size}")
+        class_tokens, old, new = int(self.config.class_token), self.config.grid, image_size // self.config.patch_size
         table = self.position.detach()
         grid = table[class_tokens:].float().T.unflatten(1, (old, old))  # (D, old, old)
         grid = F.interpolate(grid[None], (new, new), mode="bicubic", align_corners=align_corners)[0]  # (D, new, new)
         table = torch.cat([table[:class_tokens], grid.flatten(1).T.to(table.dtype)])  # (P, D)
         self.position = nn.Parameter(table, self.position.requires_grad)
         self.config = replace(self.config, image_size=image_size)
-        self.preprocessing = self.preprocessing.scaled(image_size)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype = torch.float32, image_size: int | None = None
-    ) -> "ViT":
+    def from_config(cls, folder: str | Path, image_size: int | None = None) -> "ViT":
+        """The model of a folder on the meta device, from CONFIG_FILES alone. Raises InputError."""
+        return cls._build(read_vit_folder(Path(folder)), image_size)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype=torch.float32, image_size: int | None = None) -> "ViT":
         """Loads a public model: a folder, a hub id or a .pth file (`vit_checkpoints.py`).
 
         `image_size` is S in pixels; the default is the size in the model's `preprocessor_config.json`. Missing,
         unexpected and misshapen tensors raise an InputError that names them.
         """
-        checkpoint = read_vit_checkpoint(hub.resolve(path))
-        with torch.device("meta"):
-            vit = cls(ViTConfig(**checkpoint.config))
-        copy_strict(vit, checkpoint.tensors, checkpoint.names, checkpoint.where, checkpoint.ignored)
-        vit.to(torch.float32)  # positions are interpolated in full precision
-        size = checkpoint.preprocessing.size if image_size is None else image_size
-        if size != vit.config.image_size:
-            try:
-                vit.resize(size, checkpoint.align_corners)
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from error
-        vit.preprocessing = checkpoint.preprocessing.scaled(size)
-        return vit.to(dtype)
+        path = hub.resolve(path, check=cls.from_config)
+        tensors, file = read_tensors(path)
+        public = read_vit_folder(path) if path.is_dir() else read_vit_file(tensors, file)
+        return cls._build(public, image_size, tensors, file).to(dtype)
+
+    @classmethod
+    def _build(cls, public: PublicViT, image_size: int | None, tensors: dict | None = None, file=None) -> "ViT":
+        with reading(public.where), torch.device("meta"):
+            vit = cls(ViTConfig(**public.config), public.preprocessing)
+        if tensors is not None:
+            copy_vit_tensors(vit, public, tensors, file)
+            vit.to(torch.float32)  # positions are interpolated in full precision
+        with error_prefix(public.where):
+            vit.resize(public.preprocessing.size if image_size is None else image_size, public.family == "torchvision")
+        return vit

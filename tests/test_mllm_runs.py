@@ -17,8 +17,8 @@ from backbones.pretrain import PUBLISHED
 from common.cli import printable
 from common.errors import InputError
 from common.files import read_json, sha256_of, write_json
-from models.mllm import MLLM, MLLMConfig
-from models.mllm_checkpoints import mllm_tensor_names, read_mllm_config
+from models.mllm import MLLM
+from models.mllm_checkpoints import mllm_tensor_names
 from models.safetensors import read_metadata, read_safetensors, write_safetensors
 from tests.conftest import TWELVE_STEPS
 from tests.scripts import assert_one_line_error, read_log, run_forked
@@ -38,10 +38,11 @@ def make_mllm(folder: Path, backbones: Path, seed: int) -> Path:
     })  # fmt: skip
     shutil.copy(backbones / "lm/tokenizer.model", folder)
     shutil.copy(backbones / "vit/preprocessor_config.json", folder)
-    config = MLLMConfig.from_dict(read_mllm_config(folder / "config.json"))
+    config = MLLM.from_config(folder).config
     torch.manual_seed(seed)
-    projector = {f"projector.{name}": p.detach() for name, p in MLLM(config).projector.named_parameters()}
-    names = mllm_tensor_names(config, PUBLISHED)
+    model = MLLM(config)
+    projector = {f"projector.{name}": p.detach() for name, p in model.projector.named_parameters()}
+    names = mllm_tensor_names(model, PUBLISHED)
     tensors = {names[name]: p for name, p in projector.items()}
     for part, prefix in (("vit", "vision_tower."), ("lm", "language_model.")):
         weights = read_safetensors(backbones / part / "model.safetensors")

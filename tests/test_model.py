@@ -19,10 +19,9 @@ from model import PROMPT, AdapterConfig, Captioner
 from models import caption_loss
 from models.generation import generate, naive_beam_search, naive_generate
 from models.lm import CausalLM, LMConfig
-from models.lm_checkpoints import lm_tensor_names
+from models.names import CLIP, lm_tensor_names, tensor_names
 from models.safetensors import read_metadata, read_safetensors, write_safetensors
 from models.vit import ViT, ViTConfig
-from models.vit_checkpoints import clip_tensor_names
 
 IGNORE_INDEX = -100
 DEPTH, SIDE, LETTERS, EOS = 3, 16, " abcdefghijklmnopqrstuvwxyz", 2
@@ -336,8 +335,8 @@ def write_backbones(folder: Path, captioner: Captioner) -> None:
                "num_attention_heads": lm.heads, "num_key_value_heads": lm.kv_heads, "head_dim": lm.head_width,
                "intermediate_size": lm.mlp_width, "max_position_embeddings": lm.max_positions},
     }  # fmt: skip
-    modules = (("vit", captioner.vit, clip_tensor_names(vit)), ("lm", captioner.lm, lm_tensor_names(lm)))
-    for name, module, names in modules:
+    names_of_both = tensor_names(captioner.vit, CLIP, "vision_model."), lm_tensor_names(captioner.lm)
+    for name, module, names in zip(("vit", "lm"), (captioner.vit, captioner.lm), names_of_both, strict=True):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(configs[name]))
         tensors = {names[key]: tensor for key, tensor in module.state_dict().items() if key in names}
@@ -358,7 +357,7 @@ def test_training_changes_no_file_of_the_backbones(name, tmp_path):
         captioner(clips(2, 4, 26 + step), LABELS).backward()
         optimizer.step()
     assert [sha256_of(file) for file in files] == before
-    names_of_both = clip_tensor_names(vit.config), lm_tensor_names(lm.config)
+    names_of_both = tensor_names(vit, CLIP, "vision_model."), lm_tensor_names(lm)
     for file, module, names in zip(files, (vit, lm), names_of_both, strict=True):
         stored, current = read_safetensors(file), dict(module.named_parameters())
         equal = {torch.equal(current[key].view(torch.int32), stored[names[key]].view(torch.int32)) for key in names}
@@ -406,7 +405,8 @@ def test_the_visual_tokens_of_the_other_methods(name):
     scale = captioner.lm.embed.weight.square().mean().sqrt()
     for b in range(2):
         for t in range(4):
-            feature = captioner.vit.pooled(captioner.vit.normalize(frames[b, t : t + 1]))[0] + captioner.time_embed[t]
+            z = captioner.vit.run_blocks(captioner.vit.normalize(frames[b, t : t + 1]))
+            feature = captioner.vit.pool(z)[0] + captioner.time_embed[t]
             torch.testing.assert_close(found[b, t], captioner.connector(feature) * scale, rtol=0, atol=1e-5)
 
 

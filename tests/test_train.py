@@ -367,7 +367,7 @@ def test_a_checkpoint_of_other_backbones_is_refused(flags, backbones, tmp_path):
 def test_the_committed_backbones_load_and_stay_small():
     """The folders in backbones/: loaded strictly, at most 12 MB together, the tokenizer knows every word."""
     vit, lm = ViT.from_pretrained(ROOT / "backbones/tiny-vit"), CausalLM.from_pretrained(ROOT / "backbones/tiny-lm")
-    assert MLLM.from_pretrained(ROOT / "backbones/tiny-mllm").config.layout == "llava"
+    assert MLLM.from_pretrained(ROOT / "backbones/tiny-mllm").config.family == "llava"
     tokenizer = load_tokenizer(ROOT / "backbones/tiny-lm")
     assert vit.config.image_size == shapes.SIDE and lm.config.vocab == len(tokenizer)
     assert sum(f.stat().st_size for f in (ROOT / "backbones").rglob("*") if "__pycache__" not in f.parts) < 12e6

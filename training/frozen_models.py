@@ -10,17 +10,15 @@ from pathlib import Path
 import torch
 
 from common.config import Config
-from common.errors import InputError, explain_out_of_memory
+from common.errors import explain_out_of_memory
 from common.files import fingerprint_of
 from common.preprocessing import VIDEO_PREPROCESSORS
 from models import hub
-from models.lm import CausalLM, LMConfig
+from models.lm import CausalLM
 from models.mllm import MLLM
-from models.mllm_checkpoints import check_mllm_config
 from models.pair import Pair
 from models.tokenizer import load_tokenizer
-from models.vit import ViT, ViTConfig
-from models.vit_checkpoints import check_vit_config, read_folder_preprocessing, read_vit_config
+from models.vit import ViT
 from models.weights import weight_files
 
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
@@ -40,7 +38,7 @@ def with_default_models(config: Config, device: torch.device) -> Config:
 
 def check_mllm(folder: Path) -> None:
     """Raises InputError unless the folder's configs and tokenizer, without its weights, are of a supported MLLM."""
-    check_mllm_config(folder)
+    MLLM.from_config(folder)
     load_tokenizer(folder)
 
 
@@ -49,7 +47,7 @@ def resolve_models(config: Config) -> tuple[Config, dict[str, Path]]:
 
     What needs no weights is checked before they are downloaded. Raises InputError.
     """
-    checks = {"vit": check_vit_config, "lm": load_tokenizer, "mllm": check_mllm}
+    checks = {"vit": ViT.from_config, "lm": load_tokenizer, "mllm": check_mllm}
     folders = {}
     for part in ["mllm"] if config.mllm else ["vit", "lm"]:
         name = getattr(config, part)
@@ -77,8 +75,7 @@ def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | 
         if "mllm" in folders:
             folder = folders["mllm"]
             if meta:
-                with torch.device("meta"):
-                    return MLLM.from_config(folder).to(dtype), load_tokenizer(folder)
+                return MLLM.from_config(folder).to(dtype), load_tokenizer(folder)
             return MLLM.from_pretrained(folder, dtype), load_tokenizer(folder)
         tokenizer = load_tokenizer(folders["lm"])
         if meta:
@@ -88,14 +85,4 @@ def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | 
 
 
 def meta_pair(vit_folder, lm_folder, dtype, image_size=None):
-    if vit_folder.is_file():
-        raise InputError(f"{vit_folder}: --plan needs a folder with a config.json")
-    kind, config = read_vit_config(vit_folder / "config.json")
-    preprocessing = read_folder_preprocessing(vit_folder, kind.removesuffix("_vision_model"), config)
-    with torch.device("meta"):
-        vit = ViT(ViTConfig(**config))
-        lm = CausalLM(LMConfig.from_json(lm_folder / "config.json"))
-        size = image_size or preprocessing.size
-        if size != vit.config.image_size:
-            vit.resize(size)
-    return vit.to(dtype), lm.to(dtype)
+    return ViT.from_config(vit_folder, image_size).to(dtype), CausalLM.from_config(lm_folder).to(dtype)

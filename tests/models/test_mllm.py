@@ -1,13 +1,14 @@
-"""Multimodal language models: every layout against transformers [1], with tiny random models in real files.
+"""Multimodal language models: every family against transformers [1], with tiny random models in real files.
 
-A case is a layout with a vision encoder and a language model. All parameters are random, so that no two tensors can be
-confused. Each file is loaded in the spelling that transformers 5 writes, in that of the published files with their
-short configs, and in those of the modules of transformers 4 and 5.
+A case is a family with a vision encoder and a language model. All parameters are random, so that no two tensors can be
+confused. Each file is loaded in the spelling that transformers 5 writes, in that of the published files, and in those
+of the modules of transformers 4 and 5.
 
-[1] transformers, models/{llava,llava_onevision,idefics3,smolvlm}/modeling_*.py; generation/utils.py
+[1] transformers, models/{llava,llava_onevision,idefics3,smolvlm}/modeling_*.py
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,21 +17,32 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from models.generation import generate
-from models.mllm import MLLM, halve_grid
+from models.mllm import MLLM
 from tests.common.helpers import refused
 from tests.models.helpers import change_json, write_weights
 from tests.models.test_vit import randomize, read_weights
 
 IMAGE = 98  # the image token
-TEXT = dict(vocab_size=99, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=100, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
-            pad_token_id=0)  # fmt: skip
+TEXT = json.loads("""{
+    "vocab_size": 99, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 100, "rms_norm_eps": 1e-5, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0
+}""")
 LLAMA, QWEN2 = TEXT | {"model_type": "llama"}, TEXT | {"model_type": "qwen2"}
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, patch_size=14)
-CLIP = VISION | dict(model_type="clip_vision_model", image_size=42)
-SIGLIP = VISION | dict(model_type="siglip_vision_model", image_size=45, vision_use_head=False)  # 3 patches and 3 pixels
-IDEFICS3 = dict(hidden_size=16, image_size=32, num_attention_heads=2, patch_size=4)  # 8 x 8 patches
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "patch_size": 14,
+}
+CLIP = VISION | {"model_type": "clip_vision_model", "image_size": 42}
+SIGLIP = VISION | {
+    "model_type": "siglip_vision_model",
+    "image_size": 45,
+    "vision_use_head": False,
+}  # 3 pixels left over
+IDEFICS3 = {"hidden_size": 16, "image_size": 32, "num_attention_heads": 2, "patch_size": 4}  # 8 x 8 patches
 VIDEO_FILE = "video_processor/preprocessor_config.json"
 SQUASH = {"size": {"height": 45, "width": 45}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 TWO_STEPS = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}, "resample": 1}
@@ -43,52 +55,40 @@ class Case:
     fields: dict  # of config
     image_side: int
     pixels: str  # the name that transformers gives to pixels
-    published: dict  # fields that published configs leave out: {part of the config: names}
     preprocessing: tuple[str, dict]  # the file and its content
-
-
-OF_LLAMA = ("rope_parameters", "hidden_act", "head_dim", "mlp_bias", "attention_bias", "tie_word_embeddings",
-            "bos_token_id", "eos_token_id")  # fmt: skip
-OF_QWEN2 = ("rope_parameters", "hidden_act", "layer_types", "max_window_layers", "sliding_window", "bos_token_id",
-            "use_sliding_window")  # fmt: skip
-OF_LLAVA = ("multimodal_projector_bias", "image_seq_length")
-OF_VISION = ("hidden_act", "layer_norm_eps")
 
 
 def llava(vision: dict, text: dict, **fields) -> Case:
     fields |= {"vision_config": vision, "text_config": text, "image_token_index": IMAGE}
-    of_text = OF_LLAMA if text["model_type"] == "llama" else (*OF_QWEN2, "tie_word_embeddings")
-    published = {"text_config": of_text, "vision_config": OF_VISION, "": OF_LLAVA}
-    preprocessing = {} if vision["model_type"] == "clip_vision_model" else SQUASH
-    return Case(transformers.LlavaConfig, transformers.LlavaForConditionalGeneration, fields, vision["image_size"],
-                "pixel_values", published, ("preprocessor_config.json", preprocessing))  # fmt: skip
+    file = ("preprocessor_config.json", {} if vision is CLIP else SQUASH)
+    model = transformers.LlavaConfig, transformers.LlavaForConditionalGeneration
+    return Case(*model, fields, vision["image_size"], "pixel_values", file)
+
+
+def onevision() -> Case:
+    text = QWEN2 | {"tie_word_embeddings": True}
+    fields = {"vision_config": SIGLIP, "text_config": text, "image_token_index": 97, "video_token_index": IMAGE}
+    model = transformers.LlavaOnevisionConfig, transformers.LlavaOnevisionForConditionalGeneration
+    return Case(*model, fields, 45, "pixel_values_videos", (VIDEO_FILE, SQUASH))
 
 
 def idefics3(name: str) -> Case:
-    """The published vision_config does not state the depth and the width of the MLP."""
     fields = {"vision_config": IDEFICS3, "text_config": LLAMA, "image_token_id": IMAGE, "scale_factor": 4}
-    published = {"text_config": OF_LLAMA, "vision_config": (*OF_VISION, "num_hidden_layers", "intermediate_size")}
     config, model = (getattr(transformers, name + suffix) for suffix in ("Config", "ForConditionalGeneration"))
-    return Case(config, model, fields, 32, "pixel_values", published, ("preprocessor_config.json", TWO_STEPS))
+    return Case(config, model, fields, 32, "pixel_values", ("preprocessor_config.json", TWO_STEPS))
 
 
-ONEVISION = dict(vision_config=SIGLIP, text_config=QWEN2 | {"tie_word_embeddings": True}, image_token_index=97,
-                 video_token_index=IMAGE)  # fmt: skip
+TIED = QWEN2 | {"tie_word_embeddings": True}
+BLOCK_1 = {"vision_feature_layer": 1, "vision_feature_select_strategy": "full"}
+BLOCK_2 = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 CASES = {
-    "llava, clip": llava(CLIP, LLAMA, vision_feature_layer=-2, vision_feature_select_strategy="default"),
-    "llava, clip, first block, class token": llava(
-        CLIP, LLAMA, vision_feature_layer=1, vision_feature_select_strategy="full"),
-    "llava, siglip": llava(
-        SIGLIP, QWEN2 | {"tie_word_embeddings": True}, vision_feature_layer=-1, vision_feature_select_strategy="full"),
-    "llava_onevision": Case(
-        transformers.LlavaOnevisionConfig, transformers.LlavaOnevisionForConditionalGeneration, ONEVISION, 45,
-        "pixel_values_videos", {
-            "text_config": (*OF_QWEN2, "max_position_embeddings"), "vision_config": OF_VISION,
-            "": (*OF_LLAVA, "tie_word_embeddings", "vision_feature_layer", "vision_feature_select_strategy"),
-        }, (VIDEO_FILE, SQUASH)),
+    "llava, clip": llava(CLIP, LLAMA, **BLOCK_2),
+    "llava, clip, first block, class token": llava(CLIP, LLAMA, **BLOCK_1),
+    "llava, siglip": llava(SIGLIP, TIED, **BLOCK_1 | {"vision_feature_layer": -1}),
+    "llava_onevision": onevision(),
     "idefics3": idefics3("Idefics3"),
     "smolvlm": idefics3("SmolVLM"),
-}  # fmt: skip
+}
 every_case = pytest.mark.parametrize("reference", CASES, indirect=True)
 
 
@@ -101,30 +101,15 @@ class Reference:
     model: nn.Module
     pixels: Tensor  # (2, 3, S, S)
     ids: Tensor  # (1, L)
-    blocks: list[Tensor]  # outputs of the ViT's blocks
     image_tokens: Tensor  # (2, P', C)
     embeddings: Tensor  # (1, L, C), the language model's input
     logits: Tensor
-    texts: dict[int, list[int]]  # number of beams: generated ids
-
-
-def arrange(case: Case, pixels: Tensor) -> dict[str, Tensor]:
-    """Pixels (n, 3, S, S) as transformers takes the images of one text: LLaVA's have no batch dimension."""
-    return {case.pixels: pixels if case.config is transformers.LlavaConfig else pixels[None]}
 
 
 @torch.no_grad()
 def save_model(folder: Path, case: Case) -> nn.Module:
-    """Saves a random model, seed 0, and its preprocessing; returns it.
-
-    The image token's logit is zero, so that it is never generated. The language model's blocks change their input a
-    lot; a tied model would repeat the last token otherwise.
-    """
+    """Saves a random model, seed 0, and its preprocessing; returns it."""
     model = randomize(case.model(case.config(**json.loads(json.dumps(case.fields)))), 0)
-    model.lm_head.weight[IMAGE] = 0
-    for name, p in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            p.mul_(4)
     model.save_pretrained(folder)
     (folder / case.preprocessing[0]).parent.mkdir(exist_ok=True)
     change_json(folder / case.preprocessing[0], **case.preprocessing[1])
@@ -136,31 +121,21 @@ def make_reference(folder: Path, case: Case) -> Reference:
     """Saves a model and runs it on random pixels, seed 1."""
     model = save_model(folder, case)
     inner = model.model
-    tower = inner.vision_model if hasattr(inner, "vision_model") else inner.vision_tower
     lm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
-    blocks, inputs = [], []
-    hooks = [block.register_forward_hook(lambda _module, _args, output: blocks.append(output))
-             for block in tower.encoder.layers]  # fmt: skip
-    hooks.append(lm.register_forward_pre_hook(lambda _module, _args, kw: inputs.append(kw["inputs_embeds"]),
-                                              with_kwargs=True))  # fmt: skip
+    inputs = []
+    hook = lm.register_forward_pre_hook(lambda _module, _args, kw: inputs.append(kw["inputs_embeds"]), with_kwargs=True)
     pixels = torch.randn(2, 3, case.image_side, case.image_side, generator=torch.Generator().manual_seed(1))
-    images = arrange(case, pixels)
+    # The images of one text: LLaVA's have no batch dimension.
+    images = {case.pixels: pixels if case.config is transformers.LlavaConfig else pixels[None]}
     is_video = case.pixels == "pixel_values_videos"
     features = (inner.get_video_features if is_video else inner.get_image_features)(**images).pooler_output
     features = torch.cat(list(features))
     image_tokens = features[: len(features) - is_video].unflatten(0, (2, -1))
-    blocks.clear()
     slots = [IMAGE] * image_tokens.shape[1]
     ids = torch.tensor([[1, 5, *slots, *([] if is_video else [6]), *slots, *[IMAGE] * is_video, 7, 8]])
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits
-    for hook in hooks:
-        hook.remove()
-    texts = {}
-    for beams in (1, 3):
-        new_ids = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
-                                 num_beams=beams, **images)[0, ids.shape[1] :].tolist()  # fmt: skip
-        texts[beams] = new_ids[: new_ids.index(2)] if 2 in new_ids else new_ids
-    return Reference(case, folder, model, pixels, ids, blocks, image_tokens, inputs[0], logits, texts)
+    hook.remove()
+    return Reference(case, folder, model, pixels, ids, image_tokens, inputs[0], logits)
 
 
 @pytest.fixture(scope="module")
@@ -182,25 +157,12 @@ def respell(tensors: dict[str, Tensor], spelling: str) -> dict[str, Tensor]:
     return renamed
 
 
-def shorten(config: dict, published: dict) -> dict:
-    """A config without the fields that published ones leave out."""
-    parts = {part: {name: value for name, value in (config[part] if part else config).items() if name not in names}
-             for part, names in published.items()}  # fmt: skip
-    return parts.pop("", config) | parts
-
-
 @pytest.fixture(params=["saved", "published", "modules of 4", "modules of 5"])
 def folder(request, reference, tmp_path) -> Path:
-    """The reference's files in one of the spellings."""
-    for path in reference.folder.rglob("*.json"):
-        copy = tmp_path / path.relative_to(reference.folder)
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_text(path.read_text())
-    tensors, config = read_weights(reference.folder), json.loads((tmp_path / "config.json").read_text())
-    if request.param == "published":
-        config = shorten(config, reference.case.published)
-    write_weights(tmp_path, tensors if request.param == "saved" else respell(tensors, request.param))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    """The reference's files with their tensors in one of the spellings."""
+    shutil.copytree(reference.folder, tmp_path, dirs_exist_ok=True)
+    if request.param != "saved":
+        write_weights(tmp_path, respell(read_weights(reference.folder), request.param))
     return tmp_path
 
 
@@ -214,23 +176,15 @@ def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> Non
 @every_case
 @torch.no_grad()
 def test_a_model_equals_the_reference(reference, folder):
-    """Block outputs, visual tokens, the language model's input and logits; greedy and three-beam ids."""
+    """Visual tokens, the language model's input and logits."""
     ours = MLLM.from_pretrained(folder)
-    x = ours.vit.embed(reference.pixels)
-    assert len(ours.vit.blocks) + ours.config.unused_blocks == len(reference.blocks)
-    for block, expected in zip(ours.vit.blocks, reference.blocks, strict=False):
-        x = block(x)
-        assert_same(x, expected)
     image_tokens = ours.image_tokens(reference.pixels)
     assert_same(image_tokens, reference.image_tokens)
-    assert image_tokens.equal(ours.connect(ours.vit.finish(x)))
+    assert image_tokens.equal(ours.connect(ours.vit.finish(ours.vit.run_blocks(reference.pixels))))
     assert image_tokens.shape[1] == ours.config.tokens_per_image
     embeddings = ours.embed(reference.ids, reference.pixels)
     assert_same(embeddings, reference.embeddings, 1e-6)
     assert_same(ours.logits(reference.ids, reference.pixels), reference.logits)
-    for beams, expected in reference.texts.items():
-        assert len(set(expected)) > 2
-        assert generate(ours.lm, embeddings, 8, beams=beams) == [expected]
 
 
 @every_case
@@ -246,34 +200,10 @@ def test_texts_and_visual_tokens_merge_to_the_same_input(reference):
     assert merged[1:].equal(ours.embed(reference.ids, reference.pixels.flip(0)))
 
 
-@every_case
-@torch.no_grad()
-def test_single_vectors_go_through_llavas_projector_only(reference):
-    ours = MLLM.from_pretrained(reference.folder)
-    features = ours.vit(reference.pixels)
-    if ours.config.layout in ("idefics3", "smolvlm"):
-        with refused(ours.config.layout, "16 patches at once", "single vectors"):
-            ours.project(features)
-        return
-    projected = ours.project(features)
-    if ours.newline is not None:
-        projected = halve_grid(projected)
-    assert_same(projected[:, -ours.config.tokens_per_image :], reference.image_tokens)
-
-
 @pytest.mark.parametrize("reference", ["llava, clip", "smolvlm"], indirect=True)
 def test_another_number_of_image_tokens_is_refused(reference):
     ours = MLLM.from_pretrained(reference.folder)
     count = 2 * ours.config.tokens_per_image
     for ids, found in ((reference.ids[:, 4:], count - 2), (reference.ids[:, -2:], 0)):
-        with refused("image token 98", f"occurs {found} times", f"expected {count} times for 2 images"):
+        with refused("image token 98", f"occurs {found} times", f"expected {count}"):
             ours.embed(ids, reference.pixels)
-
-
-@pytest.mark.parametrize("reference", ["llava_onevision"], indirect=True)
-def test_the_dtype_is_that_of_the_request(reference, folder):
-    """All parameters; a tied head stays tied."""
-    ours = MLLM.from_pretrained(folder, torch.bfloat16)
-    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-    assert ours.lm.head.weight is ours.lm.embed.weight
-    assert ours.image_tokens(reference.pixels.bfloat16()).dtype == torch.bfloat16

@@ -21,13 +21,9 @@ from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.smolvlm import processing_smolvlm
 
 from models.bpe import BPETokenizer
-from models.generation import generate
-from models.mllm import MLLM
-from models.mllm_prompts import encode_prompt, number_in_words, prompt_texts
-from models.tokenizer import SentencePieceTokenizer, load_bpe, load_sentencepiece, load_tokenizer
+from models.mllm_prompts import NUMBERS, encode_prompt, prompt_texts
+from models.tokenizer import SentencePieceTokenizer, load_bpe, load_sentencepiece
 from tests.common.helpers import ROOT, refused
-from tests.models.helpers import change_json
-from tests.models.test_mllm import IDEFICS3, LLAMA, TWO_STEPS
 
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -41,15 +37,15 @@ IMAGE = "<image>"
 
 def render(template: str, frames: int, kind: str = "image") -> str:
     content = [{"type": kind}] * (1 if kind == "video" else frames) + [{"type": "text", "text": TEXT}]
-    return Template(template, keep_trailing_newline=True).render(
-        messages=[{"role": "user", "content": content}], add_generation_prompt=True)  # fmt: skip
+    messages = [{"role": "user", "content": content}]
+    return Template(template, keep_trailing_newline=True).render(messages=messages, add_generation_prompt=True)
 
 
 def smolvlm_text(frames: int, seconds: float, times: list[float], monkeypatch) -> str:
     """What [1] makes of the template for a video, with one token for the visual tokens of a frame."""
-    monkeypatch.setattr(processing_smolvlm, "num2words", number_in_words)
-    processor = SimpleNamespace(image_seq_len=1, image_token=IMAGE, fake_image_token="<fake_token_around_image>",
-                                global_image_token="<global-img>")  # fmt: skip
+    monkeypatch.setattr(processing_smolvlm, "num2words", NUMBERS.__getitem__)
+    tokens = {"fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"}
+    processor = SimpleNamespace(image_seq_len=1, image_token=IMAGE, **tokens)
     metadata = SimpleNamespace(fps=1, timestamps=times, duration=seconds)
     inputs = {"pixel_values": torch.zeros(1, frames), "video_metadata": [metadata]}
     video = processing_smolvlm.SmolVLMProcessor.replace_video_token(processor, inputs, 0)
@@ -65,20 +61,11 @@ def test_smolvlm2_reads_the_frames_of_a_video_with_their_times(monkeypatch, fram
     assert IMAGE.join(prompt_texts("smolvlm", "llama", frames, TEXT, seconds)) == expected
 
 
-def test_the_prompt_of_smolvlm2_for_eight_frames():
-    """Written out from [1]."""
-    texts = prompt_texts("smolvlm", "llama", 8, TEXT)
-    assert texts[0] == ("<|im_start|>User: You are provided the following series of eight frames from a 0:00:08 "
-                        "[H:MM:SS] video.\n\nFrame from 00:00:<fake_token_around_image><global-img>")  # fmt: skip
-    assert texts[3] == "<fake_token_around_image>\nFrame from 00:03:<fake_token_around_image><global-img>"
-    assert texts[8] == "<fake_token_around_image>\n\nDescribe the video.<end_of_utterance>\nAssistant:"
-
-
-@pytest.mark.parametrize("layout, frames", [("smolvlm", 1), ("idefics3", 1), ("idefics3", 3)])
-def test_images_of_smolvlm_are_in_a_row(layout, frames):
+@pytest.mark.parametrize("family, frames", [("smolvlm", 1), ("idefics3", 1), ("idefics3", 3)])
+def test_images_of_smolvlm_are_in_a_row(family, frames):
     image = processing_smolvlm.get_image_prompt_string(0, 0, 1, "<fake_token_around_image>", IMAGE, "<global-img>")
     expected = render(processing_smolvlm.DEFAULT_CHAT_TEMPLATE, frames).replace(IMAGE, image)
-    assert IMAGE.join(prompt_texts(layout, "llama", frames, TEXT)) == expected
+    assert IMAGE.join(prompt_texts(family, "llama", frames, TEXT)) == expected
 
 
 @pytest.mark.parametrize("frames", [1, 4])
@@ -87,15 +74,11 @@ def test_the_other_prompts(frames):
     assert IMAGE.join(prompt_texts("llava", "llama", frames, TEXT)) == render(LLAVA_TEMPLATE, frames)
     images = "\n".join([IMAGE] * frames)
     assert IMAGE.join(prompt_texts("llava", "qwen2", frames, TEXT)) == (
-        f"<|im_start|>user\n{images}\nDescribe the video.<|im_end|>\n<|im_start|>assistant\n")  # fmt: skip
+        f"<|im_start|>user\n{images}\nDescribe the video.<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert IMAGE.join(prompt_texts("llava_onevision", "qwen2", frames, TEXT)) == (
-        f"<|im_start|>user {IMAGE * frames}\nDescribe the video.<|im_end|><|im_start|>assistant\n")  # fmt: skip
-
-
-def test_numbers_in_words():
-    words = [number_in_words(i) for i in (0, 1, 8, 13, 19, 20, 21, 40, 64, 99)]
-    assert words == ["zero", "one", "eight", "thirteen", "nineteen", "twenty", "twenty-one", "forty", "sixty-four",
-                     "ninety-nine"]  # fmt: skip
+        f"<|im_start|>user {IMAGE * frames}\nDescribe the video.<|im_end|><|im_start|>assistant\n"
+    )
 
 
 # -------------------------------------------------------------------------------------------- ids
@@ -128,23 +111,14 @@ def test_ids_of_smolvlm2_equal_those_of_the_whole_text(real, smolvlm2, monkeypat
     assert found == expected
 
 
-def test_ids_of_qwen_equal_those_of_the_whole_text(qwen):
-    """Its control tokens have their own ids, and no BOS comes first."""
-    before, between, after = encode_prompt(qwen, "llava_onevision", "qwen2", 2, TEXT)
-    assert before[0] == 151644 and 151645 in after and between == []
-    assert qwen.decode_with_added(before) == "<|im_start|>user "
-    assert qwen.decode_with_added(after) == "\nDescribe the video.<|im_end|><|im_start|>assistant\n"
-
-
 def test_ids_of_llava_equal_those_of_the_whole_text():
     """A sentencepiece model with Llama's options, trained here; the same as a tokenizer.json like that of [2], in the
     tokenizers package, on the rendered template."""
     words = [f"{TEXT} A USER and an ASSISTANT describe videos: they see it, and vice versa."] * 20
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_writer=model, vocab_size=320, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
+    options = {"vocab_size": 320, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(words), model_writer=model, **options)
     ours = SentencePieceTokenizer(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
     pieces = {ours.processor.id_to_piece(i): i for i in range(len(ours))}
     merges = generate_merges(pieces, {piece: ours.processor.get_score(i) for piece, i in pieces.items()})
@@ -159,29 +133,6 @@ def test_ids_of_llava_equal_those_of_the_whole_text():
     assert ours.bos_id() == 1 and len(between) == 2
 
 
-@torch.no_grad()
-def test_a_model_reads_its_prompt_with_the_frames_in_place(real, tmp_path):
-    """A random SmolVLM2 (seed 0) with the real tokenizer, from a folder: the input that `merge` makes of the prompt is
-    that of the whole row of ids, bit for bit."""
-    vision, text = IDEFICS3 | {"num_hidden_layers": 1, "intermediate_size": 8}, LLAMA | {"vocab_size": 49280}
-    text |= {"max_position_embeddings": 200}
-    change_json(tmp_path / "config.json", model_type="smolvlm", image_token_id=49190, vision_config=vision,
-                text_config=text, scale_factor=4)  # fmt: skip
-    change_json(tmp_path / "preprocessor_config.json", **TWO_STEPS)
-    (tmp_path / "tokenizer.json").symlink_to(real / "tokenizers" / "smolvlm2" / "tokenizer.json")
-    torch.manual_seed(0)
-    mllm, tokenizer = MLLM.from_config(tmp_path), load_tokenizer(tmp_path)
-    frames = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    pixels = mllm.vit.normalize(frames)
-    texts = mllm.prompt(tokenizer, 2, TEXT, seconds=5)
-    image = [49190] * mllm.config.tokens_per_image
-    ids = torch.tensor([[*texts[0], *image, *texts[1], *image, *texts[2]]])
-    prefix = mllm.merge([torch.tensor(text) for text in texts], mllm.image_tokens(pixels)[:, None].unbind(0))
-    assert prefix.equal(mllm.embed(ids, pixels))
-    assert "Frame from 00:03:" in tokenizer.decode_with_added(texts[1])
-    assert len(tokenizer.decode(generate(mllm.lm, prefix, 5))) == 1
-
-
 def test_prompts_that_cannot_be_encoded_are_refused(tiny, smolvlm2, qwen):
     with refused("tokenizer", "<|im_start|>", "smolvlm"):
         encode_prompt(tiny, "smolvlm", "llama", 2, TEXT)
@@ -193,4 +144,3 @@ def test_prompts_that_cannot_be_encoded_are_refused(tiny, smolvlm2, qwen):
         encode_prompt(smolvlm2, "smolvlm", "llama", 2, "What is in <image>?")
     with refused("100 frames", "99"):
         encode_prompt(smolvlm2, "smolvlm", "llama", 100, TEXT)
-    assert len(encode_prompt(smolvlm2, "idefics3", "llama", 100, TEXT)) == 101
