@@ -133,7 +133,8 @@ class AlbumData:
             visible = self.seen[album][chosen].any(0)  # (shapes,)
             scene = [shape for shape, is_visible in zip(self.scenes[album], visible, strict=True) if is_visible]
             captions.append(name_shapes(scene, self.rng))
-        labels = pad([[*ids, self.tokenizer.processor.eos_id()] for ids in self.tokenizer.encode(captions)])
+        eos = self.tokenizer.processor.eos_id()
+        labels = pad([[*self.tokenizer.encode(caption), eos] for caption in captions])
         return self.features[albums[:, None], order].float(), labels
 
     def loss(self, mllm: MLLM, size: int, stills: int) -> Tensor:

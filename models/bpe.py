@@ -8,6 +8,12 @@ The symbols that remain are the tokens.
     " two dogs"  ->  " two", " dogs"
     " two"       ->  Ġ t w o  ->  Ġt w o  ->  Ġt wo  ->  Ġtwo  ->  its id
 
+Three kinds of files are supported; a field whose value would need other computations is refused.
+
+    SmolLM2, SmolVLM     digits one by one, then GPT-2's regular expression
+    Qwen 2, 2.5, 3       Unicode's normal form C, a regular expression of their own
+    Llama 3 to 3.2       a similar one; `ignore_merges`; a post-processor puts the BOS token first
+
 References
 [1] https://arxiv.org/abs/1508.07909; of bytes: GPT-2, https://github.com/openai/gpt-2/blob/master/src/encoder.py
 [2] The structure follows minbpe, https://github.com/karpathy/minbpe
@@ -17,9 +23,14 @@ References
 import re
 import sys
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count, groupby, pairwise
+from pathlib import Path
+from reprlib import repr as short
+
+from common.errors import InputError, reading
+from common.files import field, read_json
 
 # ------------------------------------------------------------------------------------- bytes
 
@@ -88,7 +99,7 @@ def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
 
 @dataclass(frozen=True)
 class BPEConfig:
-    """The contents of a tokenizer.json; `tokenizer_json.py` reads them."""
+    """The contents of a tokenizer.json."""
 
     vocab: dict[str, int]  # token, in the characters of its bytes -> id
     ranks: dict[tuple[str, str], int]  # pair of tokens -> its place in the list of merges
@@ -118,14 +129,12 @@ class BPETokenizer:
         """-1 if texts have no first token of their own."""
         return -1 if self.config.bos_id is None else self.config.bos_id
 
-    def encode(self, texts: str | list[str]) -> list:
-        """A text -> its ids; a list of texts -> the ids of each. They continue another text: a space comes first.
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text that continues another one: a space comes first.
 
-        Added tokens in a text count as plain text, so that no caption contains a control token.
+        Added tokens in it count as plain text, so that no caption contains a control token.
         """
-        if isinstance(texts, str):
-            return self._encode_plain(" " + texts)
-        return [self._encode_plain(" " + text) for text in texts]
+        return self._encode_plain(" " + text)
 
     def decode(self, rows: list[list[int]]) -> list[str]:
         """Ids of several texts -> the texts, one line each. Special tokens and ids without a token are skipped."""
@@ -158,3 +167,106 @@ class BPETokenizer:
                 symbols = merge([symbol for symbol in symbols if symbol in vocab], self.config.ranks)
             self.piece_ids[piece] = [vocab[symbol] for symbol in symbols]
         return self.piece_ids[piece]
+
+
+# ---------------------------------------------------------------------------- tokenizer.json
+
+ANY: list = []  # the field has no effect on ids, or is checked later
+CUTS = {DIGITS: {"type": "Digits", "individual_digits": True}}  # the first pre-tokenizer, by its pattern
+CUTS |= {p: {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in (QWEN, LLAMA3)}
+
+
+def check_fields(found: dict, supported: dict[str, list], where: str = "") -> None:
+    """Raises InputError unless each field of an object has one of the supported values.
+
+    null, false and "" switch something off, and so does a missing field: all of them count as None. A field that
+    `supported` does not list has to be off.
+    """
+    for name in supported | found:
+        value, values = found.get(name) or None, supported.get(name, [None])
+        if values is not ANY and value not in values:
+            raise InputError(f"{where}{name}: found {short(value)}, supported: {' or '.join(map(short, values))}")
+
+
+def load_bpe(path: Path, bos_id: int | None) -> BPETokenizer:
+    """Loads a tokenizer.json. Raises InputError for every field whose value would need other computations.
+
+    BOS is the token that a post-processor puts before each text, else the one of tokenizer_config.json. bos_id, that of
+    config.json, counts if there is no tokenizer_config.json. Qwen's config.json names a BOS although no text begins
+    with one; its tokenizer_config.json says null.
+    """
+    file, settings = read_json(path), path.with_name("tokenizer_config.json")
+    with reading(path):
+        config = read_bpe_config(file)
+    if config.bos_id is None:
+        config = replace(config, bos_id=read_bos_token(settings, config.added) if settings.is_file() else bos_id)
+    return BPETokenizer(config)
+
+
+def read_bpe_config(file: dict) -> BPEConfig:
+    parts = "added_tokens", "pre_tokenizer", "post_processor", "decoder", "model"
+    check_fields(file, {"version": ["1.0"], "normalizer": [None, {"type": "NFC"}]} | dict.fromkeys(parts, ANY))
+    model, (cut, byte_level) = file["model"], file["pre_tokenizer"]["pretokenizers"]
+    check_fields(model, {"type": ["BPE"], "vocab": ANY, "merges": ANY, "ignore_merges": [None, True]}, "model.")
+    found = {"pretokenizers[0]": cut, "decoder": file["decoder"]["type"]}
+    check_fields(found, {"pretokenizers[0]": [*CUTS.values()], "decoder": ["ByteLevel"]})
+    check_fields(byte_level, {"type": ["ByteLevel"], "trim_offsets": ANY, "use_regex": [None, True]}, "byte_level.")
+    vocab, added = model["vocab"], read_added_tokens(file, model["vocab"])
+    return BPEConfig(
+        vocab=vocab,
+        ranks=read_merges(model, vocab),
+        patterns=[p for p in CUTS if CUTS[p] == cut] + ([] if byte_level.get("use_regex") is False else [GPT2]),
+        nfc=bool(file.get("normalizer")),
+        ignore_merges=bool(model.get("ignore_merges")),
+        added=added,
+        special=frozenset(entry["id"] for entry in file["added_tokens"] if entry.get("special")),
+        bos_id=read_bos_id(file.get("post_processor"), added),
+    )
+
+
+def read_added_tokens(file: dict, vocab: dict[str, int]) -> dict[str, int]:
+    """Checks the ids of both. Added tokens may be in the vocabulary too, with the same id."""
+    entries = field(file, "added_tokens", list, "the file")
+    for i, entry in enumerate(entries):
+        check_fields(entry, {"content": ANY, "id": ANY, "special": [None, True]}, f"added_tokens[{i}].")
+    added, ids, tokens = [(entry["content"], entry["id"]) for entry in entries], {}, {}
+    for token, i in [*vocab.items(), *added]:
+        is_pair = token.encode() and type(i) is int and i >= 0  # encode raises for surrogates, which have no bytes
+        if not is_pair or ids.setdefault(token, i) != i or tokens.setdefault(i, token) != token:
+            raise InputError(f"token {short(token)}: its id is {short(i)}, expected a text and an id of its own")
+    if not BYTES.keys() >= set("".join(vocab)):
+        raise InputError("model.vocab: expected tokens in the characters of their bytes")
+    return dict(added)
+
+
+def read_merges(model: dict, vocab: dict[str, int]) -> dict[tuple[str, str], int]:
+    entries = field(model, "merges", list, "model")
+    pairs = [tuple(entry.split(" ")) if isinstance(entry, str) else tuple(entry) for entry in entries]
+    for left, right in pairs:
+        if not {left, right, left + right} <= vocab.keys():
+            raise InputError(f"model.merges: found {left!r:.100}, {right!r:.100}, expected parts of a token")
+    return {pair: rank for rank, pair in enumerate(pairs)}
+
+
+def read_bos_id(post_processor: dict | None, added: dict[str, int]) -> int | None:
+    """The token that the post-processor puts before each text."""
+    parts = (post_processor or {"processors": []}).get("processors", [post_processor])
+    templates = [part for part in parts if part["type"] != "ByteLevel"]  # which only trims offsets
+    if not templates:
+        return None
+    (template,) = templates
+    name = template["single"][0]["SpecialToken"]["id"]
+    single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokens = {name: {"id": name, "ids": [added[name]], "tokens": [name]}}
+    supported = {"type": ["TemplateProcessing"], "single": [single], "special_tokens": [tokens], "pair": ANY}
+    check_fields(template, supported, "post_processor.")
+    return added[name]
+
+
+def read_bos_token(path: Path, added: dict[str, int]) -> int | None:
+    """The `bos_token` of a tokenizer_config.json: null, a token, or an object with its content."""
+    token = read_json(path).get("bos_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    if token is not None and name not in [*added]:
+        raise InputError(f"{path}: bos_token is {short(token)}, expected an added token of tokenizer.json")
+    return None if token is None else added[name]

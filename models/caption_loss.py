@@ -4,7 +4,7 @@ A clip's prefix, its visual tokens and the prompt, is read once for all of its K
 
     prefix (B, P, C) | caption 1 | caption 2 | ... | caption K      each sees the prefix and itself
 
-Letters: B clips, K captions per clip, P positions of the prefix, L tokens of the longest caption with its EOS, s
+Shapes: B clips, K captions per clip, P positions of the prefix, L tokens of the longest caption with its EOS, s
 positions of a row, n tokens of all captions, C width of the language model.
 """
 
@@ -50,7 +50,7 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
 
 
 def packed_attention_inputs(prefix_length: int, k: int, length: int, device: torch.device) -> dict[str, Tensor]:
-    """Inputs of `CausalLM.hidden` for k texts of `length` tokens, packed in one row of s tokens after a shared prefix.
+    """Returns arguments of `CausalLM.hidden` for k texts of `length` tokens, packed in one row after a shared prefix.
 
     Each token has the position that it would have in a row of its own, and sees the prefix and its own text:
     `positions` (s,), `visible` (1, s, s). A single text needs neither.
@@ -65,14 +65,14 @@ def packed_attention_inputs(prefix_length: int, k: int, length: int, device: tor
     return {"positions": positions, "visible": (same_segment & (positions <= positions[:, None]))[None]}
 
 
-def caption_loss(hidden: Callable[..., Tensor], embed: nn.Module, head: nn.Module, prefix: Tensor,
-                 labels: Tensor) -> Tensor:  # fmt: skip
-    """The cross-entropy, summed over all caption tokens and EOS, of K captions of each clip: ids (B, K, L), padded with
-    -100, after the prefix (B, P, C).
+def caption_loss(
+    hidden: Callable[..., Tensor], embed: nn.Module, head: nn.Module, prefix: Tensor, labels: Tensor
+) -> Tensor:
+    """Returns the cross-entropy, summed over all caption tokens and EOS, of K captions of each clip.
 
-    `hidden`: the language model without its head, `CausalLM.hidden`. The head runs on caption positions only; where it
-    is frozen, its logits are never held for the whole batch. The labels are on the CPU, where the positions are found
-    without waiting for a GPU.
+    They are ids (B, K, L), padded with -100, after the prefix (B, P, C); on the CPU, where their positions are found
+    without waiting for a GPU. `hidden` is the language model without its head, `CausalLM.hidden`. The head runs on
+    caption positions only; if it is frozen, the logits of the whole batch never exist at once.
     """
     (k, length), prefix_length = labels.shape[1:], prefix.shape[1]
     positions = (labels >= 0).flatten().nonzero().squeeze(1)  # (n,)

@@ -91,11 +91,11 @@ class KVCache:
         self.store[block, 1, :rows, :, end - k.shape[2] : end] = v
         return self.store[block, 0, :rows, :, :end], self.store[block, 1, :rows, :, :end]
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keeps only these rows, in this order: row i becomes the old row rows[i]."""
+    def select_rows(self, rows: Tensor, start: int = 0) -> None:
+        """Row i becomes the old row rows[i]; others are dropped. Slots before `start` stay as they are."""
         for keys_or_values in self.store.flatten(0, 1):  # of one block: (rows, g, size, d)
-            used = keys_or_values[:, :, : len(self)]
-            used[: len(rows)] = used[rows]
+            used = keys_or_values[:, :, start : len(self)]
+            used[: len(rows)] = used.index_select(0, rows)
 
 
 def frequencies(theta: float, d: int, scaling: RopeScaling | None, device: torch.device) -> Tensor:

@@ -36,22 +36,21 @@ def with_default_models(config: Config, device: torch.device) -> Config:
     return replace(config, vit=config.vit or vit, lm=config.lm or lm)
 
 
-def check_mllm(folder: Path) -> None:
-    """Raises InputError unless the folder's configs and tokenizer, without its weights, are of a supported MLLM."""
-    MLLM.from_config(folder)
-    load_tokenizer(folder)
-
-
 def resolve_models(config: Config) -> tuple[Config, dict[str, Path]]:
     """The folders of the models that the config names; downloads hub ids, each of which gets its commit in the config.
 
     What needs no weights is checked before they are downloaded. Raises InputError.
     """
-    checks = {"vit": ViT.from_config, "lm": load_tokenizer, "mllm": check_mllm}
-    folders = {}
+    models, folders = {"vit": ViT, "lm": CausalLM, "mllm": MLLM}, {}
     for part in ["mllm"] if config.mllm else ["vit", "lm"]:
+
+        def check(folder: Path, part: str = part) -> None:
+            models[part].from_config(folder)
+            if part != "vit":
+                load_tokenizer(folder)
+
         name = getattr(config, part)
-        folders[part] = hub.resolve(name, check=checks[part])
+        folders[part] = hub.resolve(name, check=check)
         config = replace(config, **{part: hub.pin_revision(name, folders[part])})
     return config, folders
 
@@ -71,18 +70,13 @@ def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | 
                 meta: bool = False) -> tuple[MLLM | Pair, object]:
     """The models and their tokenizer. image_size: side of the input of --vit in pixels; None: its own. With `meta` they
     are on the meta device, and only the configs and the tokenizer are read. Raises InputError."""
+
+    def load(model, part: str, *options):
+        if meta:
+            return model.from_config(folders[part], *options).to(dtype)
+        return model.from_pretrained(folders[part], dtype, *options)
+
     with explain_out_of_memory(f"reading {' and '.join(map(str, folders.values()))}"):
         if "mllm" in folders:
-            folder = folders["mllm"]
-            if meta:
-                return MLLM.from_config(folder).to(dtype), load_tokenizer(folder)
-            return MLLM.from_pretrained(folder, dtype), load_tokenizer(folder)
-        tokenizer = load_tokenizer(folders["lm"])
-        if meta:
-            return Pair(*meta_pair(folders["vit"], folders["lm"], dtype, image_size)), tokenizer
-        vit = ViT.from_pretrained(folders["vit"], dtype, image_size)
-        return Pair(vit, CausalLM.from_pretrained(folders["lm"], dtype)), tokenizer
-
-
-def meta_pair(vit_folder, lm_folder, dtype, image_size=None):
-    return ViT.from_config(vit_folder, image_size).to(dtype), CausalLM.from_config(lm_folder).to(dtype)
+            return load(MLLM, "mllm"), load_tokenizer(folders["mllm"])
+        return Pair(load(ViT, "vit", image_size), load(CausalLM, "lm")), load_tokenizer(folders["lm"])

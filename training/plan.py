@@ -10,8 +10,8 @@ import torch
 from common.config import Config
 from common.errors import InputError
 from common.files import format_bytes
-from training.inputs import FEATURE_SPLITS
-from training.memory import clip_bytes, step_memory
+from training.inputs import plan_caches
+from training.memory import step_memory
 from video_data.datasets import VideoDataset
 
 DAY = 24 * 3600  # seconds
@@ -50,24 +50,14 @@ def format_schedule(schedule: Schedule, config: Config) -> str:
     return line
 
 
-def cache_bytes(config: Config, counts: dict[str, int], captioner) -> dict[str, int]:
-    """{"train frames": bytes, ...} of the caches that `training.inputs` makes; counts: clips per split."""
-    sizes = {}
-    for split, count in counts.items():
-        frames = config.stored_frames if split == "train" else config.frames
-        sizes[f"{split} frames"] = count * clip_bytes(captioner, frames, features=False)
-        if config.cache_features and split in FEATURE_SPLITS:
-            sizes[f"{split} features"] = count * clip_bytes(captioner, frames, features=True)
-    return sizes
-
-
 def format_plan(config: Config, dataset: VideoDataset, captioner, device: torch.device, max_caption_tokens: int,
                 processes: int = 1) -> str:
     """Caches and memory of a run as aligned lines, of a Captioner on the meta device and of one of so many processes.
 
     max_caption_tokens: the longest L that training allows, whose memory is given too.
     """
-    caches = cache_bytes(config, dataset.counts(), captioner)
+    caches = {f"{split} {what}": len(cache) * cache.clip_bytes
+              for what, group in plan_caches(config, dataset, captioner, {}).items() for split, cache in group.items()}
     memory = step_memory(captioner, config, device, CAPTION_TOKENS, processes)
     longest = step_memory(captioner, config, device, max_caption_tokens, processes)
     tables = {

@@ -155,23 +155,23 @@ class ClipCache:
         return len(missing) * self.clip_bytes
 
 
-def check_space(caches: Mapping[str, Sequence[ClipCache]], root: Path) -> None:
-    """Prints the size of what is missing in all caches of the folder `root`: {"frames": [cache, ...], ...}.
+def check_space(caches: Mapping[str, Sequence[ClipCache]]) -> None:
+    """Prints the size of what is missing in all caches of a dataset: {"frames": [cache, ...], ...}.
 
     Deletes files of other keys first. Raises InputError if the disk lacks the space for all of them together.
     """
     needed = {what: sum(cache.make_room() for cache in group) for what, group in caches.items()}
     if total := sum(needed.values()):
+        root = next(cache for group in caches.values() for cache in group).folder.parent
         sizes = ", ".join(f"{what} {format_bytes(size)}" for what, size in needed.items() if size)
         print(f"cache: {sizes}, go into {root}")
         check_disk_space(root, total, f"{root}, {sizes}")
 
 
 def frames_cache(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing) -> ClipCache:
-    """The cache that `cached_frames` fills, as it is now."""
-    size = preprocessing.size
-    settings = [size, preprocessing.resize, preprocessing.squash, preprocessing.interpolation]  # of uint8 frames
-    settings.append(preprocessing.longest_edge)
+    """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S); as it is on the disk now."""
+    p, size = preprocessing, preprocessing.size
+    settings = [size, p.resize, p.squash, p.interpolation, p.longest_edge]  # what uint8 frames depend on
     files = [[clip.id, stat.st_size, stat.st_mtime_ns] for clip in clips for stat in [clip.path.stat()]]
     keys = [_hash(READER_VERSION, *file, count, *settings) for file in files]
     return ClipCache(root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}", keys, (count, 3, size, size), np.uint8)
@@ -187,37 +187,37 @@ def _decode_clip(path: Path, cache: ClipCache, preprocessing: Preprocessing) -> 
     return cache.write(0, frames.numpy())
 
 
-def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing) -> ClipCache:
-    """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S). Each clip is decoded only once.
-
-    Raises InputError for clips that cannot be decoded, all of them at once, for a process that dies, and lack of space.
-    Clips that are done stay.
-    """
-    cache = frames_cache(clips, root, split, count, preprocessing)
-    check_space({"frames": [cache]}, cache.folder)
+def fill_frames(cache: ClipCache, clips: list[Clip], preprocessing: Preprocessing) -> None:
+    """Decodes the clips that a `frames_cache` lacks. Raises InputError for clips that cannot be decoded, all of them at
+    once, and for a process that dies. Clips that are done stay."""
     one_clip = {i: replace(cache, keys=[cache.keys[i]]) for i in cache.missing()}
     tasks = [(clips[i].path, clip_cache, preprocessing) for i, clip_cache in one_clip.items()]
     if errors := list(filter(None, run_in_processes("frames", _decode_clip, tasks))):
         raise InputError(f"{len(errors)} clips cannot be read: {'; '.join(errors)}")
+
+
+def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing) -> ClipCache:
+    """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S). Each clip is decoded only once."""
+    cache = frames_cache(clips, root, split, count, preprocessing)
+    check_space({"frames": [cache]})
+    fill_frames(cache, clips, preprocessing)
     return cache
 
 
 def features_cache(frames: ClipCache, key: Any, shape: tuple[int, ...]) -> ClipCache:
-    """The cache that `cached_features` fills, as it is now. `shape` is that of one clip's features."""
+    """Features of cached frames, `shape` (M, ...) per clip; as they are on the disk now. `key` (JSON) names all that
+    they depend on except the frames."""
     folder = frames.folder.with_name(f"{frames.folder.name}-features-{_hash(key)[:8]}")
     return ClipCache(folder, [_hash(frames_key, key) for frames_key in frames.keys], shape, np.uint16)
 
 
-def cached_features(
-    frames: ClipCache, key: Any, shape: tuple[int, ...], encode: Callable[[Tensor], Tensor], images_per_batch: int
-) -> ClipCache:
-    """Features of the cached frames, bf16 of `shape` (M, ...), as uint16: numpy has no bf16, so these are its bits.
+def fill_features(cache: ClipCache, frames: ClipCache, encode: Callable[[Tensor], Tensor],
+                  images_per_batch: int) -> None:
+    """Computes what a `features_cache` lacks from cached frames: bf16, as uint16, since numpy has no bf16.
 
-    encode: uint8 (B, M, 3, S, S) -> bf16 (B, M, ...), about `images_per_batch` images at a time. `key` (JSON) names
-    all that the features depend on except the frames. Raises InputError for lack of space. Clips that are done stay.
+    encode: uint8 (B, M, 3, S, S) -> bf16 (B, M, ...), about `images_per_batch` images at a time. Clips that are done
+    stay.
     """
-    cache = features_cache(frames, key, shape)
-    check_space({"features": [cache]}, cache.folder)
     missing, batch_size = cache.missing(), max(1, images_per_batch // frames.shape[0])
     time_left = TimeLeft("features", len(missing))
     for start in range(0, len(missing), batch_size):
@@ -226,7 +226,6 @@ def cached_features(
         for i, array in zip(batch, features.view(torch.uint16).numpy(), strict=True):
             cache.write(i, array)
         time_left.update(start + len(batch))
-    return cache
 
 
 # --------------------------------------------------------------------------- examples and batches
@@ -249,7 +248,7 @@ class TrainingExamples:
     ):
         """cache[i] holds M frames or features of clips[i]. Captions longer than `max_tokens` are truncated."""
         self.cache, self.num_frames, self.num_captions, self.seed = cache, num_frames, num_captions, seed
-        encoded = [tokenizer.encode([normalize_caption(caption) for caption in clip.captions]) for clip in clips]
+        encoded = [[tokenizer.encode(normalize_caption(caption)) for caption in clip.captions] for clip in clips]
         self.captions = [[[*ids[:max_tokens], eos_id] for ids in captions] for captions in encoded]
         self.num_truncated = sum(len(ids) > max_tokens for captions in encoded for ids in captions)
 
@@ -270,7 +269,7 @@ class TrainingExamples:
 
 
 def to_tensor(inputs: np.ndarray) -> Tensor:
-    """Frames uint8, or the bits of bf16 features as `cached_features` stores them -> a tensor of the same memory."""
+    """Frames uint8, or the bits of bf16 features as a cache stores them -> a tensor of the same memory."""
     tensor = torch.from_numpy(inputs)
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 

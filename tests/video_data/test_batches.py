@@ -334,8 +334,8 @@ def test_datasets_have_separate_cache_folders(tmp_path, monkeypatch):
 class CharTokenizer:
     """One token per character."""
 
-    def encode(self, texts):
-        return [[ord(c) for c in text] for text in texts]
+    def encode(self, text):
+        return [ord(c) for c in text]
 
 
 def make_examples(folder: Path, num_captions=2, seed=0) -> batches.TrainingExamples:
