@@ -216,8 +216,3 @@ def test_an_output_replaces_no_input(flag, name, finished_run, flags, backbones,
         pytest.skip("a dataset is not read with --video")
     refused(monkeypatch, [finished_run, *words, flag, path], f"{flag} {path}: ")
     assert before == (path.read_bytes() if path.is_file() else None)
-
-
-def test_a_folder_that_is_no_run_is_one_line_for_a_user(tmp_path):
-    done = run_python("evaluate.py", tmp_path / "gone")
-    assert_one_line_error(done, "gone: expected the folder of a run, with config.json in it")

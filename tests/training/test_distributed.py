@@ -52,12 +52,3 @@ def test_rank_0_first_then_one_process_of_each_machine(processes, monkeypatch):
     for thread in threads:
         thread.join()
     assert order[:2] == [0, processes] and sorted(order) == list(range(2 * processes))
-
-
-def test_shards_are_gathered_in_order(monkeypatch):
-    """Seven items over three ranks: 3, 2 and 2."""
-    items, groups = list("abcdefg"), [ProcessGroup(rank, 3) for rank in range(3)]
-    shards = [group.shard(items) for group in groups]
-    assert [len(shard) for shard in shards] == [3, 2, 2]
-    monkeypatch.setattr(ProcessGroup, "all_gather", lambda _, local: shards)
-    assert groups[1].gather_shards(shards[1]) == items

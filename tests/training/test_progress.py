@@ -5,7 +5,7 @@ import time
 import pytest
 
 from common.cli import format_seconds
-from training.progress import Progress, format_speed
+from training.progress import Progress
 
 VALIDATION_STEPS, BATCH_SIZE, TEST_RATIO = [4, 8, 10], 6, 2.5
 
@@ -57,10 +57,3 @@ def test_a_resumed_run_says_that_it_has_not_measured_a_validation(clock):
     assert lines[0] == "3 clips/s  elapsed 5:02  left 0:08 without validation"
     assert [line.endswith(" without validation") for line in lines] == [True] * 3 + [False] * 2
     assert lines[3] == "3 clips/s  elapsed 5:28  left 1:12"  # a step, a validation, the test split
-
-
-@pytest.mark.parametrize("speed, text", [
-    (0.12345, "0.123"), (4.0321, "4.03"), (45.31, "45.3"), (99.97, "100"), (555.6, "556"), (1234.4, "1234"),
-])
-def test_speeds_have_three_significant_digits(speed, text):
-    assert format_speed(speed) == f"{text} clips/s"
