@@ -25,7 +25,7 @@ from torch import Tensor
 import metrics
 from common import cli
 from common.config import Config, read_config
-from common.errors import InputError, error_prefix, explain_out_of_memory
+from common.errors import InputError, error_prefix, explain_out_of_memory, writing
 from common.files import write_json
 from model import Captioner
 from report.page import fits_another, page_entry, report_split, report_videos
@@ -176,7 +176,8 @@ def write_row(path: Path, row: dict, number: int) -> None:
     text = json.dumps(row) + "\n"
     if path.suffix.lower() == ".srt":
         text = "" if "error" in row else format_srt(number, row["start"], row["end"], row["caption"])
-    with open(path, "w" if number == 1 else "a", encoding="utf-8", errors="backslashreplace") as file:
+    mode = "w" if number == 1 else "a"
+    with writing(path), open(path, mode, encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
 
 

@@ -26,7 +26,7 @@ import av
 import torch
 
 from common.config import VERSION, to_json
-from common.errors import InputError, reading
+from common.errors import InputError, reading, writing
 from common.files import acquire_lock, open_to_read, read_json, read_json_lines, replace_atomically, write_json
 from training.distributed import ProcessGroup
 
@@ -150,7 +150,8 @@ class Run:
     def log(self, row: dict) -> None:
         """Appends a row to the log and flushes it, so that it is on the disk before a later checkpoint is."""
         if self.group.rank == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
+            path = self.folder / "log.jsonl"
+            with writing(path), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
