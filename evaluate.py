@@ -106,8 +106,8 @@ def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, c
             captions += captioner.caption(frames.to(device), beams)
         time_left.update(len(captions))
     captioner.train(training)
-    captions = dict(zip((clip.id for clip in clips), group.gather_shards(captions), strict=True))
-    return score_captions(dataset, split, captions, metric_names)
+    captions = group.gather({clips[i].id: caption for i, caption in zip(indices, captions, strict=True)})
+    return score_captions(dataset, split, {clip.id: captions[clip.id] for clip in clips}, metric_names)
 
 
 def format_scores(scores: dict[str, float]) -> str:
@@ -184,19 +184,18 @@ def write_row(path: Path, row: dict, number: int) -> None:
 def evaluate_videos(captioner: Captioner, paths: list[Path], args: argparse.Namespace, config: Config) -> int:
     """Captions the videos of --video. Returns the exit code, 2 if any could not be read."""
     rows, entries = [], []
-    with cli.protect_cleanup():
-        try:
-            for row, pixels in caption_videos(captioner, paths, config, args.window):
-                rows.append(row)
-                if args.save:
-                    write_row(args.save, row, len(rows))
-                if args.report and pixels is not None and fits_another(entries):
-                    entries.append(page_entry(captioner, row, pixels, len(entries)))
-                if args.show and pixels is not None:
-                    show_video(args.show, captioner, row["caption"], pixels)
-        finally:  # after Ctrl-C and SIGTERM, too
-            if args.report and entries:
-                report_videos(args.report, args.run, captioner, entries, rows)
+    try:
+        for row, pixels in caption_videos(captioner, paths, config, args.window):
+            rows.append(row)
+            if args.save:
+                write_row(args.save, row, len(rows))
+            if args.report and pixels is not None and fits_another(entries):
+                entries.append(page_entry(captioner, row, pixels, len(entries)))
+            if args.show and pixels is not None:
+                show_video(args.show, captioner, row["caption"], pixels)
+    finally:  # after Ctrl-C and SIGTERM, too
+        if args.report and entries:
+            report_videos(args.report, args.run, captioner, entries, rows)
     failed = sum("error" in row for row in rows)
     if failed and len(paths) > 1:
         cli.print_error(f"error: {failed} of {len(paths)} videos could not be captioned")

@@ -45,11 +45,12 @@ def replace_atomically(path: str | Path) -> Iterator[BinaryIO]:
     real = Path(os.path.realpath(path))  # a link stays a link
     temporary = real.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with writing(path), open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, real)
+        with writing(path):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, real)
     except BaseException:  # Ctrl-C too
         with suppress(OSError):
             os.unlink(temporary)
