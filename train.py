@@ -236,8 +236,6 @@ def main() -> int:
                 raise KeyboardInterrupt
 
     # 5. The test split, once, with the best weights
-    if not steps:
-        run.save("best", captioner, step)  # --method none: the models as they are
     run.load_best(captioner)
     score_test(captioner, dataset, inputs["test"], group, run, step, progress)
     return group.destroy()

@@ -118,6 +118,8 @@ class Run:
             return
         check_out(self.folder)  # again, now that it is locked
         self.save("last", captioner, 0, optimizer)
+        if optimizer is None:  # --method none: the models as they are
+            self.save("best", captioner, 0)
         write_json(self.folder / "config.json", {
             "version": VERSION, "config": to_json(captioner.config), "models": self.fingerprints,
             "splits": dataset.counts(), "differences": dataset.differences(),
