@@ -83,7 +83,7 @@ def score_captions(dataset: VideoDataset, split: str, captions: dict[str, str], 
     references = {clip.id: list(clip.captions) for clip in dataset.splits[split]}
     try:
         result = metrics.score(references, captions, metrics=metric_names)
-    except metrics.InputError as error:
+    except metrics.InputError as error:  # metrics/ imports nothing of the project
         raise InputError(str(error)) from error
     scores = dict(result.corpus)
     if dataset.name == "shapes":
@@ -98,10 +98,10 @@ def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, c
     share, and all together `batch_size` clips at once."""
     clips, training, captions = dataset.splits[split], captioner.training, []
     device, indices = next(captioner.parameters()).device, group.shard(range(len(clips)))
-    step, time_left = max(1, batch_size // group.world_size), cli.TimeLeft("captions", len(indices))
+    stride, time_left = max(1, batch_size // group.world_size), cli.TimeLeft("captions", len(indices))
     captioner.eval()
-    for start in range(0, len(indices), step):
-        frames = to_tensor(np.stack([cache[i] for i in indices[start : start + step]]))  # (B, T, ...)
+    for start in range(0, len(indices), stride):
+        frames = to_tensor(np.stack([cache[i] for i in indices[start : start + stride]]))  # (B, T, ...)
         with explain_out_of_memory(f"captions of {len(frames)} clips at once"):
             captions += captioner.caption(frames.to(device), beams)
         time_left.update(len(captions))

@@ -17,7 +17,7 @@ from qadapter import CastLinear, GatedCrossAttention, QAdapter
 class PlainGate(GatedCrossAttention):
     """g = sigmoid([Q ; A] W_g + b_g): the gate reads queries and reads as they are, not their LN."""
 
-    def gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
+    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
         return self.gate(torch.cat([queries, read], dim=-1)).sigmoid()  # (B, N, 1)
 
 
@@ -50,7 +50,7 @@ class TokenGate(GatedCrossAttention):
         k, v = super().keys_and_values(z, time_embed)  # (B, T*P, r)
         return k, v * self.project(self.gate, z, time_embed).flatten(1, 2).sigmoid()
 
-    def gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
+    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
         return queries.new_ones(*queries.shape[:2], 1)
 
 

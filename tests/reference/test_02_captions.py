@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from common.config import METHODS, Config
 from common.errors import InputError
 from common.files import sha256_of
-from model import Captioner
+from model import Captioner, checksum
 from models import caption_loss
 from models.generation import naive_generate
 from models.lm import CausalLM, LMConfig
@@ -313,14 +313,15 @@ def test_a_checkpoint_holds_what_is_trained_bit_for_bit(name, tmp_path):
     (tmp_path / "flipped").write_bytes(content)
     without = {key: tensor for key, tensor in tensors.items() if key != "connector.bias"}
     for i, wrong in enumerate((without, tensors | {"x": torch.ones(1)}, without | {"connector.bias": torch.ones(9)})):
-        write_safetensors(tmp_path / f"wrong {i}", wrong)
+        write_safetensors(tmp_path / f"wrong {i}", wrong, {"sha256": checksum(wrong)})
     make(next(key for key in CONFIGS if key != name)).save(tmp_path / "wrong 3", {})
     for i in range(4):
-        with pytest.raises(InputError, match=f"wrong {i}: tensor .* this model trains"):
+        with pytest.raises(InputError, match=f"wrong {i}: tensor .* this model expects"):
             other.load(tmp_path / f"wrong {i}")
         assert bits(dict(other.named_parameters())) == untouched
     with pytest.raises(InputError, match="flipped: is damaged"):
-        make(name).load(tmp_path / "flipped")
+        other.load(tmp_path / "flipped")
+    assert bits(dict(other.named_parameters())) == untouched
     other.load(path)
     assert bits(other.checkpoint_tensors()) == bits(ours.checkpoint_tensors()) == bits(tensors)
     with torch.no_grad():

@@ -68,9 +68,9 @@ def naive(name: str | None, adapter: QAdapter, z: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", [None, *VARIANTS])
 def test_a_variant_is_its_equations(name):
     adapter, z = make(name), torch.randn(2, T, 1, P, D, dtype=torch.float64)
-    found = adapter.read(z)
+    found = adapter.read_outputs(z)
     torch.testing.assert_close(found, torch.stack([naive(name, adapter, clip[:, 0]) for clip in z]), rtol=0, atol=1e-9)
-    assert adapter.gates.shape == ((1, 2, N, D) if name == "gate-channel" else (1, 2, N))
+    assert adapter.last_gates.shape == ((1, 2, N, D) if name == "gate-channel" else (1, 2, N))
     found.square().sum().backward()
     assert all(p.grad is not None for p in adapter.parameters() if p.requires_grad)
 
@@ -79,7 +79,7 @@ def test_what_starts_otherwise():
     """Gates at sigmoid(2), sigmoid(-2); frame vectors of rank 4, where a ramp has rank 1."""
     for name, gate in (("gate-open", 0.8808), ("gate-shut", 0.1192)):
         adapter = VARIANTS[name](D, 1, CONFIG)
-        adapter.read(torch.randn(1, T, 1, P, D))
-        torch.testing.assert_close(adapter.gates, torch.full((1, 1, N), gate), rtol=0, atol=1e-4)
+        adapter.read_outputs(torch.randn(1, T, 1, P, D))
+        torch.testing.assert_close(adapter.last_gates, torch.full((1, 1, N), gate), rtol=0, atol=1e-4)
     ranks = [torch.linalg.matrix_rank(kind(D, 1, CONFIG).time_embed) for kind in (VARIANTS["time-random"], QAdapter)]
     assert ranks == [T, 1]
