@@ -229,7 +229,7 @@ class Captioner(nn.Module):
     def forward(self, frames: Tensor, labels: Tensor) -> Tensor:
         """Frames (B, T, 3, S, S), or their block outputs, and K captions each: ids (B, K, L), padded with -100, on the
         CPU -> the cross-entropy summed over all caption tokens and EOS. A clip is encoded once for its K captions."""
-        return caption_loss(self.lm.hidden, self.lm.embed, self.lm.head, self.prefix(frames), labels)
+        return caption_loss(self.lm, self.prefix(frames), labels)
 
     def check_length(self, frames: int, beams: int, max_new_tokens: int = 30) -> None:
         """Raises InputError, before any work, for a search that the language model has no positions or tokens for."""

@@ -24,11 +24,11 @@ from time import sleep
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import Request, urlopen
 
 from common.errors import InputError, reading
 from common.files import acquire_lock, field, format_bytes, parse_object, replace_atomically, sha256_of
-from common.preprocessing import VIDEO_PREPROCESSORS
+from common.preprocessing import IMAGE_PREPROCESSORS, VIDEO_PREPROCESSORS
 from models.weights import WEIGHT_FILE_NAMES, read_index
 
 CACHE = Path(os.environ.get("QADAPTER_CACHE") or "~/.cache/qadapter/hub").expanduser()
@@ -41,7 +41,9 @@ PART = r"\w(?:[\w.-]*\w)?"  # of a path: neither hidden nor a parent folder
 HUB_ID = re.compile(rf"({PART}/{PART})(?:@({PART}(?:/{PART})*))?", re.ASCII)
 COMMIT = re.compile("[0-9a-f]{40}")
 
-CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json", *VIDEO_PREPROCESSORS)
+# All that is read of a model besides its weights.
+CONFIG_FILES = ("config.json", "generation_config.json", *IMAGE_PREPROCESSORS, *VIDEO_PREPROCESSORS,
+                "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 GATED = ": the model is gated, private or missing: accept its terms on its page and set HF_TOKEN to a token with access"
 REFUSALS = {401: GATED, 403: GATED, 404: ": no such local folder or file, and no such model or revision"}
 
@@ -49,25 +51,13 @@ REFUSALS = {401: GATED, 403: GATED, 404: ": no such local folder or file, and no
 # -------------------------------------------------------------------------------------- files
 
 
-class _RedirectHandler(HTTPRedirectHandler):
-    """Keeps the token from other servers than the one it is for."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if (new.type, new.host) != (req.type, req.host):
-            new.remove_header("Authorization")
-        return new
-
-
 def _open(url: str, start: int = 0) -> HTTPResponse:
     """Requests a file from byte `start` on [2]. Raises InputError if it is refused, OSError if a retry may help."""
-    headers = {"User-Agent": "qadapter"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    if token := os.environ.get("HF_TOKEN", "").strip():
-        headers["Authorization"] = f"Bearer {token}"
     try:
-        return build_opener(_RedirectHandler).open(Request(url, headers=headers), timeout=TIMEOUT)
+        request = Request(url, headers={"User-Agent": "qadapter"} | ({"Range": f"bytes={start}-"} if start else {}))
+        if token := os.environ.get("HF_TOKEN", "").strip():
+            request.add_unredirected_header("Authorization", f"Bearer {token}")  # not for the servers of the files
+        return urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
         if error.code in REFUSALS:
             raise InputError(f"{url}: the server answers {error.code}{REFUSALS[error.code]}") from error
@@ -83,18 +73,13 @@ def _with_retries(url: str, request: Callable[[], Any]) -> Any:
             return request()
         except (OSError, HTTPException) as error:
             if pause is None:
-                raise InputError(
-                    f"{url}: {error or type(error).__name__}; what has arrived stays in {CACHE}"
-                ) from error
+                reason = error or type(error).__name__
+                raise InputError(f"{url}: {reason}; what has arrived stays in {CACHE}") from error
             sleep(pause)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
 def _download(url: str, path: Path, size: int, sha256: str | None) -> None:
-    """Downloads a file to `path`, which exists only when it is complete; a correct file there is kept.
+    """Downloads a file to `path`, which exists only when it is complete.
 
     A partial file is continued, also by later calls, if its SHA-256 is known and can prove that the parts fit together.
     Raises InputError for a file of another size or SHA-256, and after the last retry.
@@ -102,17 +87,19 @@ def _download(url: str, path: Path, size: int, sha256: str | None) -> None:
     part = path.with_name(path.name + ".part")
 
     def receive() -> None:
-        start = _size(part) if sha256 else 0
-        if not start or start < size:
+        start = part.stat().st_size if sha256 else 0
+        if start < size:
             with _open(url, start) as response, open(part, "ab" if response.status == 206 else "wb") as file:
                 shutil.copyfileobj(response, file)
-        if _size(part) < size:
-            raise ConnectionError(f"the connection broke at {format_bytes(_size(part))} of {format_bytes(size)}")
+        if (arrived := part.stat().st_size) < size:
+            raise ConnectionError(f"the connection broke at {format_bytes(arrived)} of {format_bytes(size)}")
 
-    if _size(path) == size and path.is_file() and sha256 in (None, sha256_of(path)):
+    if path.is_file() and path.stat().st_size == size:
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
     _with_retries(url, receive)
-    if _size(part) != size or sha256 not in (None, sha256_of(part)):
+    if part.stat().st_size != size or sha256 not in (None, sha256_of(part)):
         part.unlink()
         raise InputError(f"{url}: expected {size} bytes of SHA-256 {sha256}, found other ones, which are deleted")
     os.replace(part, path)
@@ -144,11 +131,9 @@ def _download_model(repo: str, revision: str, home: Path, check: Callable[[Path]
 
     def download(names: list[str]) -> None:
         for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _download(f"{base_url}/{quote(name)}", folder / name, *files[name])
 
-    tokenizer = ["tokenizer.model"] if "tokenizer.model" in files else ["tokenizer.json", "tokenizer_config.json"]
-    configs = [name for name in (*CONFIGS, *tokenizer) if name in files]
+    configs = [name for name in CONFIG_FILES if name in files]
     weights = [name for name in WEIGHT_FILE_NAMES if name in files][:1]
     if "config.json" not in configs or not weights:
         raise InputError(f"{url}: expected config.json and one of {', '.join(WEIGHT_FILE_NAMES)}, found one at most")

@@ -11,7 +11,6 @@ import json
 import random
 import unicodedata
 from functools import reduce
-from itertools import pairwise
 from operator import getitem
 from types import SimpleNamespace
 
@@ -22,7 +21,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from common.errors import InputError
-from models.bpe import load_bpe, merge
+from models.bpe import load_bpe
 from tests.common.helpers import refused
 
 TINY = ["tiny SmolLM2", "tiny Qwen", "tiny Llama 3"]
@@ -132,30 +131,6 @@ def test_random_ids_have_the_text_of_the_reference(case):
         assert case.ours.decode_with_added(ids) == case.theirs.decode(ids, skip_special_tokens=False), ids
         line = " ".join(case.theirs.decode(ids, skip_special_tokens=True).split())
         assert case.ours.decode([ids, []]) == [line, ""], ids
-
-
-# ------------------------------------------------------------------------------------------ merges
-
-
-def naive_merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """One merge at a time, with all pairs ranked anew."""
-    while pairs := [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]:
-        _, i = min(pairs)
-        symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
-    return symbols
-
-
-def test_merges_equal_naive_ones():
-    """3,000 words of a and b, seed 2, with pairs in random order: a merge can lead to a pair of lower rank."""
-    rng, differs = random.Random(2), 0
-    for _ in range(3000):
-        tokens = ["a", "b", *("".join(rng.choices("ab", k=rng.randint(2, 4))) for _ in range(4))]
-        pairs = [*dict.fromkeys((rng.choice(tokens), rng.choice(tokens)) for _ in range(rng.randint(0, 20)))]
-        ranks, word = {pair: rank for rank, pair in enumerate(pairs)}, rng.choices("ab", k=rng.randint(0, 12))
-        expected = naive_merge(word, ranks)
-        assert merge(word, ranks) == expected, (word, ranks)
-        differs += naive_merge(word, {pair: -rank for pair, rank in ranks.items()}) != expected
-    assert differs > 300
 
 
 # ---------------------------------------------------------------------------------- files refused

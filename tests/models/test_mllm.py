@@ -205,5 +205,5 @@ def test_another_number_of_image_tokens_is_refused(reference):
     ours = MLLM.from_pretrained(reference.folder)
     count = 2 * ours.config.tokens_per_image
     for ids, found in ((reference.ids[:, 4:], count - 2), (reference.ids[:, -2:], 0)):
-        with refused("image token 98", f"occurs {found} times", f"expected {count}"):
+        with refused("image token", f"occurs {found} times", f"expected {count}"):
             ours.embed(ids, reference.pixels)
