@@ -264,7 +264,5 @@ def read_bos_id(post_processor: dict | None, added: dict[str, int]) -> int | Non
 def read_bos_token(path: Path, added: dict[str, int]) -> int | None:
     """The `bos_token` of a tokenizer_config.json: null, a token, or an object with its content."""
     token = read_json(path).get("bos_token")
-    name = token.get("content") if isinstance(token, dict) else token
-    if token is not None and name not in [*added]:
-        raise InputError(f"{path}: bos_token is {short(token)}, expected an added token of tokenizer.json")
-    return None if token is None else added[name]
+    with reading(path):
+        return None if token is None else added[token["content"] if isinstance(token, dict) else token]

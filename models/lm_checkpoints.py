@@ -113,7 +113,7 @@ def _read_rope(published: dict[str, Any], config: dict[str, Any], where: str | P
         parts = {"full_attention": parts}
     check_supported(parts, dict.fromkeys(parts.keys() - set(LAYER_TYPES)), f"{where}: rope_parameters")
     rope, local = (field(parts, name, dict, where, {}) for name in LAYER_TYPES)
-    rope = rope | field(published, "rope_scaling", dict, where, {})
+    rope = field(published, "rope_scaling", dict, where, {}) or rope
     found = {"rope_theta": field(rope, "rope_theta", float, where, config["rope_theta"], 1, 1e12)}
     found["rope_scaling"] = _read_scaling(rope, published, config, where, tuple(ROPE_FIELDS))
     if config["gemma"]:

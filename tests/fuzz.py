@@ -93,7 +93,7 @@ def run_child(case: Case, folder: Path, closed: int | None) -> None:
             setattr(sys, ("stdin", "stdout", "stderr")[closed], None)
         sys.argv = ["command", *map(str, case.words)]
         os.environ.update(HF_ENDPOINT="http://127.0.0.1:9", COLUMNS="100")  # nothing listens there
-        hub.PAUSES, hub.CACHE = (), folder / "hub"
+        hub.CACHE = folder / "hub"
         os.chdir(folder)
         warnings.simplefilter("error")
         if case.script is metrics_command:

@@ -16,12 +16,12 @@ import sentencepiece
 import tokenizers
 import torch
 from jinja2 import Template
-from models.mllm import NUMBERS, encode_prompt, prompt_texts
 from tokenizers.normalizers import Prepend, Replace, Sequence
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.smolvlm import processing_smolvlm
 
 from models.bpe import BPETokenizer
+from models.mllm import NUMBERS, encode_prompt, prompt_texts
 from models.tokenizer import SentencePieceTokenizer, load_bpe, load_tokenizer
 from tests.common.helpers import ROOT, refused
 

@@ -107,5 +107,5 @@ def test_bos_of_a_bpe(tmp_path):
         files = {"tokenizer_config_json": {"bos_token": bos_token}}
         assert (load(sequence, **files), load(byte_level, **files)) == (first, expected)
     for bos_token in ("<s>", 5, {}, [], "a"):
-        with refused("tokenizer_config.json: bos_token is", "expected an added token of tokenizer.json"):
+        with refused("tokenizer_config.json: "):
             load(None, tokenizer_config_json={"bos_token": bos_token})
