@@ -237,6 +237,9 @@ def test_preprocessing_is_that_of_the_folder(tmp_path, name, fields, expected):
     path.unlink()
     with refused("preprocessor_config.json"):
         MLLM.from_config(tmp_path)
+    if name in (LLAVA, INTERLEAVE):
+        change_json(tmp_path / "processor_config.json", image_processor=fields, patch_size=14)  # of transformers 5
+        assert MLLM.from_config(tmp_path).vit.preprocessing == expected
 
 
 REFUSED_PREPROCESSING = [
