@@ -263,4 +263,4 @@ class QAdapter(nn.Module):
         above 0.98), which hardly get a gradient."""
         saturated = (self.gates < 0.02) | (self.gates > 0.98)
         return {name: x.float().flatten(1).mean(1).tolist()
-                for name, x in (("gates", self.gates), ("saturated", saturated))}  # fmt: skip
+                for name, x in (("gates", self.gates), ("saturated", saturated))}

@@ -61,10 +61,9 @@ def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner,
     clips, frames, labels = batch
     device = next(captioner.parameters()).device
     losses = [captioner(frames[i : i + 1].to(device), labels[i : i + 1]) for i in range(len(clips))]
-    local = [clip for clip, clip_loss in zip(clips, losses, strict=True) if not clip_loss.isfinite()]
-    names = ", ".join(sum(group.all_gather(local), [])) or "none"
+    bad = group.gather({clip: None for clip, clip_loss in zip(clips, losses, strict=True) if not clip_loss.isfinite()})
     raise InputError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; clips whose own loss is "
-                     f"not finite: {names}; last/ is unchanged")
+                     f"not finite: {', '.join(bad) or 'none'}; last/ is unchanged")
 
 
 def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, steps: int, loss: float, lr: float) -> None:
@@ -122,7 +121,7 @@ def load_captioner(config: Config, device: torch.device,
                    group: distributed.ProcessGroup) -> tuple[Captioner, dict[str, str]]:
     """The captioner of a config on its device, and the fingerprints of its frozen models' files. Its `config` names the
     models that were found. For --plan it is on the meta device."""
-    with group.rank0_first():  # one process of each machine downloads
+    with group.first_of_machine():  # one process of each machine downloads
         config, folders = resolve_models(with_default_models(config, device))
     dtype = devices.DTYPES[config.precision]
     backbone, tokenizer = load_models(folders, dtype, config.image_size, meta=config.plan)
@@ -165,7 +164,7 @@ def main() -> int:
     torch.manual_seed(config.seed)
 
     # 2. Data and model
-    with group.rank0_first():  # one process of each machine makes `shapes`
+    with group.first_of_machine():  # one process of each machine makes `shapes`
         dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing)
     clips = dataset.splits["train"]
     schedule = make_schedule(config, len(clips), sum(len(clip.captions) for clip in clips))
@@ -178,7 +177,7 @@ def main() -> int:
         return group.destroy()
     if config.resume:
         check_run(config.resume, fingerprints, dataset.counts())
-    with group.rank0_first():  # one process of each machine decodes
+    with group.first_of_machine():  # one process of each machine decodes
         inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
     examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, config.frames,
                                 config.captions_per_clip, config.seed, captioner.lm.config.eos_id, MAX_CAPTION_TOKENS)
@@ -237,8 +236,6 @@ def main() -> int:
                 raise KeyboardInterrupt
 
     # 5. The test split, once, with the best weights
-    if not steps:
-        run.save("best", captioner, step)  # --method none: the models as they are
     run.load_best(captioner)
     score_test(captioner, dataset, inputs["test"], group, run, step, progress)
     return group.destroy()

@@ -69,7 +69,8 @@ def read_settings(run_folder: Path) -> dict[str, object]:
     """What a page says of a run: its numbers of parameters, and the flags that are set; 0 is a value."""
     content = read_json(run_folder / "config.json")
     flags = {name: value for name, value in content["config"].items() if value is not None and value is not False}
-    return {name: f"{content[name]:,}" for name in ("trained", "total")} | flags
+    counts = {name: content.get(name) for name in ("trained", "total")}
+    return {name: f"{count:,}" for name, count in counts.items() if type(count) is int} | flags
 
 
 def format_rows(rows: dict[str, object]) -> str:
