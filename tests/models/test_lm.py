@@ -88,9 +88,8 @@ def make(folder: Path, config: dict, seed: int = 0, dtype: torch.dtype = torch.f
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     # Created in float32: creating it in the config's dtype would round Gemma's embedding scale.
-    theirs = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(folder), dtype=torch.float32, attn_implementation="eager"
-    )
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **options)
     theirs = theirs.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     mean = 0.0 if config["model_type"] == "gemma3_text" else 1.0  # Gemma's norms multiply by 1 + weight

@@ -29,19 +29,10 @@ TEXT = json.loads("""{
     "eos_token_id": 2, "pad_token_id": 0
 }""")
 LLAMA, QWEN2 = TEXT | {"model_type": "llama"}, TEXT | {"model_type": "qwen2"}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "patch_size": 14,
-}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+VISION |= {"patch_size": 14}
 CLIP = VISION | {"model_type": "clip_vision_model", "image_size": 42}
-SIGLIP = VISION | {
-    "model_type": "siglip_vision_model",
-    "image_size": 45,
-    "vision_use_head": False,
-}  # 3 pixels left over
+SIGLIP = VISION | {"model_type": "siglip_vision_model", "image_size": 45, "vision_use_head": False}  # 3 left over
 IDEFICS3 = {"hidden_size": 16, "image_size": 32, "num_attention_heads": 2, "patch_size": 4}  # 8 x 8 patches
 VIDEO_FILE = "video_processor/preprocessor_config.json"
 SQUASH = {"size": {"height": 45, "width": 45}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

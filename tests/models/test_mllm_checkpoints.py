@@ -122,14 +122,6 @@ def test_the_head_is_tied_where_transformers_ties_it(tmp_path, name):
         assert read_text_config(tmp_path / "config.json")["tied"] == tied == (outside or (inside and "llava" in name))
 
 
-def test_texts_end_where_generation_config_says(tmp_path):
-    """It counts even if text_config says something else."""
-    make_folder(tmp_path, INTERLEAVE)
-    for content, expected in (({"eos_token_id": 5}, (5,)), ({"eos_token_id": [9, 5]}, (9, 5)), ({}, (151645,))):
-        (tmp_path / "generation_config.json").write_text(json.dumps(content))
-        assert MLLM.from_config(tmp_path).config.lm.eos_ids == expected
-
-
 REFUSED = [
     (LLAVA, {"model_type": "llava_next"}, "llava or llava_onevision or idefics3 or smolvlm"),
     (LLAVA, {"text_config": []}, "'text_config'"),

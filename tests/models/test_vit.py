@@ -16,18 +16,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from torch import nn
 from torchvision.models import vision_transformer as torchvision_vit
-from transformers import (
-    AutoConfig,
-    CLIPModel,
-    CLIPVisionModel,
-    CLIPVisionModelWithProjection,
-    Dinov2ForImageClassification,
-    Dinov2Model,
-    SiglipModel,
-    SiglipVisionModel,
-)
+from transformers import AutoConfig, Dinov2Model
 
 from common.preprocessing import CLIP_MEAN, CLIP_STD
 from models.vit import ViT
@@ -66,10 +58,10 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
 
 
 CLASSES = {
-    "clip": CLIPModel,
-    "clip_vision_model": CLIPVisionModel,
-    "siglip": SiglipModel,
-    "siglip_vision_model": SiglipVisionModel,
+    "clip": transformers.CLIPModel,
+    "clip_vision_model": transformers.CLIPVisionModel,
+    "siglip": transformers.SiglipModel,
+    "siglip_vision_model": transformers.SiglipVisionModel,
     "dinov2": Dinov2Model,
 }
 
@@ -187,8 +179,8 @@ def test_options_and_shapes(tmp_path, kind, fields):
     assert_same(ViT.from_pretrained(tmp_path), theirs, fields.get("image_size", 24), seed=3)
 
 
-WITH_HEADS = [(CLIPVisionModelWithProjection, "clip_vision_model", "vision_model")]
-WITH_HEADS += [(Dinov2ForImageClassification, "dinov2", "dinov2")]
+WITH_HEADS = [(transformers.CLIPVisionModelWithProjection, "clip_vision_model", "vision_model")]
+WITH_HEADS += [(transformers.Dinov2ForImageClassification, "dinov2", "dinov2")]
 
 
 @pytest.mark.parametrize("model, kind, part", WITH_HEADS)
