@@ -232,7 +232,7 @@ class Captioner(nn.Module):
     def forward(self, frames: Tensor, labels: Tensor) -> Tensor:
         """The input, and K captions each: ids (B, K, L), padded with -100, on the CPU -> the cross-entropy summed over
         all caption tokens and EOS. A clip is encoded once for its K captions."""
-        return caption_loss(self.lm.hidden, self.lm.embed, self.lm.head, self.prefix(frames), labels)
+        return caption_loss(self.lm, self.prefix(frames), labels)
 
     def check_length(self, num_frames: int, beams: int, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
         """Raises InputError, before any work, for a search that the language model has no positions or tokens for."""

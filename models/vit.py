@@ -143,8 +143,6 @@ class ViT(nn.Module):
     last block, for the others that of the final norm. `preprocessing` says how frames are resized and normalized.
     """
 
-    CONFIG_FILES = ("config.json", "preprocessor_config.json")
-
     def __init__(self, config: ViTConfig, preprocessing: Preprocessing | None = None):
         super().__init__()
         self.config = config
@@ -241,7 +239,7 @@ class ViT(nn.Module):
 
     @classmethod
     def from_config(cls, folder: str | Path, image_size: int | None = None) -> "ViT":
-        """The model of a folder on the meta device, from CONFIG_FILES alone. Raises InputError."""
+        """The model of a folder on the meta device, from its configs alone. Raises InputError."""
         return cls._build(read_vit_folder(Path(folder)), image_size)
 
     @classmethod
