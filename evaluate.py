@@ -25,7 +25,7 @@ from torch import Tensor
 import metrics
 from common import cli
 from common.config import Config, read_config
-from common.errors import InputError, error_prefix, explain_out_of_memory
+from common.errors import InputError, error_prefix, explain_out_of_memory, writing
 from common.files import write_json
 from model import Captioner
 from report.page import fits_another, page_entry, report_split, report_videos
@@ -83,7 +83,7 @@ def score_captions(dataset: VideoDataset, split: str, captions: dict[str, str], 
     references = {clip.id: list(clip.captions) for clip in dataset.splits[split]}
     try:
         result = metrics.score(references, captions, metrics=metric_names)
-    except metrics.InputError as error:
+    except metrics.InputError as error:  # metrics/ imports nothing of the project
         raise InputError(str(error)) from error
     scores = dict(result.corpus)
     if dataset.name == "shapes":
@@ -98,16 +98,16 @@ def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, c
     share, and all together `batch_size` clips at once."""
     clips, training, captions = dataset.splits[split], captioner.training, []
     device, indices = next(captioner.parameters()).device, group.shard(range(len(clips)))
-    step, time_left = max(1, batch_size // group.world_size), cli.TimeLeft("captions", len(indices))
+    stride, time_left = max(1, batch_size // group.world_size), cli.TimeLeft("captions", len(indices))
     captioner.eval()
-    for start in range(0, len(indices), step):
-        frames = to_tensor(np.stack([cache[i] for i in indices[start : start + step]]))  # (B, T, ...)
+    for start in range(0, len(indices), stride):
+        frames = to_tensor(np.stack([cache[i] for i in indices[start : start + stride]]))  # (B, T, ...)
         with explain_out_of_memory(f"captions of {len(frames)} clips at once"):
             captions += captioner.caption(frames.to(device), beams)
         time_left.update(len(captions))
     captioner.train(training)
-    captions = dict(zip((clip.id for clip in clips), group.gather_shards(captions), strict=True))
-    return score_captions(dataset, split, captions, metric_names)
+    captions = group.gather({clips[i].id: caption for i, caption in zip(indices, captions, strict=True)})
+    return score_captions(dataset, split, {clip.id: captions[clip.id] for clip in clips}, metric_names)
 
 
 def format_scores(scores: dict[str, float]) -> str:
@@ -176,26 +176,26 @@ def write_row(path: Path, row: dict, number: int) -> None:
     text = json.dumps(row) + "\n"
     if path.suffix.lower() == ".srt":
         text = "" if "error" in row else format_srt(number, row["start"], row["end"], row["caption"])
-    with open(path, "w" if number == 1 else "a", encoding="utf-8", errors="backslashreplace") as file:
+    mode = "w" if number == 1 else "a"
+    with writing(path), open(path, mode, encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
 
 
 def evaluate_videos(captioner: Captioner, paths: list[Path], args: argparse.Namespace, config: Config) -> int:
     """Captions the videos of --video. Returns the exit code, 2 if any could not be read."""
     rows, entries = [], []
-    with cli.protect_cleanup():
-        try:
-            for row, pixels in caption_videos(captioner, paths, config, args.window):
-                rows.append(row)
-                if args.save:
-                    write_row(args.save, row, len(rows))
-                if args.report and pixels is not None and fits_another(entries):
-                    entries.append(page_entry(captioner, row, pixels, len(entries)))
-                if args.show and pixels is not None:
-                    show_video(args.show, captioner, row["caption"], pixels)
-        finally:  # after Ctrl-C and SIGTERM, too
-            if args.report and entries:
-                report_videos(args.report, args.run, captioner, entries, rows)
+    try:
+        for row, pixels in caption_videos(captioner, paths, config, args.window):
+            rows.append(row)
+            if args.save:
+                write_row(args.save, row, len(rows))
+            if args.report and pixels is not None and fits_another(entries):
+                entries.append(page_entry(captioner, row, pixels, len(entries)))
+            if args.show and pixels is not None:
+                show_video(args.show, captioner, row["caption"], pixels)
+    finally:  # after Ctrl-C and SIGTERM, too
+        if args.report and entries:
+            report_videos(args.report, args.run, captioner, entries, rows)
     failed = sum("error" in row for row in rows)
     if failed and len(paths) > 1:
         cli.print_error(f"error: {failed} of {len(paths)} videos could not be captioned")
@@ -246,15 +246,20 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(message)
 
 
+def file_id(path: Path) -> tuple[int, int]:
+    """What is the same for all names of a file, links too."""
+    return path.stat().st_dev, path.stat().st_ino
+
+
 def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequence[Path]) -> None:
     """Raises InputError for an output that cannot be written, or would replace a file of the run or of `inputs`, files
     and folders that are read; and for several videos with an output for one."""
     outputs = {flag: path for flag in ("save", "report", "show") if (path := getattr(args, flag))}
     of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "lock")
-    inputs = [path.resolve() for path in (*inputs, *videos, *map(args.run.joinpath, of_run))]
+    read = {file_id(path) for path in (*inputs, *videos, *map(args.run.joinpath, of_run)) if path.exists()}
     for flag, path in outputs.items():
         target = path.resolve()
-        if target.exists() and not {target, *target.parents}.isdisjoint(inputs):
+        if target.exists() and not read.isdisjoint(map(file_id, (target, *target.parents))):
             raise InputError(f"--{flag} {path}: is a file that is read, expected another one")
         if not os.access(target.parent, os.W_OK) or (target.exists() and not target.is_file()):
             raise InputError(f"--{flag} {path}: expected the name of a file in a folder that can be written to")

@@ -13,8 +13,8 @@ What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer 
 or nothing (`none`).
 
 Shapes: B clips, T frames, S side in pixels, P tokens of the ViT per frame, D ViT width, N queries Q, C width of the
-language model, N' visual tokens of one of M groups, n images, K captions per clip, L tokens of the longest caption with
-its EOS.
+language model, N' visual tokens per frame, M groups of visual tokens in a prompt, n images, K captions per clip, L
+tokens of the longest caption with its EOS, J blocks from `first_block` on.
 """
 
 import hashlib
@@ -41,6 +41,7 @@ from qadapter import QAdapter, init_time_embed, interpolate_time_embed
 __all__ = ["MLLM", "Captioner", "CausalLM", "Pair", "ViT", "generate", "load_tokenizer"]
 
 MAX_CAPTION_TOKENS = 40  # longer training captions are truncated
+MAX_NEW_TOKENS = 30  # of a generated caption; hardly a person's has more
 
 
 def make_adapter(vit: ViT, config: Config) -> QAdapter:
@@ -59,6 +60,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     """The SHA-256 of tensors, by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -66,6 +68,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 class Captioner(nn.Module):
     """Frames to captions. Only the `trained()` parameters change; the rest is frozen and stays in eval mode.
 
+    Its input `frames` is uint8 (B, T, 3, S, S), or `block_outputs` of such frames from a cache, bf16 (B, T, J, P, D).
     The ViT and the language model compute in the dtype of their frozen weights. Trained weights are float32.
     """
 
@@ -98,11 +101,11 @@ class Captioner(nn.Module):
     def add_trained_parts(self) -> None:
         """Makes what the method adds to the frozen models, and the connector and frame vectors where it needs them."""
         config, width, lm_width = self.config, self.vit.config.width, self.lm.config.width
-        is_pair = not self.backbone.trained_together
+        pair_connector = not self.backbone.trained_together and config.method != "none"
         if config.method == "qadapter":
             self.adapter = make_adapter(self.vit, config)
             self.adapter.norm.requires_grad_(config.reads_queries)  # else nothing reads LN(Q)
-        elif config.method == "linear" or (is_pair and config.method != "none"):
+        elif config.method == "linear" or pair_connector:
             self.time_embed = nn.Parameter(init_time_embed(config.frames, self.backbone.visual_width))
         if config.method in ("lora", "lora-lm"):
             add_lora((self.vit if config.method == "lora" else self.lm).blocks, config.rank)
@@ -110,7 +113,7 @@ class Captioner(nn.Module):
             add_adapters(self.vit, config.rank)
         elif config.method == "prompt":
             add_prompts(self.vit, config.queries)
-        if (is_pair and config.method != "none") or (config.reads_queries and not self.backbone.projects_vectors):
+        if pair_connector or (config.reads_queries and not self.backbone.projects_vectors):
             self.connector = nn.Linear(width, lm_width)
             nn.init.normal_(self.connector.weight, std=width**-0.5)
             nn.init.zeros_(self.connector.bias)
@@ -141,29 +144,29 @@ class Captioner(nn.Module):
         """The first block of the ViT whose output is read by what comes after the ViT."""
         return len(self.vit.blocks) - 1 if self.adapter is None else self.adapter.first
 
-    def block_outputs_shape(self, frames: int) -> tuple[int, ...]:
-        """The shape of `block_outputs` for one clip: (T, blocks, P, D)."""
-        return frames, len(self.vit.blocks) - self.first_block, *self.vit.position.shape
+    def block_outputs_shape(self, num_frames: int) -> tuple[int, ...]:
+        """The shape of `block_outputs` for one clip: (T, J, P, D)."""
+        return num_frames, len(self.vit.blocks) - self.first_block, *self.vit.position.shape
 
     def block_outputs(self, frames: Tensor) -> Tensor:
-        """Frames uint8 (B, T, 3, S, S) -> outputs of the frozen blocks from `first_block` on (B, T, blocks, P, D),
+        """Frames uint8 (B, T, 3, S, S) -> outputs of the frozen blocks from `first_block` on (B, T, J, P, D),
         without write-back. A cache stores them in bf16."""
         pixels = self.vit.normalize(frames).to(self.dtype)
         return self.vit.block_outputs(pixels.flatten(0, 1), self.first_block).unflatten(0, frames.shape[:2])
 
     def run_encoder(self, frames: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Frames uint8 (B, T, 3, S, S), or their `block_outputs` from a cache -> the Q-Adapter's LN(Q) (B, N, D), None
+        """The input -> the Q-Adapter's LN(Q) (B, N, D), None
         for the other methods, and the output of the ViT's last block (B, T, P, D)."""
         if frames.dtype != torch.uint8:
-            outputs = frames.to(self.dtype)  # (B, T, blocks, P, D)
-        elif self.config.can_cache_vit:
-            outputs = self.block_outputs(frames)  # (B, T, blocks, P, D)
+            outputs = frames.to(self.dtype)  # (B, T, J, P, D)
+        elif self.config.can_cache_vit:  # no trained weight acts inside the ViT
+            outputs = self.block_outputs(frames)  # (B, T, J, P, D)
         else:
             pixels = self.vit.normalize(frames).to(self.dtype)
             if self.adapter is not None:
                 return self.adapter.read_and_write(self.vit, pixels)
             return None, self.vit.run_blocks(pixels.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        return None if self.adapter is None else self.adapter.read(outputs), outputs[:, :, -1]
+        return None if self.adapter is None else self.adapter.read_outputs(outputs), outputs[:, :, -1]
 
     @torch.no_grad()
     def measure_channels(self, frames: Tensor) -> None:
@@ -174,26 +177,26 @@ class Captioner(nn.Module):
 
     # ------------------------------------------------------------------ what the language model reads
 
-    def texts(self, frames: int) -> list[Tensor]:
-        """The ids before, between and after the M groups of visual tokens: M + 1 texts for T = `frames` frames."""
-        key = frames, self.prefix_scale.device  # kept: a tensor made from a list is copied to a GPU, which waits for it
+    def texts(self, num_frames: int) -> list[Tensor]:
+        """The ids before, between and after the M groups of visual tokens: M + 1 texts for T = `num_frames` frames."""
+        key = num_frames, self.prefix_scale.device  # kept: copying a list to a GPU waits for the GPU
         if key not in self._texts:
-            images = 1 if self.config.reads_queries else self.backbone.num_images(frames)
+            images = 1 if self.config.reads_queries else self.backbone.num_images(num_frames)
             texts = self.backbone.prompt(self.tokenizer, images, self.config.instruction)
             self._texts[key] = [torch.tensor(ids, dtype=torch.long, device=key[1]) for ids in texts]
         return self._texts[key]
 
-    def num_visual_tokens(self, frames: int) -> int:
+    def num_visual_tokens(self, num_frames: int) -> int:
         """Visual tokens of all groups. A pair that nothing connects has none."""
         if self.config.reads_queries:
             return self.config.queries
         connected = self.backbone.trained_together or self.connector is not None
-        return frames * self.backbone.num_frame_tokens(self.config.grid) if connected else 0
+        return num_frames * self.backbone.num_frame_tokens(self.config.grid) if connected else 0
 
-    def prefix_length(self, frames: int) -> int:
+    def prefix_length(self, num_frames: int) -> int:
         """Positions before a caption: texts, visual tokens, and OneVision's newline."""
         newline = self.backbone.newline is not None
-        return sum(map(len, self.texts(frames))) + self.num_visual_tokens(frames) + newline
+        return sum(map(len, self.texts(num_frames))) + self.num_visual_tokens(num_frames) + newline
 
     def frame_tokens(self, z: Tensor) -> Tensor:
         """Outputs of the last block (B, T, P, D) -> the visual tokens of each frame (B, T, N', C)."""
@@ -212,8 +215,8 @@ class Captioner(nn.Module):
         return self.connector(queries) * self.prefix_scale
 
     def encode(self, frames: Tensor) -> list[Tensor]:
-        """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> M groups of visual tokens (B, N', C): one for the
-        queries and for a pair, one per frame for an MLLM."""
+        """The input -> M groups of visual tokens: one for the queries (B, N, C), one for a pair (B, T*N', C), one per
+        frame (B, N', C) for an MLLM."""
         if not self.num_visual_tokens(frames.shape[1]):
             return [self.prefix_scale.new_empty(len(frames), 0, self.lm.config.width)]
         queries, z = self.run_encoder(frames)
@@ -227,17 +230,17 @@ class Captioner(nn.Module):
         return self.backbone.merge(self.texts(frames.shape[1]), self.encode(frames))
 
     def forward(self, frames: Tensor, labels: Tensor) -> Tensor:
-        """Frames (B, T, 3, S, S), or their block outputs, and K captions each: ids (B, K, L), padded with -100, on the
-        CPU -> the cross-entropy summed over all caption tokens and EOS. A clip is encoded once for its K captions."""
-        return caption_loss(self.lm.hidden, self.lm.embed, self.lm.head, self.prefix(frames), labels)
+        """The input, and K captions each: ids (B, K, L), padded with -100, on the CPU -> the cross-entropy summed over
+        all caption tokens and EOS. A clip is encoded once for its K captions."""
+        return caption_loss(self.lm, self.prefix(frames), labels)
 
-    def check_length(self, frames: int, beams: int, max_new_tokens: int = 30) -> None:
+    def check_length(self, num_frames: int, beams: int, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
         """Raises InputError, before any work, for a search that the language model has no positions or tokens for."""
-        check_length(self.lm.config, self.prefix_length(frames), max_new_tokens, beams)
+        check_length(self.lm.config, self.prefix_length(num_frames), max_new_tokens, beams)
 
     @torch.no_grad()
-    def caption(self, frames: Tensor, beams: int = 1, max_new_tokens: int = 30) -> list[str]:
-        """Frames uint8 (B, T, 3, S, S), or their `block_outputs` -> one caption per clip; greedy with one beam."""
+    def caption(self, frames: Tensor, beams: int = 1, max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
+        """The input -> one caption per clip; greedy with one beam."""
         self.check_length(frames.shape[1], beams, max_new_tokens)
         return self.tokenizer.decode(generate(self.lm, self.prefix(frames), beams=beams, max_new_tokens=max_new_tokens))
 
@@ -251,9 +254,9 @@ class Captioner(nn.Module):
     def load(self, path: Path) -> None:
         """Reads what `save` wrote. Raises InputError for a damaged file and for tensors of another model."""
         tensors = read_safetensors(path)
-        self.load_tensors(tensors, path)
         if read_metadata(path).get("sha256") != checksum(tensors):
             raise InputError(f"{path}: is damaged, its tensors do not have the SHA-256 in its metadata")
+        self.load_tensors(tensors, path)
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor], where: Path) -> None:
@@ -262,7 +265,7 @@ class Captioner(nn.Module):
         for name in sorted(tensors.keys() | targets.keys()):
             shapes = [list(group[name].shape) if name in group else "none" for group in (tensors, targets)]
             if shapes[0] != shapes[1]:
-                raise InputError(f"{where}: tensor {name} is {shapes[0]}, this model trains {shapes[1]}")
+                raise InputError(f"{where}: tensor {name} is {shapes[0]}, this model expects {shapes[1]}")
         for name, target in targets.items():
             target.copy_(tensors[name])
 

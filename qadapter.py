@@ -18,8 +18,8 @@ By default Z is not changed, so the ViT needs no gradients. With write-back the 
 through a projection that starts at zero: deeper frozen blocks then work on adapted patches, and gradients pass through
 the ViT.
 
-Shapes: B clips, T frames of S x S pixels, P tokens per frame (class token and patches), D ViT width, N queries Q, Q_L
-after the last block, A what they read, L adapted blocks, r rank, h heads, d = r/h; T' is another number of frames.
+Shapes: B clips, T frames of S x S pixels, P tokens per frame (class token and patches), D ViT width, N queries Q, Q_J
+after the last block, A what they read, J adapted blocks, r rank, h heads, d = r/h; T' frames in training.
 Z, Y, E and X are those above; z in the code is LN(Z).
 
 References
@@ -76,7 +76,7 @@ def init_time_embed(frames: int, width: int) -> Tensor:
 
 
 def interpolate_time_embed(time_embed: Tensor, frames: int) -> Tensor:
-    """Frame vectors for another number of frames, by linear interpolation in time: (T', D) -> (T, D)."""
+    """Frame vectors (T', D), those of the frames in training, interpolated linearly in time -> (T, D)."""
     if frames == len(time_embed):
         return time_embed
     return F.interpolate(time_embed.T[None], size=frames, mode="linear", align_corners=False)[0].T
@@ -114,24 +114,24 @@ class GatedCrossAttention(nn.Module):
         nn.init.zeros_(gate.bias)
         return gate
 
-    def forward(self, queries: Tensor, patches: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, N, D), patches (B, T, P, D), frame vectors (T, D) -> new queries, gates (B, N), new patches.
+    def forward(self, queries: Tensor, tokens: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N, D), the tokens of a block's output (B, T, P, D), frame vectors (T, D) -> new queries, gates
+        (B, N), new tokens.
 
-        Tensors of T*P rows and width D, and the projected changes, keep the dtype of the patches. The others of width r
-        or 2r become float32 when the frame vectors are added, and everything else is float32.
+        z and what is projected from it alone have the dtype of the ViT; from where E is added on, all is float32.
         """
-        z = F.layer_norm(patches, patches.shape[-1:])  # (B, T, P, D)
+        z = F.layer_norm(tokens, tokens.shape[-1:])  # (B, T, P, D)
         normed_queries = self.norm(queries)  # (B, N, D)
         q = self.q(normed_queries)  # (B, N, r)
         k, v = self.keys_and_values(z, time_embed)  # (B, T*P, r)
         read = self.o(multi_head_attention(q, k, v, self.mask(z)))  # A: (B, N, D)
-        gates = self.gates(queries, normed_queries, read)  # (B, N, 1)
+        gates = self.compute_gates(queries, normed_queries, read)  # (B, N, 1)
         queries = queries + gates * read
         if self.write_q is not None:
-            patches = self.write(z, queries, patches, time_embed)
-        return queries, gates.squeeze(-1), patches
+            tokens = self.write(z, queries, tokens, time_embed)
+        return queries, gates.squeeze(-1), tokens
 
-    def gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
+    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
         """How much each query keeps of its read (B, N, D). Returns (B, N, 1)."""
         if self.gate is None:
             return queries.new_ones(*queries.shape[:2], 1)
@@ -153,7 +153,7 @@ class GatedCrossAttention(nn.Module):
     def project_changes(self, z: Tensor) -> Tensor:
         """(Y_t - Y_(t-1)) W for z = LN(Z), (B, T, P, D) -> (B, T, P, 2r), zero in the first frame. m cancels.
 
-        Where the ViT computes in bf16, small changes of large values are rounded: the projections are subtracted.
+        The projections are subtracted, not the tokens: in bf16 small changes of large values would be rounded away.
         """
         projected = F.linear(z, (self.kv_change.weight / self.std).to(z.dtype))  # (B, T, P, 2r)
         return projected - torch.cat([projected[:, :1], projected[:, :-1]], dim=1)
@@ -164,16 +164,16 @@ class GatedCrossAttention(nn.Module):
             return None
         return random_visibility(*z.shape[:3], self.token_dropout, z.device)[:, None, None]
 
-    def write(self, z: Tensor, queries: Tensor, patches: Tensor, time_embed: Tensor) -> Tensor:
-        """Write-back: patches (B, T, P, D), whose LN is z, attend to the queries (B, N, D). Returns new patches."""
+    def write(self, z: Tensor, queries: Tensor, tokens: Tensor, time_embed: Tensor) -> Tensor:
+        """Write-back: tokens (B, T, P, D), whose LN is z, attend to the queries (B, N, D). Returns new tokens."""
         q = self.project(self.write_q, z, time_embed).flatten(1, 2)  # (B, T*P, r)
         kv = self.write_kv(self.norm(queries))  # (B, N, 2r)
         read = multi_head_attention(q, *kv.chunk(2, dim=-1))  # (B, T*P, r)
-        return patches + self.write_o(read.to(z.dtype)).view_as(patches)  # (B, T, P, D)
+        return tokens + self.write_o(read.to(z.dtype)).view_as(tokens)  # (B, T, P, D)
 
 
 def naive_gated_cross_attention(block: GatedCrossAttention, q: Tensor, z: Tensor, time_embed: Tensor) -> Tensor:
-    """The equations at the top of this file for one clip, one head at a time: slow, for reading.
+    """The equations at the top of this file for one clip, one head at a time, with a gate: slow, for reading.
 
     Queries (N, D), a block's output (T, P, D), frame vectors (T, D) -> new queries (N, D), without write-back.
     """
@@ -216,11 +216,11 @@ class QAdapter(nn.Module):
             for i in range(self.first, depth)
         )
         self.norm = nn.LayerNorm(width)
-        self.gates: Tensor | None = None  # (L, B, N), of the last forward pass
+        self.last_gates: Tensor | None = None  # (J, B, N), of the last forward pass
 
     @torch.no_grad()
     def measure_channels(self, outputs: Tensor) -> None:
-        """Sets m and s of each block from the outputs (B, T, L, P, D) of the frozen ViT for some clips.
+        """Sets m and s of each block from the outputs (B, T, J, P, D) of the frozen ViT for some clips.
 
         In public ViTs a few channels are many times as large as the others, and most have a mean far from zero. Steps
         of Adam are alike for all channels, so without this the small ones are learned slowly.
@@ -230,18 +230,18 @@ class QAdapter(nn.Module):
             block.mean.copy_(mean)
             block.std.copy_(std.clamp(min=MIN_STD))
 
-    def read(self, outputs: Tensor) -> Tensor:
-        """Block outputs (B, T, L, P, D), just computed or from a cache -> LN(Q_L), (B, N, D). Without write-back."""
+    def read_outputs(self, outputs: Tensor) -> Tensor:
+        """Block outputs (B, T, J, P, D), just computed or from a cache -> LN(Q_J), (B, N, D). Without write-back."""
         time_embed = interpolate_time_embed(self.time_embed, outputs.shape[1])  # (T, D)
         queries, all_gates = self.queries.expand(len(outputs), -1, -1), []  # (B, N, D)
         for block, z in zip(self.blocks, outputs.unbind(2), strict=True):  # (B, T, P, D)
             queries, gates, _ = block(queries, z, time_embed)
             all_gates.append(gates.detach())
-        self.gates = torch.stack(all_gates)
+        self.last_gates = torch.stack(all_gates)
         return self.norm(queries)
 
     def read_and_write(self, vit: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalized pixels (B, T, 3, S, S) -> LN(Q_L), (B, N, D), and the output of the last block (B, T, P, D).
+        """Normalized pixels (B, T, 3, S, S) -> LN(Q_J), (B, N, D), and the output of the last block (B, T, P, D).
 
         With write-back: each ViT block works on what the queries wrote before it.
         """
@@ -249,18 +249,18 @@ class QAdapter(nn.Module):
         time_embed = interpolate_time_embed(self.time_embed, frames)  # (T, D)
         queries, all_gates = self.queries.expand(batch, -1, -1), []  # (B, N, D)
         z = vit.embed(pixels.flatten(0, 1))  # (B*T, P, D)
-        for i, block in enumerate(vit.blocks):
-            z = block(z)  # below the first adapted block nothing requires gradients, so no activation is kept
+        for i, vit_block in enumerate(vit.blocks):
+            z = vit_block(z)  # below the first adapted block nothing requires gradients, so no activation is kept
             if i >= self.first:
                 queries, gates, z = self.blocks[i - self.first](queries, z.unflatten(0, (batch, frames)), time_embed)
                 z = z.flatten(0, 1)
                 all_gates.append(gates.detach())
-        self.gates = torch.stack(all_gates)
+        self.last_gates = torch.stack(all_gates)
         return self.norm(queries), z.unflatten(0, (batch, frames))
 
     def gate_statistics(self) -> dict[str, list[float]]:
         """Of the last forward pass, per adapted block: the mean gate, and the share of saturated gates (below 0.02 or
         above 0.98), which hardly get a gradient."""
-        saturated = (self.gates < 0.02) | (self.gates > 0.98)
+        saturated = (self.last_gates < 0.02) | (self.last_gates > 0.98)
         return {name: x.float().flatten(1).mean(1).tolist()
-                for name, x in (("gates", self.gates), ("saturated", saturated))}  # fmt: skip
+                for name, x in (("gates", self.last_gates), ("saturated", saturated))}

@@ -1,11 +1,11 @@
 """Trains a captioner: `python train.py --dataset shapes`. Read it downward.
 
 A run is a folder (`training/run.py`), and `--resume RUN` continues it bit for bit. The best checkpoint is the one with
-the highest CIDEr on the validation split; the test split is scored once, after training. `torchrun --nproc-per-node 2
-train.py ...` trains the same with two processes (`training/distributed.py`).
+the highest CIDEr on the validation split after any training; the test split is scored once, at the end. `torchrun
+--nproc-per-node 2 train.py ...` trains the same with two processes (`training/distributed.py`).
 
 Shapes: B clips of this process in a batch, T frames, S side in pixels, K captions per clip, L tokens of the longest
-caption.
+caption with its EOS.
 """
 
 import math
@@ -32,7 +32,7 @@ from training.run import Run, check_out, check_run
 from video_data.batches import TrainingExamples, collate, epoch_batches, prefetch
 from video_data.datasets import read_dataset
 
-MEASURED_CLIPS = 16  # give the adapter's channel statistics
+MEASURED_CLIPS = 16  # at most, of the first batch, give the adapter's channel statistics
 LOG_EVERY = 20  # steps
 
 
@@ -46,6 +46,7 @@ def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, t
     total = torch.zeros((), device=device)
     for micro_frames, micro_labels in zip(frames.split(size), labels.split(size), strict=True):
         with explain_out_of_memory(f"a step on {len(micro_frames)} clips at once, --micro-batch-size may be smaller"):
+            # The labels stay on the CPU, where their positions are found without waiting for a GPU.
             loss = captioner(micro_frames.to(device, non_blocking=True), micro_labels) / tokens
             loss.backward()
         total += loss.detach()
@@ -55,16 +56,16 @@ def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, t
 @torch.no_grad()
 def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner, batch: tuple,
                  group: distributed.ProcessGroup) -> None:
-    """Raises InputError if the loss or the norm of the gradient is not finite; it names the clips that cause it."""
+    """Raises InputError if the loss or the norm of the gradient is not finite; it names the clips
+    whose own loss is not."""
     if math.isfinite(loss + grad_norm):
         return
     clips, frames, labels = batch
     device = next(captioner.parameters()).device
     losses = [captioner(frames[i : i + 1].to(device), labels[i : i + 1]) for i in range(len(clips))]
-    local = [clip for clip, clip_loss in zip(clips, losses, strict=True) if not clip_loss.isfinite()]
-    names = ", ".join(sum(group.all_gather(local), [])) or "none"
+    bad = group.gather({clip: None for clip, clip_loss in zip(clips, losses, strict=True) if not clip_loss.isfinite()})
     raise InputError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; clips whose own loss is "
-                     f"not finite: {names}; last/ is unchanged")
+                     f"not finite: {', '.join(bad) or 'none'}; last/ is unchanged")
 
 
 def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, steps: int, loss: float, lr: float) -> None:
@@ -79,7 +80,7 @@ def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, step
 
 def eval_batch_size(config: Config, group: distributed.ProcessGroup) -> int:
     """How many clips all processes caption at once: not more than they train on at once."""
-    return group.world_size * config.micro_batch_size if config.micro_batch_size else config.batch_size
+    return min(config.batch_size, group.world_size * (config.micro_batch_size or config.batch_size))
 
 
 def validate(captioner: Captioner, dataset, cache, group: distributed.ProcessGroup, run: Run, step: int,
@@ -122,7 +123,7 @@ def load_captioner(config: Config, device: torch.device,
                    group: distributed.ProcessGroup) -> tuple[Captioner, dict[str, str]]:
     """The captioner of a config on its device, and the fingerprints of its frozen models' files. Its `config` names the
     models that were found. For --plan it is on the meta device."""
-    with group.rank0_first():  # one process of each machine downloads
+    with group.first_of_machine():  # one process of each machine downloads
         config, folders = resolve_models(with_default_models(config, device))
     dtype = devices.DTYPES[config.precision]
     backbone, tokenizer = load_models(folders, dtype, config.image_size, meta=config.plan)
@@ -136,8 +137,8 @@ def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, st
                       group: distributed.ProcessGroup) -> float:
     """Step number `step` + 1 of training, on this process's share of a batch. Returns the loss of the whole batch."""
     (_, frames, labels), config = batch, captioner.config
-    trained = [parameter for group_of_one in optimizer.param_groups for parameter in group_of_one["params"]]
-    # Of --token-dropout: each step and process hides other tokens, and a resumed run the same ones.
+    trained = [parameter for param_group in optimizer.param_groups for parameter in param_group["params"]]
+    # Seeds --token-dropout: each step and process hides other tokens, a resumed run the same ones.
     torch.manual_seed(hash((config.seed, step, group.rank)))
     tokens = group.all_reduce(int((labels >= 0).sum()))  # the loss is a mean over the tokens of all processes
     optimizer.zero_grad(set_to_none=True)
@@ -165,7 +166,7 @@ def main() -> int:
     torch.manual_seed(config.seed)
 
     # 2. Data and model
-    with group.rank0_first():  # one process of each machine makes `shapes`
+    with group.first_of_machine():  # one process of each machine makes `shapes`
         dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing)
     clips = dataset.splits["train"]
     schedule = make_schedule(config, len(clips), sum(len(clip.captions) for clip in clips))
@@ -178,7 +179,7 @@ def main() -> int:
         return group.destroy()
     if config.resume:
         check_run(config.resume, fingerprints, dataset.counts())
-    with group.rank0_first():  # one process of each machine decodes
+    with group.first_of_machine():  # decodes, and with --cache-features runs the frozen ViT
         inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
     examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, config.frames,
                                 config.captions_per_clip, config.seed, captioner.lm.config.eos_id, MAX_CAPTION_TOKENS)
@@ -193,7 +194,7 @@ def main() -> int:
 
     # 3. Optimizer, and the step to start from
     optimizer = make_optimizer(captioner.trained(), config.weight_decay) if steps else None
-    run, step, best_cider = Run(config.out, group, fingerprints), 0, -1.0
+    run, step, best_cider = Run(config.out, group, fingerprints), 0, -1.0  # with --resume, `out` is that folder
     if config.resume:
         step, best_cider, elapsed = run.resume(captioner, optimizer, steps, device)
         start_time -= elapsed
@@ -208,7 +209,7 @@ def main() -> int:
 
     # 4. The loop
     order = epoch_batches(len(clips), config.batch_size, config.epochs, config.seed, step) if steps else ()
-    steps_between = steps // config.epochs * config.eval_every
+    steps_between = steps // config.epochs * config.eval_every  # validations; the last one is after the last step
     validation_steps = [*range(steps_between, steps, max(1, steps_between)), steps]
     test_ratio = config.beams * len(dataset.splits["test"]) / len(dataset.splits["val"])
     progress = Progress(step, validation_steps, config.batch_size, start_time, test_ratio)
@@ -237,8 +238,6 @@ def main() -> int:
                 raise KeyboardInterrupt
 
     # 5. The test split, once, with the best weights
-    if not steps:
-        run.save("best", captioner, step)  # --method none: the models as they are
     run.load_best(captioner)
     score_test(captioner, dataset, inputs["test"], group, run, step, progress)
     return group.destroy()

@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from backbones.stills import COLOURS, KINDS, AlbumData, StillHeads, draw_still
 from backbones.texts import KEYWORDS, PROMPT, TextData, document
 from common import cli
+from common.config import INSTRUCTION
 from common.files import read_json
 from models.lm import CausalLM
 from models.mllm import MLLM
 from models.mllm_checkpoints import mllm_tensor_names
-from models.mllm_prompts import INSTRUCTION
 from models.names import CLIP, lm_tensor_names, tensor_names
 from models.safetensors import write_safetensors
 from models.tokenizer import SentencePieceTokenizer

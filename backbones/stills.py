@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.texts import pad, text_loss
+from common.config import INSTRUCTION
 from models.mllm import MLLM
-from models.mllm_prompts import INSTRUCTION
 from models.tokenizer import Tokenizer
 from video_data import shapes
 

@@ -1,47 +1,39 @@
-"""Benchmarks of this project beside other tools on the same input: `python -m bench`.
+"""`python -m bench`: speed and memory of this project beside other libraries that do the same work.
 
-Where another tool computes the same, its output is compared with ours before any figure is printed. A ratio is theirs /
-ours; above 1, ours needs less. The output is a JSON object for the machine and one for each row of figures.
+The output is a JSON object for the machine and one for each comparison, with medians and ratios, theirs / ours: the
+median, the lowest, the highest. Above 1, ours needs less.
 """
 
 import json
 import os
 import platform
-import re
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
-from bench import models, scorers, training_step, video
-from bench.measure import new_process
+from bench.measure import compare, cpu_name
+from bench.work import BENCHMARKS
 from common import cli
+from common.files import write_json
 
-BENCHMARKS = {  # name -> a function of the number of repeats that returns rows of figures
-    "metrics": scorers.compare_metrics,
-    "vit": models.compare_vit,
-    "lm": models.compare_lm,
-    "decode-text": models.compare_generation,
-    "loading": models.measure_loading,
-    "decode": video.compare_reading,
-    "train": training_step.compare_training,
-    "cost": training_step.measure_cost,
-}
-PACKAGES = ("numpy", "torch", "transformers", "peft", "pycocoevalcap", "av")
+PACKAGES = "numpy", "torch", "transformers", "peft", "pycocoevalcap"
 
 
 def main() -> None:
-    parser = cli.Parser("Measures this project beside tools that compute the same.")
+    parser = cli.Parser("Measures this project beside libraries that do the same.", "python -m bench [--only train]")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, default=list(BENCHMARKS),
-                        help="which benchmarks to run")  # fmt: skip
-    parser.add_argument("--repeats", type=cli.at_least(1), default=3, help="runs of each; the median counts")
+                        help=f"what to measure: {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--repeats", type=cli.number(int, 1, 1000), default=3, help="turns of each; the median counts")
+    parser.add_argument("--json", type=cli.path, metavar="FILE", help="where to write the output too")
     args = parser.parse_args()
-    cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[:1]
-    machine = {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
-    print(json.dumps(machine | {name: version(name) for name in PACKAGES}), flush=True)
-    for name in args.only:
-        with new_process() as pool:  # none inherits the memory of another
-            for row in pool.submit(BENCHMARKS[name], args.repeats).result():
-                rounded = {key: round(cell, 3) if isinstance(cell, float) else cell for key, cell in row.items()}
-                print(json.dumps(rounded), flush=True)
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(),
+               **{name: version(name) for name in PACKAGES}}
+    print(json.dumps(machine))
+    rows = []
+    for what, tolerance, make in (benchmark for name in args.only for benchmark in BENCHMARKS[name]):
+        rows.append(compare(what, partial(make, "ours"), partial(make, "theirs"), tolerance, args.repeats))
+        print(json.dumps(rows[-1]))
+    if args.json:
+        write_json(args.json, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

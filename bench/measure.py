@@ -1,57 +1,67 @@
-"""Measures wall time of functions in turns, and CPU time and memory of a function in a new process."""
+"""Time and memory of a work of ours beside the same work of another library, each in a process of its own. Linux only.
+"""
 
-import ctypes
 import os
+import platform
 import re
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
+from torch import Tensor
 
-
-def elapsed(function: Callable) -> float:
-    """Seconds that one call takes."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+Work = Callable[[], Tensor]  # its results are compared
+FIGURES = "s", "CPU s", "MB"
 
 
-def compare_in_turns(what: str, ours: Callable, theirs: Callable, repeats: int) -> dict:
-    """A row of figures. Both functions are called in turns, and each turn has a ratio. Call them before, to warm up."""
-    times = [(elapsed(theirs), elapsed(ours)) for _ in range(repeats)]
-    ratios = sorted(their_seconds / our_seconds for their_seconds, our_seconds in times)
-    their_median, our_median = map(statistics.median, zip(*times, strict=True))
-    return {"what": what, "wall s": our_median, "theirs, wall s": their_median,
-            "ratio": statistics.median(ratios), "min ratio": ratios[0], "max ratio": ratios[-1]}  # fmt: skip
+def cpu_name() -> str:
+    """"AMD EPYC 9B14", or what Python knows of the machine."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-def new_process() -> ProcessPoolExecutor:
-    """A process that inherits no memory from this one."""
-    return ProcessPoolExecutor(1, get_context("spawn"))
+def prepare(make: Callable[[], Work]) -> None:
+    """Makes the work of this process."""
+    global work
+    work = make()
 
 
-def release_freed_memory() -> None:
-    """Returns to the system what glibc keeps of freed memory."""
-    ctypes.CDLL(None).malloc_trim(0)
+def take_turn() -> tuple[Tensor, list[float]]:
+    """Does the work once. Returns its result and FIGURES: seconds, those of all cores and child processes, and the peak
+    of this process's memory in MiB."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at the memory of this moment
+    start, cpu_start = time.perf_counter(), sum(os.times()[:4])
+    result = work()
+    seconds, cpu_seconds = time.perf_counter() - start, sum(os.times()[:4]) - cpu_start
+    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return result, [seconds, cpu_seconds, int(peak[1]) / 1024]
 
 
-def peak_memory(reset: bool = False) -> float:
-    """The peak resident memory of this process in MiB; `reset` first sets it to the current memory."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    # Not ru_maxrss, which can be that of the parent before exec.
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, as a share of the largest number."""
+    ours, theirs = ours.double(), theirs.double()
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item() if ours.shape == theirs.shape else float("inf")
 
 
-def measure(function: Callable, *args) -> tuple[object, dict[str, float]]:
-    """For a new process. -> the result of a function, its CPU seconds and the MiB by which it raises the peak memory.
+def compare(what: str, ours: Callable[[], Work], theirs: Callable[[], Work], tolerance: float, repeats: int) -> dict:
+    """A row of figures: medians over turns that alternate. The first turn warms up, and its results are compared.
 
-    CPU time includes child processes, memory does not.
+    A ratio is theirs / ours. An infinite tolerance is for two that do different work.
     """
-    memory, cpu = peak_memory(reset=True), sum(os.times()[:4])
-    result = function(*args)
-    return result, {"CPU s": sum(os.times()[:4]) - cpu, "MB": peak_memory() - memory}
+    context = get_context("spawn")  # a process that inherits no memory
+    with (ProcessPoolExecutor(1, context, prepare, (ours,)) as us,
+          ProcessPoolExecutor(1, context, prepare, (theirs,)) as them):
+        turns = [[side.submit(take_turn).result() for side in (us, them)] for _ in range(repeats + 1)]
+    error = difference(*(result for result, _ in turns[0]))
+    assert error <= tolerance, f"{what}: differs by {error:.2g} of the largest number"
+    row = {"what": what, "differs by": error}
+    for i, name in enumerate(FIGURES):
+        ours, theirs = ([turn[side][1][i] for turn in turns[1:]] for side in (0, 1))
+        ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+        row |= {name: median(ours), f"theirs, {name}": median(theirs),
+                f"ratio of {name}": [median(ratios), ratios[0], ratios[-1]]}
+    return row

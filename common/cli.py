@@ -5,8 +5,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import InputError, explain_out_of_memory
@@ -65,9 +65,15 @@ def print_error(message: str) -> None:
         print(printable(message), file=sys.stderr, flush=True)
 
 
+def _interrupt(number: int, _) -> None:
+    """Raises KeyboardInterrupt, once: a second signal must not disturb what is written after the first."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Runs a script. Its exit code is that of main; 2 after an InputError, an OSError or a lack of memory; 130 after
-    Ctrl-C; 141 if the reader of its output, such as `head`, has gone.
+    Ctrl-C or SIGTERM; 141 if the reader of its output, such as `head`, has gone.
 
     Each line of the output is flushed, so that a log file has it at once.
     """
@@ -76,6 +82,8 @@ def run(main: Callable[[], int | None]) -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # file names need not be UTF-8
     sys.stderr.reconfigure(errors="backslashreplace")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     code, message = 0, ""
     try:
         with explain_out_of_memory():
@@ -95,25 +103,9 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message:
         print_error(message)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not interrupt the exit
+    for number in (signal.SIGINT, signal.SIGTERM):  # another one must not interrupt the exit
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
-
-
-@contextmanager
-def protect_cleanup() -> Iterator[None]:
-    """Inside the block the first Ctrl-C or SIGTERM raises KeyboardInterrupt. Others are ignored, so a `finally` in the
-    block ends."""
-    signals = signal.SIGINT, signal.SIGTERM
-
-    def interrupt(*_) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in signals}
-    yield
-    for number, handler in previous.items():  # not in a `finally`: after an exception the process ends
-        signal.signal(number, handler)
 
 
 def format_seconds(seconds: float) -> str:

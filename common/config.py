@@ -166,11 +166,10 @@ def make_parser() -> argparse.ArgumentParser:
         options = dict(option.metadata)
         name, words = options.pop("group"), options.pop("help")
         if option.default not in (None, False, 0):
-            presets = [
-                f"{preset[option.name]} on {dataset}" for dataset, preset in PRESETS.items() if option.name in preset
-            ]
+            presets = [f"{preset[option.name]} on {dataset}" for dataset, preset in PRESETS.items()
+                       if option.name in preset]
             words += f" (default: {', '.join([str(option.default), *presets])})"
-        if option.type is bool or option.default is False:
+        if option.type is bool:
             options["action"] = "store_true"
         group = groups[name] = groups.get(name) or parser.add_argument_group(name)
         flag = f"--{option.name.replace('_', '-')}"
@@ -223,17 +222,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     """The Config of the command line. With --resume, that of the run, and what may be given beside it."""
     config, given = parse_words(sys.argv[1:] if argv is None else argv)
     if config.resume is None:
-        return replace(
-            config,
-            data=config.data or Path("data") / config.dataset,
-            out=config.out or Path(f"runs/{config.dataset}-{config.method}"),
-        )
+        out = config.out or Path(f"runs/{config.dataset}-{config.method}")
+        return replace(config, data=config.data or Path("data") / config.dataset, out=out)
     if refused := sorted(given - ALLOWED_WITH_RESUME):
         allowed = ", ".join(f"--{name}" for name in sorted(ALLOWED_WITH_RESUME))
         raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; --resume takes only {allowed}")
-    config = replace(read_config(config.resume), **{name: getattr(config, name) for name in given})
-    if "epochs" in given and config.method == "none":
-        raise InputError(f"--epochs: {config.resume} is of --method none, which trains nothing")
-    if "data" in given and not config.data.exists():
+    if "data" in given and not config.data.exists():  # `shapes` would be made there
         raise InputError(f"--data {config.data}: expected the folder of the run's dataset, found none")
-    return config
+    return replace(read_config(config.resume), **{name: getattr(config, name) for name in given})

@@ -59,15 +59,21 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def explain_out_of_memory(during: str = "") -> Iterator[None]:
-    """Raises an InputError that says what was being done if an allocation in the block fails.
-
-    torch has no error of its own for a CPU without memory.
-    """
+def writing(path: str | Path) -> Iterator[None]:
+    """Turns the OSError of a full disk, or of a path that cannot be written to, into "cannot write PATH: reason"."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(MEMORY_ERRORS, str(error)):
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def explain_out_of_memory(during: str = "") -> Iterator[None]:
+    """Raises an InputError that says what was being done if an allocation in the block fails."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has no error of its own for a CPU without memory
+        if not (isinstance(error, MemoryError) or re.search(MEMORY_ERRORS, str(error))):
             raise
         reason = (str(error).splitlines() or ["no more is known"])[0]  # often the size
         raise InputError(": ".join(filter(None, ("out of memory", during, reason)))) from error

@@ -17,7 +17,7 @@ from pathlib import Path
 from reprlib import repr as short  # at most a line, however long or deep the value is
 from typing import Any, BinaryIO
 
-from common.errors import InputError, error_prefix, reading
+from common.errors import InputError, error_prefix, reading, writing
 
 REQUIRED = object()
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list",
@@ -40,22 +40,20 @@ def replace_atomically(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write that becomes `path` when the block ends without an exception [1].
 
     Whenever the program or the machine stops, `path` is the complete old file or the complete new one. After an
-    exception the old file stays and no temporary file is left. The block only writes: an OSError in it, such as that of
-    a full disk, becomes the InputError "cannot write PATH: reason".
+    exception the old file stays and no temporary file is left. The block only writes: see `writing`.
     """
     real = Path(os.path.realpath(path))  # a link stays a link
     temporary = real.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, real)
-    except BaseException as error:  # Ctrl-C too
+        with writing(path):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, real)
+    except BaseException:  # Ctrl-C too
         with suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
         raise
     sync_folder(real.parent)
 
@@ -82,7 +80,7 @@ def fingerprint_of(path: str | Path) -> str:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
         for i in range(count):
-            file.seek(i * max(piece, (size - piece) // (count - 1)))
+            file.seek(max(i * piece, i * (size - piece) // (count - 1)))  # the last one ends where the file ends
             digest.update(file.read(piece))
     return digest.hexdigest()
 

@@ -30,6 +30,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 MAX_SIDE = 2**14  # pixels
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic")  # in the order of PIL's numbers
+# transformers 5 describes all parts of a processor in one file.
+IMAGE_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # A file for videos, as transformers 5 and 4 name it. Where there is one, preprocessor_config.json is for images.
 VIDEO_PREPROCESSORS = ("video_preprocessor_config.json", "video_processor/preprocessor_config.json")
 
@@ -51,9 +53,21 @@ class Preprocessing:
         return replace(self, size=size, resize=round(self.resize * size / self.size))
 
 
+def preprocessor_file(folder: Path, video: bool = False) -> Path:
+    """A folder's file about images or videos; the usual one if there is none."""
+    files = [folder / name for name in (VIDEO_PREPROCESSORS if video else IMAGE_PREPROCESSORS)]
+    return next(filter(Path.is_file, files), files[0])
+
+
+def read_processor(path: Path) -> dict:
+    """The fields about images or videos, in whichever file. Raises InputError."""
+    config = read_json(path)
+    return field(config, "image_processor", dict, path) if path.name == "processor_config.json" else config
+
+
 def read_preprocessing(path: Path, default: Preprocessing) -> Preprocessing:
     """Reads a `preprocessor_config.json`; `default` has the values of missing fields. Raises InputError."""
-    config = read_json(path)
+    config = read_processor(path)
     resize, squash = _read_side(config, "size", path, default.resize, default.squash)
     size = resize
     if field(config, "do_center_crop", bool, path, not default.squash):

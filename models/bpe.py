@@ -83,14 +83,10 @@ def compile_pattern(pattern: str) -> re.Pattern:
 
 def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Merges the pair of lowest rank, of equal pairs the leftmost, until no pair has a rank."""
-    symbols, none = list(symbols), len(ranks)
-    pair_ranks = [ranks.get(pair, none) for pair in pairwise(symbols)]
-    while (lowest := min(pair_ranks, default=none)) < none:
-        i = pair_ranks.index(lowest)
+    symbols = list(symbols)
+    while pairs := [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]:
+        _, i = min(pairs)
         symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
-        del pair_ranks[i]
-        for j in range(max(i - 1, 0), min(i + 1, len(pair_ranks))):  # the pairs to both sides of the new symbol
-            pair_ranks[j] = ranks.get((symbols[j], symbols[j + 1]), none)
     return symbols
 
 
@@ -250,13 +246,15 @@ def read_merges(model: dict, vocab: dict[str, int]) -> dict[tuple[str, str], int
 
 def read_bos_id(post_processor: dict | None, added: dict[str, int]) -> int | None:
     """The token that the post-processor puts before each text."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
     parts = (post_processor or {"processors": []}).get("processors", [post_processor])
-    templates = [part for part in parts if part["type"] != "ByteLevel"]  # which only trims offsets
+    # ByteLevel only trims offsets, and a template of nothing but the text adds nothing to it.
+    templates = [part for part in parts if part["type"] != "ByteLevel" and part.get("single") != [text]]
     if not templates:
         return None
     (template,) = templates
     name = template["single"][0]["SpecialToken"]["id"]
-    single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    single = [{"SpecialToken": {"id": name, "type_id": 0}}, text]
     tokens = {name: {"id": name, "ids": [added[name]], "tokens": [name]}}
     supported = {"type": ["TemplateProcessing"], "single": [single], "special_tokens": [tokens], "pair": ANY}
     check_fields(template, supported, "post_processor.")
@@ -266,7 +264,5 @@ def read_bos_id(post_processor: dict | None, added: dict[str, int]) -> int | Non
 def read_bos_token(path: Path, added: dict[str, int]) -> int | None:
     """The `bos_token` of a tokenizer_config.json: null, a token, or an object with its content."""
     token = read_json(path).get("bos_token")
-    name = token.get("content") if isinstance(token, dict) else token
-    if token is not None and name not in [*added]:
-        raise InputError(f"{path}: bos_token is {short(token)}, expected an added token of tokenizer.json")
-    return None if token is None else added[name]
+    with reading(path):
+        return None if token is None else added[token["content"] if isinstance(token, dict) else token]

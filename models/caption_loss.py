@@ -8,13 +8,14 @@ Shapes: B clips, K captions per clip, P positions of the prefix, L tokens of the
 positions of a row, n tokens of all captions, C width of the language model.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.lm import CausalLM
 
 LOGITS_PER_CHUNK = 2**25  # of the loss: 128 MB in float32
 
@@ -65,28 +66,26 @@ def packed_attention_inputs(prefix_length: int, k: int, length: int, device: tor
     return {"positions": positions, "visible": (same_segment & (positions <= positions[:, None]))[None]}
 
 
-def caption_loss(
-    hidden: Callable[..., Tensor], embed: nn.Module, head: nn.Module, prefix: Tensor, labels: Tensor
-) -> Tensor:
+def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor) -> Tensor:
     """Returns the cross-entropy, summed over all caption tokens and EOS, of K captions of each clip.
 
     They are ids (B, K, L), padded with -100, after the prefix (B, P, C); on the CPU, where their positions are found
-    without waiting for a GPU. `hidden` is the language model without its head, `CausalLM.hidden`. The head runs on
-    caption positions only; if it is frozen, the logits of the whole batch never exist at once.
+    without waiting for a GPU. The language model's head runs on caption positions only; if it is frozen, the logits of
+    the whole batch never exist at once.
     """
     (k, length), prefix_length = labels.shape[1:], prefix.shape[1]
     positions = (labels >= 0).flatten().nonzero().squeeze(1)  # (n,)
     positions, ids = to_device(positions, prefix.device), to_device(labels, prefix.device)
-    captions = embed(ids[:, :, :-1].clamp(min=0))  # (B, K, L-1, C)
+    captions = lm.embed(ids[:, :, :-1].clamp(min=0))  # (B, K, L-1, C)
     x = torch.cat([prefix, captions.flatten(1, 2)], dim=1)  # (B, P + K(L-1), C)
     # On a CPU the backward pass of fused attention can take 2.7 times as long in bf16 as that of plain attention.
     plain = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-        x = hidden(x, **packed_attention_inputs(prefix_length, k, length - 1, x.device))
+        x = lm.hidden(x, **packed_attention_inputs(prefix_length, k, length - 1, x.device))
     # The last position of the prefix predicts the first token of each caption.
     first = x[:, None, prefix_length - 1 : prefix_length].expand(-1, k, -1, -1)  # (B, K, 1, C)
     x = torch.cat([first, x[:, prefix_length:].unflatten(1, (k, length - 1))], dim=2)  # (B, K, L, C)
     x, ids = x.flatten(0, 2)[positions], ids.flatten()[positions]  # (n, C), (n,)
-    if head.weight.requires_grad:
-        return F.cross_entropy(head(x).float(), ids, reduction="sum")
-    return FrozenHeadCrossEntropy.apply(x, ids, head, head.out_features)
+    if lm.head.weight.requires_grad:
+        return F.cross_entropy(lm.head(x).float(), ids, reduction="sum")
+    return FrozenHeadCrossEntropy.apply(x, ids, lm.head, lm.head.out_features)

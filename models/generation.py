@@ -27,31 +27,25 @@ from models.lm import CausalLM, KVCache, LMConfig
 
 def check_length(lm_config: LMConfig, prefix_length: int, max_new_tokens: int, beams: int) -> None:
     """Raises InputError if `generate` cannot run after a prefix of `prefix_length` positions."""
-    if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens: {max_new_tokens}, expected at least 0")
     most = lm_config.vocab - len(lm_config.eos_ids)
     if not 1 <= beams <= most:
         raise InputError(f"beams: {beams}, expected 1 to {most}, the vocabulary without EOS")
     needed = prefix_length + max_new_tokens - 1  # the last token is not fed back
     if needed > lm_config.max_positions:
-        raise InputError(
-            f"language model: {prefix_length} positions before a caption and {max_new_tokens - 1} of its "
-            f"{max_new_tokens} tokens, without the last, need {needed}, it has {lm_config.max_positions}; "
-            "--frames may be lower"
-        )
+        raise InputError(f"language model: {prefix_length} positions before a caption and {max_new_tokens} tokens, of "
+                         f"which the last is not read, need {needed}, it has {lm_config.max_positions}")
 
 
 @torch.inference_mode()
-def generate(
-    lm: CausalLM, prefix: Tensor, beams: int = 1, max_new_tokens: int = 30, eos_id: int | None = None
-) -> list[list[int]]:
+def generate(lm: CausalLM, prefix: Tensor, beams: int = 1, max_new_tokens: int = 30,
+             eos_id: int | None = None) -> list[list[int]]:
     """Returns the new token ids of each text after prefix embeddings (B, S, C), without EOS. They equal those of [1].
 
     With one beam the search is greedy. eos_id None: every EOS of the model's config. Raises InputError for too few
     positions, before any work, and for logits that are not finite.
     """
     check_length(lm.config, prefix.shape[1], max_new_tokens, beams)
-    if not len(prefix) or not max_new_tokens:
+    if not len(prefix) or max_new_tokens < 1:
         return [[] for _ in prefix]
     prefix = prefix.to(lm.embed.weight.dtype)
     eos_ids = lm.config.eos_ids if eos_id is None else (eos_id,)
@@ -64,7 +58,7 @@ def next_logits(lm: CausalLM, x: Tensor, cache: KVCache) -> Tensor:
     """Embeddings (R, S, C), which follow the cache -> float32 logits of the next token (R, V)."""
     logits = lm.head(lm.hidden(x, cache)[:, -1].contiguous()).float()
     if not logits.sum().isfinite():  # argmax and topk take NaN for the maximum
-        raise InputError(f"language model: its logits after {len(cache)} positions are not finite, in {x.dtype}")
+        raise InputError(f"language model: its logits after {cache.length} positions are not finite, in {x.dtype}")
     return logits
 
 

@@ -17,102 +17,74 @@ References
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from time import sleep
-from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import Request, urlopen
 
 from common.errors import InputError, reading
 from common.files import acquire_lock, field, format_bytes, parse_object, replace_atomically, sha256_of
-from common.preprocessing import VIDEO_PREPROCESSORS
+from common.preprocessing import IMAGE_PREPROCESSORS, VIDEO_PREPROCESSORS
 from models.weights import WEIGHT_FILE_NAMES, read_index
 
 CACHE = Path(os.environ.get("QADAPTER_CACHE") or "~/.cache/qadapter/hub").expanduser()
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder
 
 TIMEOUT = 30  # seconds without a byte
-PAUSES = (1, 4, 16)  # seconds before each retry
 
 PART = r"\w(?:[\w.-]*\w)?"  # of a path: neither hidden nor a parent folder
 HUB_ID = re.compile(rf"({PART}/{PART})(?:@({PART}(?:/{PART})*))?", re.ASCII)
 COMMIT = re.compile("[0-9a-f]{40}")
 
-CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json", *VIDEO_PREPROCESSORS)
+# All that is read of a model besides its weights.
+CONFIG_FILES = ("config.json", "generation_config.json", *IMAGE_PREPROCESSORS, *VIDEO_PREPROCESSORS,
+                "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 GATED = ": the model is gated, private or missing: accept its terms on its page and set HF_TOKEN to a token with access"
+AGAIN = "the same command goes on where it stopped"
 REFUSALS = {401: GATED, 403: GATED, 404: ": no such local folder or file, and no such model or revision"}
 
 
 # -------------------------------------------------------------------------------------- files
 
 
-class _RedirectHandler(HTTPRedirectHandler):
-    """Keeps the token from other servers than the one it is for."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if (new.type, new.host) != (req.type, req.host):
-            new.remove_header("Authorization")
-        return new
-
-
-def _open(url: str, start: int = 0) -> HTTPResponse:
-    """Requests a file from byte `start` on [2]. Raises InputError if it is refused, OSError if a retry may help."""
-    headers = {"User-Agent": "qadapter"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
+@contextmanager
+def _request(url: str, start: int = 0) -> Iterator[HTTPResponse]:
+    """A file from byte `start` on [2], to be read in the block. Raises InputError if it is refused or cut off."""
+    request = Request(url, headers={"User-Agent": "qadapter"} | ({"Range": f"bytes={start}-"} if start else {}))
     if token := os.environ.get("HF_TOKEN", "").strip():
-        headers["Authorization"] = f"Bearer {token}"
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # not for the servers of the files
     try:
-        return build_opener(_RedirectHandler).open(Request(url, headers=headers), timeout=TIMEOUT)
+        with urlopen(request, timeout=TIMEOUT) as response:
+            yield response
     except HTTPError as error:
-        if error.code in REFUSALS:
-            raise InputError(f"{url}: the server answers {error.code}{REFUSALS[error.code]}") from error
-        raise
+        raise InputError(f"{url}: the server answers {error.code}{REFUSALS.get(error.code, '')}") from error
+    except (OSError, HTTPException) as error:
+        raise InputError(f"{url}: {error or type(error).__name__}; {AGAIN}") from error
     except ValueError:  # its message may contain the token
         raise InputError(f"{url}: expected an address like https://host/path, and a token of ASCII") from None
 
 
-def _with_retries(url: str, request: Callable[[], Any]) -> Any:
-    """The result of `request`, which is tried again if the connection breaks or the server is busy."""
-    for pause in (*PAUSES, None):
-        try:
-            return request()
-        except (OSError, HTTPException) as error:
-            if pause is None:
-                raise InputError(
-                    f"{url}: {error or type(error).__name__}; what has arrived stays in {CACHE}"
-                ) from error
-            sleep(pause)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
 def _download(url: str, path: Path, size: int, sha256: str | None) -> None:
-    """Downloads a file to `path`, which exists only when it is complete; a correct file there is kept.
+    """Downloads a file to `path`, which exists only when it is complete.
 
-    A partial file is continued, also by later calls, if its SHA-256 is known and can prove that the parts fit together.
-    Raises InputError for a file of another size or SHA-256, and after the last retry.
+    The partial file of an earlier call is continued if its SHA-256 is known and can prove that the parts fit together.
+    Raises InputError if the connection breaks, and for a file of another size or SHA-256.
     """
-    part = path.with_name(path.name + ".part")
-
-    def receive() -> None:
-        start = _size(part) if sha256 else 0
-        if not start or start < size:
-            with _open(url, start) as response, open(part, "ab" if response.status == 206 else "wb") as file:
-                shutil.copyfileobj(response, file)
-        if _size(part) < size:
-            raise ConnectionError(f"the connection broke at {format_bytes(_size(part))} of {format_bytes(size)}")
-
-    if _size(path) == size and path.is_file() and sha256 in (None, sha256_of(path)):
+    if path.is_file() and path.stat().st_size == size:
         return
-    _with_retries(url, receive)
-    if _size(part) != size or sha256 not in (None, sha256_of(part)):
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    start = part.stat().st_size if sha256 else 0
+    if start < size:
+        with _request(url, start) as response, open(part, "ab" if response.status == 206 else "wb") as file:
+            shutil.copyfileobj(response, file)
+    if (arrived := part.stat().st_size) < size:
+        raise InputError(f"{url}: the connection broke at {format_bytes(arrived)} of {format_bytes(size)}; {AGAIN}")
+    if arrived != size or sha256 not in (None, sha256_of(part)):
         part.unlink()
         raise InputError(f"{url}: expected {size} bytes of SHA-256 {sha256}, found other ones, which are deleted")
     os.replace(part, path)
@@ -123,7 +95,9 @@ def _download(url: str, path: Path, size: int, sha256: str | None) -> None:
 
 def _fetch_listing(url: str, revision: str) -> tuple[str, dict[str, tuple[int, str | None]]]:
     """The commit, and {name: (bytes, SHA-256)} of its files [1]; small files, those in git, have no SHA-256."""
-    listing = parse_object(_with_retries(url, lambda: _open(url).read()), url)
+    with _request(url) as response:
+        text = response.read()
+    listing = parse_object(text, url)
     commit, files = field(listing, "sha", str, url), {}
     if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
         raise InputError(f"{url}: sha: expected the commit, 40 hex digits, found {commit!r}")
@@ -144,11 +118,9 @@ def _download_model(repo: str, revision: str, home: Path, check: Callable[[Path]
 
     def download(names: list[str]) -> None:
         for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _download(f"{base_url}/{quote(name)}", folder / name, *files[name])
 
-    tokenizer = ["tokenizer.model"] if "tokenizer.model" in files else ["tokenizer.json", "tokenizer_config.json"]
-    configs = [name for name in (*CONFIGS, *tokenizer) if name in files]
+    configs = [name for name in CONFIG_FILES if name in files]
     weights = [name for name in WEIGHT_FILE_NAMES if name in files][:1]
     if "config.json" not in configs or not weights:
         raise InputError(f"{url}: expected config.json and one of {', '.join(WEIGHT_FILE_NAMES)}, found one at most")

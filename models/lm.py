@@ -78,23 +78,18 @@ class KVCache:
     def __init__(self, config: LMConfig, rows: int, size: int, like: Tensor):
         shape = (config.depth, 2, rows, config.kv_heads, size, config.head_width)
         self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.positions = torch.empty(0, dtype=torch.long, device=like.device)  # of the slots in use
-
-    def __len__(self) -> int:
-        """Number of slots in use, the same in every row."""
-        return len(self.positions)
+        self.length = 0  # slots in use, the same in every row
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes (B, g, S, d) to the last S slots in use; returns all slots in use (B, g, slots, d)."""
-        rows, end = len(k), len(self)
-        self.store[block, 0, :rows, :, end - k.shape[2] : end] = k
-        self.store[block, 1, :rows, :, end - k.shape[2] : end] = v
-        return self.store[block, 0, :rows, :, :end], self.store[block, 1, :rows, :, :end]
+        slots = self.store[block, :, : len(k), :, : self.length]  # (2, B, g, slots, d)
+        slots[0, :, :, -k.shape[2] :], slots[1, :, :, -k.shape[2] :] = k, v
+        return slots[0], slots[1]
 
     def select_rows(self, rows: Tensor, start: int = 0) -> None:
         """Row i becomes the old row rows[i]; others are dropped. Slots before `start` stay as they are."""
         for keys_or_values in self.store.flatten(0, 1):  # of one block: (rows, g, size, d)
-            used = keys_or_values[:, :, start : len(self)]
+            used = keys_or_values[:, :, start : self.length]
             used[: len(rows)] = used.index_select(0, rows)
 
 
@@ -219,8 +214,6 @@ class LMBlock(nn.Module):
 class CausalLM(nn.Module):
     """A causal language model on embeddings: `lm(lm.embed(ids))` -> logits."""
 
-    CONFIG_FILES = ("config.json", "generation_config.json")
-
     def __init__(self, config: LMConfig):
         super().__init__()
         self.config = config
@@ -234,19 +227,17 @@ class CausalLM(nn.Module):
     def hidden(self, x: Tensor, cache: KVCache | None = None, positions=None, visible=None) -> Tensor:
         """Embeddings (B, S, C) -> last hidden states (B, S, C), for callers that apply the head to some of them.
 
-        With a cache, x follows the cached positions. Attention is causal, unless the caller gives the `positions` (S,)
-        of x and `visible` (B, S, slots): True where a position of x attends to a slot of the cache (without a cache: to
-        a position of x). Without positions, raises InputError beyond config.max_positions.
+        With a cache, x follows the cached positions: one position a call, after the first call. Attention is causal,
+        unless the caller gives, without a cache, the `positions` (S,) of x and `visible` (B, S, S): True where one
+        attends to another. Without positions, raises InputError beyond config.max_positions.
         """
-        config, cached = self.config, 0 if cache is None else len(cache)
-        if positions is None:
-            assert not cached or x.shape[1] == 1, "after the first call, one position a call"
-            if (end := cached + x.shape[1]) > config.max_positions:
-                raise InputError(f"language model: {end} positions, it has {config.max_positions}")
-            positions = torch.arange(cached, end, device=x.device)
-        keys = positions if cache is None else torch.cat([cache.positions, positions])
+        config, start = self.config, 0 if cache is None else cache.length
+        if (end := start + x.shape[1]) > config.max_positions and positions is None:
+            raise InputError(f"language model: {end} positions, it has {config.max_positions}")
+        keys = torch.arange(end, device=x.device) if positions is None else positions
+        positions = keys[start:]
         if cache is not None:
-            cache.positions = keys
+            cache.length = end
         mask = None if visible is None else attention_mask(positions, keys, visible, None, x.dtype)
         rope = rotary_cos_sin(positions, config.head_width, config.rope_theta, config.rope_scaling, x.dtype)
         local_rope, local_mask = rope, mask
@@ -273,7 +264,7 @@ class CausalLM(nn.Module):
 
     @classmethod
     def from_config(cls, folder: str | Path) -> "CausalLM":
-        """The model of a folder on the meta device, from CONFIG_FILES alone. Raises InputError."""
+        """The model of a folder on the meta device, from its configs alone. Raises InputError."""
         path = Path(folder) / "config.json"
         fields = read_lm_config(path)
         with reading(path), torch.device("meta"):

@@ -41,8 +41,8 @@ LM_FIELDS = read_columns("""
 FAMILIES = tuple(LM_FIELDS)[2:]
 TOKENS = {"llama": (1, 2), "mistral": (1, 2), "qwen2": (None, None), "qwen3": (None, None), "gemma3_text": (2, 1)}
 # Fields with a single supported value, which is also their default.
-OFF = ("use_resampler", "qk_layer_norms", "rope_interleaved", "use_bidirectional_attention")
-SUPPORTED = dict.fromkeys(OFF, False) | {"partial_rotary_factor": 1.0}
+OFF = ("use_resampler", "qk_layer_norms", "rope_interleaved", "use_bidirectional_attention", "use_sliding_window")
+WHOLE = {"partial_rotary_factor": 1.0}
 SILU = {"hidden_act": "silu"}
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 GEMMA |= dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"))
@@ -76,7 +76,7 @@ def parse_lm_config(published: dict[str, Any], where: str | Path, generation: Pa
     generation: the generation_config.json, which need not exist.
     """
     family = one_of(published, "model_type", FAMILIES, where)
-    check_supported(published, SUPPORTED | (GEMMA if family == "gemma3_text" else SILU), where)
+    check_supported(published, dict.fromkeys(OFF, False) | WHOLE | (GEMMA if family == "gemma3_text" else SILU), where)
     config = read_fields(published, LM_FIELDS, family, where)
     with reading(where):
         config["kv_heads"] = config["kv_heads"] or config["heads"]
@@ -94,40 +94,26 @@ def check_supported(config: dict[str, Any], supported: dict[str, Any], where: st
 
 
 def _read_tokens(published: dict[str, Any], family: str, vocab: int, where: str | Path, generation: Path) -> dict:
-    """BOS, None if there is none, and every EOS.
-
-    The EOS of generation_config.json count if config.json has none, or if they are several; they then follow that of
-    config.json.
-    """
-
-    def read_ids(value: Any, name: str, where: str | Path) -> list[int]:
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        return [field({name: i}, name, int, where, least=0, most=vocab - 1) for i in ids]
-
-    bos, default_eos = TOKENS[family]
-    bos = read_ids(published.get("bos_token_id", bos), "bos_token_id", where)  # null is no token
-    eos, others = read_ids(published.get("eos_token_id"), "eos_token_id", where), []
-    if generation.is_file():
-        others = read_ids(read_json(generation).get("eos_token_id"), "eos_token_id", generation)
-    if not eos or len(others) > 1:
-        eos = list(dict.fromkeys(eos + others))
-    if not (eos := eos or read_ids(default_eos, "eos_token_id", where)):
-        raise InputError(f"{where}: field 'eos_token_id' is missing, here and in generation_config.json")
-    return {"bos_id": bos[0] if bos else None, "eos_id": eos[0], "other_eos_ids": tuple(eos[1:])}
+    """BOS, None if there is none, and every EOS: those of generation_config.json, else of config.json, as in [1]."""
+    bos, eos = TOKENS[family]
+    bos = field({"bos_token_id": bos} | published, "bos_token_id", int, where, None, 0, vocab - 1)  # null is no token
+    if generation.is_file() and (others := read_json(generation).get("eos_token_id")) is not None:
+        eos, where = others, generation
+    elif published.get("eos_token_id") is not None:
+        eos = published["eos_token_id"]
+    eos = [field({"eos_token_id": i}, "eos_token_id", int, where, least=0, most=vocab - 1)
+           for i in (eos if isinstance(eos, list) else [eos])]
+    return {"bos_id": bos, "eos_id": eos[0], "other_eos_ids": tuple(eos[1:])}
 
 
 def _read_rope(published: dict[str, Any], config: dict[str, Any], where: str | Path) -> dict[str, Any]:
     """Theta and scaling, and of Gemma the theta of local blocks."""
     parts = field(published, "rope_parameters", dict, where, {})
-    scaling = field(published, "rope_scaling", dict, where, {})
-    if parts and scaling:
-        raise InputError(f"{where}: has rope_scaling and rope_parameters, expected one of them")
     if not config["gemma"]:
         parts = {"full_attention": parts}
-    if unexpected := parts.keys() - set(LAYER_TYPES):
-        raise InputError(f"{where}: rope_parameters has {min(unexpected)!r}, expected {' and '.join(LAYER_TYPES)}")
+    check_supported(parts, dict.fromkeys(parts.keys() - set(LAYER_TYPES)), f"{where}: rope_parameters")
     rope, local = (field(parts, name, dict, where, {}) for name in LAYER_TYPES)
-    rope = rope | scaling
+    rope = field(published, "rope_scaling", dict, where, {}) or rope
     found = {"rope_theta": field(rope, "rope_theta", float, where, config["rope_theta"], 1, 1e12)}
     found["rope_scaling"] = _read_scaling(rope, published, config, where, tuple(ROPE_FIELDS))
     if config["gemma"]:
@@ -139,9 +125,8 @@ def _read_rope(published: dict[str, Any], config: dict[str, Any], where: str | P
 def _read_scaling(rope: dict, published: dict, config: dict, where: str | Path, kinds: tuple) -> RopeScaling | None:
     """None if frequencies are not scaled."""
     kind = one_of(rope, "rope_type", kinds, where, rope.get("type", "default"))
-    for name in rope.keys() - {"type", "rope_type", "rope_theta", "factor", *ROPE_FIELDS[kind]}:
-        if rope[name] is not None:
-            raise InputError(f"{where}: {name} is {short(rope[name])}, not supported with rope_type {kind!r}")
+    known = {"type", "rope_type", "rope_theta", "factor", *ROPE_FIELDS[kind]}
+    check_supported(rope, dict.fromkeys(rope.keys() - known) | WHOLE, f"{where}: rope_type {kind}")
     if kind == "default":
         return None
     factor = field(rope, "factor", float, where, least=1, most=1e6)
@@ -154,18 +139,16 @@ def _read_scaling(rope: dict, published: dict, config: dict, where: str | Path, 
 
 
 def _read_windows(published: dict[str, Any], family: str, depth: int, where: str | Path) -> dict[str, Any]:
-    """The window of local blocks, in positions, and for each block whether it is local. Llama has no windows."""
-    is_qwen, is_gemma = family.startswith("qwen"), family == "gemma3_text"
-    # null means no window, except for Gemma; a missing field means the default
-    has_window = family != "llama" and (is_gemma or published.get("sliding_window", 0) is not None)
-    has_window &= not is_qwen or field(published, "use_sliding_window", bool, where, False)
+    """The window of local blocks, in positions, and for each block whether it is local: of Gemma's all but every sixth,
+    of Mistral's all, unless its window is null; no other family has windows."""
+    is_gemma, is_mistral = family == "gemma3_text", family == "mistral"
+    has_window = is_gemma or (is_mistral and published.get("sliding_window", 0) is not None)
     window = field(published, "sliding_window", int, where, 4096, 1, MOST) if has_window else None
-    first = field(published, "max_window_layers", int, where, 28, 0, MOST) if is_qwen else 0
     period = field(published, "sliding_window_pattern", int, where, 6, 1, MOST) if is_gemma else depth + 1
-    types = [LAYER_TYPES[has_window and i >= first and (i + 1) % period > 0] for i in range(depth)]
-    if is_qwen or is_gemma:
+    types = [LAYER_TYPES[has_window and (i + 1) % period > 0] for i in range(depth)]
+    if not is_mistral:
         types = field(published, "layer_types", list, where, types)
-    allowed = LAYER_TYPES if window else LAYER_TYPES[:1]
+    allowed = LAYER_TYPES if has_window else LAYER_TYPES[:1]
     if len(types) != depth or any(t not in allowed for t in types):
         raise InputError(f"{where}: layer_types: expected {depth} times {' or '.join(allowed)}, found {short(types)}")
     return {"window": window, "local": tuple(t == "sliding_attention" for t in types) if window else ()}

@@ -6,6 +6,12 @@ The families differ between the ViT and the language model. LLaVA [1] maps each 
 also shrinks the grid of each frame to half its side, and puts one learned token after the last frame. Idefics3 [3] and
 SmolVLM [4] join squares of s x s patches and map each by one matrix.
 
+A prompt is one turn with the frames of a video and an instruction: T + 1 texts, with the visual tokens of a frame
+between any two of them. Control tokens such as <|im_start|> are one token each.
+
+    <|im_start|>User:<fake_token_around_image><global-img> FRAME <fake_token_around_image>Describe it.<end_of_utterance>
+    Assistant:
+
 Shapes: B clips, T frames a clip, n images, S image side in pixels, P tokens of the ViT an image, D their width,
 P' visual tokens an image, C width of the language model, L its positions, V its vocabulary, s the side of a square.
 
@@ -14,23 +20,29 @@ References
 [2] https://arxiv.org/abs/2408.03326; modeling_llava_onevision.py, get_video_features and apply_pooling
 [3] https://arxiv.org/abs/2408.12637; modeling_idefics3.py
 [4] https://arxiv.org/abs/2504.05299; modeling_smolvlm.py
+[5] chat_template.jinja of llava-hf/llava-1.5-7b-hf
+[6] transformers, processing_smolvlm.py, DEFAULT_CHAT_TEMPLATE and the texts of videos; processing_idefics3.py
+[7] transformers, convert_llava_onevision_weights_to_hf.py and the processor's tests. White space around the control
+    tokens of Qwen's two formats differs between revisions of the published templates.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import InputError, reading
-from common.preprocessing import VIDEO_PREPROCESSORS
 from models import hub
+from models.bpe import BPETokenizer
 from models.lm import CausalLM, LMConfig
 from models.mllm_checkpoints import copy_mllm_tensors, read_mllm_config, read_mllm_preprocessing
-from models.mllm_prompts import encode_prompt
 from models.tokenizer import Tokenizer
 from models.vit import ViT, ViTConfig
 from models.weights import read_tensors
@@ -63,9 +75,7 @@ class MLLMConfig:
 
     def __post_init__(self):
         if self.vit.grid % self.shuffle:
-            raise InputError(
-                f"scale_factor is {self.shuffle}, expected a divisor of the side of {self.vit.grid} patches"
-            )
+            raise InputError(f"scale_factor is {self.shuffle}, expected a divisor of {self.vit.grid}, the grid's side")
 
 
 class MLPProjector(nn.Module):
@@ -119,10 +129,67 @@ def interleave(lm: CausalLM, texts: Sequence[Tensor], visual: Sequence[Tensor]) 
     return torch.cat([part.to(x.dtype) for pair in pairs for part in pair], dim=1)
 
 
+# --------------------------------------------------------------------------------------- prompts
+
+CONTROL_TOKEN = re.compile(r"<[\w|-]+>")
+AROUND_IMAGE = "<fake_token_around_image><global-img>", "<fake_token_around_image>"  # its visual tokens
+
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+ONES += "seventeen eighteen nineteen".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBERS = ONES + [f"{ten}-{one}".removesuffix("-zero") for ten in TENS for one in ONES[:10]]  # from 0 to 99
+
+
+def prompt_texts(family: str, lm_family: str, frames: int, instruction: str) -> list[str]:
+    """The T + 1 texts before, between and after T = `frames` frames. Each family has a format of its own, which its
+    language model was trained with. SmolVLM2's also states times, here one second per frame, and its prompt for a
+    single frame is that for an image."""
+    if family == "llava" and lm_family == "llama":  # [5]
+        return ["USER: ", *["\n"] * (frames - 1), f"\n{instruction} ASSISTANT:"]
+    if family == "llava":
+        return ["<|im_start|>user\n", *["\n"] * (frames - 1), f"\n{instruction}<|im_end|>\n<|im_start|>assistant\n"]
+    if family == "llava_onevision":  # [7]
+        return ["<|im_start|>user ", *[""] * (frames - 1), f"\n{instruction}<|im_end|><|im_start|>assistant\n"]
+    before, after = AROUND_IMAGE  # [6]
+    end = f"{instruction}<end_of_utterance>\nAssistant:"
+    if family == "idefics3" or frames == 1:
+        return [f"<|im_start|>User:{before}", *[after + before] * (frames - 1), after + end]
+    if frames > 99:
+        raise InputError(f"{frames} frames: expected at most 99 for the prompt of {family}")
+    labels = [f"\nFrame from {time // 60:02d}:{time % 60:02d}:{before}" for time in range(frames)]
+    intro = f"<|im_start|>User: You are provided the following series of {NUMBERS[frames]} frames from a "
+    intro += f"{timedelta(seconds=frames)} [H:MM:SS] video.\n"
+    return [intro + labels[0], *[after + label for label in labels[1:]], f"{after}\n\n{end}"]
+
+
+def encode_prompt(tokenizer: Tokenizer, family: str, lm_family: str, frames: int, instruction: str):
+    """Returns the ids of `prompt_texts`, T + 1 lists, with BOS where texts begin with one.
+
+    Raises InputError if the tokenizer is of another kind or lacks a control token of the prompt, and if the instruction
+    contains a control token of a byte-level BPE.
+    """
+    added = tokenizer.config.added if isinstance(tokenizer, BPETokenizer) else {}
+    if isinstance(tokenizer, BPETokenizer) and (family, lm_family) == ("llava", "llama"):  # Llama 3 has another prompt
+        raise InputError("tokenizer: a byte-level BPE, the prompt of llava with a Llama needs a tokenizer.model")
+    template = "".join(prompt_texts(family, lm_family, frames, ""))
+    if missing := [token for token in CONTROL_TOKEN.findall(template) if token not in added]:
+        raise InputError(f"tokenizer: has no token {missing[0]}, which the prompt of {family} needs")
+    if present := [token for token in added if token in instruction]:
+        raise InputError(f"instruction: has the control token {short(present[0])}, expected plain text")
+    texts = prompt_texts(family, lm_family, frames, instruction)
+    if isinstance(tokenizer, BPETokenizer):
+        return [tokenizer.encode_with_added(text) for text in texts]
+    ids = [tokenizer.processor.encode(text) for text in texts]  # each gets sentencepiece's own space before it
+    bos = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
+    return [bos + ids[0], *ids[1:]]
+
+
+# ----------------------------------------------------------------------------------------- model
+
+
 class MLLM(nn.Module):
     """A frozen public MLLM, for images and videos of one size. Larger images are not split into parts."""
 
-    CONFIG_FILES = (*ViT.CONFIG_FILES, *VIDEO_PREPROCESSORS, "generation_config.json")
     trained_together = True
 
     def __init__(self, config: MLLMConfig):
@@ -175,9 +242,7 @@ class MLLM(nn.Module):
             visual = torch.cat([visual, self.newline[None]])
         is_image = ids == self.config.image_token_id
         if (found := int(is_image.sum())) != len(visual):
-            raise InputError(
-                f"ids: image token {self.config.image_token_id} occurs {found} times, expected {len(visual)}"
-            )
+            raise InputError(f"ids: the image token occurs {found} times, expected {len(visual)}")
         x = self.lm.embed(ids)
         return x.masked_scatter(is_image[..., None], visual.to(x.dtype))
 
@@ -185,10 +250,10 @@ class MLLM(nn.Module):
         """Ids (1, L) and pixels as for `embed` -> logits of each next token (1, L, V)."""
         return self.lm(self.embed(ids, pixels))
 
-    def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str, seconds: float | None = None) -> list[list]:
+    def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str) -> list[list]:
         """The model's own prompt for T = `frames` frames and an instruction: T + 1 lists of ids, which come before,
         between and after the frames' visual tokens. See `encode_prompt`."""
-        return encode_prompt(tokenizer, self.config.family, self.config.lm_family, frames, instruction, seconds)
+        return encode_prompt(tokenizer, self.config.family, self.config.lm_family, frames, instruction)
 
     def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
         """Ids of T + 1 texts, those of `prompt`, and T groups of visual tokens (B, any, C) -> the language model's
@@ -200,7 +265,7 @@ class MLLM(nn.Module):
 
     @classmethod
     def from_config(cls, folder: str | Path) -> "MLLM":
-        """The model of a folder on the meta device, from CONFIG_FILES alone. Raises InputError."""
+        """The model of a folder on the meta device, from its configs alone. Raises InputError."""
         path = Path(folder) / "config.json"
         fields = read_mllm_config(path)
         preprocessing = read_mllm_preprocessing(Path(folder), fields)

@@ -26,9 +26,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from common import preprocessing
 from common.errors import InputError
 from common.files import field, one_of, read_json
-from common.preprocessing import VIDEO_PREPROCESSORS, Preprocessing, read_lanczos_preprocessing, read_preprocessing
 from models.lm_checkpoints import check_supported, parse_lm_config, read_lm_config
 from models.names import IGNORED, VIT_FOLDERS, find_prefix, lm_tensor_names, tensor_names
 from models.vit_checkpoints import check_frame_size, default_preprocessing, parse_vit_config
@@ -39,21 +39,19 @@ from models.weights import copy_strict, drop_tied_copy
 
 @dataclass(frozen=True)
 class MLLMFamily:
-    """What a family supports. The first of `vision` and of `text` is the default model_type."""
+    """What a family supports."""
 
     vision: dict[str, str]  # model_type: family of `vit_checkpoints`
-    text: tuple[str, ...]
-    image_token: tuple[str, int]  # the field and its default
-    feature_layer: int = -1  # default of vision_feature_layer
-    select_strategy: str = "full"  # default of vision_feature_select_strategy
+    text: tuple[str, ...]  # model_type
+    image_token: str  # the field of its id
 
 
 CLIP, SIGLIP = {"clip_vision_model": "clip"}, {"siglip_vision_model": "siglip"}
 IDEFICS3_VISION = dict.fromkeys(("idefics3_vision", "smolvlm_vision", "idefics3"), "idefics3")
-IDEFICS3 = MLLMFamily(IDEFICS3_VISION, ("llama",), ("image_token_id", 128257))
+IDEFICS3 = MLLMFamily(IDEFICS3_VISION, ("llama",), "image_token_id")
 MLLM_FAMILIES = {
-    "llava": MLLMFamily(CLIP | SIGLIP, ("llama", "qwen2"), ("image_token_index", 32000), -2, "default"),
-    "llava_onevision": MLLMFamily(SIGLIP, ("qwen2",), ("video_token_index", 151647)),
+    "llava": MLLMFamily(CLIP | SIGLIP, ("llama", "qwen2"), "image_token_index"),
+    "llava_onevision": MLLMFamily(SIGLIP, ("qwen2",), "video_token_index"),
     "idefics3": IDEFICS3,
     "smolvlm": IDEFICS3,
 }
@@ -65,52 +63,39 @@ def read_mllm_config(path: Path) -> dict[str, Any]:
     name = one_of(config, "model_type", MLLM_FAMILIES, path)
     family, where = MLLM_FAMILIES[name], f"{path}: vision_config"
     vision = field(config, "vision_config", dict, path)
-    vit_family = family.vision[one_of(vision, "model_type", family.vision, where, next(iter(family.vision)))]
+    vit_family = family.vision[one_of(vision, "model_type", family.vision, where)]
     vit = parse_vit_config(vision, vit_family, where)
     lm_family, lm = _read_text(config, family, name, path)
-    token, default = family.image_token
-    image_token_id = field({token: default} | config, token, int, path, least=0, most=lm["vocab"] - 1)
+    image_token_id = field(config, family.image_token, int, path, least=0, most=lm["vocab"] - 1)
     fields = {"family": name, "vit_family": vit_family, "lm_family": lm_family, "image_token_id": image_token_id}
     if name.startswith("llava"):
         check_supported(config, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}, path)
-        depth = _read_feature_depth(config, family, vit["depth"], path)
+        depth = vit["depth"]
+        layer = field(config, "vision_feature_layer", int, path)
+        blocks = layer if layer >= 0 else depth + 1 + layer  # up to the one whose output is taken; -1 is the last one
+        if not 1 <= blocks <= depth:
+            raise InputError(f"{path}: vision_feature_layer is {layer}, expected 1 to {depth} or -{depth} to -1")
         # "default" leaves out the first token of an image. SigLIP has no class token, so it would lose a patch.
         strategies = ("default", "full") if vit_family == "clip" else ("full",)
-        strategy = one_of(config, "vision_feature_select_strategy", strategies, path, family.select_strategy)
-        fields["unused_blocks"] = vit["depth"] - depth
+        strategy = one_of(config, "vision_feature_select_strategy", strategies, path)
+        fields["unused_blocks"] = depth - blocks
         fields["class_token"] = vit_family == "clip" and strategy == "full"
-        vit |= {"depth": depth, "final_norm": False, "pooling_head": False}
+        vit |= {"depth": blocks, "final_norm": False, "pooling_head": False}
     else:
         fields["shuffle"] = field(config, "scale_factor", int, path, 2, 1, 2**10)
     return fields | {"vit": vit, "lm": lm}
 
 
 def _read_text(config: dict[str, Any], family: MLLMFamily, name: str, path: Path) -> tuple[str, dict[str, Any]]:
-    """The model_type of the language model and its config.
-
-    tie_word_embeddings counts outside text_config; in LLaVA's families it may be in either. Texts end with the EOS of
-    generation_config.json, else with that of text_config.
-    """
+    """The model_type of the language model and its config. tie_word_embeddings counts outside text_config; in LLaVA's
+    families it may be in either."""
     text, where = field(config, "text_config", dict, path), f"{path}: text_config"
-    kind = one_of(text, "model_type", family.text, where, family.text[0])
+    kind = one_of(text, "model_type", family.text, where)
     tied = field(config, "tie_word_embeddings", bool, path, False)
     if name.startswith("llava"):
         tied = tied or field(text, "tie_word_embeddings", bool, where, False)
     text = text | {"model_type": kind, "tie_word_embeddings": tied}
-    generation = path.with_name("generation_config.json")
-    if generation.is_file() and read_json(generation).get("eos_token_id") is not None:
-        text.pop("eos_token_id", None)
-    return kind, parse_lm_config(text, where, generation)
-
-
-def _read_feature_depth(config: dict[str, Any], family: MLLMFamily, depth: int, path: Path) -> int:
-    """The number of blocks up to the one whose output is taken: vision_feature_layer, or, if it is negative, counted
-    from the end: -1 is the last block."""
-    layer = field(config, "vision_feature_layer", int, path, family.feature_layer)
-    blocks = layer if layer >= 0 else depth + 1 + layer
-    if not 1 <= blocks <= depth:
-        raise InputError(f"{path}: vision_feature_layer is {layer}, expected 1 to {depth} or -{depth} to -1")
-    return blocks
+    return kind, parse_lm_config(text, where, path.with_name("generation_config.json"))
 
 
 def read_text_config(path: Path) -> dict[str, Any]:
@@ -120,20 +105,19 @@ def read_text_config(path: Path) -> dict[str, Any]:
     return read_lm_config(path)
 
 
-def read_mllm_preprocessing(folder: Path, config: dict[str, Any]) -> Preprocessing:
+def read_mllm_preprocessing(folder: Path, config: dict[str, Any]) -> preprocessing.Preprocessing:
     """What the folder's files say about the frames of videos. Raises InputError if it does not fit config.json."""
-    path = folder / "preprocessor_config.json"
+    path = preprocessing.preprocessor_file(folder, video=config["family"] == "llava_onevision")
     if config["family"] == "llava":
-        check_supported(read_json(path), {"do_pad": False}, path)
-        preprocessing = read_preprocessing(path, default_preprocessing(config["vit_family"], config["vit"]))
+        check_supported(preprocessing.read_processor(path), {"do_pad": False}, path)
+        found = preprocessing.read_preprocessing(path, default_preprocessing(config["vit_family"], config["vit"]))
     elif config["family"] == "llava_onevision":
-        files = [folder / name for name in VIDEO_PREPROCESSORS]
-        path = next(filter(Path.is_file, files), files[0])
-        preprocessing = read_preprocessing(path, Preprocessing(384, 384, squash=True))  # CLIP's mean, as in [1]
+        default = preprocessing.Preprocessing(384, 384, squash=True)  # CLIP's mean, as in [1]
+        found = preprocessing.read_preprocessing(path, default)
     else:
-        preprocessing = read_lanczos_preprocessing(path)
-    check_frame_size(preprocessing, config["vit"], path)
-    return preprocessing
+        found = preprocessing.read_lanczos_preprocessing(path)
+    check_frame_size(found, config["vit"], path)
+    return found
 
 
 # --------------------------------------------------------------------------------------- tensors

@@ -103,7 +103,7 @@ LANGUAGE_MODELS = read_columns("""
     head.weight           lm_head.weight                     lm_head.weight
 """)
 # Tensors that no model here has: text encoders, heads of classifiers, masks of pretraining, tables in old files.
-IGNORED = r"text_model\..*|(text|visual)_projection\..*|logit_(scale|bias)|heads\..*|(embeddings\.)?mask_token"
+IGNORED = r"text_model\..*|(text|visual)_projection\..*|logit_(scale|bias)|(heads|classifier)\..*|(.*\.)?mask_token"
 IGNORED = re.compile(rf"{IGNORED}|.*embeddings\.position_ids|.*rotary_emb\.inv_freq")
 
 

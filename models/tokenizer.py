@@ -23,9 +23,8 @@ from models.mllm_checkpoints import read_text_config
 class SentencePieceTokenizer:
     """Encodes texts that continue another text. Raises InputError for a model that cannot encode such texts."""
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor, bos_id: int | None = None):
-        """bos_id: for a model that has none."""
-        self.processor, self._bos_id = processor, -1 if bos_id is None else bos_id
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor):
+        self.processor = processor
         whole, first = processor.encode("b a"), processor.encode("b")
         self.prefix = next((prefix for prefix in ("", " ") if first + processor.encode(prefix + "a") == whole), None)
         if self.prefix is None:
@@ -36,7 +35,7 @@ class SentencePieceTokenizer:
 
     def bos_id(self) -> int:
         """The token that texts begin with, -1 if there is none."""
-        return self.processor.bos_id() if self.processor.bos_id() >= 0 else self._bos_id
+        return self.processor.bos_id()
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(self.prefix + text)
@@ -59,17 +58,10 @@ def load_tokenizer(folder_or_id: str | Path) -> Tokenizer:
     folder = hub.resolve(folder_or_id)
     config = read_text_config(folder / "config.json")
     if (path := folder / "tokenizer.model").is_file():
-        tokenizer = load_sentencepiece(path, config["bos_id"])
-    elif (path := folder / "tokenizer.json").is_file():
-        tokenizer = load_bpe(path, config["bos_id"])
+        with reading(path):
+            tokenizer = SentencePieceTokenizer(sentencepiece.SentencePieceProcessor(model_file=str(path)))
     else:
-        raise InputError(f"{folder}: expected tokenizer.model or tokenizer.json, found neither")
+        tokenizer = load_bpe(path := folder / "tokenizer.json", config["bos_id"])
     if len(tokenizer) > (vocab := config["vocab"]):
         raise InputError(f"{path}: has {len(tokenizer)} tokens, expected at most the {vocab} of its config.json")
     return tokenizer
-
-
-def load_sentencepiece(path: Path, bos_id: int | None) -> SentencePieceTokenizer:
-    """bos_id, that of config.json, counts if the model has none."""
-    with reading(path):
-        return SentencePieceTokenizer(sentencepiece.SentencePieceProcessor(model_file=str(path)), bos_id)

@@ -4,8 +4,8 @@ The families differ before and after the blocks, hardly within them:
 
     frame -> patches [class token] + position [norm] -> blocks -> norm -> [class token | pooling head]
 
-Shapes: n images, P tokens an image (class token, if any, and patches), D width, h heads, d = D/h, S image side in
-pixels, Q queries.
+Shapes: n images, P tokens per image (class token, if any, and patches), D width, h heads, d = D/h, S image side in
+pixels, Q queries, J blocks from a given one on.
 
 References
 [1] ViT, https://arxiv.org/abs/2010.11929; CLIP, https://arxiv.org/abs/2103.00020.
@@ -143,8 +143,6 @@ class ViT(nn.Module):
     last block, for the others that of the final norm. `preprocessing` says how frames are resized and normalized.
     """
 
-    CONFIG_FILES = ("config.json", "preprocessor_config.json")
-
     def __init__(self, config: ViTConfig, preprocessing: Preprocessing | None = None):
         super().__init__()
         self.config = config
@@ -181,12 +179,12 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def block_outputs(self, pixels: Tensor, first: int) -> Tensor:
-        """Normalized pixels (n, 3, S, S) -> the outputs of the blocks from number `first` on (n, L, P, D).
+        """Normalized pixels (n, 3, S, S) -> the outputs of the blocks from number `first` on (n, J, P, D).
 
         The images pass in chunks: all at once would need more memory and, on a CPU, a quarter more time.
         """
         tokens, width = self.position.shape
-        outputs = pixels.new_empty(len(pixels), len(self.blocks) - first, tokens, width)  # (n, L, P, D)
+        outputs = pixels.new_empty(len(pixels), len(self.blocks) - first, tokens, width)  # (n, J, P, D)
         chunk_size = max(1, TOKENS_PER_PASS["cpu" if pixels.device.type == "cpu" else "gpu"] // tokens)
         for chunk, out in zip(pixels.split(chunk_size), outputs.split(chunk_size), strict=True):
             z = self.embed(chunk)  # (chunk, P, D)
@@ -241,7 +239,7 @@ class ViT(nn.Module):
 
     @classmethod
     def from_config(cls, folder: str | Path, image_size: int | None = None) -> "ViT":
-        """The model of a folder on the meta device, from CONFIG_FILES alone. Raises InputError."""
+        """The model of a folder on the meta device, from its configs alone. Raises InputError."""
         return cls._build(read_vit_folder(Path(folder)), image_size)
 
     @classmethod

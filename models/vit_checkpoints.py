@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from common.errors import InputError, reading
 from common.files import field, one_of, read_json
-from common.preprocessing import HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing
+from common.preprocessing import HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocessor_file, read_preprocessing
 from models.names import IGNORED, VIT_FILES, VIT_FOLDERS, find_prefix, read_columns, read_fields, tensor_names
 from models.weights import copy_strict
 
@@ -74,7 +74,7 @@ class PublicViT:
 
 def read_vit_folder(folder: Path) -> PublicViT:
     """Reads a folder's config.json and preprocessor_config.json. Raises InputError if they are not supported."""
-    path, where = folder / "preprocessor_config.json", folder / "config.json"
+    path, where = preprocessor_file(folder), folder / "config.json"
     config = read_json(where)
     kind = one_of(config, "model_type", MODEL_TYPES, where)
     family = kind.removesuffix("_vision_model")
@@ -141,9 +141,7 @@ def check_frame_size(preprocessing: Preprocessing, config: dict[str, Any], path:
     """Raises InputError unless frames get the size of the position embeddings."""
     if preprocessing.size != config["image_size"]:
         found, expected = preprocessing.size, config["image_size"]
-        raise InputError(
-            f"{path}: its frames are {found} pixels wide, expected the image_size {expected} of config.json"
-        )
+        raise InputError(f"{path}: its frames are {found} pixels wide, expected the {expected} of config.json")
 
 
 # --------------------------------------------------------------------------------------- tensors

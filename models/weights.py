@@ -20,8 +20,6 @@ import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +29,8 @@ from common.files import field, open_to_read, read_json
 from models.safetensors import read_safetensors
 
 # In a model's folder; the first that exists is read.
-WEIGHT_FILE_NAMES = (
-    "model.safetensors model.safetensors.index.json pytorch_model.bin pytorch_model.bin.index.json".split()
-)
-WRAPPERS = ("state_dict", "model")  # keys under which training scripts store the weights beside their state
+WEIGHT_FILE_NAMES = ("model.safetensors", "model.safetensors.index.json",
+                     "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Path]:
@@ -79,11 +75,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         warnings.simplefilter("ignore")  # about unusual pickles; the result is checked below
         # torch.save does not compress, but other programs do, and compressed entries cannot be mapped.
         mapped = zipfile.is_zipfile(file) and not any(e.compress_type for e in zipfile.ZipFile(file).infolist())
-        try:
-            content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-        except UnpicklingError as error:  # torch's own message is long and recommends to run the code
-            raise InputError("is damaged or holds more than tensors; none of its code was run") from error
-        tensors = {name: tensor.detach() for name, tensor in _state_dict(content).items()}
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        if not content or not all(isinstance(name, str) for name in content):
+            raise InputError("expected {name: tensor}")
+        tensors = {name: tensor.detach() for name, tensor in content.items()}
         # A damaged file may declare more than it fills: the rest would be uninitialized memory.
         storages = [tensor.untyped_storage() for tensor in tensors.values()]
         declared = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -92,24 +87,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _state_dict(content: Any) -> dict[str, Tensor]:
-    """The {name: tensor} of a pickle: the whole content, or the only such dict in it, under one of WRAPPERS."""
-    if _is_state_dict(content):
-        return content
-    inner = {key: value for key, value in content.items() if _is_state_dict(value)}
-    if len(inner) != 1 or not inner.keys() <= set(WRAPPERS):
-        raise InputError(f"expected {{name: tensor}}, or just one such under {' or '.join(WRAPPERS)}")
-    return next(iter(inner.values()))
-
-
-def _is_state_dict(value: Any) -> bool:
-    items = value.items() if isinstance(value, dict) else ()
-    return len(items) > 0 and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items)
-
-
-def copy_strict(
-    module: nn.Module, tensors: dict[str, Tensor], names: dict[str, str], where: str | Path, ignored: Iterable[str] = ()
-) -> None:
+def copy_strict(module: nn.Module, tensors: dict[str, Tensor], names: dict[str, str], where: str | Path,
+                ignored: Iterable[str] = ()) -> None:
     """Assigns `tensors` to the module's parameters and persistent buffers.
 
     `names` maps each name in module.state_dict() to the name of its tensor. Missing, unexpected and misshapen tensors

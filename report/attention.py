@@ -3,7 +3,7 @@
 The adapter computes its attention in one fused call, which never gives its weights away. Hooks on its blocks compute
 them again from each block's input.
 
-Shapes: B clips, T frames, S side in pixels, P tokens of the ViT per frame, D ViT width, L adapted blocks, N queries, h
+Shapes: B clips, T frames, S side in pixels, P tokens of the ViT per frame, D ViT width, J adapted blocks, N queries, h
 heads, r rank, d = r/h.
 """
 
@@ -21,13 +21,13 @@ from qadapter import split_heads
 class AttentionMaps:
     """What the queries read of B clips, and how much of it they keep."""
 
-    weights: Tensor  # (L, B, h, N, T, P); each query's sum to 1
-    gates: Tensor | None  # (L, B, N); None where there is not one number per query
+    weights: Tensor  # (J, B, h, N, T, P); each query's sum to 1
+    gates: Tensor | None  # (J, B, N); None where there is not one number per query
 
     def patches(self) -> Tensor:
-        """The attention to the patches of the first clip (L, N, T, side, side), the mean over the heads, without class
+        """The attention to the patches of the first clip (J, N, T, side, side), the mean over the heads, without class
         token."""
-        mean = self.weights[:, 0].mean(1)  # (L, N, T, P)
+        mean = self.weights[:, 0].mean(1)  # (J, N, T, P)
         side = int(mean.shape[-1] ** 0.5)
         return mean[..., -(side**2) :].unflatten(-1, (side, side))
 
@@ -57,6 +57,6 @@ def record_attention(captioner, frames: Tensor) -> AttentionMaps | None:
         for block in captioner.adapter.blocks:
             hooks.enter_context(block.register_forward_hook(record))
         captioner.run_encoder(frames.to(next(captioner.parameters()).device))
-    stacked, gates = torch.stack(weights), captioner.adapter.gates.float().cpu()
-    is_per_query = gates.shape == (*stacked.shape[:2], stacked.shape[3])  # (L, B, N)
+    stacked, gates = torch.stack(weights), captioner.adapter.last_gates.float().cpu()
+    is_per_query = gates.shape == (*stacked.shape[:2], stacked.shape[3])  # (J, B, N)
     return AttentionMaps(stacked, gates if is_per_query else None)

@@ -1,6 +1,6 @@
 """The curves of a run, drawn from its log.jsonl as plain SVG: loss, gates and validation scores.
 
-Shapes: L adapted blocks.
+Shapes: J adapted blocks.
 """
 
 import math

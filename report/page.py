@@ -5,7 +5,7 @@ The page needs no network and no framework. Captions, references and names of fi
 are escaped, and the script makes nothing but text of them. It is to stay below 15 MB, so of many clips some are left
 out, and of these some are without attention, which takes a byte per patch, block and query, and a third more as text.
 
-Shapes: T frames, S side in pixels, P tokens of the ViT per frame, L adapted blocks, N queries.
+Shapes: T frames, S side in pixels, P tokens of the ViT per frame, J adapted blocks, N queries.
 """
 
 import base64
@@ -42,9 +42,9 @@ def max_with_attention(captioner, frames: int) -> int:
 
 
 def encode_attention(maps: AttentionMaps, shown: list[int]) -> dict:
-    """The attention to the frames `shown` as base64 of a byte per patch, its shape (L, N, shown, side), and the gates.
+    """The attention to the frames `shown` as base64 of a byte per patch, its shape (J, N, shown, side), and the gates.
     255 is the most that a query reads in any frame."""
-    patches = maps.patches()  # (L, N, T, side, side)
+    patches = maps.patches()  # (J, N, T, side, side)
     levels = (255 * patches / patches.amax((-3, -2, -1), keepdim=True).clamp(min=1e-12)).round().byte()[:, :, shown]
     gates = None if maps.gates is None else maps.gates[:, 0].double().round(decimals=3).tolist()
     return {"attention": base64.b64encode(levels.numpy()).decode(), "shape": list(levels.shape[:4]), "gates": gates}
@@ -69,7 +69,8 @@ def read_settings(run_folder: Path) -> dict[str, object]:
     """What a page says of a run: its numbers of parameters, and the flags that are set; 0 is a value."""
     content = read_json(run_folder / "config.json")
     flags = {name: value for name, value in content["config"].items() if value is not None and value is not False}
-    return {name: f"{content[name]:,}" for name in ("trained", "total")} | flags
+    counts = {name: content.get(name) for name in ("trained", "total")}
+    return {name: f"{count:,}" for name, count in counts.items() if type(count) is int} | flags
 
 
 def format_rows(rows: dict[str, object]) -> str:

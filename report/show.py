@@ -1,7 +1,7 @@
 """Pictures of a clip: a strip of its frames for a page, and one PNG of its frames, what the queries read of them after
 each adapted block, and the caption.
 
-Shapes: T frames, S side in pixels, H height of a row, L adapted blocks, N queries.
+Shapes: T frames, S side in pixels, H height of a row, J adapted blocks, N queries.
 """
 
 import base64
@@ -52,9 +52,9 @@ def draw_text(words: str, width: int) -> Tensor:
 
 
 def brightness(maps: AttentionMaps) -> Tensor:
-    """How brightly each patch is shown (L, T, side, side), DARK to 1: what all queries read of it, by their gates."""
-    gates = 1 if maps.gates is None else maps.gates[:, 0, :, None, None, None]  # (L, N, 1, 1, 1)
-    read = (gates * maps.patches()).sum(1)  # (L, T, side, side)
+    """How brightly each patch is shown (J, T, side, side), DARK to 1: what all queries read of it, by their gates."""
+    gates = 1 if maps.gates is None else maps.gates[:, 0, :, None, None, None]  # (J, N, 1, 1, 1)
+    read = (gates * maps.patches()).sum(1)  # (J, T, side, side)
     return DARK + (1 - DARK) * read / read.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from metrics import meteor_data
-from tests.scripts import TWELVE_STEPS, make_backbones, run_python
+from tests.scripts import TWELVE_STEPS, make_backbones, run_forked
 
 torch.set_num_threads(1)  # for models this small a second thread costs more than it gains
 
@@ -32,15 +33,14 @@ def flags(backbones, tmp_path_factory) -> list:
     """The flags of a run of twelve steps on 12, 4 and 6 clips, without token dropout; the last one is the dataset's
     folder."""
     data = tmp_path_factory.mktemp("data") / "shapes"
-    return [*TWELVE_STEPS, "--vit", backbones / "vit", "--lm", backbones / "lm", "--token-dropout", 0,
-            "--data", data]  # fmt: skip
+    return [*TWELVE_STEPS, "--vit", backbones / "vit", "--lm", backbones / "lm", "--token-dropout", 0, "--data", data]
 
 
 @pytest.fixture(scope="session")
 def finished_run(flags, tmp_path_factory) -> Path:
     """A run of twelve steps, and its output in stdout.txt."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    done = run_python("train.py", *flags, "--out", out)
+    done = run_forked(train, *flags, "--out", out)
     assert done.returncode == 0, done.stderr
     (out / "stdout.txt").write_text(done.stdout)
     return out

@@ -1,5 +1,6 @@
 """How tests run the project's scripts: in an interpreter of their own, or in forked copies of this process."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,21 +15,20 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
+import torch.distributed as dist
 
+import train
 from backbones import pretrain
 from common import cli
 from common.files import read_json, write_json
 from models.safetensors import read_safetensors, write_safetensors
-from training import distributed
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 TIMEOUT = 120  # seconds
-STEPS = [(torch.optim.AdamW, "step")]  # for `ActAtCall`
 TWELVE_STEPS = ["--shapes-sizes", "12", "4", "6", "--batch-size", "4", "--epochs", "4", "--eval-every", "2",
-                "--log-every", "1", "--device", "cpu", "--queries", "4", "--rank", "4",
-                "--heads", "2", "--last-blocks", "0", "--captions-per-clip", "2", "--precision", "fp32",
-                "--lr", "0.02"]  # fmt: skip
+                "--device", "cpu", "--queries", "4", "--rank", "4", "--last-blocks", "0", "--captions-per-clip", "2",
+                "--precision", "fp32", "--lr", "0.02"]
 
 
 def make_backbones(folder: Path) -> Path:
@@ -56,7 +56,8 @@ def run_python(*words, **options) -> subprocess.CompletedProcess:
 
 
 def fork_script(script, words: Sequence, out, err, environment: dict) -> int:
-    """Starts a script in a fork of this process, which has imported everything already; -> its process id."""
+    """Starts a script in a fork of this process, which has imported everything already. Returns its process id. Each
+    step of training is logged."""
     if not (child := os.fork()):
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
@@ -64,17 +65,19 @@ def fork_script(script, words: Sequence, out, err, environment: dict) -> int:
         sys.argv = [script.__name__, *map(str, words)]
         os.environ.update(environment)
         os.chdir(ROOT)
+        train.LOG_EVERY = 1
         warnings.simplefilter("error")
         code = 1
         try:
-            cli.run(script.main, distributed.should_report_error)
+            cli.run(script.main)
         except SystemExit as end:
             code = end.code
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code)
     return child
 
@@ -100,8 +103,8 @@ def wait_for(children: list[int]) -> list[int]:
 
 
 def run_forked(script, *words, environments: Sequence[dict] = ({},)) -> subprocess.CompletedProcess:
-    """Runs a script in a forked process, or in one for each environment at the same time. -> the first exit code that
-    is not 0, and the output of all."""
+    """Runs a script in a forked process, or in one for each environment at the same time. Returns the first exit code
+    that is not 0, and the output of all."""
     with TemporaryFile("w+b", buffering=0) as out, TemporaryFile("w+b", buffering=0) as err:
         children = [fork_script(script, words, out, err, environment) for environment in environments]
         codes = wait_for(children)
@@ -112,24 +115,25 @@ def run_forked(script, *words, environments: Sequence[dict] = ({},)) -> subproce
     return subprocess.CompletedProcess([script.__name__, *words], next(filter(None, codes), 0), *texts)
 
 
-class ActAtCall:
-    """Counts the calls of some functions in this process and its forks; the n-th call runs `action` first."""
+def fork_two(*words) -> subprocess.CompletedProcess:
+    """`train.py` in two forks of this process, in the environment that torchrun sets."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where they meet
+    shared = {"TORCHELASTIC_RUN_ID": "one", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost",
+              "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return run_forked(train, *words, environments=[shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"])
 
-    def __init__(self, monkeypatch, functions: list[tuple], n: int, action, count_file: Path | None = None):
-        self.calls, self.n, self.action, self.count_file = 0, n, action, count_file
-        for owner, name in functions:
-            monkeypatch.setattr(owner, name, self.counting(getattr(owner, name)))
 
-    def counting(self, function):
-        def call(*args, **options):
-            self.calls += 1
-            if self.count_file:
-                self.count_file.write_bytes(str(self.calls).encode())
-            if self.calls == self.n:
-                self.action()
-            return function(*args, **options)
+def act_at_call(monkeypatch, owner, name: str, n: int, action) -> None:
+    """The n-th call of a function, in this process or in a fork of it, runs `action` first."""
+    function, calls = getattr(owner, name), []
 
-        return call
+    def call(*args, **options):
+        calls.append(1)
+        if len(calls) == n:
+            action()
+        return function(*args, **options)
+
+    monkeypatch.setattr(owner, name, call)
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -142,3 +146,15 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> Non
 
 def read_log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def contents(run: Path) -> dict:
+    """Everything in the folder of a run but its times and speeds."""
+    rows = [{key: row[key] for key in row.keys() - {"clips/s", "elapsed"}} for row in read_log(run)]
+    state = torch.load(run / "last/state.pt", weights_only=True)
+    moments = {f"{n} {key}": value.tolist() for n, one in state["optimizer"]["state"].items()
+               for key, value in one.items()}
+    files = {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    for name in ("log.jsonl", "last/state.pt", "config.json", "report.html", "stdout.txt"):
+        files[name] = None
+    return {"rows": rows, "step": state["step"], "best": state["best"], "moments": moments, "files": files}

@@ -12,9 +12,9 @@ import sentencepiece
 import torch
 
 from backbones import pretrain, stills
+from common.config import INSTRUCTION
 from models.generation import generate
 from models.mllm import MLLM
-from models.mllm_prompts import INSTRUCTION
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from video_data import shapes

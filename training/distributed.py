@@ -41,16 +41,12 @@ class ProcessGroup:
     local_rank: int = 0
 
     @contextmanager
-    def rank0_first(self) -> Iterator[None]:
-        """Rank 0 runs the block, then one process of each other machine, then the rest.
-
-        So what one process writes to the disk, shared by all machines or not, is there for those after it.
-        """
-        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
-        for _ in range(turn):
+    def first_of_machine(self) -> Iterator[None]:
+        """One process of each machine runs the block, then the rest: what the first writes to the disk is there."""
+        if self.local_rank:
             self.barrier()
         yield
-        for _ in range(turn, 2):
+        if not self.local_rank:
             self.barrier()
 
     def barrier(self) -> None:
@@ -58,25 +54,17 @@ class ProcessGroup:
         self.all_reduce(0)
 
     def shard(self, items: Sequence) -> Sequence:
-        """This rank's items: every world_size-th. `gather_shards` restores the order."""
+        """This rank's items: every world_size-th."""
         return items[self.rank :: self.world_size]
 
-    def all_gather(self, local: list) -> list[list]:
-        """The lists of all ranks, by rank."""
+    def gather(self, local: dict) -> dict:
+        """The dicts of all ranks in one."""
         if self.world_size == 1:
-            return [local]
-        lists: list = [None] * self.world_size
+            return local
+        parts: list = [None] * self.world_size
         with _collective():
-            dist.all_gather_object(lists, local)
-        return lists
-
-    def gather_shards(self, local: list) -> list:
-        """The results of all ranks as one list, in the order of the items that `shard` divided."""
-        shards = self.all_gather(local)
-        merged: list = [None] * sum(map(len, shards))
-        for rank, shard in enumerate(shards):
-            merged[rank :: self.world_size] = shard
-        return merged
+            dist.all_gather_object(parts, local)
+        return {key: value for part in parts for key, value in part.items()}
 
     def all_reduce(self, number: float) -> float:
         """The sum of this number over the ranks. Returns when all have called it."""

@@ -12,7 +12,6 @@ import torch
 from common.config import Config
 from common.errors import explain_out_of_memory
 from common.files import fingerprint_of
-from common.preprocessing import VIDEO_PREPROCESSORS
 from models import hub
 from models.lm import CausalLM
 from models.mllm import MLLM
@@ -24,8 +23,6 @@ from models.weights import weight_files
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
-CONFIG_FILES = ("config.json", "preprocessor_config.json", *VIDEO_PREPROCESSORS, "generation_config.json",
-                "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
 def with_default_models(config: Config, device: torch.device) -> Config:
@@ -60,7 +57,7 @@ def fingerprint_models(folders: dict[str, Path]) -> dict[str, str]:
     later is a difference, too."""
     hashes = {}
     for part, folder in folders.items():
-        files = [folder / name for name in CONFIG_FILES if (folder / name).exists()] + weight_files(folder)
+        files = [folder / name for name in hub.CONFIG_FILES if (folder / name).exists()] + weight_files(folder)
         hashes |= {f"{part}/{file.relative_to(folder) if folder.is_dir() else file.name}": fingerprint_of(file)
                    for file in files}
     return hashes

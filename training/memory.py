@@ -5,7 +5,7 @@ have a shape and no numbers. That takes a few seconds. Every new tensor counts u
 and PyTorch themselves (0.4 GB; on a GPU, its context), the loading of the weights, and processes that decode. Weights
 are not read: only the config.json of the models.
 
-Shapes: B clips, T frames, S side in pixels, K captions per clip, L tokens of a caption with its EOS, A adapted blocks,
+Shapes: B clips, T frames, S side in pixels, K captions per clip, L tokens of a caption with its EOS, J adapted blocks,
 P tokens per frame, D ViT width.
 """
 
@@ -30,7 +30,7 @@ FRAGMENTATION_ON_CPU = 0.15
 
 
 def clip_bytes(captioner, frames: int, features: bool) -> int:
-    """Bytes of a clip's frames, uint8 (T, 3, S, S), or of its features, bf16 (T, A, P, D)."""
+    """Bytes of a clip's frames, uint8 (T, 3, S, S), or of its features, bf16 (T, J, P, D)."""
     if not features:
         return frames * 3 * captioner.vit.config.image_size**2
     return 2 * math.prod(captioner.block_outputs_shape(frames))

@@ -26,7 +26,7 @@ import av
 import torch
 
 from common.config import VERSION, to_json
-from common.errors import InputError, reading
+from common.errors import InputError, reading, writing
 from common.files import acquire_lock, open_to_read, read_json, read_json_lines, replace_atomically, write_json
 from training.distributed import ProcessGroup
 
@@ -34,11 +34,12 @@ RESULTS = "test.json", "report.html"
 
 
 def check_out(folder: Path) -> None:
-    """Raises InputError unless a new run can be made in the folder: it is missing, or empty, and can be written to."""
+    """Raises InputError unless a new run can be made in the folder: it is missing, or empty, and can be written to. A
+    run that was killed before it had a config.json has left last/ at most."""
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if "config.json" in found:
         raise InputError(f"{folder}: holds a run already; --resume {folder} continues it, --out names another folder")
-    if found := [name for name in found if name != "lock" and not name.endswith(".tmp")]:
+    if found := [name for name in found if name not in ("lock", "last") and not name.endswith(".tmp")]:
         raise InputError(f"--out {folder}: holds {found[0]}, expected a new or an empty folder")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -73,7 +74,10 @@ def load_state(path: Path, captioner, optimizer: torch.optim.Optimizer | None,
         captioner.load_tensors(state["tensors"], path)
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state["best"]
+            for parameter, moments in optimizer.state.items():
+                if {moments[name].shape for name in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
+                    raise InputError("a moment of the optimizer has another shape than its tensor")
+        return int(state["step"]), float(state["best"])
 
 
 def truncate_log(path: Path, step: int) -> float:
@@ -82,7 +86,7 @@ def truncate_log(path: Path, step: int) -> float:
     rows, elapsed = [], 0.0
     with reading(path):
         for line, row in read_json_lines(path) if path.exists() else ():
-            if 0 < row["step"] <= step and "test" not in row:
+            if step > 0 and row["step"] <= step and "test" not in row:
                 rows.append(line + b"\n")
                 elapsed = float(row["elapsed"])
     with replace_atomically(path) as file:
@@ -114,6 +118,8 @@ class Run:
             return
         check_out(self.folder)  # again, now that it is locked
         self.save("last", captioner, 0, optimizer)
+        if optimizer is None:  # --method none: the models as they are
+            self.save("best", captioner, 0)
         write_json(self.folder / "config.json", {
             "version": VERSION, "config": to_json(captioner.config), "models": self.fingerprints,
             "splits": dataset.counts(), "differences": dataset.differences(),
@@ -127,9 +133,12 @@ class Run:
         """Restores the trained tensors and the optimizer. Returns the step, the best validation score until then, and
         the seconds that the run had taken. Drops later rows of the log, and stores new --data and --epochs."""
         self._open()
-        if (self.folder / "best").exists():  # it is needed at the end, so its damage must not be found only then
-            captioner.load(self.folder / "best/adapter.safetensors")
+        best_path = self.folder / "best/adapter.safetensors"
+        if best_path.exists():  # it is needed at the end, so its damage must not be found only then
+            captioner.load(best_path)
         step, best = load_state(self.folder / "last/state.pt", captioner, optimizer, device)
+        if best >= 0 and not best_path.exists():
+            raise InputError(f"{best_path}: expected a file, found none")
         path, elapsed = self.folder / "config.json", 0.0
         if step > steps:
             raise InputError(f"{path}: its flags or --epochs make {steps} steps, {self.folder}/last is at step {step}")
@@ -143,7 +152,8 @@ class Run:
     def log(self, row: dict) -> None:
         """Appends a row to the log and flushes it, so that it is on the disk before a later checkpoint is."""
         if self.group.rank == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
+            path = self.folder / "log.jsonl"
+            with writing(path), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -1,9 +1,10 @@
-"""Reading and replacing files, checksums, locks, free space, and the exception of one line.
+"""Reading and replacing files, fingerprints, locks, free space, and fields of JSON.
 
 References: hashlib for checksums; the file system itself. Random bytes have their seed in the test.
 """
 
 import hashlib
+import math
 import os
 import random
 import subprocess
@@ -18,18 +19,18 @@ from common.errors import InputError
 from common.files import (
     acquire_lock,
     check_disk_space,
+    field,
+    fingerprint_of,
     format_bytes,
     open_to_read,
+    read_json,
+    read_json_lines,
     replace_atomically,
     sha256_of,
     sync_folder,
+    write_json,
 )
-from tests.common.helpers import ROOT, refused, run_python
-
-
-def test_an_input_error_is_one_short_line():
-    assert str(InputError("a\nb\x1b[2J\ud800\u202eß")) == r"a\nb\x1b[2J\ud800\u202eß"
-    assert len(str(InputError("n" * 1_000_000))) < 2100
+from tests.common.helpers import ROOT, refused
 
 
 def read_all(path: Path) -> bytes:
@@ -37,20 +38,39 @@ def read_all(path: Path) -> bytes:
         return file.read()
 
 
-@pytest.mark.parametrize("read", [read_all, sha256_of])
+@pytest.mark.parametrize("read", [read_all, sha256_of, fingerprint_of, read_json, read_json_lines])
 def test_what_is_not_a_file_is_refused(tmp_path, read):
+    """Reading a pipe would wait for ever."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "missing", tmp_path / "pipe"):
         with refused(str(path), "expected a file"):
             read(path)
 
 
-def test_sha256_of(tmp_path):
-    """Reference: hashlib on 2.5 MB of random bytes, seed 0."""
-    content = random.Random(0).randbytes(2_500_000)
-    (tmp_path / "f").write_bytes(content)
-    assert read_all(tmp_path / "f") == content
-    assert sha256_of(tmp_path / "f") == hashlib.sha256(content).hexdigest()
+def test_what_is_raised_while_a_file_is_parsed_names_it(tmp_path):
+    (tmp_path / "f").write_bytes(b"")
+    with refused(f"{tmp_path}/f: ", "ZeroDivisionError"), open_to_read(tmp_path / "f") as file:
+        1 / len(file.read())
+
+
+def test_checksums(tmp_path):
+    """Reference: hashlib on 2.5 MB of random bytes, seed 0. A fingerprint notices any byte of a file up to 16 MiB, and
+    the size, the begin and the end of a larger one."""
+    content, path = random.Random(0).randbytes(2_500_000), tmp_path / "f"
+    path.write_bytes(content)
+    assert sha256_of(path) == hashlib.sha256(content).hexdigest()
+    found = {fingerprint_of(path)}
+    for at in (0, 65_536, 2_000_000, 2_499_999):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        found.add(fingerprint_of(path))
+    with open(path, "wb") as file:
+        for size, last in ((30_000_000, b""), (30_000_001, b""), (30_000_001, b"x")):
+            file.truncate(size)
+            file.seek(size - 1)
+            file.write(last)
+            file.flush()
+            found.add(fingerprint_of(path))
+    assert len(found) == 8
 
 
 # ---------------------------------------------------------------------------- atomic replacement
@@ -64,12 +84,12 @@ def replace(path: Path, content: bytes = b"new" * 100_000) -> None:
 def test_an_exception_in_the_block_keeps_the_old_file(tmp_path):
     path = tmp_path / "state"
     path.write_bytes(b"old")
-    for failure in (RuntimeError("boom"), KeyboardInterrupt(), OSError("of a socket, not of this file")):
-        with pytest.raises(type(failure)) as error:
+    for failure in (RuntimeError("boom"), KeyboardInterrupt(), OSError(28, "No space left on device")):
+        with pytest.raises(InputError if isinstance(failure, OSError) else type(failure)) as error:
             with replace_atomically(path) as file:
                 file.write(b"new" * 100_000)
                 raise failure
-        assert error.value is failure
+        assert error.value is failure or str(error.value) == f"cannot write {path}: No space left on device"
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
 
@@ -87,31 +107,6 @@ def test_a_failing_system_call_keeps_the_old_file(tmp_path, monkeypatch, call):
         replace(path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_keeps_the_old_file(tmp_path):
-    """A limit on file sizes simulates a full disk: early and late failures, and torch.save, which raises RuntimeError
-    for it."""
-    pytest.importorskip("resource")
-    (tmp_path / "w").write_bytes(b"old")
-    code = """
-import resource, sys, torch
-from common.errors import InputError
-from common.files import replace_atomically
-from models.safetensors import write_safetensors
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-def early(): write_safetensors(sys.argv[1], {"w": torch.zeros(1_000_000)})
-def late(): write_safetensors(sys.argv[1], {f"w{i}": torch.zeros(250) for i in range(150)})
-def torch_save():
-    with replace_atomically(sys.argv[1]) as file: torch.save(torch.zeros(1_000_000), file)
-for save in early, late, torch_save:
-    try: save()
-    except InputError as error: print(error)
-"""
-    lines = run_python(code, tmp_path / "w").splitlines()
-    assert lines == [f"cannot write {tmp_path / 'w'}: File too large"] * 3
-    assert (tmp_path / "w").read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [tmp_path / "w"]
 
 
 def test_the_order_of_system_calls_survives_a_power_cut(tmp_path, monkeypatch):
@@ -169,6 +164,69 @@ def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
 
 
 def test_format_bytes():
-    assert [format_bytes(n) for n in (0, 999, 1000, 1_234_567, 2_200_000_000, 10**16)] == [
-        "0 bytes", "999 bytes", "1.0 kB", "1.2 MB", "2.2 GB", "10000.0 TB",
-    ]  # fmt: skip
+    found = [format_bytes(n) for n in (0, 999, 1000, 1_234_567, 2_200_000_000, 10**16)]
+    assert found == ["0 bytes", "999 bytes", "1.0 kB", "1.2 MB", "2.2 GB", "10000.0 TB"]
+
+
+# ------------------------------------------------------------------------------------------ JSON
+
+
+@pytest.mark.parametrize("content, word", [
+    (b"", "line 1 column 1"), (b'{\n "a": 1,\n "b" 2}', "line 3 column 6"), (b'{"a": "\xff"}', "utf-8"),
+    (b"[1]", "expected a JSON object, found [1]"), (b'{"a": {"b": 1, "b": 2}}', "occurs twice"),
+    (b"[" * 100_000, "recursion"),
+])
+def test_what_is_not_a_json_object_is_refused(tmp_path, content, word):
+    (tmp_path / "config.json").write_bytes(content)
+    with refused(f"{tmp_path}/config.json: ", word):
+        read_json(tmp_path / "config.json")
+
+
+def test_json_is_read_as_it_is_written(tmp_path):
+    """A byte order mark, which some editors of Windows write, is skipped."""
+    write_json(tmp_path / "a.json", {"a": "é", "path": tmp_path, "l": [1, 0.5, None]})
+    assert read_json(tmp_path / "a.json") == {"a": "é", "path": str(tmp_path), "l": [1, 0.5, None]}
+    (tmp_path / "b.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')
+    assert read_json(tmp_path / "b.json") == {"a": "é"}
+
+
+@pytest.mark.parametrize("bad", [b"[]", b"3", b"", b"\xff\xfe", b'{"step": 1, "lo\xffss": 1}', b'{"step": 1'])
+def test_a_damaged_line_is_named_unless_it_is_the_last(bad, tmp_path):
+    path, good = tmp_path / "log.jsonl", b'{"step": 1}'
+    path.write_bytes(b"\n".join([good, bad, good]))
+    with refused(f"{path}: line 2: "):
+        read_json_lines(path)
+    path.write_bytes(b"\n".join([good, bad]))
+    assert read_json_lines(path) == [(good, {"step": 1})]
+
+
+def test_a_field_is_checked():
+    config = {"n": 3, "x": 0.5, "s": "a", "b": True, "l": [1], "d": {}, "null": None}
+    for name, kind in {"n": int, "x": float, "s": str, "b": bool, "l": list, "d": dict}.items():
+        assert field(config, name, kind, "f") is config[name]
+    number = field(config, "n", float, "f")
+    assert number == 3.0 and type(number) is float
+    assert field(config, "missing", int, "f", 7) == 7 and field(config, "null", int, "f", None) is None
+    assert field(config, "n", int, "f", 7, 3, 3) == 3
+    for least, most, words in ((4, 9, "expected 4 to 9, found 3"), (1, 2, "expected 1 to 2, found 3")):
+        with refused(f"f: field 'n': {words}"):
+            field(config, "n", int, "f", least=least, most=most)
+
+
+@pytest.mark.parametrize("value, kind, expected", [
+    (True, int, "a whole number, found True"), (True, float, "a number, found True"),
+    (1.0, int, "a whole number, found 1.0"), ("1", int, "a whole number, found '1'"),
+    (1, bool, "true or false, found 1"),
+    (None, dict, "an object, found None"), ({}, list, "a list, found {}"), (math.nan, float, "a number, found nan"),
+    (10**400, float, "a number, found 1000"), ("x" * 10_000, float, "a number, found 'xxx"),
+])
+def test_a_field_of_another_type_is_refused(value, kind, expected):
+    with refused("m/config.json: field 'width'", expected):
+        field({"width": value}, "width", kind, "m/config.json")
+    with pytest.raises(InputError, match=r"^.{0,200}$"):
+        field({"width": value}, "width", kind, "m/config.json")
+    if value is not None:  # a default is for missing fields, not for wrong ones
+        with refused("'width'"):
+            field({"width": value}, "width", kind, "m/config.json", None)
+    with refused("'width' is missing"):
+        field({}, "width", kind, "m/config.json")

@@ -95,7 +95,7 @@ def test_120_models_generate_the_ids_of_the_reference(tmp_path):
     assert len(counts) == 6 and min(counts.values()) >= 2, counts
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2, tied", "qwen2, window", "qwen3, window", "gemma", "llama3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2, tied", "qwen3", "gemma", "llama3"])
 def test_other_families_generate_the_ids_of_the_reference(tmp_path, family):
     """Models and options from seeds 400 to 409; windows of 7 positions, 14 to 26 positions in all, 1 to 5 beams."""
     with_eos = 0
@@ -173,7 +173,7 @@ def test_too_few_positions_are_refused_before_any_work(tmp_path, beams):
     x, calls = random_prefix(1, 10, 0), record_calls(lm)
     assert len(generate(lm, x, beams, 3, eos_id=-1)[0]) == 3
     calls.clear()
-    with refused("10 positions before a caption and 3 of its 4 tokens, without the last, need 13, it has 12"):
+    with refused("10 positions before a caption and 4 tokens, of which the last is not read, need 13, it has 12"):
         generate(lm, x, beams, 4)
     assert not calls
 
@@ -182,9 +182,9 @@ def test_invalid_options_are_refused(tmp_path):
     """The model has 24 tokens, so 23 beams are possible with one EOS token."""
     _, lm = make(tmp_path, 0)
     generate(lm, random_prefix(1, 2, 0), 23, 3)
-    for options in {"max_new_tokens": -1}, {"beams": 0}, {"beams": 24}:
-        with refused(next(iter(options))):
-            generate(lm, random_prefix(1, 2, 0), **options)
+    for beams in (0, 24):
+        with refused("beams: "):
+            generate(lm, random_prefix(1, 2, 0), beams)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

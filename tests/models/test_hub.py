@@ -95,13 +95,12 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A server with MODEL; there are no pauses before retries."""
+    """A server with MODEL."""
     server = Server()
     for name in ("HF_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(hub, "sleep", lambda seconds: None)
     server.publish(MODEL)
     yield server
     server.close()
@@ -123,16 +122,15 @@ def assert_downloaded() -> None:
 # ---------------------------------------------------------------------------------------- models
 
 VIDEO = {"video_preprocessor_config.json": b"{}", "video_processor/preprocessor_config.json": b'{"a": 2}'}
-CONFIGS = {"preprocessor_config.json": b"{}", "generation_config.json": b"g"} | VIDEO
+CONFIGS = {"preprocessor_config.json": b"{}", "processor_config.json": b"p", "generation_config.json": b"g"} | VIDEO
 OTHERS = {"README.md": b"#", "onnx/a.bin": b"z", "vocab.json": b"v", "video_processor/other.json": b"o"}
-BPE = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
+TOKENIZERS = {"tokenizer.model": b"t", "tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
 
 
-@pytest.mark.parametrize("tokenizer, others", [({"tokenizer.model": b"t"}, OTHERS | BPE), (BPE, OTHERS)])
-def test_the_files_of_a_model_are_downloaded_and_no_others(server, capsys, tokenizer, others):
+def test_the_files_of_a_model_are_downloaded_and_no_others(server, capsys):
     """The number of files and bytes is announced; `check` runs before the weights are downloaded."""
-    files = MODEL | CONFIGS | tokenizer
-    server.publish(files | others)
+    files = MODEL | CONFIGS | TOKENIZERS
+    server.publish(files | OTHERS)
 
     def check(folder: Path) -> None:
         assert contents(folder).keys() == files.keys() - {"model.safetensors"}
@@ -160,7 +158,7 @@ def test_a_complete_model_needs_no_network_and_keeps_its_commit(server, tmp_path
     assert hub.resolve(REPO).name == "f" * 40
     server.close()
     assert hub.resolve(pinned) == folder
-    with refused("other/name", server.url, str(hub.CACHE)):
+    with refused("other/name", server.url, "the same command goes on"):
         hub.resolve("other/name")
 
 
@@ -210,17 +208,10 @@ def test_the_preferred_format_of_weights_is_downloaded(server):
 # ----------------------------------------------------------------------------- untrusted listings
 
 CONFIG_ENTRY, WEIGHTS_ENTRY = ({"rfilename": name, "size": 8} for name in MODEL)
-BAD_LISTINGS = [{"sha": None}, {"sha": "../../../x"}, {"sha": COMMIT + "\n"}, {"siblings": None}] + [
-    {"siblings": siblings}
-    for siblings in (
-        ["config.json"],
-        [WEIGHTS_ENTRY],
-        [CONFIG_ENTRY],
-        [CONFIG_ENTRY, {"rfilename": "model.safetensors"}],
-        [CONFIG_ENTRY, WEIGHTS_ENTRY | {"size": -1}],
-        [CONFIG_ENTRY, WEIGHTS_ENTRY | {"lfs": {"size": 8}}],
-    )
-]
+BAD_LISTINGS = [{"sha": None}, {"sha": "../../../x"}, {"siblings": None}, {"siblings": ["config.json"]}]
+BAD_LISTINGS += [{"siblings": [WEIGHTS_ENTRY]}, {"siblings": [CONFIG_ENTRY]}]
+BAD_WEIGHTS = {"size": -1}, {"lfs": {"size": 8}}
+BAD_LISTINGS += [{"siblings": [CONFIG_ENTRY, WEIGHTS_ENTRY | fields]} for fields in BAD_WEIGHTS]
 
 
 @pytest.mark.parametrize("changes", BAD_LISTINGS, ids=range(len(BAD_LISTINGS)))
@@ -237,7 +228,7 @@ def test_another_commit_than_requested_is_refused(server):
         hub.resolve(f"{REPO}@{'f' * 40}")
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.bin", "missing.safetensors", "config.json", "..", 3])
+@pytest.mark.parametrize("name", ["../x.safetensors", "missing.safetensors", 3])
 def test_an_index_with_a_bad_name_is_refused(server, tmp_path, name):
     """Even if the listing has the name and the server would send the file."""
     files = {"config.json": b"{}", "model.safetensors.index.json": index_of(name)}
@@ -255,27 +246,31 @@ DOWNLOADS = {  # what an earlier call left, plans for the weights, and the range
     "partial": (CONTENT[:60_000], [], ["bytes=60000-"]),
     "breaks": (b"", [{"cut": 100_000}, {"cut": 50_000}], [None, "bytes=100000-", "bytes=150000-"]),
     "ranges are ignored": (CONTENT[:9], [{"ranges": False}], ["bytes=9-"]),
-    "busy": (b"", [{"status": 429}, {"status": 500}, {"status": 503}], [None] * 4),
     "silence": (b"", [{"cut": 2**17, "stall": 30}], [None, "bytes=131072-"]),
 }
 
 
 @pytest.mark.parametrize("case", DOWNLOADS)
-def test_an_interrupted_download_is_completed(server, monkeypatch, case):
+def test_an_interrupted_download_is_continued(server, monkeypatch, case):
     part, plans, ranges = DOWNLOADS[case]
     monkeypatch.setattr(hub, "TIMEOUT", 3)  # seconds; a busy machine answers later than in one
     server.plans[WEIGHTS] = list(plans)
     model_folder().mkdir(parents=True)
     (model_folder() / "model.safetensors.part").write_bytes(part)
     start = time.monotonic()
+    for _ in range(len(ranges) - 1):
+        with refused(server.url + WEIGHTS, "the same command goes on"):
+            hub.resolve(REPO)
     assert_downloaded()
     assert server.ranges(WEIGHTS) == ranges and time.monotonic() - start < 25
 
 
-def test_a_file_without_a_known_sha256_is_not_resumed_and_a_wrong_one_is_replaced(server):
+def test_a_file_without_a_known_sha256_is_not_resumed_and_one_cut_short_is_replaced(server):
     model_folder().mkdir(parents=True)
-    (model_folder() / "model.safetensors").write_bytes(OTHER)
+    (model_folder() / "model.safetensors").write_bytes(OTHER[:9])
     server.plans[CONFIG] = [{"cut": 4}]
+    with refused("the connection broke at 4 bytes of 8 bytes"):
+        hub.resolve(REPO)
     assert_downloaded()
     assert server.ranges(CONFIG) == [None, None]
 
@@ -296,39 +291,37 @@ def test_two_processes_download_each_file_once(server, monkeypatch):
 
 # ------------------------------------------------------------------- wrong data, refusals, tokens
 
-FAILURES = {  # plans for the weights, a word of the error, the number of requests
-    "breaks": ([{"cut": 0}] * 9, "broke at 0 bytes of 300.0 kB", 4),
-    "too long": ([{"other": CONTENT + b"!"}], "expected 300000 bytes", 1),
-    "another second half": ([{"cut": 9}, {"other": OTHER}], SHA256, 2),
-    "always busy": ([{"status": 500}] * 9, "500", 4),
-    "403": ([{"status": 403}], "gated, private or missing: accept its terms on its page and set HF_TOKEN", 1),
-    "404": ([{"status": 404}], "no such local folder or file, and no such model or revision", 1),
-    "a redirect to a file": ([{"status": 302, "location": "file:///etc/passwd"}] * 9, "302", 4),
+FAILURES = {  # a plan for the weights, words of the error
+    "too long": ({"other": CONTENT + b"!"}, "expected 300000 bytes"),
+    "other bytes": ({"other": OTHER}, SHA256),
+    "busy": ({"status": 503}, "the server answers 503"),
+    "403": ({"status": 403}, "gated, private or missing: accept its terms on its page and set HF_TOKEN"),
+    "404": ({"status": 404}, "no such local folder or file, and no such model or revision"),
+    "a redirect to a file": ({"status": 302, "location": "file:///etc/passwd"}, "302"),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failed_download_is_refused(server, case):
-    plans, word, requests = FAILURES[case]
-    server.plans[WEIGHTS] = list(plans)
-    with refused(server.url + WEIGHTS, word):
+    plan, words = FAILURES[case]
+    server.plans[WEIGHTS] = [plan]
+    with refused(server.url + WEIGHTS, words):
         hub.resolve(REPO)
-    assert len(server.ranges(WEIGHTS)) == requests
     assert contents(model_folder()).keys() <= {"config.json", "model.safetensors.part"}
-    server.plans.clear()
     assert_downloaded()
 
 
 def test_the_token_is_sent_to_the_hub_only(server, monkeypatch):
-    """Redirects within the hub get it. A download behind a redirect is resumed."""
+    """No redirect gets it. A download behind a redirect is resumed."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
     other = Server()
     other.files["/bytes"], other.plans["/bytes"] = CONTENT, [{"cut": 100_000}]
-    server.plans[WEIGHTS] = [{"status": 302, "location": "/moved"}] * 2
-    server.files["/moved"], server.plans["/moved"] = b"moved", [{"status": 302, "location": other.url + "/bytes"}] * 2
+    server.plans[WEIGHTS] = [{"status": 302, "location": other.url + "/bytes"}] * 2
+    with refused("the connection broke"):
+        hub.resolve(REPO)
     assert_downloaded()
     other.close()
-    assert len(server.requests) == 6 and len(server.ranges("/moved")) == 2
+    assert len(server.requests) == 5
     assert all(headers["Authorization"] == "Bearer hf_secret" for _, headers in server.requests)
     assert other.ranges("/bytes") == [None, "bytes=100000-"]
     assert not any("secret" in value for _, headers in other.requests for value in headers.values())

@@ -29,19 +29,10 @@ TEXT = json.loads("""{
     "eos_token_id": 2, "pad_token_id": 0
 }""")
 LLAMA, QWEN2 = TEXT | {"model_type": "llama"}, TEXT | {"model_type": "qwen2"}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "patch_size": 14,
-}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+VISION |= {"patch_size": 14}
 CLIP = VISION | {"model_type": "clip_vision_model", "image_size": 42}
-SIGLIP = VISION | {
-    "model_type": "siglip_vision_model",
-    "image_size": 45,
-    "vision_use_head": False,
-}  # 3 pixels left over
+SIGLIP = VISION | {"model_type": "siglip_vision_model", "image_size": 45, "vision_use_head": False}  # 3 left over
 IDEFICS3 = {"hidden_size": 16, "image_size": 32, "num_attention_heads": 2, "patch_size": 4}  # 8 x 8 patches
 VIDEO_FILE = "video_processor/preprocessor_config.json"
 SQUASH = {"size": {"height": 45, "width": 45}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -205,5 +196,5 @@ def test_another_number_of_image_tokens_is_refused(reference):
     ours = MLLM.from_pretrained(reference.folder)
     count = 2 * ours.config.tokens_per_image
     for ids, found in ((reference.ids[:, 4:], count - 2), (reference.ids[:, -2:], 0)):
-        with refused("image token 98", f"occurs {found} times", f"expected {count}"):
+        with refused("image token", f"occurs {found} times", f"expected {count}"):
             ours.embed(ids, reference.pixels)

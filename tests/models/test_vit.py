@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from torch import nn
 from torchvision.models import vision_transformer as torchvision_vit
-from transformers import AutoConfig, CLIPModel, CLIPVisionModel, Dinov2Model, SiglipModel, SiglipVisionModel
+from transformers import AutoConfig, Dinov2Model
 
 from common.preprocessing import CLIP_MEAN, CLIP_STD
 from models.vit import ViT
@@ -57,10 +58,10 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
 
 
 CLASSES = {
-    "clip": CLIPModel,
-    "clip_vision_model": CLIPVisionModel,
-    "siglip": SiglipModel,
-    "siglip_vision_model": SiglipVisionModel,
+    "clip": transformers.CLIPModel,
+    "clip_vision_model": transformers.CLIPVisionModel,
+    "siglip": transformers.SiglipModel,
+    "siglip_vision_model": transformers.SiglipVisionModel,
     "dinov2": Dinov2Model,
 }
 
@@ -176,6 +177,19 @@ def test_options_and_shapes(tmp_path, kind, fields):
     if kind.endswith("_vision_model"):
         add_prefix(tmp_path)
     assert_same(ViT.from_pretrained(tmp_path), theirs, fields.get("image_size", 24), seed=3)
+
+
+WITH_HEADS = [(transformers.CLIPVisionModelWithProjection, "clip_vision_model", "vision_model")]
+WITH_HEADS += [(transformers.Dinov2ForImageClassification, "dinov2", "dinov2")]
+
+
+@pytest.mark.parametrize("model, kind, part", WITH_HEADS)
+def test_heads_for_other_uses_are_ignored(tmp_path, model, kind, part):
+    """Model seed 4, pixels seed 5; the encoder within the model is the reference."""
+    theirs = randomize(model(AutoConfig.for_model(kind, **VISION)), 4)
+    theirs.save_pretrained(tmp_path)
+    change_json(tmp_path / "preprocessor_config.json", **CROP_24)
+    assert_same(ViT.from_pretrained(tmp_path), getattr(theirs, part), 24, seed=5)
 
 
 def test_dinov2_in_the_format_of_facebookresearch(tmp_path):

@@ -6,6 +6,7 @@ References
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,13 +180,13 @@ def test_an_unsupported_file_is_refused(tmp_path, file_format, changes, word):
 def test_preprocessing_is_that_of_the_family_and_of_the_requested_size(tmp_path):
     """The default of the families; another size keeps the cropped share of the frame; one that does not fit the table
     of positions is refused."""
-    for kind, expected in (
-        ("clip", Preprocessing(24, 24)),
-        ("siglip", Preprocessing(24, 24, True, mean=HALF, std=HALF)),
-    ):
+    squashed = Preprocessing(24, 24, True, mean=HALF, std=HALF)
+    for kind, expected in (("clip", Preprocessing(24, 24)), ("siglip", squashed)):
         make_transformers(tmp_path, kind, patch_size=8)
         assert ViT.from_pretrained(tmp_path).preprocessing == expected
         assert ViT.from_config(tmp_path, 48).preprocessing == expected.scaled(48)
+    change_json(tmp_path / "processor_config.json", image_processor={"image_std": [0.25] * 3})  # of transformers 5
+    assert ViT.from_config(tmp_path).preprocessing == replace(expected, std=(0.25,) * 3)
     change_json(tmp_path / "preprocessor_config.json", size={"height": 32, "width": 32})
     refuse(tmp_path, "preprocessor_config.json", "32 pixels", "24")
     make_facebook(tmp_path / "dinov2.pth", patch_size=14, image_size=70)

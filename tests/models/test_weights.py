@@ -77,16 +77,15 @@ def test_files_of_transformers(tmp_path, shard_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["w.pth", "w.bin", "old.pt"])
 def test_files_of_torch(tmp_path, dtype, name):
-    """A module's state dict, an OrderedDict; its parameters; views with other layouts; the state of a training."""
+    """A module's state dict, an OrderedDict; its parameters; views with other layouts."""
     module = tiny_model().to(dtype)
     base = torch.arange(24.0).reshape(4, 6).to(dtype)
     views = {"base": base, "transposed": base.T, "strided": base[1:, ::2], "empty": base[:0], "scalar": base[2, 3]}
     for content in (module.state_dict(), dict(module.named_parameters()), views):
-        for saved in (content, {"model": content}, {"state_dict": content, "epoch": 3, "optimizer": {"lr": 0.1}}):
-            found, where = read_tensors(write(tmp_path / name, saved))
-            assert_bit_equal(found, {name: tensor.detach() for name, tensor in content.items()})
-            assert all(type(tensor) is Tensor and not tensor.requires_grad for tensor in found.values())
-            assert weight_files(tmp_path / name) == [where] == [tmp_path / name]
+        found, where = read_tensors(write(tmp_path / name, content))
+        assert_bit_equal(found, {name: tensor.detach() for name, tensor in content.items()})
+        assert all(type(tensor) is Tensor and not tensor.requires_grad for tensor in found.values())
+        assert weight_files(tmp_path / name) == [where] == [tmp_path / name]
     assert found["transposed"].data_ptr() == found["base"].data_ptr()
 
 
@@ -117,7 +116,7 @@ def test_files_stay_unchanged_and_may_be_replaced(tmp_path, kind):
 def test_the_order_of_preference_in_a_folder(tmp_path):
     """Files are added from the last to the first of the order, and each new one is read. What has the name of one, but
     is not a file, is an error, and so is a folder without any."""
-    assert WEIGHT_FILE_NAMES[::2] == ["model.safetensors", "pytorch_model.bin"]
+    assert WEIGHT_FILE_NAMES[::2] == ("model.safetensors", "pytorch_model.bin")
     for i, name in enumerate(reversed(WEIGHT_FILE_NAMES)):
         write(tmp_path / name, random_tensors(seed=i))
         found, where = read_tensors(tmp_path)
@@ -150,8 +149,7 @@ PICKLES = {
     "a number beside a tensor": {"w": torch.ones(3), "epoch": 3},
     "numbers as names": {0: torch.ones(3)},
     "empty": {},
-    "another key": {"ema": {"w": torch.ones(3)}},
-    "two state dicts": {"model": {"w": torch.ones(3)}, "state_dict": {"w": torch.ones(3)}},
+    "a state of training": {"model": {"w": torch.ones(3)}, "epoch": 3},
     "sparse": {"w": torch.eye(3).to_sparse()},
 }
 
@@ -262,14 +260,8 @@ BIAS, COUNT = "src.body.0.bias", "src.body.1.num_batches_tracked"
 MISFITS = {  # a change of the tensors and names, words of the error
     "missing": (lambda t, n: t.pop(BIAS), "missing: src.body.0.bias"),
     "unexpected": (lambda t, n: t.update(extra=t[BIAS], more=t[BIAS]), "unexpected: more"),
-    "shape": (
-        lambda t, n: t.update({BIAS: torch.ones(4, 5)}),
-        "bias is [4, 5] of floats, expected [4] of floats for b",
-    ),
-    "one axis more": (
-        lambda t, n: t.update({COUNT: t[COUNT][None]}),
-        "is [1] of torch.int64, expected [] of torch.int64",
-    ),
+    "shape": (lambda t, n: t.update({BIAS: torch.ones(4, 5)}), "bias is [4, 5] of floats, expected [4] of floats for"),
+    "one axis more": (lambda t, n: t.update({COUNT: t[COUNT][None]}), "is [1] of torch.int64, expected [] of torch"),
     "integers": (lambda t, n: t.update({BIAS: t[BIAS].int()}), "is [4] of torch.int32, expected [4] of floats"),
     "complex": (lambda t, n: t.update({BIAS: t[BIAS] * 1j}), "is [4] of torch.complex64, expected [4] of floats"),
     "floats": (lambda t, n: t.update({COUNT: torch.tensor(0.0)}), "is [] of floats, expected [] of torch.int64"),

@@ -76,7 +76,7 @@ def test_the_attention_is_that_of_the_equations(dropout):
                 weights = ((block.norm(queries) @ hq.T) @ (x @ hk.T).T / len(hq) ** 0.5).softmax(-1)  # (N, T*P)
                 torch.testing.assert_close(maps.weights[i, b, h].flatten(1), weights, rtol=0, atol=1e-5)
             queries = naive_gated_cross_attention(block, queries, z, adapter.time_embed)
-    assert torch.equal(maps.gates, adapter.gates) and maps.patches().shape == (3, 5, 3, 4, 4)
+    assert torch.equal(maps.gates, adapter.last_gates) and maps.patches().shape == (3, 5, 3, 4, 4)
     written = record_attention(make(write_back=True), frames).weights.sum((-2, -1))
     torch.testing.assert_close(written, torch.ones(3, 2, HEADS, 5), rtol=0, atol=1e-5)
     assert not any(block._forward_hooks for block in adapter.blocks)

@@ -1,0 +1,189 @@
+"""What is measured: the same work by our code and by transformers, peft or pycocoevalcap.
+
+Each function prepares a work for one side, "ours" or "theirs", and returns it as a function without arguments. Models
+have the shapes of CLIP ViT-B/16 and Llama-160m and random weights, the same on both sides.
+
+Shapes: B clips, T frames, S side in pixels, K captions per clip, L tokens of a caption, R = B*K rows, C width of the
+language model.
+"""
+
+import json
+import math
+import tempfile
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metrics
+from bench.measure import Work
+from common.config import Config
+from common.preprocessing import CLIP_MEAN, CLIP_STD
+from model import Captioner, CausalLM, Pair, ViT, generate
+from training.devices import DTYPES, keep_freed_memory
+from video_data import shapes
+
+B, T, K, L, S, RANK = 2, 8, 4, 15, 224, 32
+CONFIGS = Path(__file__).resolve().parents[1] / "tests/models/configs"
+TOKENIZER = SimpleNamespace(bos_id=lambda: 1, encode=lambda text: [10, 11, 12])  # what a captioner needs of one
+
+
+def random_tensor(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(3, 32000, shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def load(kind: type, side: str, dtype: str) -> nn.Module:
+    """Our ViT or CausalLM, or that of transformers, from the same files."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    if kind is ViT:
+        config = json.loads((CONFIGS / "clip-vit-base-patch16.json").read_text())["vision_config"]
+        model = CLIPVisionModel(CLIPVisionConfig(**config))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**json.loads((CONFIGS / "llama-160m.json").read_text())))
+        for name, weight in model.named_parameters():  # logits that vary like a trained model's
+            std = {"model.embed_tokens.weight": 1.0, "lm_head.weight": 0.12}.get(name, 0.04)
+            weight.normal_(1.0 if "norm" in name else 0.0, std)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = (kind.from_pretrained(folder, DTYPES[dtype]) if side == "ours"
+                 else type(model).from_pretrained(folder, dtype=DTYPES[dtype]))
+    return model.eval().requires_grad_(False)
+
+
+def run_vit(dtype: str, side: str) -> Work:
+    """The last hidden states of 16 frames."""
+    vit, pixels = load(ViT, side, dtype), random_tensor(16, 3, S, S).to(DTYPES[dtype])
+    return lambda: vit(pixels) if side == "ours" else vit(pixels).last_hidden_state
+
+
+def run_lm(dtype: str, side: str) -> Work:
+    """The logits of 8 x 64 tokens."""
+    lm, ids = load(CausalLM, side, dtype), random_ids(8, 64)
+    return lambda: lm(lm.embed(ids)) if side == "ours" else lm(ids, use_cache=False).logits
+
+
+def search(dtype: str, beams: int, side: str) -> Work:
+    """At most 30 tokens after each of 16 prefixes of 24 embeddings, -1 after the end (16, 30)."""
+    lm, prefix = load(CausalLM, side, dtype), random_tensor(16, 24, 768).to(DTYPES[dtype])
+    if side == "ours":
+        return lambda: torch.tensor([ids + [-1] * (30 - len(ids)) for ids in generate(lm, prefix, beams=beams)])
+    eos = lm.config.eos_token_id
+    write = partial(lm.generate, inputs_embeds=prefix, attention_mask=torch.ones(16, 24), do_sample=False,
+                    num_beams=beams, max_new_tokens=30, pad_token_id=eos)
+
+    def work() -> Tensor:
+        ids = write()
+        return F.pad(ids.masked_fill(ids == eos, -1), (0, 30 - ids.shape[1]), value=-1)
+
+    return work
+
+
+class PeftCaptioner(nn.Module):
+    """Theirs: LoRA in the queries and values of the ViT or of the language model; each caption is a row.
+
+    Neither frame vectors nor a scale of visual tokens: here the former are zero, and embeddings have a size of 1.
+    """
+
+    def __init__(self, vit: nn.Module, lm: nn.Module, adapted: str):
+        from peft import LoraConfig, get_peft_model
+
+        super().__init__()
+        lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"])
+        self.vit = get_peft_model(vit, lora) if adapted == "ViT" else vit
+        self.lm = get_peft_model(lm, lora) if adapted == "language model" else lm
+        self.connector = nn.Linear(768, 768)
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Pixels (R, T, 3, S, S), labels (R, L) -> the loss, summed over the tokens."""
+        pooled = self.vit(pixel_values=pixels.flatten(0, 1)).pooler_output.unflatten(0, pixels.shape[:2])
+        visual = self.connector(pooled.float())  # (R, T, C)
+        embed = self.lm.get_input_embeddings()
+        texts = embed(torch.tensor([TOKENIZER.bos_id(), *TOKENIZER.encode("")])).expand(len(pixels), -1, -1)
+        x = torch.cat([texts[:, :1], visual.to(texts.dtype), texts[:, 1:], embed(labels)], dim=1)
+        padded = F.pad(labels, (x.shape[1] - L, 0), value=-100)
+        return self.lm(inputs_embeds=x, labels=padded, use_cache=False).loss * labels.numel()
+
+
+def step(method: str, adapted: str, side: str) -> Work:
+    """A training step in bf16 on B clips with K captions each: a method of ours beside LoRA in the adapted model. The
+    result is the connector's gradient. `lora` is the same model as LoRA in the ViT."""
+    vit, lm = load(ViT, side, "bf16"), load(CausalLM, side, "bf16")
+    frames, labels = (255 * random_tensor(B, T, 3, S, S).sigmoid()).byte(), random_ids(B, K, L)
+    if side == "ours":
+        keep_freed_memory()  # as train.py
+        model = Captioner(Pair(vit, lm), TOKENIZER, Config(method=method, rank=RANK, frames=T))
+        if model.time_embed is not None:
+            nn.init.zeros_(model.time_embed)
+    else:
+        model = PeftCaptioner(vit, lm, adapted)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+        frames = ((frames / 255 - mean) / std).bfloat16().repeat_interleave(K, dim=0)  # (R, T, 3, S, S)
+        labels = labels.flatten(0, 1)  # (R, L)
+    nn.init.zeros_(model.connector.bias)
+    model.connector.weight.data.copy_(random_tensor(768, 768) / 768**0.5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
+
+    def work() -> Tensor:
+        optimizer.zero_grad()
+        (model(frames, labels) / labels.numel()).backward()
+        gradient = model.connector.weight.grad.clone()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        return gradient
+
+    return work
+
+
+def score(videos: int, count: int, side: str) -> Work:
+    """The scores of one caption per video, with `count` references, of scenes of `shapes`. Theirs starts Java."""
+    rng = np.random.default_rng(0)
+    scenes = {f"video{i}": shapes.draw_scene(rng) for i in range(videos)}
+    texts = {video: [shapes.describe(scene, rng) for _ in range(count + 1)] for video, scene in scenes.items()}
+    references, captions = ({video: x[part] for video, x in texts.items()} for part in (slice(1, None), slice(1)))
+
+    def ours() -> dict[str, float]:
+        return metrics.score(references, captions, strict=True).corpus
+
+    def theirs() -> dict[str, float]:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.meteor.meteor import Meteor
+        from pycocoevalcap.rouge.rouge import Rouge
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+        words = [PTBTokenizer().tokenize({video: [{"caption": text} for text in x] for video, x in group.items()})
+                 for group in (references, captions)]
+        bleu, _ = Bleu(4).compute_score(*words, verbose=0)
+        others = {"METEOR": Meteor(), "ROUGE_L": Rouge(), "CIDEr": Cider()}
+        return ({f"Bleu_{n}": value for n, value in enumerate(bleu, 1)}
+                | {name: scorer.compute_score(*words)[0] for name, scorer in others.items()})
+
+    scores = ours if side == "ours" else theirs
+    return lambda: torch.tensor([value for _, value in sorted(scores().items())], dtype=torch.float64)
+
+
+PRECISIONS = ("fp32", 2e-5), ("bf16", 0.05)  # and how far the outputs of a model may differ: sums have another order
+BENCHMARKS = {  # name -> [(what, tolerance, the work of a side)]; different works, and beams in bf16, are not compared
+    "train": [(f"a step of {method} beside LoRA in the {adapted}", 0.1 if method == "lora" else math.inf,
+               partial(step, method, adapted))
+              for method, adapted in (("qadapter", "ViT"), ("lora", "ViT"), ("qadapter", "language model"))],
+    "vit": [(f"ViT-B/16, 16 frames, {dtype}", tolerance, partial(run_vit, dtype)) for dtype, tolerance in PRECISIONS],
+    "lm": [(f"Llama-160m, logits of 8 x 64 tokens, {dtype}", tolerance, partial(run_lm, dtype))
+           for dtype, tolerance in PRECISIONS],
+    "search": [(f"Llama-160m, 16 texts, {beams} beams, {dtype}", 0 if dtype == "fp32" else math.inf,
+                partial(search, dtype, beams)) for dtype, _ in PRECISIONS for beams in (1, 5)],
+    "metrics": [(f"scores of {videos} videos with {count} captions", 1e-9, partial(score, videos, count))
+                for videos, count in ((670, 41), (2990, 20))],
+}

@@ -1,0 +1,150 @@
+"""Variants of the Q-Adapter that showed no gain, each beside the method that it replaces: `train.py --variant NAME`.
+
+Read `qadapter.py` first; letters and shapes are those. A variant of a block replaces one method of
+`GatedCrossAttention`, a variant of what is around the blocks one of `QAdapter`. A new idea is a class here and a line
+in VARIANTS. docs/study-tables.md has the scores. The names of the gates' layers contain "gate": their learning rate is
+that of the gating layer (`training/optimizer.py`).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qadapter import CastLinear, GatedCrossAttention, QAdapter
+
+# --------------------------------------------------------------------------------------- the gate
+
+
+class PlainGate(GatedCrossAttention):
+    """g = sigmoid([Q ; A] W_g + b_g): the gate reads queries and reads as they are, not their LN."""
+
+    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
+        return self.gate(torch.cat([queries, read], dim=-1)).sigmoid()  # (B, N, 1)
+
+
+class ChannelGate(GatedCrossAttention):
+    """g = sigmoid(LN(Q) * w + LN(A) * w' + b): one number per channel, from that channel of the query and its read."""
+
+    class Layer(nn.Module):
+        def __init__(self, width: int):
+            super().__init__()
+            self.of_query, self.of_read, self.bias = (nn.Parameter(torch.zeros(width)) for _ in range(3))
+
+        def forward(self, pair: Tensor) -> Tensor:
+            query, read = pair.chunk(2, dim=-1)  # (B, N, 2D) -> (B, N, D)
+            return query * self.of_query + read * self.of_read + self.bias
+
+    def make_gate(self, width: int) -> nn.Module:
+        return self.Layer(width)
+
+
+class TokenGate(GatedCrossAttention):
+    """sigmoid((Y + E) w + b), one number per token of the ViT, scales the token's value; g = 1."""
+
+    def make_gate(self, width: int) -> nn.Module:
+        gate = CastLinear(width, 1)
+        nn.init.zeros_(gate.weight)
+        nn.init.zeros_(gate.bias)
+        return gate
+
+    def keys_and_values(self, z: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = super().keys_and_values(z, time_embed)  # (B, T*P, r)
+        return k, v * self.project(self.gate, z, time_embed).flatten(1, 2).sigmoid()
+
+    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
+        return queries.new_ones(*queries.shape[:2], 1)
+
+
+class BiasedGate(GatedCrossAttention):
+    """Every gate starts at sigmoid(2) = 0.88, nearly open."""
+
+    bias = 2.0
+
+    def make_gate(self, width: int) -> nn.Module:
+        gate = super().make_gate(width)
+        nn.init.constant_(gate.bias, self.bias)
+        return gate
+
+
+class ShutGate(BiasedGate):
+    """Every gate starts at sigmoid(-2) = 0.12, nearly shut."""
+
+    bias = -2.0
+
+
+# ------------------------------------------------------------------------------- what tells frames apart
+
+
+class NoChanges(GatedCrossAttention):
+    """X = Y + E: the queries read each token alone, not its change since the frame before."""
+
+    def __init__(self, width: int, config, write_back: bool):
+        super().__init__(width, config, write_back)
+        self.kv_change = None
+
+    def project_changes(self, z: Tensor) -> Tensor:
+        return z.new_zeros(())
+
+
+class PerFrame(NoChanges):
+    """Query i sees frame i T / N, rounded down, and no other. Without changes, which tell of the frame before."""
+
+    def __init__(self, width: int, config, write_back: bool):
+        super().__init__(width, config, write_back)
+        self.queries = config.queries
+
+    def mask(self, z: Tensor) -> Tensor:
+        frames, tokens = z.shape[1:3]
+        frame_of_query = torch.arange(self.queries, device=z.device) * frames // self.queries  # (N,)
+        frame_of_token = torch.arange(frames, device=z.device).repeat_interleave(tokens)  # (T*P,)
+        same = frame_of_query[:, None] == frame_of_token  # (N, T*P)
+        visible = super().mask(z)  # (B, 1, 1, T*P)
+        return same if visible is None else same & visible  # (B, 1, N, T*P)
+
+
+class RandomTime(QAdapter):
+    """The frame vectors start at random, each by itself, instead of as a ramp."""
+
+    def __init__(self, width: int, depth: int, config):
+        super().__init__(width, depth, config)
+        nn.init.normal_(self.time_embed)
+
+
+class NoTime(QAdapter):
+    """No frame vectors: E = 0."""
+
+    def __init__(self, width: int, depth: int, config):
+        super().__init__(width, depth, config)
+        nn.init.zeros_(self.time_embed).requires_grad_(False)
+
+
+class NoTimeNoChanges(NoTime):
+    """Nothing tells frames apart."""
+
+    Block = NoChanges
+
+
+class RawChannels(QAdapter):
+    """Y = LN(Z): channels are not standardized, m = 0 and s = 1."""
+
+    def measure_channels(self, outputs: Tensor) -> None:
+        pass
+
+
+def with_block(block: type[GatedCrossAttention]) -> type[QAdapter]:
+    """The Q-Adapter with another block."""
+    return type(block.__name__, (QAdapter,), {"Block": block})
+
+
+VARIANTS = {
+    "gate-sigmoid": with_block(PlainGate),
+    "gate-channel": with_block(ChannelGate),
+    "gate-patch": with_block(TokenGate),
+    "gate-open": with_block(BiasedGate),
+    "gate-shut": with_block(ShutGate),
+    "no-changes": with_block(NoChanges),
+    "per-frame": with_block(PerFrame),
+    "time-random": RandomTime,
+    "no-time": NoTime,
+    "no-time-no-changes": NoTimeNoChanges,
+    "raw-channels": RawChannels,
+}

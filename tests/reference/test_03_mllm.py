@@ -1,0 +1,154 @@
+"""The captioner on multimodal language models (MLLMs) of three families.
+
+References: `MLLM.embed`, which tests/models holds equal to transformers; the MLLM as it is (`--method none`), bit for
+bit; plain loops. The MLLMs are tiny and random (`tests/tiny.py`).
+"""
+
+import pytest
+import torch
+
+from common.config import INSTRUCTION
+from common.errors import InputError
+from tests.tiny import IMAGE, LABELS, MLLM_CONFIGS, MLLMS, TOKENS, Letters, N, T, bits, clips, make, randomized
+
+every_family = pytest.mark.parametrize("family", MLLMS)
+LIKE_THE_MLLM = ["linear", "lora", "lora-lm", "adapter", "full", "frames"]  # at step 0
+
+
+@every_family
+def test_without_training_the_prefix_is_the_input_of_the_mllm(family):
+    """Model seed 1, frames seed 2, within 1e-6. Reference: `MLLM.embed` of ids with image tokens in place."""
+    captioner, frames = make("none", 1, family), clips(1, T, 2)
+    newline = [IMAGE] if family == "llava_onevision" else []
+    first, *rest = captioner.backbone.prompt(Letters(), T, INSTRUCTION)
+    ids = first + sum(([IMAGE] * TOKENS[family] + newline * (i == T - 1) + text for i, text in enumerate(rest)), [])
+    expected = captioner.backbone.embed(torch.tensor([ids]), captioner.vit.normalize(frames[0]))
+    torch.testing.assert_close(captioner.prefix(frames), expected, rtol=0, atol=1e-6)
+    assert captioner.prefix_length(T) == len(ids)
+    other = make("none", 1, family, instruction="name it")
+    assert other.texts(T)[-1].tolist() == Letters().encode("name it") != rest[-1]
+
+
+@every_family
+@pytest.mark.parametrize("name", LIKE_THE_MLLM)
+def test_step_0_is_the_mllm_bit_for_bit(family, name):
+    """Model seed 3, frames seed 4: loss and captions, with gradients; a random captioner differs."""
+    captioner, whole, frames = make(name, 3, family), make("none", 3, family), clips(2, T, 4)
+    with torch.no_grad():
+        expected = whole(frames, LABELS)
+    assert captioner(frames, LABELS) == expected
+    assert captioner.caption(frames, max_new_tokens=5) == whole.caption(frames, max_new_tokens=5)
+    assert abs(randomized(name, 3, family)(frames, LABELS) - expected) > 1e-3
+
+
+@every_family
+def test_queries_stand_in_the_place_of_an_image(family):
+    """Model seed 5, frames seed 6, bit for bit: LLaVA's projector maps them, else a connector of their own."""
+    captioner, frames = randomized("queries", 5, family), clips(2, T, 6)
+    with torch.no_grad():
+        queries, _ = captioner.run_encoder(frames)
+        if family == "smolvlm":
+            expected = captioner.connector(queries) * captioner.lm.embedding_rms()
+        else:
+            expected = captioner.backbone.projector(queries)
+    assert (captioner.connector is None) == (family != "smolvlm")
+    before, after = captioner.backbone.prompt(Letters(), 1, INSTRUCTION)
+    prefix = captioner.prefix(frames)
+    assert torch.equal(prefix[:, len(before) : len(before) + N], expected)
+    assert torch.equal(prefix[0, -len(after) :], captioner.lm.embed(torch.tensor(after)))
+    assert captioner.prefix_length(T) == prefix.shape[1]
+
+
+def test_linear_adds_a_layer_of_tokens_and_times():
+    """Model seed 7, frames seed 8, within 1e-5. Reference: a loop over clips, frames and tokens."""
+    captioner, frames = randomized("linear", 7, "llava"), clips(2, T, 8)
+    groups, scale = captioner.encode(frames), captioner.lm.embedding_rms()
+    tokens = captioner.backbone.image_tokens(captioner.vit.normalize(frames).flatten(0, 1)).unflatten(0, (2, T))
+    for b in range(2):
+        for t in range(T):
+            for n in range(16):
+                added = captioner.connector.weight @ (tokens[b, t, n] / scale + captioner.time_embed[t])
+                expected = tokens[b, t, n] + scale * (added + captioner.connector.bias)
+                torch.testing.assert_close(groups[t][b, n], expected, rtol=0, atol=1e-5)
+
+
+def test_write_back_reaches_the_tokens_of_every_frame():
+    """Model seed 9, frames seed 10: what is written after the last block alone changes what is read of each frame."""
+    captioner, frames = make("frames", 9, "llava"), clips(1, T, 10)
+    expected = captioner.encode(frames)
+    with torch.no_grad():
+        captioner.adapter.blocks[-1].write_o.weight += 0.1
+    for found, before in zip(captioner.encode(frames), expected, strict=True):
+        assert (found - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3])
+def test_a_grid_averages_the_tokens_of_each_frame(grid):
+    """Model seed 11, frames seed 12, within 1e-6. Reference: plain loops over cells from floor(4 i / g) to
+    ceil(4 (i + 1) / g) of the 4 x 4 tokens."""
+    whole, small, frames = make("none", 11, "llava"), make("none", 11, "llava", grid=grid), clips(2, T, 12)
+    edges = [(i * 4 // grid, -(-(i + 1) * 4 // grid)) for i in range(grid)]
+    for found, tokens in zip(small.encode(frames), whole.encode(frames), strict=True):
+        square = tokens.unflatten(1, (4, 4))
+        expected = [square[:, a:b, c:d].mean((1, 2)) for a, b in edges for c, d in edges]
+        torch.testing.assert_close(found, torch.stack(expected, dim=1), rtol=0, atol=1e-6)
+    assert small.prefix_length(T) == whole.prefix_length(T) - T * (16 - grid**2) == small.prefix(frames).shape[1]
+
+
+def expected_names(family: str, name: str, captioner) -> set[str]:
+    """The trained tensors, spelled out; an MLLM needs no connector, but for queries that its projector cannot map."""
+    vit, lm = ([f"{part}.blocks.{i}" for i in range(depth)] for part, depth in (("vit", 3), ("lm", 2)))
+    of_method = {"linear": ["time_embed", "connector.weight", "connector.bias"],
+                 "lora": [f"{block}.attn.{x}.lora_{y}" for block in vit for x in "qv" for y in "ab"],
+                 "lora-lm": [f"{block}.attn.{x}.lora_{y}" for block in lm for x in "qv" for y in "ab"],
+                 "adapter": [f"{block}.mlp.adapter_{x}.{y}" for block in vit for x in ("down", "up")
+                             for y in ("weight", "bias")],
+                 "full": [key for key, _ in captioner.named_parameters()], "none": []}
+    if name in of_method:
+        return set(of_method[name])
+    names = {f"adapter.{key}" for key, _ in captioner.adapter.named_parameters()}
+    if name == "frames":  # queries are only written
+        return names - {"adapter.norm.weight", "adapter.norm.bias"}
+    return names | ({"connector.weight", "connector.bias"} if family == "smolvlm" else set())
+
+
+@every_family
+@pytest.mark.parametrize("name", MLLM_CONFIGS)
+def test_training_changes_what_is_trained_and_no_bit_of_the_rest(family, name):
+    """Model seed 13, from the true initialization: two steps of AdamW over all parameters, so only the absence of a
+    gradient protects the frozen ones. `full` trains LLaVA's last norm of the ViT, too, which nothing reads."""
+    captioner = make(name, 13, family)
+    expected, everything = expected_names(family, name, captioner), dict(captioner.named_parameters())
+    assert captioner.trained().keys() == expected
+    if name == "none":
+        return
+    before, optimizer = bits(everything), torch.optim.AdamW(captioner.parameters(), lr=1e-2, weight_decay=0)
+    for step in range(2):
+        optimizer.zero_grad()
+        (captioner(clips(2, T, 14 + step), LABELS) / 10).backward()
+        optimizer.step()
+    after = bits(everything)
+    unread = {"vit.post_norm.weight", "vit.post_norm.bias"} if name == "full" and family != "smolvlm" else set()
+    assert {key for key in before if before[key] != after[key]} == expected - unread
+
+
+@every_family
+@pytest.mark.parametrize("name", ["none", "linear", "lora-lm", "queries"])
+def test_the_loss_on_cached_block_outputs_is_that_on_frames(family, name):
+    """Model seed 16, frames seed 17: in bf16 the two are equal bit for bit, and so are captions."""
+    captioner, frames = randomized(name, 16, family, torch.bfloat16), clips(2, T, 17)
+    outputs = captioner.block_outputs(frames)
+    assert captioner.config.can_cache_vit and outputs.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert captioner(outputs, LABELS) == captioner(frames, LABELS)
+    assert captioner.caption(outputs, max_new_tokens=5) == captioner.caption(frames, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("family, fields, message", [
+    ("llava", dict(grid=5), "--grid 5: expected at most 4, the side"),
+    ("class token", dict(grid=2), "--grid 2: expected at most 0"),
+    ("llava", dict(frames=200), "3200 visual tokens, .* positions, the language model has 300"),
+])
+def test_what_does_not_fit_the_frozen_models_is_refused(family, fields, message):
+    with pytest.raises(InputError, match=message):
+        make("none", 0, family, **fields)

@@ -1,0 +1,71 @@
+"""Interrupted runs, against the uninterrupted run of the same seed: weights, moments, log, captions and scores bit for
+bit (one thread). A run, in a forked process, kills itself at a call of a function."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from tests.scripts import act_at_call, assert_one_line_error, contents, run_forked
+from training.run import Run
+
+SAVE_OFTEN = ["--save-every", 2, "--token-dropout", 0.5]  # of 12 steps; validations are after 0, 6 and 12
+KILLS = {  # where, and in which call
+    "before the run has a config.json": (os, "replace", 3),
+    "in a step": (torch.optim.AdamW, "step", 6),
+    "in the writing of a checkpoint": (os, "fsync", 27),
+    "between the two files of a checkpoint": (os, "replace", 8),
+    "between two steps": (Run, "log", 6),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = run_forked(train, *flags, *SAVE_OFTEN, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("where", KILLS)
+def test_a_killed_run_resumes_bit_for_bit(where, flags, uninterrupted, tmp_path, monkeypatch):
+    """SIGKILL; `--resume` where there is a run, else the first command again."""
+    out, new_run = tmp_path / "run", [*flags, *SAVE_OFTEN, "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        act_at_call(patch, *KILLS[where], lambda: os.kill(os.getpid(), signal.SIGKILL))
+        assert run_forked(train, *new_run).returncode == -signal.SIGKILL
+    is_run = (out / "config.json").exists()
+    assert is_run == ("config.json" not in where)
+    if not is_run:
+        assert_one_line_error(run_forked(train, "--resume", out), str(out), "config.json")
+    done = run_forked(train, *(["--resume", out] if is_run else new_run))
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step(number, flags, uninterrupted, tmp_path, monkeypatch):
+    """In the third step, which is no step that saves: exit code 130, a complete checkpoint of it, and the same end."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        act_at_call(patch, torch.optim.AdamW, "step", 3, lambda: os.kill(os.getpid(), number))
+        done = run_forked(train, *flags, *SAVE_OFTEN, "--out", out)
+    assert (done.returncode, done.stderr) == (130, "stopped\n") and f"--resume {out} continues" in done.stdout
+    assert torch.load(out / "last/state.pt", weights_only=True)["step"] == 3
+    done = run_forked(train, "--resume", out)
+    assert done.returncode == 0 and "resuming after step 3" in done.stdout, done.stderr
+    assert contents(out) == contents(uninterrupted)
+
+
+def test_half_a_row_of_the_log_is_dropped(uninterrupted, tmp_path):
+    """As a killed process leaves it."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    with open(tmp_path / "run/log.jsonl", "a") as file:
+        file.write('{"step": 1')
+    done = run_forked(train, "--resume", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "run") == contents(uninterrupted)

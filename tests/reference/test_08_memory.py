@@ -1,0 +1,115 @@
+"""The memory of a training step as `--plan` computes it on the meta device, against a real step on the CPU.
+
+References: the tensors of that step, counted, within 1 %; numbers by hand; the published sizes of models.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from common.config import Config
+from model import Captioner
+from tests.models.helpers import CONFIGS as PUBLISHED
+from training import memory
+from training.frozen_models import load_models
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+B, T, K, L = 4, 4, 3, 12
+BASE = Config(batch_size=B, frames=T, captions_per_clip=K, queries=5, rank=8)
+METHODS = {"no write-back": replace(BASE, last_blocks=1), "write-back": replace(BASE, last_blocks=0, write_back=True),
+           **{method: replace(BASE, method=method) for method in ("linear", "lora", "lora-lm", "adapter", "prompt",
+                                                                  "full")}}
+CASES = [(name, dtype) for name in METHODS for dtype in (torch.float32, torch.bfloat16)
+         if (name, dtype) != ("full", torch.bfloat16)]
+
+
+def make_captioner(backbones: Path, config: Config, dtype: torch.dtype = torch.float32,
+                   meta: bool = False) -> Captioner:
+    backbone, tokenizer = load_models({"vit": backbones / "vit", "lm": backbones / "lm"}, dtype, meta=meta)
+    with torch.device("meta" if meta else "cpu"):
+        return Captioner(backbone, tokenizer, config)
+
+
+@pytest.mark.parametrize("name, dtype", CASES)
+def test_the_planned_peak_is_that_of_a_step(backbones, name, dtype):
+    config = METHODS[name]
+    found = memory.step_memory(make_captioner(backbones, config, dtype, meta=True), config, CPU, L)
+    captioner = make_captioner(backbones, config, dtype)
+    size, trained = captioner.vit.config.image_size, captioner.trained().values()
+    frames, labels = torch.randint(256, (B, T, 3, size, size), dtype=torch.uint8), torch.randint(3, 400, (B, K, L))
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    known = [frames, labels, *captioner.parameters(), *captioner.buffers(), *(p.grad for p in trained)]
+    with memory.MemoryCounter(known) as counter:
+        captioner(frames, labels).backward()
+    assert found.activations == pytest.approx(counter.peak, rel=0.01)
+
+
+def test_the_counter_counts_what_lives():
+    """By hand: float32 tensors of 1000 numbers on the meta device; views are the memory of what they view."""
+    x = torch.empty(1000, device="meta")
+    with memory.MemoryCounter([x]) as counter:
+        y = 2 * x
+        view, excluded_view = y[10:], x.view(10, 100)
+        assert counter.bytes == counter.peak == 4000
+        z = (y + 1) + 1  # three at once
+        assert (counter.bytes, counter.peak) == (8000, 12000)
+        del y, view, z, excluded_view
+        assert counter.bytes == 0
+    assert _get_current_dispatch_mode() is None
+
+
+def test_a_model_chooses_as_on_the_cpu():
+    """By hand: the device that is reported, and where tensors are made and moved."""
+    x, labels = torch.empty(3, device="meta"), torch.zeros(3, dtype=torch.long)
+    with memory.PretendCPU():
+        assert x.device.type == "cpu"
+        assert torch.zeros(2, device=x.device).is_meta and labels.to(x.device).is_meta
+    assert x.device.type == "meta" and torch.zeros(2, device="cpu").device.type == "cpu"
+
+
+def test_what_a_step_consists_of(backbones):
+    """By hand, from the shapes: a ViT of width 16 on 17 tokens of 64 x 64 pixels, of whose 2 blocks one is adapted."""
+    config = METHODS["no write-back"]
+    captioner = make_captioner(backbones, config, torch.bfloat16, meta=True)
+
+    def step(device=CPU, processes=1, **fields) -> memory.StepMemory:
+        return memory.step_memory(captioner, replace(config, **fields), device, L, processes)
+
+    whole = step()
+    frozen = [*captioner.vit.parameters(), *captioner.lm.parameters()]
+    assert whole.frozen == 2 * sum(tensor.numel() for tensor in frozen)
+    assert whole.trained == 16 * sum(tensor.numel() for tensor in captioner.trained().values())
+    assert whole.inputs == 3 * B * T * 3 * 64**2 and whole.fragmentation == round(0.15 * whole.activations)
+    assert whole.peak == whole.frozen + whole.trained + whole.inputs + whole.activations + whole.fragmentation
+    assert step(cache_features=True).inputs == 3 * B * T * 17 * 16 * 2
+    micro, gpu = step(micro_batch_size=1), step(GPU, micro_batch_size=1)
+    assert micro.inputs == whole.inputs and micro.activations < 0.4 * whole.activations
+    assert gpu.inputs == T * 3 * 64**2 and gpu.fragmentation == 0
+    assert step(processes=3) == step(batch_size=math.ceil(B / 3))
+
+
+@pytest.mark.parametrize("image_size", [None, 32])
+def test_models_without_weights_have_the_shapes_of_loaded_ones(backbones, image_size):
+    """References: both models as training loads them; tied heads are one tensor in both."""
+    folders, shapes = {"vit": backbones / "vit", "lm": backbones / "lm"}, []
+    for meta in (True, False):
+        pair, _ = load_models(folders, torch.bfloat16, image_size, meta)
+        shapes.append({name: (tensor.shape, tensor.dtype) for name, tensor in pair.named_parameters()})
+        assert all(tensor.is_meta == meta for tensor in pair.parameters())
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("part, name, count", [
+    ("lm", "tinyllama-1.1b", 1_100_048_384), ("lm", "smollm2-135m", 134_515_008), ("lm", "qwen3-0.6b", 596_049_920)])
+def test_published_models_have_their_number_of_parameters(backbones, tmp_path, part, name, count):
+    """References: the counts of the published safetensors files; a tied head counts once."""
+    folders = {"vit": backbones / "vit", "lm": backbones / "lm", part: tmp_path}
+    (tmp_path / "tokenizer.model").write_bytes((backbones / "lm/tokenizer.model").read_bytes())
+    (tmp_path / "config.json").write_text((PUBLISHED / f"{name}.json").read_text())
+    pair, _ = load_models(folders, torch.bfloat16, meta=True)
+    assert sum(p.numel() for p in pair.lm.parameters()) == count

@@ -1,0 +1,85 @@
+"""The variants of the Q-Adapter beside their equations, one clip, query, head and frame at a time.
+
+Seed 0, float64, tolerance 1e-9.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.config import Config
+from qadapter import HEADS, QAdapter
+from study.variants import VARIANTS
+
+N, T, P, D, R = 6, 4, 5, 16, 8
+CONFIG = Config(queries=N, rank=R, frames=T, last_blocks=1)
+NO_CHANGES = "no-changes", "per-frame", "no-time-no-changes"
+
+
+def make(name: str | None) -> QAdapter:
+    """The Q-Adapter or a variant, on one block, with weights as after some training."""
+    torch.manual_seed(0)
+    adapter = (VARIANTS[name] if name else QAdapter)(D, 1, CONFIG).double()
+    adapter.measure_channels(torch.randn(3, T, 1, P, D, dtype=torch.float64) * 3 + 1)
+    for parameter in adapter.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return adapter
+
+
+def naive(name: str | None, adapter: QAdapter, z: Tensor) -> Tensor:
+    """The last block's output of a clip (T, P, D) -> LN(Q) (N, D) by the equations in qadapter.py and the variant's."""
+    block, zero = adapter.blocks[0], torch.zeros(P, D, dtype=torch.float64)
+    mean, std = (0, 1) if name == "raw-channels" else (block.mean, block.std)
+    y = (F.layer_norm(z, (D,)) - mean) / std  # (T, P, D)
+    rows = []
+    for query in range(N):
+        q = adapter.queries[query]
+        heads = []
+        for h in (slice(i * R // HEADS, (i + 1) * R // HEADS) for i in range(HEADS)):
+            values, logits = [], []
+            for t in range(T):
+                if name == "per-frame" and t != query * T // N:
+                    continue
+                now = y[t] + (0 if "no-time" in str(name) else adapter.time_embed[t])  # (P, D)
+                k, v = now @ block.kv.weight[:R][h].T, now @ block.kv.weight[R:][h].T  # (P, d)
+                if name not in NO_CHANGES:
+                    change = y[t] - y[t - 1] if t else zero
+                    k = k + change @ block.kv_change.weight[:R][h].T
+                    v = v + change @ block.kv_change.weight[R:][h].T
+                if name == "gate-patch":
+                    v = v * torch.sigmoid(now @ block.gate.weight.T + block.gate.bias)
+                logits.append(k @ (block.q.weight[h] @ block.norm(q)) / (R // HEADS) ** 0.5)
+                values.append(v)
+            heads.append(torch.cat(logits).softmax(0) @ torch.cat(values))
+        a = block.o.weight @ torch.cat(heads)  # (D,)
+        normed, normed_a, layer = block.norm(q), F.layer_norm(a, (D,)), block.gate
+        if name == "gate-channel":
+            g = torch.sigmoid(normed * layer.of_query + normed_a * layer.of_read + layer.bias)
+        elif name == "gate-patch":
+            g = 1
+        else:
+            g = torch.sigmoid(layer(torch.cat([q, a] if name == "gate-sigmoid" else [normed, normed_a])))
+        rows.append(q + g * a)
+    return adapter.norm(torch.stack(rows))
+
+
+@pytest.mark.parametrize("name", [None, *VARIANTS])
+def test_a_variant_is_its_equations(name):
+    adapter, z = make(name), torch.randn(2, T, 1, P, D, dtype=torch.float64)
+    found = adapter.read_outputs(z)
+    torch.testing.assert_close(found, torch.stack([naive(name, adapter, clip[:, 0]) for clip in z]), rtol=0, atol=1e-9)
+    assert adapter.last_gates.shape == ((1, 2, N, D) if name == "gate-channel" else (1, 2, N))
+    found.square().sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters() if p.requires_grad)
+
+
+def test_what_starts_otherwise():
+    """Gates at sigmoid(2), sigmoid(-2); frame vectors of rank 4, where a ramp has rank 1."""
+    for name, gate in (("gate-open", 0.8808), ("gate-shut", 0.1192)):
+        adapter = VARIANTS[name](D, 1, CONFIG)
+        adapter.read_outputs(torch.randn(1, T, 1, P, D))
+        torch.testing.assert_close(adapter.last_gates, torch.full((1, 1, N), gate), rtol=0, atol=1e-4)
+    ranks = [torch.linalg.matrix_rank(kind(D, 1, CONFIG).time_embed) for kind in (VARIANTS["time-random"], QAdapter)]
+    assert ranks == [T, 1]

@@ -1,0 +1,143 @@
+"""`Config`: flags, config.json and the words of a command line say the same, and what does not fit is refused."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from common.config import (
+    ALLOWED_WITH_RESUME,
+    NOT_STORED,
+    PRESETS,
+    VERSION,
+    Config,
+    make_parser,
+    parse_args,
+    parse_words,
+    read_config,
+    to_json,
+    to_words,
+)
+from common.errors import InputError
+from common.files import read_json, write_json
+
+VALUES = dict(  # of every field, none of them the default
+    dataset="msvd", data=Path("-odd name"), mllm="m", vit="v", lm="l", method="linear", epochs=3, batch_size=5,
+    cache_features=True, out=Path("o"), resume=Path("r"), plan=True, device="cuda", frames=7, captions_per_clip=2,
+    image_size=32, allow_missing=True, shapes_sizes=(5, 6, 7), queries=9, rank=12, last_blocks=0, gate="none",
+    write_back=True, token_dropout=0.25, variant="v", visual="frames", grid=2, instruction="Name it: -x 'é'", lr=0.5,
+    weight_decay=1e-7, micro_batch_size=2, seed=8, precision="bf16", eval_every=2, save_every=3, beams=4)
+NEEDS = {"visual": dict(mllm="m", write_back=True), "grid": dict(method="linear"), "instruction": dict(mllm="m")}
+STORED = [name for name in VALUES if name not in NOT_STORED]
+
+
+def write_config(run: Path, config: Config, /, **changes) -> Path:
+    run.mkdir(exist_ok=True)
+    write_json(run / "config.json", {"version": VERSION, "config": to_json(config)} | changes)
+    return run
+
+
+def test_every_field_has_a_value_here():
+    assert {field.name for field in fields(Config)} == VALUES.keys()
+    assert all(getattr(Config(), name) != value for name, value in VALUES.items())
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_flags_config_and_file_say_the_same(name, tmp_path):
+    """Flags -> Config -> config.json -> Config -> words -> Config."""
+    given = {name: VALUES[name]} | NEEDS.get(name, {})
+    words = to_words({key: list(value) if isinstance(value, tuple) else value for key, value in given.items()})
+    config, names = parse_words(words)
+    assert names == given.keys() and all(getattr(config, key) == value or list(value) == getattr(config, key)
+                                         for key, value in given.items())
+    run = write_config(tmp_path / "run", config)
+    again = read_config(run)
+    assert to_json(again) == to_json(config) and again.out == run
+    stored = read_json(run / "config.json")["config"]
+    assert to_json(parse_words(to_words(stored))[0]) == to_json(config)
+    assert parse_args([*words, "--out", "x"]) == replace(config, out=Path("x"), data=config.data or Path(
+        f"data/{config.dataset}"))
+
+
+@pytest.mark.parametrize("dataset", PRESETS)
+def test_the_defaults_of_a_dataset(dataset):
+    """A flag overrides its own alone; paths follow from the dataset and the method."""
+    config = parse_args(["--dataset", dataset, "--batch-size", "3"])
+    assert config == replace(Config(dataset=dataset), **PRESETS[dataset] | {"batch_size": 3},
+                             data=Path("data") / dataset, out=Path(f"runs/{dataset}-qadapter"))
+    assert config.stored_frames == 2 * config.frames == 2 * replace(config, cache_features=True).stored_frames
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--mllm m --vit v", "--vit, --lm and --image-size: expected without --mllm"),
+    ("--mllm m --image-size 32", "--image-size"), ("--visual frames --write-back", "--visual frames: expected --mllm"),
+    ("--mllm m --visual frames", "--visual frames: expected .* --write-back"),
+    ("--method lora --write-back", "--write-back and --variant"), ("--method lora --variant v", "--variant"),
+    ("--instruction x", "--instruction: expected --mllm"), ("--grid 2", "--grid: expected --visual frames"),
+    ("--rank 6", "--rank: expected a multiple of 4"), ("--cache-features --write-back", "--cache-features"),
+    ("--cache-features --method lora", "--cache-features"), ("--cache-features --method none", "--cache-features"),
+    ("--plan --method none", "--plan"), ("--precision bf16 --method full", "--precision bf16"),
+    ("--frames 0", "--frames: expected a whole number from 1 to 4096, found '0'"), ("--lr nan", "--lr: expected"),
+    ("--lr 0", "--lr: expected a number above 0"), ("--token-dropout 0.95", "--token-dropout"),
+    ("--seed 1.5", "--seed"), ("--shapes-sizes 1 2", "--shapes-sizes"),
+    ("--epochs 1e9", "--epochs"), ("--colour red", "--colour"),
+    ("--data=", "--data: expected a path"), ("--mllm=", "--mllm: expected Unicode text"), ("--gate x", "--gate"),
+    ("--instruction \udcff --mllm m", "--instruction: expected Unicode text"), ("--dat x", "--dat"),
+])
+def test_what_does_not_fit_is_refused(words, message):
+    with pytest.raises(InputError, match=message):
+        parse_args(words.split())
+
+
+def test_a_resumed_run_keeps_its_flags(tmp_path):
+    config = Config(dataset="folder", data=tmp_path, out=tmp_path / "run", epochs=3, lr=0.5)
+    run = write_config(tmp_path / "run", config)
+    assert parse_args(["--resume", str(run)]) == replace(config, resume=run)
+    values = {"epochs": 9, "device": "cpu", "data": tmp_path / "run"}
+    assert {"resume", *values} == ALLOWED_WITH_RESUME
+    assert parse_args(["--resume", str(run), *to_words(values)]) == replace(config, resume=run, **values)
+    for refused in ("--lr=1", "--out=x", "--plan", "--method=none"):
+        with pytest.raises(InputError, match=f"{refused.partition('=')[0]}: a run keeps its own flags"):
+            parse_args(["--resume", str(run), refused])
+    with pytest.raises(InputError, match="--data .*typo: expected the folder of the run's dataset"):
+        parse_args(["--resume", str(run), "--data", str(tmp_path / "typo")])
+    with pytest.raises(InputError, match="x: expected the folder of a run, with config.json in it"):
+        parse_args(["--resume", str(tmp_path / "x")])
+
+
+@pytest.mark.parametrize("name, value", [
+    ("frames", 0), ("frames", 10**30), ("frames", {}), ("beams", -1), ("dataset", "x"), ("dataset", []),
+    ("shapes_sizes", [1, 2]), ("shapes_sizes", [1, 2, 10**9]), ("epochs", "x"), ("seed", 1.5), ("lr", "nan"),
+    ("precision", "fp8"), ("rank", 6), ("visual", "frames"), ("write_back", "yes"), ("lr", True),
+])
+def test_a_value_that_was_changed_by_hand_is_named_with_its_file(name, value, tmp_path):
+    """Each is checked like a flag."""
+    run = write_config(tmp_path / "run", Config(), config=to_json(Config()) | {name: value})
+    with pytest.raises(InputError, match=f"run/config.json: config: .*{name.replace('_', '.')}"):
+        read_config(run)
+
+
+def test_another_version_or_other_fields_are_refused(tmp_path):
+    stored = to_json(Config())
+    for changes, message in (
+            ({"version": "0.12.0"}, f"made by version '0.12.0', this is version {VERSION}"),
+            ({"version": None}, "made by version None"), ({"config": []}, "'config': expected an object"),
+            ({"config": stored | {"x": 1}}, "config: expected just the fields of a run, differs in 'x'")):
+        run = write_config(tmp_path / "run", Config(), **changes)
+        with pytest.raises(InputError, match=f"run/config.json: .*{message}"):
+            read_config(run)
+    del stored["epochs"]
+    with pytest.raises(InputError, match="config: .* differs in 'epochs'"):
+        read_config(write_config(tmp_path / "run", Config(), config=stored))
+    (tmp_path / "run/config.json").write_text("[3]")
+    with pytest.raises(InputError, match="run/config.json: expected a JSON object"):
+        read_config(tmp_path / "run")
+
+
+@pytest.mark.parametrize("parser, most", [(make_parser(), 36), (evaluate.make_parser(), 14)])
+def test_there_are_not_too_many_flags(parser, most):
+    """Without --help; each says what it is for."""
+    actions = [action for action in parser._actions if action.option_strings and action.dest != "help"]
+    assert len(actions) <= most and all(action.help for action in actions)
+    assert parser.format_help()

@@ -1,0 +1,130 @@
+"""Tiny random models of every kind for tests: nothing is downloaded, and a letter is a token."""
+
+from dataclasses import replace
+
+import torch
+
+from common.config import Config
+from model import Captioner
+from models.lm import CausalLM, LMConfig
+from models.mllm import MLLM, MLLMConfig
+from models.pair import Pair
+from models.vit import ViT, ViTConfig
+
+LETTERS, EOS, IMAGE, IGNORE = " abcdefghijklmnopqrstuvwxyz:.", 2, 39, -100
+SIDE, WIDTH, LM_WIDTH, DEPTH, T, N = 16, 24, 20, 3, 4, 5  # of the ViT: 17 tokens of 4 x 4 pixels
+VIT = ViTConfig(image_size=SIDE, patch_size=4, width=WIDTH, depth=DEPTH, heads=3, mlp_width=32,
+                activation="quick_gelu", norm_eps=1e-5)
+LM = LMConfig(vocab=40, width=LM_WIDTH, depth=2, heads=4, kv_heads=2, head_width=6, mlp_width=28, rope_theta=10000.0,
+              norm_eps=1e-5, max_positions=300, tied=False, bos_id=1, eos_id=EOS)
+NO_CLASS_TOKEN = replace(VIT, class_token=False, pre_norm=False, patch_bias=True)
+MLLMS = {  # 16, 4, 17 and 4 visual tokens per frame
+    "llava": MLLMConfig("llava", VIT, LM, "clip", "llama", IMAGE),
+    "llava_onevision": MLLMConfig("llava_onevision", NO_CLASS_TOKEN, LM, "siglip", "qwen2", IMAGE),
+    "class token": MLLMConfig("llava", VIT, LM, "clip", "llama", IMAGE, class_token=True),
+    "smolvlm": MLLMConfig("smolvlm", replace(NO_CLASS_TOKEN, final_norm=True), LM, "idefics3", "llama", IMAGE,
+                          shuffle=2),
+}
+TOKENS = {"llava": 16, "llava_onevision": 4, "class token": 17, "smolvlm": 4}
+SMALL = dict(queries=N, rank=8, frames=T)
+CONFIGS = {
+    "no write-back": Config(**SMALL),
+    "write-back": Config(**SMALL, write_back=True),
+    "last two, no gate": Config(**SMALL, write_back=True, last_blocks=2, gate="none"),
+    **{method: Config(method=method, rank=2, queries=2, frames=T)
+       for method in ("linear", "lora", "lora-lm", "adapter", "prompt", "full")},
+}
+MLLM_CONFIGS = {
+    "none": Config(method="none", frames=T),
+    "queries": Config(**SMALL, last_blocks=2),
+    "queries, write-back": Config(**SMALL, last_blocks=2, write_back=True),
+    "frames": Config(**SMALL, last_blocks=2, write_back=True, visual="frames"),
+    **{method: CONFIGS[method] for method in ("linear", "lora", "lora-lm", "adapter", "full")},
+}
+
+
+class Letters:
+    """The part of a tokenizer that a captioner uses; ids 0 to 2 are unknown, BOS and EOS."""
+
+    def bos_id(self) -> int:
+        return 1
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + max(0, LETTERS.find(letter.lower())) for letter in text]
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        return ["".join(LETTERS[i - 3] if 3 <= i < 3 + len(LETTERS) else "?" for i in row) for row in rows]
+
+
+def prompt_of_letters(tokenizer: Letters, images: int, instruction: str) -> list[list[int]]:
+    """An MLLM's prompt without the special tokens that the stub lacks: one text more than images, all different."""
+    return [tokenizer.encode(text) for text in ("user:", *(f"{'a' * i}." for i in range(images - 1)), instruction)]
+
+
+def make(name: str, seed: int = 0, mllm: str | None = None, dtype: torch.dtype = torch.float32,
+         **fields) -> Captioner:
+    """A captioner of a pair or of an MLLM, with some other fields of the Config; its frozen models depend on the seed
+    alone. What starts at zero stays there, see `randomize`."""
+    torch.manual_seed(seed)
+    backbone = MLLM(MLLMS[mllm]) if mllm else Pair(ViT(VIT), CausalLM(LM))
+    if mllm:
+        backbone.prompt = prompt_of_letters
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
+    config = (MLLM_CONFIGS if mllm else CONFIGS)[name]
+    return Captioner(backbone.to(dtype), Letters(), replace(config, **fields))
+
+
+def randomize(module: torch.nn.Module, seed: int) -> None:
+    """Adds noise to all that is trained, also to what starts at zero, and to m and s, which stay positive."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in module.named_buffers():
+            if name.endswith(("mean", "std")):
+                buffer += torch.rand(buffer.shape, generator=generator)
+
+
+def randomized(name: str, seed: int = 0, *args, **fields) -> Captioner:
+    captioner = make(name, seed, *args, **fields)
+    randomize(captioner, seed + 100)
+    return captioner
+
+
+def clips(batch: int, frames: int, seed: int) -> torch.Tensor:
+    """Frames uint8 (B, T, 3, S, S)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (batch, frames, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+
+
+def labels(*groups: list[str]) -> torch.Tensor:
+    """Each clip's captions -> ids (B, K, L), ending in EOS and padded."""
+    rows = [torch.tensor([*Letters().encode(text), EOS]) for group in groups for text in group]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
+    return padded.unflatten(0, (len(groups), -1))
+
+
+LABELS = labels(["a cat", "two dogs run", ""], ["red", "a red ball moves", "it rolls away"])
+
+
+def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """The bytes of each tensor: 0.0 and -0.0 differ, and NaN equals itself."""
+    return {name: tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            for name, tensor in tensors.items()}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bits({"": a}) == bits({"": b})
+
+
+def record_block_outputs(vit: ViT, run) -> list[torch.Tensor]:
+    """The outputs of the ViT's blocks while `run()` runs."""
+    outputs: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(lambda _m, _i, output: outputs.append(output)) for block in vit.blocks]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return outputs
