@@ -18,19 +18,22 @@ caption with its EOS.
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from common.cli import TimeLeft
 from common.errors import InputError
@@ -48,23 +51,41 @@ Example = tuple[np.ndarray, list[list[int]]]  # frames (T, 3, S, S) or features 
 # -------------------------------------------------------------------------------------- processes
 
 
-def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> list:
-    """[function(task) for task in tasks], by one process per core. Prints the time left.
+def _start_worker() -> None:
+    torch.set_num_threads(1)  # the processes are the parallel part
+    parent = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphan goes on
 
-    Raises InputError if a process is killed, as a lack of memory does.
+
+def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> list:
+    """[function(*task) for task in tasks], by one process per core. Reports the time left.
+
+    All processes end at once if one of them fails or dies, or at Ctrl-C. The first item of a task is its name: Raises
+    InputError with the names of tasks that may have killed their process, as a lack of memory does.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # A DataLoader is a pool of processes that end whatever happens. Its own generator: not to draw from torch's.
-    pool = DataLoader(tasks, batch_size=None, num_workers=min(cores, len(tasks)), collate_fn=function,
-                      generator=torch.Generator())
-    results, time_left = [], TimeLeft(what, len(tasks))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, min(cores, len(tasks)))
+    pool, time_left, futures = ProcessPoolExecutor(cores, initializer=_start_worker), TimeLeft(what, len(tasks)), []
     try:
-        for result in pool:
-            results.append(result)
-            time_left.update(len(results))
-    except RuntimeError as error:
-        raise InputError(f"{what}: {error}") from error
-    return results
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process only
+        for task in tasks:
+            futures.append(pool.submit(function, *task))
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for done, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            if (done - 1) % cores == 0:  # one task of each process since the last time
+                time_left.update(done)
+        return [future.result() for future in futures]
+    except BaseException as error:
+        for process in multiprocessing.active_children():
+            process.kill()
+        if not isinstance(error, BrokenProcessPool):
+            raise
+        lost = [isinstance(future.exception(), BrokenProcessPool) for future in futures]
+        names = ", ".join([str(task[0]) for task, is_lost in zip(tasks, lost, strict=False) if is_lost][:cores])
+        raise InputError(f"{names}: a process that worked on one of these died") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------------------ caches
@@ -156,10 +177,9 @@ def frames_cache(clips: list[Clip], root: Path, split: str, count: int, preproce
     return ClipCache(root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}", keys, (count, 3, size, size), np.uint8)
 
 
-def _decode_clip(task: tuple[Path, ClipCache, Preprocessing]) -> str | None:
+def _decode_clip(path: Path, cache: ClipCache, preprocessing: Preprocessing) -> str | None:
     """Fills the cache of one clip. Runs in another process: nothing large is sent between processes. Returns what is
     wrong with the video, if anything is."""
-    path, cache, preprocessing = task
     try:
         cache.write(0, read_frames(path, cache.shape[0], preprocessing).numpy())
     except InputError as error:

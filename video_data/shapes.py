@@ -247,9 +247,8 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def make_clip(task: tuple[Path, int]) -> list[str]:
+def make_clip(path: Path, seed: int) -> list[str]:
     """Writes the clip ROOT/SPLIT/INDEX.mp4 of a seed; returns its captions. Each clip has its own random stream."""
-    path, seed = task
     rng = np.random.default_rng([seed, SPLITS.index(path.parent.name), int(path.stem)])
     scene = draw_scene(rng)
     write_clip(path, render(scene, np.linspace(0, 1, FRAMES), rng)[0])

@@ -5,9 +5,7 @@ into T equal segments, and each contributes the frame displayed at its centre, a
 
 In MP4 and Matroska, H.264 frames that no other frame refers to are decoded only where they are selected: T = 16 frames
 of a real MSR-VTT clip (1280 x 720, a keyframe every 26 to 128 frames) are read 2.6 times faster. Seeking to the
-keyframe before each selected frame as well was only 1.1 times faster still, so the code does not seek. Other files are
-decoded twice, so that a long one needs no memory.
-
+keyframe before each selected frame as well was only 1.1 times faster still, so the code does not seek. 
 Shapes: T frames, S side in pixels.
 
 References
@@ -35,6 +33,9 @@ from torch import Tensor
 from common.errors import InputError, reading
 from common.preprocessing import Preprocessing
 
+MAX_BUFFERED_BYTES = 512 * 2**20  # of frames, or of a file whose packets are all read first
+MAX_PIXELS = 2**25  # of a frame, decoded or resized, 8192 x 4096: a damaged header may claim 65535 x 65535
+LIMITS = {"max_pixels": str(MAX_PIXELS)}
 # FFmpeg knows more kinds of side data than PyAV 18, which fails on a frame with one of them: take them for an old kind.
 Type._missing_ = classmethod(lambda cls, number: Type.PANSCAN)
 
@@ -47,11 +48,12 @@ def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, 
     errors become InputErrors."""
     try:
         # "file:" so that FFmpeg does not take a name with a colon in it for a URL
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
+        with av.open(f"file:{path}", options=LIMITS, metadata_errors="replace") as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             stream = max(streams, key=lambda s: bool(s.disposition & Disposition.default), default=None)
             if stream is None or stream.codec_context is None:
                 raise InputError(f"{path}: has no video stream, or one whose codec the installed FFmpeg lacks")
+            stream.codec_context.options = LIMITS
             stream.codec_context.thread_count = 1  # the worker processes are the parallel part
             yield container, stream
     except av.error.FFmpegError as error:
@@ -109,12 +111,19 @@ def frames_at(times: list[float], positions: np.ndarray) -> list[int]:
 
 
 def select_frames(path: str | Path, positions: np.ndarray) -> list[av.VideoFrame]:
-    """The frames displayed at `positions` of any file. All frames are decoded twice, first for their times: only the
-    selected ones are in memory."""
-    times = [time for time, _ in decode_frames(path)]
+    """The frames displayed at `positions` of any file, from all of its frames. If these need too much memory, the file
+    is decoded a second time."""
+    times, frames, num_bytes = [], {}, 0
+    for i, (time, frame) in enumerate(decode_frames(path)):
+        times.append(time)
+        frames[i] = frame
+        num_bytes += frame.width * frame.height * frame.format.padded_bits_per_pixel // 8
+        if num_bytes > MAX_BUFFERED_BYTES:
+            frames.clear()
     # The k-th frame is displayed at the k-th time. Where times step back, the times are wrong, not the order of frames.
     selected = frames_at(sorted(times), positions)
-    frames = {i: frame for i, (_, frame) in enumerate(decode_frames(path)) if i in selected}
+    if len(frames) < len(times):
+        frames = {i: frame for i, (_, frame) in enumerate(decode_frames(path)) if i in selected}
     return [frames[i] for i in selected]
 
 
@@ -127,7 +136,8 @@ def skip_to_frames(container: av.container.InputContainer, stream: av.VideoStrea
     irregularity: a missing or repeated time, damage, frames out of order, a selected frame that is not returned.
     """
     context = stream.codec_context
-    if context.name != "h264" or not {"mp4", "matroska"} & {*container.format.name.split(",")}:
+    has_times = context.name == "h264" and {"mp4", "matroska"} & {*container.format.name.split(",")}
+    if not has_times or container.size > MAX_BUFFERED_BYTES:
         return None
     packets = list(iter_packets(container, stream))
     # A clip that was cut out of a video begins with packets that cannot be decoded.
@@ -199,6 +209,8 @@ def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter
         displayed_width = max(1, round(frame.width * aspect))
         short_side = min(displayed_width, frame.height)
         width, height = width * displayed_width // short_side, height * frame.height // short_side
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{frame.width} x {frame.height} would become {width} x {height}, too many")
     interpolation = Interpolation[preprocessing.interpolation.upper()]
     picture = reformatter.reformat(frame, width, height, "rgb24", interpolation=interpolation, threads=1)
     top, left = (height - size) // 2, (width - size) // 2
