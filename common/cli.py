@@ -1,14 +1,12 @@
-"""The command line: argument types, one-line errors with exit code 2, the time that a job still takes."""
+"""The command line: argument types, one-line errors with exit code 2, signals, the time that a job still takes."""
 
 import argparse
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from common.errors import InputError, explain_out_of_memory
 
@@ -25,35 +23,17 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def number(kind: type, least: float, most: float = 2**31, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` int or float from `least` (or above it) to `most`."""
+def number(kind: type, least: float, most: float = 2**31) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` int or float from `least` to `most`."""
 
     def parse(text: str) -> float:
-        try:
-            value = kind(text) if len(text) < 30 else math.nan
-        except ValueError:
-            value = math.nan
-        if not (value > least if above else value >= least) or not value <= most:
-            what = "whole number" if kind is int else "number"
-            limits = f"above {least:g} and at most {most:g}" if above else f"from {least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"expected a {what} {limits}, found {text!r:.40}")
-        return value
+        with suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"expected a {what} from {least:g} to {most:g}, found {text!r:.40}")
 
     return parse
-
-
-def path(text: str) -> Path:
-    """An argparse type: a path. Path("") would be the current folder."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"expected a path, found {text!r}")
-    return Path(text)
-
-
-def folder(text: str) -> Path:
-    """An argparse type: the path of a folder, which may be missing."""
-    if (found := path(text)).exists() and not found.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a folder, found the file {text}")
-    return found
 
 
 def printable(text: object) -> str:
@@ -110,6 +90,25 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+@contextmanager
+def deferred_interrupts(repeatable: bool) -> Iterator[list[int]]:
+    """Inside the block a first Ctrl-C or SIGTERM is only appended to the yielded list: a run stops between two steps,
+    never inside one. A second one interrupts at once, unless `repeatable`: torchrun sends its processes a signal that
+    they have received from the terminal already."""
+    received: list[int] = []
+
+    def receive(number: int, _) -> None:
+        received.append(number)
+        if not repeatable:
+            signal.signal(number, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, receive)
+    yield received
+    for number in (signal.SIGINT, signal.SIGTERM):  # not in a `finally`: after an exception the process ends
+        signal.signal(number, signal.default_int_handler)
+
+
 def format_seconds(seconds: float) -> str:
     """65.2 -> "1:05"; from an hour on h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
@@ -118,28 +117,40 @@ def format_seconds(seconds: float) -> str:
 
 
 class TimeLeft:
-    """Reports how many clips of a job are done and how long the rest takes, at most every REPORT_EVERY seconds.
+    """Prints how many clips of a job are done and how long the rest takes, at most every REPORT_EVERY seconds."""
 
-    The rate is measured from the first update on: before it, workers start or a GPU warms up. An update must follow
-    each equal piece of work, such as a batch, or a clip of each worker.
-    """
-
-    def __init__(self, what: str, total: int, report: Callable[[str], None] = print):
-        self.what, self.total, self.report = what, total, report
-        self.first: tuple[int, float] | None = None  # clips done, time
-        self.last_report = time.monotonic()
+    def __init__(self, what: str, total: int):
+        self.what, self.total = what, total
+        self.start = self.last_report = time.monotonic()
 
     def update(self, done: int) -> None:
-        """`done` clips of `total` are done."""
+        """`done` clips of `total` are done, at least one."""
         now = time.monotonic()
-        if self.first is None:
-            self.first = done, now
-        elif now - self.last_report >= REPORT_EVERY:
-            seconds_per_clip = (now - self.first[1]) / (done - self.first[0])
-            left = format_seconds(seconds_per_clip * (self.total - done))
-            self.report(f"{self.what}: {done}/{self.total} clips, {left} left")
+        if now - self.last_report >= REPORT_EVERY:
+            left = format_seconds((now - self.start) / done * (self.total - done))
+            print(f"{self.what}: {done}/{self.total} clips, {left} left")
             self.last_report = now
 
 
-def at_least(least: int, most: int = 2**31) -> Callable[[str], int]:
-    return number(int, least, most)
+class Progress:
+    """Speed and time left of a training run. The time left is that of all steps and validations to come, at the mean
+    pace since the start; it does not include the test split."""
+
+    def __init__(self, step: int, steps: int, batch_size: int):
+        self.steps, self.batch_size = steps, batch_size
+        self.first_step = self.last_step = step
+        self.first_time = self.last_time = time.monotonic()
+
+    @contextmanager
+    def validation(self) -> Iterator[None]:
+        """What happens in the block does not count for the speed of the steps."""
+        start = time.monotonic()
+        yield
+        self.last_time += time.monotonic() - start
+
+    def update(self, step: int) -> tuple[float, float]:
+        """Clips per second since the last call, and the seconds that the rest of the run takes."""
+        now = time.monotonic()
+        speed = (step - self.last_step) * self.batch_size / (now - self.last_time)
+        self.last_step, self.last_time = step, now
+        return speed, (now - self.first_time) / (step - self.first_step) * (self.steps - step)

@@ -55,17 +55,10 @@ def replace_atomically(path: str | Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    sync_folder(real.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes the names of files that were created or renamed in the folder [1]."""
-    with suppress(OSError):  # some file systems cannot
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with suppress(OSError):  # some file systems cannot flush a folder
+        descriptor = os.open(real.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -193,7 +186,3 @@ def one_of(config: dict[str, Any], name: str, choices: Iterable[str], where: str
     if value not in choices:
         raise InputError(f"{where}: {name} is {short(value)}, expected {' or '.join(choices)}")
     return value
-
-
-def bounded(config, name, kind, where, least, most, default=REQUIRED):
-    return field(config, name, kind, where, default, least, most)

@@ -79,10 +79,11 @@ def test_the_defaults_of_a_dataset(dataset):
     ("--cache-features --method lora", "--cache-features"), ("--cache-features --method none", "--cache-features"),
     ("--plan --method none", "--plan"), ("--precision bf16 --method full", "--precision bf16"),
     ("--frames 0", "--frames: expected a whole number from 1 to 4096, found '0'"), ("--lr nan", "--lr: expected"),
-    ("--lr 0", "--lr: expected a number above 0"), ("--token-dropout 0.95", "--token-dropout"),
+    ("--lr 0", "--lr: expected a number from 1e-12"), ("--device meta", "--device: invalid choice"),
+    ("--token-dropout 0.95", "--token-dropout"),
     ("--seed 1.5", "--seed"), ("--shapes-sizes 1 2", "--shapes-sizes"),
     ("--epochs 1e9", "--epochs"), ("--colour red", "--colour"),
-    ("--data=", "--data: expected a path"), ("--mllm=", "--mllm: expected Unicode text"), ("--gate x", "--gate"),
+    ("--mllm=", "--mllm: expected Unicode text"), ("--gate x", "--gate"),
     ("--instruction \udcff --mllm m", "--instruction: expected Unicode text"), ("--dat x", "--dat"),
 ])
 def test_what_does_not_fit_is_refused(words, message):
@@ -100,8 +101,6 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
     for refused in ("--lr=1", "--out=x", "--plan", "--method=none"):
         with pytest.raises(InputError, match=f"{refused.partition('=')[0]}: a run keeps its own flags"):
             parse_args(["--resume", str(run), refused])
-    with pytest.raises(InputError, match="--data .*typo: expected the folder of the run's dataset"):
-        parse_args(["--resume", str(run), "--data", str(tmp_path / "typo")])
     with pytest.raises(InputError, match="x: expected the folder of a run, with config.json in it"):
         parse_args(["--resume", str(tmp_path / "x")])
 
@@ -123,13 +122,10 @@ def test_another_version_or_other_fields_are_refused(tmp_path):
     for changes, message in (
             ({"version": "0.12.0"}, f"made by version '0.12.0', this is version {VERSION}"),
             ({"version": None}, "made by version None"), ({"config": []}, "'config': expected an object"),
-            ({"config": stored | {"x": 1}}, "config: expected just the fields of a run, differs in 'x'")):
+            ({"config": stored | {"x": 1}}, "config: unrecognized arguments: --x=1")):
         run = write_config(tmp_path / "run", Config(), **changes)
         with pytest.raises(InputError, match=f"run/config.json: .*{message}"):
             read_config(run)
-    del stored["epochs"]
-    with pytest.raises(InputError, match="config: .* differs in 'epochs'"):
-        read_config(write_config(tmp_path / "run", Config(), config=stored))
     (tmp_path / "run/config.json").write_text("[3]")
     with pytest.raises(InputError, match="run/config.json: expected a JSON object"):
         read_config(tmp_path / "run")

@@ -167,7 +167,7 @@ def test_paths_may_have_any_name(tmp_path, monkeypatch):
     """A line each: names that are not UTF-8, that contain other line breaks of Unicode, and a folder."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/a.mp4").touch()
-    names = [b"\xff.mp4", "a\u2028b.mp4".encode(), b"-", bytes(tmp_path / "folder")]
+    names = [b"\xff.mp4", "a\u2028b.mp4".encode(), bytes(tmp_path / "folder")]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join([*names, b""]))))
     found = evaluate.expand_video_paths(["-"])
     assert [os.fsencode(path) for path in found] == [*names[:2], bytes(tmp_path / "folder/a.mp4")]
@@ -186,11 +186,11 @@ def test_real_videos_are_captioned_or_named(finished_run, real):
     ("--video VIDEO --split val", "--split and --data: expected without --video"), ("--window 2", "--window"),
     ("--video VIDEO --data DATA", "--data: expected without"), ("--show x.png", "--show and --window: expected"),
     ("--video VIDEO --window 2 --show x.png", "--show: expected without --window"), ("--beams 1000", "1000"),
-    ("--video VIDEO --save a.srt", "--save FILE.srt: expected --window"), ("--device abacus", "--device abacus"),
+    ("--video VIDEO --save a.srt", "--save FILE.srt: expected --window"), ("--device abacus", "--device: invalid"),
     ("--video VIDEO VIDEO --window 2 --save a.srt", "a.srt: expected one video, found 2"), ("--beams 0", "--beams"),
     ("--video VIDEO VIDEO --show a.png", "a.png: expected one video"), ("--window 1e-9 --video VIDEO", "--window"),
-    ("--save TMP --report TMP", "name of a file"), ("--save TMP/x --report TMP/x", "expected different files"),
-    ("--save TMP/gone/p.json", "gone/p.json: expected the name of a file"), ("--data TMP/typo", "--data .*typo"),
+    ("--save TMP --report TMP", "expected a file that is not read"),
+    ("--save TMP/gone/p.json", "gone/p.json: expected a file that is not read"), ("--data TMP/typo", "--data .*typo"),
     ("--split tset", "--split"), ("--vit TMP/gone", "gone: expected a folder"), ("--mllm TMP", "--mllm"),
 ])
 def test_what_does_not_fit_is_refused(words, message, finished_run, flags, videos, tmp_path, monkeypatch):
