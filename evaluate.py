@@ -25,7 +25,7 @@ from torch import Tensor
 import metrics
 from common import cli
 from common.config import DEVICES, Config, read_config
-from common.errors import InputError, error_prefix, explain_out_of_memory, writing
+from common.errors import InputError, explain_out_of_memory, printable, writing
 from common.files import write_json
 from model import Captioner
 from report.page import fits_another, page_entry, report_split, report_videos
@@ -54,13 +54,11 @@ def load_run(run: Path, device: torch.device, moved: dict[str, str]) -> tuple[Ca
     in it or in a frozen model's folder is not the one of the training.
     """
     config = replace(read_config(run), **moved)
-    with error_prefix(run / "config.json"):
-        config.check()
-        config, folders = resolve_models(config)
+    config.check()
+    config, folders = resolve_models(config)
     check_run(run, fingerprint_models(folders))
     backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size)
-    with error_prefix(run / "config.json"):
-        captioner = Captioner(backbone, tokenizer, config)
+    captioner = Captioner(backbone, tokenizer, config)
     captioner.load(run / "best/adapter.safetensors")
     return captioner.eval().to(device), folders
 
@@ -153,14 +151,13 @@ def caption_videos(captioner: Captioner, paths: list[Path], config: Config,
     {"video", "start", "end", "caption"} or {"video", "error"}, with the frames that the model saw (T, 3, S, S)."""
     device, preprocessing = next(captioner.parameters()).device, captioner.vit.preprocessing
     for path in paths:
-        name = str(path).replace("\n", "\\n")
         try:
             for start, end, pixels in (iter_windows(path, window, config.frames, preprocessing) if window else
                                        [(0, 0, read_frames(path, config.frames, preprocessing))]):
                 times = {"start": round(start, 3), "end": round(end, 3)} if window else {}
                 caption = captioner.caption(pixels[None].to(device), config.beams)[0]
                 when = f" {start:.2f}-{end:.2f} s:" if window else ""
-                print(cli.printable(f"{name}:{when} {caption}"))
+                print(printable(f"{path}:{when} {caption}"))
                 yield {"video": str(path), **times, "caption": caption}, pixels
         except InputError as error:
             cli.print_error(f"error: {error}")

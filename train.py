@@ -210,8 +210,8 @@ def main() -> int:
             if step % LOG_EVERY == 0 or step == steps:
                 log_step(run, captioner, progress, step, loss, lr)
             if step in validation_steps:
-                with progress.validation():
-                    cider = validate(captioner, dataset, inputs["val"], group, run, step)
+                cider = validate(captioner, dataset, inputs["val"], group, run, step)
+                progress.restart(step)
                 if cider > best_cider:
                     best_cider = cider
                     run.save("best", captioner, step)

@@ -9,6 +9,7 @@ import os
 import platform
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 from bench.measure import compare, cpu_name
 from bench.work import BENCHMARKS

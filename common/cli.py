@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
-from common.errors import InputError, explain_out_of_memory
+from common.errors import InputError, explain_out_of_memory, printable
 
 REPORT_EVERY = 5  # seconds
 
@@ -34,11 +35,6 @@ def number(kind: type, least: float, most: float = 2**31) -> Callable[[str], flo
         raise argparse.ArgumentTypeError(f"expected a {what} from {least:g} to {most:g}, found {text!r:.40}")
 
     return parse
-
-
-def printable(text: object) -> str:
-    """A text for the terminal: control characters, which file names may contain, are escaped; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
 def print_error(message: str) -> None:
@@ -110,10 +106,8 @@ def deferred_interrupts(repeatable: bool) -> Iterator[list[int]]:
 
 
 def format_seconds(seconds: float) -> str:
-    """65.2 -> "1:05"; from an hour on h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    """65.2 -> "0:01:05"."""
+    return str(timedelta(seconds=int(seconds)))
 
 
 class TimeLeft:
@@ -137,20 +131,17 @@ class Progress:
     pace since the start; it does not include the test split."""
 
     def __init__(self, step: int, steps: int, batch_size: int):
-        self.steps, self.batch_size = steps, batch_size
-        self.first_step = self.last_step = step
-        self.first_time = self.last_time = time.monotonic()
+        self.first_step, self.steps, self.batch_size = step, steps, batch_size
+        self.first_time = time.monotonic()
+        self.restart(step)
 
-    @contextmanager
-    def validation(self) -> Iterator[None]:
-        """What happens in the block does not count for the speed of the steps."""
-        start = time.monotonic()
-        yield
-        self.last_time += time.monotonic() - start
+    def restart(self, step: int) -> None:
+        """Measures the speed from here on. Called after a validation, which is no part of the steps."""
+        self.last_step, self.last_time = step, time.monotonic()
 
     def update(self, step: int) -> tuple[float, float]:
         """Clips per second since the last call, and the seconds that the rest of the run takes."""
         now = time.monotonic()
         speed = (step - self.last_step) * self.batch_size / (now - self.last_time)
-        self.last_step, self.last_time = step, now
+        self.restart(step)
         return speed, (now - self.first_time) / (step - self.first_step) * (self.steps - step)

@@ -206,8 +206,6 @@ def to_json(config: Config) -> dict[str, Any]:
 def read_config(run: Path) -> Config:
     """The Config of a run's folder. Each value is checked as if it were given as a flag. Raises InputError."""
     path = run / "config.json"
-    if not path.is_file():
-        raise InputError(f"{run}: expected the folder of a run, with config.json in it")
     content = read_json(path)
     if content.get("version") != VERSION:
         raise InputError(f"{path}: made by version {content.get('version')!r:.20}, this is version {VERSION}")

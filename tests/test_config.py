@@ -101,7 +101,7 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
     for refused in ("--lr=1", "--out=x", "--plan", "--method=none"):
         with pytest.raises(InputError, match=f"{refused.partition('=')[0]}: a run keeps its own flags"):
             parse_args(["--resume", str(run), refused])
-    with pytest.raises(InputError, match="x: expected the folder of a run, with config.json in it"):
+    with pytest.raises(InputError, match="x/config.json: expected a file, found none"):
         parse_args(["--resume", str(tmp_path / "x")])
 
 

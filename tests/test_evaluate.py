@@ -16,8 +16,7 @@ import pytest
 import torch
 
 import evaluate
-from common.cli import printable
-from common.errors import InputError
+from common.errors import InputError, printable
 from tests.scripts import ENVIRONMENT, ROOT, assert_one_line_error, run_forked, run_python
 from video_data.video import read_frames
 from video_data.windows import iter_windows
@@ -85,7 +84,7 @@ def test_videos_good_and_bad(finished_run, videos, tmp_path):
     assert "1bad.mp4" in done.stderr and "4bad.mp4" in done.stderr
     words = [finished_run, "--video", "-", "--show", tmp_path / "p.png"]
     done = run_python("evaluate.py", *words, input=f"{folder}/0.mp4\n\n")
-    assert done.returncode == 0 and done.stdout == printable(f"{folder}/0.mp4: {captions[0]}\n"), done.stderr
+    assert done.returncode == 0 and done.stdout == printable(f"{folder}/0.mp4: {captions[0]}") + "\n", done.stderr
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -114,7 +113,7 @@ def test_captions_are_saved_as_they_come(finished_run, videos, tmp_path):
     child.kill()
     child.communicate()
     rows = read_rows(tmp_path / "c.jsonl")
-    assert len(rows) >= 3 and [printable(f"{row['video']}: {row['caption']}\n") for row in rows[:3]] == lines[:3]
+    assert len(rows) >= 3 and [printable(f"{row['video']}: {row['caption']}") + "\n" for row in rows[:3]] == lines[:3]
 
 
 def test_sigterm_leaves_the_page_of_what_was_captioned(finished_run, videos, tmp_path):

@@ -306,8 +306,7 @@ def test_a_damaged_file_of_a_run_is_named_and_nothing_is_changed(script, name, k
     DAMAGE[kind](run / name)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     done = run_forked(script, *([run] if script is evaluate else ["--resume", run]), "--device", "cpu")
-    assert_one_line_error(done, str(run), "folder of a run" if kind in ("gone", "a pipe", "a folder") and
-                          name == "config.json" else name)
+    assert_one_line_error(done, str(run), name)
     assert len(done.stderr.splitlines()) == 1
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 

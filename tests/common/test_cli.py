@@ -130,8 +130,8 @@ def test_the_speed_is_of_steps_and_the_time_left_of_validations_too(clock):
         clock[0] += 2
         updates[step] = progress.update(step)
         if step == 7:
-            with progress.validation():
-                clock[0] += 20
+            clock[0] += 20
+            progress.restart(step)
     assert [speed for speed, _ in updates.values()] == [3] * 6
     assert (updates[5][1], updates[7][1], updates[8][1], updates[10][1]) == (10, 6, 28 / 4 * 2, 0)
 
@@ -142,5 +142,4 @@ def test_the_time_left_of_a_job_is_printed_now_and_then(clock, capsys):
     for done in (8, 10, 12, 20):
         clock[0] = 5000 + done / 2
         time_left.update(done)
-    assert capsys.readouterr().out == "frames: 10/100 clips, 0:45 left\nframes: 20/100 clips, 0:40 left\n"
-    assert [cli.format_seconds(n) for n in (0.9, 65.2, 3600)] == ["0:00", "1:05", "1:00:00"]
+    assert capsys.readouterr().out == "frames: 10/100 clips, 0:00:45 left\nframes: 20/100 clips, 0:00:40 left\n"
