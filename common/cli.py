@@ -43,6 +43,12 @@ def print_error(message: str) -> None:
         print(printable(message), file=sys.stderr, flush=True)
 
 
+def set_signals(handler) -> None:
+    """Ctrl-C and SIGTERM call the handler from now on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
 def _interrupt(number: int, _) -> None:
     """Raises KeyboardInterrupt, once: a second signal must not disturb what is written after the first."""
     signal.signal(number, signal.SIG_IGN)
@@ -60,8 +66,7 @@ def run(main: Callable[[], int | None]) -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # file names need not be UTF-8
     sys.stderr.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    set_signals(_interrupt)
     code, message = 0, ""
     try:
         with explain_out_of_memory():
@@ -81,8 +86,7 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message:
         print_error(message)
-    for number in (signal.SIGINT, signal.SIGTERM):  # another one must not interrupt the exit
-        signal.signal(number, signal.SIG_IGN)
+    set_signals(signal.SIG_IGN)  # another one must not interrupt the exit
     sys.exit(code)
 
 
@@ -98,11 +102,9 @@ def deferred_interrupts(repeatable: bool) -> Iterator[list[int]]:
         if not repeatable:
             signal.signal(number, signal.default_int_handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, receive)
+    set_signals(receive)
     yield received
-    for number in (signal.SIGINT, signal.SIGTERM):  # not in a `finally`: after an exception the process ends
-        signal.signal(number, signal.default_int_handler)
+    set_signals(signal.default_int_handler)  # not in a `finally`: after an exception the process ends
 
 
 def format_seconds(seconds: float) -> str:

@@ -211,6 +211,8 @@ def read_config(run: Path) -> Config:
         raise InputError(f"{path}: made by version {content.get('version')!r:.20}, this is version {VERSION}")
     values = json_field(content, "config", dict, path)
     with error_prefix(f"{path}: config"):
+        if different := values.keys() ^ to_json(Config()).keys():  # a default would be another run
+            raise InputError(f"expected just the fields of a run, differs in {min(different)!r:.40}")
         config, _ = parse_words(to_words(values))
     return replace(config, out=run)
 

@@ -122,10 +122,13 @@ def test_another_version_or_other_fields_are_refused(tmp_path):
     for changes, message in (
             ({"version": "0.12.0"}, f"made by version '0.12.0', this is version {VERSION}"),
             ({"version": None}, "made by version None"), ({"config": []}, "'config': expected an object"),
-            ({"config": stored | {"x": 1}}, "config: unrecognized arguments: --x=1")):
+            ({"config": stored | {"x": 1}}, "config: expected just the fields of a run, differs in 'x'")):
         run = write_config(tmp_path / "run", Config(), **changes)
         with pytest.raises(InputError, match=f"run/config.json: .*{message}"):
             read_config(run)
+    del stored["epochs"]
+    with pytest.raises(InputError, match="config: .* differs in 'epochs'"):
+        read_config(write_config(tmp_path / "run", Config(), config=stored))
     (tmp_path / "run/config.json").write_text("[3]")
     with pytest.raises(InputError, match="run/config.json: expected a JSON object"):
         read_config(tmp_path / "run")
