@@ -14,10 +14,12 @@ import csv
 import io
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
+from typing import Any
+from unicodedata import normalize
 
 from common.errors import InputError, reading
 from common.files import field as json_field
@@ -27,7 +29,7 @@ VIDEO_SUFFIXES = tuple(".avi .mp4 .mkv .mov .webm .m4v .mpg .mpeg .wmv .flv .ts"
 SPLITS = ("train", "val", "test")
 MAX_DEPTH = 3  # levels of subfolders that are searched
 
-Pairs = list[tuple[str, str]]  # (id, caption)
+Pairs = Iterable[tuple[str, str]]  # (id, caption)
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,26 @@ class Annotations:
     captions: dict[str, list[str]]
     videos: dict[str, Path]
     files: list[Path]  # the source of captions and splits
-    skipped: int = 0  # rows without a caption
 
 
 def iter_files(root: Path) -> Iterator[Path]:
-    """Files in the folder and its subfolders, nearest first, sorted by name. Hidden subfolders are skipped."""
+    """Files in the folder and its subfolders, nearest first, sorted by name. Hidden files and folders are skipped."""
     folders = [root]
     for _ in range(MAX_DEPTH + 1):
-        paths = [path for folder in folders for path in sorted(folder.iterdir())]
+        paths = [path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
         yield from (path for path in paths if path.is_file())
-        folders = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
+        folders = [path for path in paths if path.is_dir()]
 
 
-def find_file(files: list[Path], name: str) -> Path | None:
-    """The first file of this name. Case is ignored."""
-    return next((path for path in files if path.name.lower() == name.lower()), None)
+def find_files(files: list[Path], *names: str) -> list[Path]:
+    """The first file of each name that is there. Case is ignored."""
+    first = {path.name.lower(): path for path in reversed(files)}
+    return [first[name.lower()] for name in names if name.lower() in first]
+
+
+def spellings(*names: str) -> list[str]:
+    """Names with "é" as two characters, as on a Mac's disk, as one, and as it is written."""
+    return [form for name in names for form in (normalize("NFD", name), normalize("NFC", name), name)]
 
 
 def find_videos(files: list[Path], names: dict[str, str]) -> dict[str, Path]:
@@ -73,38 +80,40 @@ def find_videos(files: list[Path], names: dict[str, str]) -> dict[str, Path]:
     for path in files:
         if path.suffix.lower() in VIDEO_SUFFIXES:
             by_name.setdefault(path.stem, []).append(path)
-    found = {clip_id: by_name.get(clip_id, []) + by_name.get(name, []) for clip_id, name in names.items()}
+    found = {clip_id: [path for key in spellings(clip_id, name) for path in by_name.get(key, [])]
+             for clip_id, name in names.items()}
     for paths in found.values():
         if len({path.resolve() for path in paths}) > 1:  # several links to one file are allowed
             raise InputError(f"{paths[0]}: and {paths[1]}: two videos of one clip, expected one")
     return {clip_id: paths[0] for clip_id, paths in found.items() if paths}
 
 
-def read_text(path: Path) -> str:
+def parse_file(path: Path, parse: Callable[[bytes], Any]) -> Any:
     with open_to_read(path) as file:
-        return file.read().decode("utf-8-sig")
+        return parse(file.read())
 
 
-def read_lines(path: Path) -> list[str]:
-    """Lines of a text file without empty lines and comments."""
-    return [line for line in read_text(path).split("\n") if line.strip() and not line.startswith("#")]
+def split_lines(content: bytes) -> list[str]:
+    """Lines of a text without empty lines and comments."""
+    lines = content.decode("utf-8-sig").split("\n")
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def group_captions(pairs: Pairs) -> tuple[dict[str, list[str]], int]:
-    """Captions by id, and the number of skipped ones, which have no letter from a to z."""
-    captions: dict[str, list[str]] = {clip_id: [] for clip_id, _ in pairs}
+def group_captions(pairs: Pairs) -> dict[str, list[str]]:
+    """Captions by id, without those that have no letter from a to z."""
+    captions: dict[str, list[str]] = {}
     for clip_id, caption in pairs:
         if re.search("[a-z]", caption.lower()):
-            captions[clip_id].append(" ".join(caption.split()))
-    return captions, len(pairs) - sum(map(len, captions.values()))
+            captions.setdefault(clip_id, []).append(" ".join(caption.split()))
+    return captions
 
 
 # -------------------------------------------------------------------------------------------- MSVD
 
 
-def read_descriptions(path: Path) -> Pairs:
+def parse_descriptions(content: bytes) -> Pairs:
     """AllVideoDescriptions.txt."""
-    parts = [line.strip().partition(" ") for line in read_lines(path)]
+    parts = [line.partition(" ") for line in split_lines(content)]
     return [(clip_id, caption) for clip_id, _, caption in parts]
 
 
@@ -115,28 +124,23 @@ class SafeUnpickler(pickle._Unpickler):  # the one in C allocates as much memory
         raise pickle.UnpicklingError(f"it calls {module}.{name}")
 
 
-def read_pickle(path: Path) -> Pairs:
+def parse_pickle(content: bytes) -> Pairs:
     """raw-captions.pkl."""
-    with open_to_read(path) as file:
-        pairs = []
-        for clip_id, captions in SafeUnpickler(io.BytesIO(file.read())).load().items():
-            if not isinstance(clip_id, str) or not isinstance(captions, list):
-                raise InputError(f"expected {{id: [[word, ...], ...]}}, found {short(clip_id)}: {short(captions)}")
-            pairs += [(clip_id, words if isinstance(words, str) else " ".join(words)) for words in captions]
-        return pairs
+    captions = SafeUnpickler(io.BytesIO(content)).load()
+    pairs = [(clip_id, words) for clip_id, group in captions.items() for words in group]
+    return [(clip_id, words if isinstance(words, str) else " ".join(words)) for clip_id, words in pairs]
 
 
-def read_corpus_csv(path: Path) -> Pairs:
+def parse_csv(content: bytes) -> Pairs:
     """The MSR Video Description Corpus, English captions only."""
-    rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    with reading(path):
-        english = [row for row in rows if (row["Language"] or "").strip() == "English"]
-        return [(f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"] or "") for row in english]
+    rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+    english = [row for row in rows if (row["Language"] or "").strip() == "English"]
+    return [(f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"] or "") for row in english]
 
 
-CSV_NAMES = "MSR_Video_Description_Corpus.csv", "MSR Video Description Corpus.csv", "video_corpus.csv"
-MSVD_READERS = {"AllVideoDescriptions.txt": read_descriptions, "raw-captions.pkl": read_pickle}
-MSVD_READERS |= dict.fromkeys(CSV_NAMES, read_corpus_csv)
+MSVD_PARSERS = {"AllVideoDescriptions.txt": parse_descriptions, "raw-captions.pkl": parse_pickle,
+                "MSR_Video_Description_Corpus.csv": parse_csv, "MSR Video Description Corpus.csv": parse_csv,
+                "video_corpus.csv": parse_csv}
 
 
 def read_msvd(root: Path) -> Annotations:
@@ -151,41 +155,37 @@ def read_msvd(root: Path) -> Annotations:
     docs/datasets.md lists where each file is published.
     """
     files = list(iter_files(root))
-    sources = [(read, path) for name, read in MSVD_READERS.items() if (path := find_file(files, name))]
+    sources = [(path, parse) for name, parse in MSVD_PARSERS.items() for path in find_files(files, name)]
     if not sources:
-        raise InputError(f"{root}: expected one of {', '.join(MSVD_READERS)} in it")
-    read, source = sources[0]
-    captions, skipped = group_captions(read(source))
-    mapping = find_file(files, "youtube_mapping.txt")
-    aliases = read_mapping(mapping) if mapping else {}
-    lists = [find_file(files, f"{split}_list.txt") for split in SPLITS]
-    if all(lists):
+        raise InputError(f"{root}: expected one of {', '.join(MSVD_PARSERS)} in it")
+    captions = group_captions(parse_file(*sources[0]))
+    mapping = find_files(files, "youtube_mapping.txt")
+    aliases = parse_file(mapping[0], parse_mapping) if mapping else {}
+    lists = find_files(files, *(f"{split}_list.txt" for split in SPLITS))
+    if len(lists) == len(SPLITS):
         ids = {name: clip_id for clip_id, name in aliases.items()}
-        stems = [[Path(line.strip()).stem for line in read_lines(path)] for path in lists]
+        stems = [[Path(line).stem for line in parse_file(path, split_lines)] for path in lists]
         splits = [[ids.get(stem, stem) for stem in group] for group in stems]
     else:
-        lists, ordered = [mapping] if mapping else [], list(aliases) or sorted(captions)
+        lists, ordered = mapping, list(aliases) or sorted(captions)
         if len(ordered) != 1970:
             expected = "expected all 1970, or train_list.txt, val_list.txt and test_list.txt"
-            raise InputError(f"{mapping or root}: {len(ordered)} clips, so its split is not known: {expected}")
+            raise InputError(f"{[*mapping, root][0]}: {len(ordered)} clips, so its split is not known: {expected}")
         splits = [ordered[:1200], ordered[1200:1300], ordered[1300:]]
     videos = find_videos(files, {clip_id: aliases.get(clip_id, clip_id) for group in splits for clip_id in group})
-    return Annotations(dict(zip(SPLITS, splits, strict=True)), captions, videos, [source, *lists], skipped)
+    return Annotations(dict(zip(SPLITS, splits, strict=True)), captions, videos, [sources[0][0], *lists])
 
 
-def read_mapping(path: Path) -> dict[str, str]:
+def parse_mapping(content: bytes) -> dict[str, str]:
     """youtube_mapping.txt -> {id: vidN}, by N."""
-    with reading(path):
-        pairs = [(clip_id, int(name.removeprefix("vid")), name) for clip_id, name in map(str.split, read_lines(path))]
-    return {clip_id: name for clip_id, _, name in sorted(pairs, key=lambda pair: pair[1])}
+    pairs = [line.split() for line in split_lines(content)]
+    return dict(sorted(pairs, key=lambda pair: int(pair[1].removeprefix("vid"))))
 
 
 # ----------------------------------------------------------------------------------------- MSR-VTT
 
-MSRVTT_FILES = (
-    "MSRVTT_data.json train_val_videodatainfo.json train_videodatainfo.json val_videodatainfo.json "
-    "test_videodatainfo.json videodatainfo_2017.json"
-).split()
+MSRVTT_FILES = ("MSRVTT_data.json", "train_val_videodatainfo.json", "train_videodatainfo.json",
+                "val_videodatainfo.json", "test_videodatainfo.json", "videodatainfo_2017.json")
 
 
 def read_msrvtt(root: Path) -> Annotations:
@@ -198,11 +198,11 @@ def read_msrvtt(root: Path) -> Annotations:
     docs/datasets.md lists where each file is published.
     """
     files = list(iter_files(root))
-    sources = [path for name in MSRVTT_FILES if (path := find_file(files, name))]
+    sources = find_files(files, *MSRVTT_FILES)
     if not sources:
         raise InputError(f"{root}: expected one of {', '.join(MSRVTT_FILES)} in it")
     split_of: dict[str, str] = {}
-    pairs: dict[tuple, tuple[str, str]] = {}  # two files may contain the same sentence
+    pairs: dict[tuple, tuple[str, str]] = {}  # by sentence: two files may contain the same
     for path in sources:
         content = read_json(path)
         with reading(path):
@@ -214,13 +214,11 @@ def read_msrvtt(root: Path) -> Annotations:
                     raise InputError(f"split of {short(clip_id)} is {short(split)}, {expected}")
             for i, row in enumerate(json_field(content, "sentences", list, path)):
                 clip_id, caption = (json_field(row, name, str, "sentences") for name in ("video_id", "caption"))
-                number = f"{path} {i}" if row.get("sen_id") is None else str(row["sen_id"])
-                pairs.setdefault((clip_id, number, caption), (clip_id, caption))
-    captions, skipped = group_captions(list(pairs.values()))
+                pairs[clip_id, row.get("sen_id", i), caption] = clip_id, caption
     ordered = sorted(split_of, key=lambda clip_id: (len(clip_id), clip_id))  # video9 before video10
     splits = {split: [clip_id for clip_id in ordered if split_of[clip_id] == split] for split in SPLITS}
     videos = find_videos(files, dict(zip(ordered, ordered, strict=True)))
-    return Annotations(splits, captions, videos, sources, skipped)
+    return Annotations(splits, group_captions(pairs.values()), videos, sources)
 
 
 # ---------------------------------------------------------------------------------- your own clips
@@ -245,5 +243,5 @@ def read_folder(root: Path) -> Annotations:
         is_list = isinstance(group, list) and group
         if not is_list or not all(isinstance(caption, str) and re.search(r"[^\W_]", caption) for caption in group):
             raise InputError(f"{source}: {name!r}: expected a list of captions, each with a word in it")
-    videos = {name: root / name for name in captions if (root / name).is_file()}
+    videos = {name: root / form for name in captions for form in spellings(name) if (root / form).is_file()}
     return Annotations({split: list(clips) for split, clips in groups.items()}, captions, videos, [source])

@@ -5,8 +5,8 @@
 
 KEY is a hash of everything that the array depends on. A file is written under a temporary name, flushed and renamed, so
 a file called KEY is complete. After a kill at any moment, the next call continues with the missing clips. Two processes
-may fill one folder at once; they do the same work twice. Before a folder is filled, files of other keys are deleted, as
-well as temporary files that are a day old. Newer ones may belong to a process that is still running.
+may fill one folder at once; they do the same work twice. Before a folder is filled, its other files are deleted if they
+are a day old, such as those of clips that have changed. Newer ones may belong to a process that is still running.
 
 Training samples T of the M frames of a clip: each epoch shows other frames and the next captions. Where M = T, each
 epoch shows the same frames.
@@ -18,23 +18,19 @@ caption with its EOS.
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from common.cli import TimeLeft
 from common.errors import InputError
@@ -52,41 +48,23 @@ Example = tuple[np.ndarray, list[list[int]]]  # frames (T, 3, S, S) or features 
 # -------------------------------------------------------------------------------------- processes
 
 
-def _start_worker() -> None:
-    torch.set_num_threads(1)  # the processes are the parallel part
-    parent = multiprocessing.parent_process()
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphan goes on
-
-
 def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> list:
-    """[function(*task) for task in tasks], by one process per core. Reports the time left.
+    """[function(task) for task in tasks], by one process per core. Prints the time left.
 
-    All processes end at once if one of them fails or dies, or at Ctrl-C. The first item of a task is its name: Raises
-    InputError with the names of tasks that may have killed their process, as a lack of memory does.
+    Raises InputError if a process is killed, as a lack of memory does.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, min(cores, len(tasks)))
-    pool, time_left, futures = ProcessPoolExecutor(cores, initializer=_start_worker), TimeLeft(what, len(tasks)), []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # A DataLoader is a pool of processes that end whatever happens. Its own generator: not to draw from torch's.
+    pool = DataLoader(tasks, batch_size=None, num_workers=min(cores, len(tasks)), collate_fn=function,
+                      generator=torch.Generator())
+    results, time_left = [], TimeLeft(what, len(tasks))
     try:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process only
-        for task in tasks:
-            futures.append(pool.submit(function, *task))
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for done, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            if (done - 1) % cores == 0:  # one task of each process since the last time
-                time_left.update(done)
-        return [future.result() for future in futures]
-    except BaseException as error:
-        for process in multiprocessing.active_children():
-            process.kill()
-        if not isinstance(error, BrokenProcessPool):
-            raise
-        lost = [isinstance(future.exception(), BrokenProcessPool) for future in futures]
-        names = ", ".join([str(task[0]) for task, is_lost in zip(tasks, lost, strict=False) if is_lost][:cores])
-        raise InputError(f"{names}: a process that worked on one of these died") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+        for result in pool:
+            results.append(result)
+            time_left.update(len(results))
+    except RuntimeError as error:
+        raise InputError(f"{what}: {error}") from error
+    return results
 
 
 # ------------------------------------------------------------------------------------------ caches
@@ -106,7 +84,7 @@ def _hash(*content) -> str:
 
 @dataclass(frozen=True)
 class ClipCache:
-    """Arrays of one shape and dtype, one per clip: cache[i] is mapped from the file folder/keys[i]."""
+    """Arrays of one shape and dtype, one per clip: cache[i] is read from the file folder/keys[i]."""
 
     folder: Path
     keys: list[str]
@@ -116,17 +94,18 @@ class ClipCache:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, i: int) -> np.memmap:
-        return np.memmap(f"{self.folder}/{self.keys[i]}", self.dtype, "r", shape=self.shape)
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.read(i, range(self.shape[0]))
 
     def read(self, i: int, indices: Sequence[int]) -> np.ndarray:
-        """cache[i][indices], read into memory: for a training step twice as fast as mapping 64 files."""
-        rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        with open(f"{self.folder}/{self.keys[i]}", "rb", buffering=0) as file:
+        """cache[i][indices]: for a training step twice as fast as mapping 64 files. Raises InputError."""
+        rows, num_bytes = np.empty((len(indices), *self.shape[1:]), self.dtype), 0
+        with suppress(FileNotFoundError), open(self.folder / self.keys[i], "rb", buffering=0) as file:
             for row, index in zip(rows, indices, strict=True):
                 file.seek(int(index) * row.nbytes)
-                if file.readinto(row) != row.nbytes:
-                    raise InputError(f"{file.name}: was cut short; it is made again by the next call")
+                num_bytes += file.readinto(row)
+        if num_bytes < rows.nbytes:
+            raise InputError(f"{self.folder / self.keys[i]}: was deleted or cut short; start again to make it anew")
         return rows
 
     @property
@@ -145,12 +124,12 @@ class ClipCache:
             file.write(np.ascontiguousarray(array))
 
     def make_room(self) -> int:
-        """Deletes files of other keys, and temporary files that are a day old. Returns the bytes still missing."""
+        """Deletes files that are no longer needed and a day old. Returns the bytes still missing."""
         if missing := self.missing():
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in set(self.folder.iterdir()) - {self.folder / key for key in self.keys}:
                 with suppress(FileNotFoundError):  # another process was faster
-                    if path.suffix != ".tmp" or time.time() - path.stat().st_mtime > DAY:
+                    if time.time() - path.stat().st_mtime > DAY:
                         path.unlink()
         return len(missing) * self.clip_bytes
 
@@ -158,7 +137,7 @@ class ClipCache:
 def check_space(caches: Mapping[str, Sequence[ClipCache]]) -> None:
     """Prints the size of what is missing in all caches of a dataset: {"frames": [cache, ...], ...}.
 
-    Deletes files of other keys first. Raises InputError if the disk lacks the space for all of them together.
+    Deletes old files first. Raises InputError if the disk lacks the space for all of them together.
     """
     needed = {what: sum(cache.make_room() for cache in group) for what, group in caches.items()}
     if total := sum(needed.values()):
@@ -177,21 +156,20 @@ def frames_cache(clips: list[Clip], root: Path, split: str, count: int, preproce
     return ClipCache(root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}", keys, (count, 3, size, size), np.uint8)
 
 
-def _decode_clip(path: Path, cache: ClipCache, preprocessing: Preprocessing) -> str | None:
+def _decode_clip(task: tuple[Path, ClipCache, Preprocessing]) -> str | None:
     """Fills the cache of one clip. Runs in another process: nothing large is sent between processes. Returns what is
     wrong with the video, if anything is."""
+    path, cache, preprocessing = task
     try:
-        frames = read_frames(path, cache.shape[0], preprocessing)
+        cache.write(0, read_frames(path, cache.shape[0], preprocessing).numpy())
     except InputError as error:
         return str(error)
-    return cache.write(0, frames.numpy())
 
 
 def fill_frames(cache: ClipCache, clips: list[Clip], preprocessing: Preprocessing) -> None:
     """Decodes the clips that a `frames_cache` lacks. Raises InputError for clips that cannot be decoded, all of them at
     once, and for a process that dies. Clips that are done stay."""
-    one_clip = {i: replace(cache, keys=[cache.keys[i]]) for i in cache.missing()}
-    tasks = [(clips[i].path, clip_cache, preprocessing) for i, clip_cache in one_clip.items()]
+    tasks = [(clips[i].path, replace(cache, keys=[cache.keys[i]]), preprocessing) for i in cache.missing()]
     if errors := list(filter(None, run_in_processes("frames", _decode_clip, tasks))):
         raise InputError(f"{len(errors)} clips cannot be read: {'; '.join(errors)}")
 
@@ -243,9 +221,8 @@ class TrainingExamples:
     drawn without replacement until all have been used.
     """
 
-    def __init__(
-        self, clips: list[Clip], cache: ClipCache, tokenizer, num_frames, num_captions, seed, eos_id, max_tokens
-    ):
+    def __init__(self, clips: list[Clip], cache: ClipCache, tokenizer, num_frames, num_captions, seed, eos_id,
+                 max_tokens):
         """cache[i] holds M frames or features of clips[i]. Captions longer than `max_tokens` are truncated."""
         self.cache, self.num_frames, self.num_captions, self.seed = cache, num_frames, num_captions, seed
         encoded = [[tokenizer.encode(normalize_caption(caption)) for caption in clip.captions] for clip in clips]
@@ -284,18 +261,18 @@ def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
 
 def prefetch(load: Callable, keys: Iterable) -> Iterator:
     """load(key) for each key, in order. While one result is used, another thread loads the next."""
-    pending = deque()
+    future = None
     with ThreadPoolExecutor(1) as executor:
         for key in keys:
-            pending.append(executor.submit(load, key))
-            if len(pending) == 2:
-                yield pending.popleft().result()
-        yield from (future.result() for future in pending)
+            previous, future = future, executor.submit(load, key)
+            if previous:
+                yield previous.result()
+        if future:
+            yield future.result()
 
 
-def epoch_batches(
-    num_clips: int, batch_size: int, epochs: int, seed: int, first_step: int = 0
-) -> Iterator[list[tuple[int, int]]]:
+def epoch_batches(num_clips: int, batch_size: int, epochs: int, seed: int,
+                  first_step: int = 0) -> Iterator[list[tuple[int, int]]]:
     """Batches of (clip, epoch) keys. Each epoch is shuffled anew; its last incomplete batch is dropped."""
     steps = num_clips // batch_size
     for step in range(first_step, epochs * steps):

@@ -16,7 +16,6 @@ References
 """
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
 from common import cli
 from common.errors import InputError
@@ -36,16 +34,8 @@ from video_data.batches import run_in_processes
 SIDE, FRAMES, RATE = 64, 16, 8  # pixels, frames per clip, frames per second
 DEFAULT_SIZES = (9000, 200, 500)  # clips for training, validation, test
 
-COLOURS = {
-    "red": (215, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (50, 90, 225),
-    "yellow": (240, 220, 50),
-    "orange": (245, 135, 25),
-    "purple": (140, 55, 185),
-    "white": (242, 242, 242),
-    "pink": (250, 150, 195),
-}
+COLOURS = {"red": (215, 40, 40), "green": (40, 170, 60), "blue": (50, 90, 225), "yellow": (240, 220, 50),
+           "orange": (245, 135, 25), "purple": (140, 55, 185), "white": (242, 242, 242), "pink": (250, 150, 195)}
 KINDS = ("circle", "square", "triangle", "cross", "ring")
 SYMMETRY = {"square": 4, "triangle": 3, "cross": 4}  # a rotation by 360/n degrees maps the shape onto itself
 
@@ -67,13 +57,9 @@ SPEEDS = dict.fromkeys(("left", "right", "up", "down"), (12, 28))
 SPEEDS |= {"grow": (0.6, 1.1), "shrink": (0.6, 1.1), "blink": (1.5, 4)}
 
 # Captions of one and of two shapes: nouns n, m; finite verbs f, g; participles p, q.
-ONE_SHAPE = (
-    "a {n} {f}, a {n} is {p}, there is a {n} that {f}, the {n} {f}, one {n} {p}, we see a {n} that is {p}".split(", ")
-)
-TWO_SHAPES = (
-    "a {n} {f} and a {m} {g}, a {n} is {p} and a {m} is {q}, a {n} {f} while a {m} {g}, "
-    "there is a {n} that {f} and a {m} that {g}, the {n} {f} and the {m} {g}, one {n} {p} and one {m} {q}"
-).split(", ")
+ONE_SHAPE = "a {n} {f}, a {n} is {p}, there is a {n} that {f}, the {n} {f}, one {n} {p}, we see a {n} that is {p}"
+TWO_SHAPES = ("a {n} {f} and a {m} {g}, a {n} is {p} and a {m} is {q}, a {n} {f} while a {m} {g}, "
+              "there is a {n} that {f} and a {m} that {g}, the {n} {f} and the {m} {g}, one {n} {p} and one {m} {q}")
 
 
 @dataclass(frozen=True)
@@ -121,8 +107,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[Shape, ...]:
     while True:
         second = draw_shape(rng)
         same = (second.colour, second.kind) == (first.colour, first.kind)
-        near = math.hypot(second.x - first.x, second.y - first.y) < 20
-        if not same and not near:
+        if not same and math.hypot(second.x - first.x, second.y - first.y) >= 20:
             return (first, second)
 
 
@@ -134,15 +119,10 @@ DISTANCES = {
     "circle": lambda x, y, r: np.hypot(x, y) - 0.9 * r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.8 * r,
     "triangle": lambda x, y, r: np.maximum.reduce([x * math.cos(a) + y * math.sin(a) for a in NORMALS]) - r / 2,
-    "cross": lambda x, y, r: np.minimum(bar(x, y, r), bar(y, x, r)),
+    "cross": lambda x, y, r: np.minimum(np.maximum(abs(x) - r, abs(y) - r / 3), np.maximum(abs(y) - r, abs(x) - r / 3)),
     "ring": lambda x, y, r: abs(np.hypot(x, y) - 0.75 * r) - 0.2 * r,
 }
 NORMALS = (math.pi / 2, math.pi * 7 / 6, -math.pi / 6)  # of the triangle's sides
-
-
-def bar(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """The horizontal bar of a cross."""
-    return np.maximum(abs(x) - r, abs(y) - r / 3)
 
 
 def coverage(kind: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -197,33 +177,24 @@ def render(scene: tuple[Shape, ...], u: np.ndarray, rng: np.random.Generator) ->
 # ---------------------------------------------------------------------------------------- captions
 
 
-def fill_template(template: int, words: list[tuple[str, str, str]]) -> str:
-    """Caption template number `template` with the (noun, finite verb, participle) of each of one or two shapes."""
-    (n, f, p), (m, g, q) = words[0], words[-1]
-    text = (ONE_SHAPE if len(words) == 1 else TWO_SHAPES)[template]
-    return text.format(n=n, f=f, p=p, m=m, g=g, q=q).replace("a orange", "an orange")
-
-
 def describe(scene: tuple[Shape, ...], rng: np.random.Generator) -> str:
     """One caption with random wording and a random order of the shapes."""
-    words = []
+    words = []  # noun, finite verb, participle
     for shape in (scene[i] for i in rng.permutation(len(scene))):
         phrases = MOTIONS[shape.motion]
         words.append((f"{shape.colour} {shape.kind}", *phrases[rng.integers(len(phrases))]))
-    return fill_template(rng.integers(len(ONE_SHAPE)), words)
+    (n, f, p), (m, g, q) = words[0], words[-1]
+    templates = (ONE_SHAPE if len(scene) == 1 else TWO_SHAPES).split(", ")
+    text = templates[rng.integers(len(templates))].format(n=n, f=f, p=p, m=m, g=g, q=q)
+    return text.replace("a orange", "an orange")
 
 
 def reference_captions(scene: tuple[Shape, ...], rng: np.random.Generator, count: int = 6) -> list[str]:
     """`count` different captions of one scene."""
-    captions: list[str] = []
+    captions: dict[str, None] = {}
     while len(captions) < count:
-        caption = describe(scene, rng)
-        if caption not in captions:
-            captions.append(caption)
-    return captions
-
-
-NOUN = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(KINDS)})\b")
+        captions[describe(scene, rng)] = None
+    return list(captions)
 
 
 def parse_claims(caption: str) -> list[tuple[str, str]]:
@@ -231,12 +202,11 @@ def parse_claims(caption: str) -> list[tuple[str, str]]:
 
     The words between a shape's name and the next shape's name describe its motion.
     """
+    parts = re.split(rf"\b((?:{'|'.join(COLOURS)}) (?:{'|'.join(KINDS)}))\b", caption)
     claims = []
-    nouns = list(NOUN.finditer(caption))
-    for noun, following in zip(nouns, [*nouns[1:], None], strict=False):
-        clause = f" {caption[noun.end() : following.start() if following else None]} "
-        motions = [m for m, pairs in MOTIONS.items() if any(f" {p} " in clause for pair in pairs for p in pair)]
-        claims.append((noun.group(), motions[0] if len(motions) == 1 else ""))
+    for noun, clause in zip(parts[1::2], parts[2::2], strict=True):
+        motions = [m for m, pairs in MOTIONS.items() if any(f" {p} " in f"{clause} " for pair in pairs for p in pair)]
+        claims.append((noun, motions[0] if len(motions) == 1 else ""))
     return sorted(claims)
 
 
@@ -266,25 +236,23 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
 
     Not H.264: on frames this small, x264's fast presets do not produce the same bytes twice.
     """
-    reformatter = VideoReformatter()
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=RATE, options={"qmin": "2", "qmax": "4"})
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
         for i, pixels in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame = reformatter.reformat(picture, format="yuv420p", threads=1)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, RATE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-def make_clip(path: Path, seed: int) -> list[str]:
-    """Writes the clip ROOT/SPLIT/INDEX.mp4 and returns its captions. Each clip has its own random stream."""
+def make_clip(task: tuple[Path, int]) -> list[str]:
+    """Writes the clip ROOT/SPLIT/INDEX.mp4 of a seed; returns its captions. Each clip has its own random stream."""
+    path, seed = task
     rng = np.random.default_rng([seed, SPLITS.index(path.parent.name), int(path.stem)])
     scene = draw_scene(rng)
-    frames, _ = render(scene, np.linspace(0, 1, FRAMES), rng)
-    write_clip(path, frames)
+    write_clip(path, render(scene, np.linspace(0, 1, FRAMES), rng)[0])
     return reference_captions(scene, rng)
 
 
@@ -293,12 +261,11 @@ def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0
 
     A lock lets only one call write; others wait for it. Raises InputError if the folder contains something else.
     """
-    is_begun = (root / ".lock").exists() or (root / "captions.json").exists()
-    if root.exists() and not is_begun and any(not path.name.startswith(".") for path in root.iterdir()):
-        raise InputError(f"{root}: contains something other than shapes; give an empty or new folder")
     root.mkdir(parents=True, exist_ok=True)
-    lock = acquire_lock(root / ".lock", wait=True)
-    try:
+    ours = "captions.json", *SPLITS
+    if any(path.name not in ours and not path.name.startswith(".") for path in root.iterdir()):
+        raise InputError(f"{root}: contains something other than shapes; give an empty or new folder")
+    with open(acquire_lock(root / ".lock", wait=True), "w"):
         if (root / "captions.json").exists():
             return
         content = {}
@@ -308,8 +275,6 @@ def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0
             captions = run_in_processes(f"shapes: {split}", make_clip, [(root / name, seed) for name in names])
             content[split] = dict(zip(names, captions, strict=True))
         write_json(root / "captions.json", content)
-    finally:
-        os.close(lock)
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
 PyAV [1] reads the video. Frames are chosen by time, or by index where a file has no times: the clip's time span is cut
 into T equal segments, and each contributes the frame displayed at its centre, as in Temporal Segment Networks [2].
 
-H.264 frames that no other frame refers to are decoded only where they are selected: T = 16 frames of a real MSR-VTT
-clip (1280 x 720, a keyframe every 26 to 128 frames) are read 2.6 times faster. Seeking to the keyframe before each
-selected frame as well was only 1.1 times faster still, so the code does not seek.
+In MP4 and Matroska, H.264 frames that no other frame refers to are decoded only where they are selected: T = 16 frames
+of a real MSR-VTT clip (1280 x 720, a keyframe every 26 to 128 frames) are read 2.6 times faster. Seeking to the
+keyframe before each selected frame as well was only 1.1 times faster still, so the code does not seek. Other files are
+decoded twice, so that a long one needs no memory.
 
 Shapes: T frames, S side in pixels.
 
@@ -16,10 +17,9 @@ References
 [4] ISO/IEC 14496-12, track header; FFmpeg, libavutil/display.h
 """
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,42 +27,41 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from torch import Tensor
 
 from common.errors import InputError, reading
 from common.preprocessing import Preprocessing
 
-MAX_BUFFERED_BYTES = 512 * 2**20  # of decoded frames; a longer video is decoded a second time instead
-MAX_PIXELS = 2**25  # of a frame, decoded or resized, 8192 x 4096: a damaged header may claim 65535 x 65535
+# FFmpeg knows more kinds of side data than PyAV 18, which fails on a frame with one of them: take them for an old kind.
+Type._missing_ = classmethod(lambda cls, number: Type.PANSCAN)
 
 # --------------------------------------------------------------------------------------- decoding
 
 
 @contextmanager
 def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The file and its first video stream that is not a cover picture. FFmpeg's errors become InputErrors."""
-    limits = {"max_pixels": str(MAX_PIXELS)}
+    """The file and the video stream that players show: the default one, else the first, but no cover picture. FFmpeg's
+    errors become InputErrors."""
     try:
         # "file:" so that FFmpeg does not take a name with a colon in it for a URL
-        with av.open(f"file:{path}", options=limits, metadata_errors="replace") as container:
-            streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-            context = streams[0].codec_context if streams else None
-            if context is None:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            stream = max(streams, key=lambda s: bool(s.disposition & Disposition.default), default=None)
+            if stream is None or stream.codec_context is None:
                 raise InputError(f"{path}: has no video stream, or one whose codec the installed FFmpeg lacks")
-            context.options = limits
-            context.thread_count = 1  # the worker processes are the parallel part
-            yield container, streams[0]
+            stream.codec_context.thread_count = 1  # the worker processes are the parallel part
+            yield container, stream
     except av.error.FFmpegError as error:
         raise InputError(f"{path}: cannot be read as a video: {error.strerror}") from error
 
 
 def iter_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | None]:
     """The stream's packets up to the first damage between two of them, then None, which flushes the decoder."""
-    try:
+    with suppress(av.error.InvalidDataError):
         yield from (packet for packet in container.demux(stream) if packet.size)
-    except av.error.InvalidDataError:
-        pass
     yield None
 
 
@@ -72,9 +71,10 @@ def decode_frames(path: str | Path) -> Iterator[tuple[float, av.VideoFrame]]:
     Times may step back, above all in AVI files. Frames that do not decode, or only with concealed errors, are skipped.
     Raises InputError if the file is not a video, has no video stream, or none of its frames can be decoded.
     """
-    time = None
+    frame = None
     with open_video(path) as (container, stream):
         duration = float(1 / (stream.average_rate or stream.guessed_rate or 25))
+        time = -duration
         for packet in iter_packets(container, stream):
             try:
                 frames = stream.codec_context.decode(packet)
@@ -83,12 +83,9 @@ def decode_frames(path: str | Path) -> Iterator[tuple[float, av.VideoFrame]]:
             except av.error.FFmpegError:
                 continue
             for frame in (f for f in frames if not f.is_corrupt):
-                if frame.pts is not None:
-                    time = float(frame.pts * stream.time_base)
-                else:
-                    time = 0.0 if time is None else time + duration
+                time = time + duration if frame.pts is None else float(frame.pts * stream.time_base)
                 yield time, frame
-    if time is None:
+    if frame is None:
         raise InputError(f"{path}: none of its frames can be decoded")
 
 
@@ -112,26 +109,17 @@ def frames_at(times: list[float], positions: np.ndarray) -> list[int]:
 
 
 def select_frames(path: str | Path, positions: np.ndarray) -> list[av.VideoFrame]:
-    """The frames displayed at `positions` of any file, from all of its frames."""
-    times, frames, num_bytes = [], [], 0
-    for time, frame in decode_frames(path):
-        times.append(time)
-        num_bytes += frame.width * frame.height * frame.format.padded_bits_per_pixel // 8
-        if num_bytes <= MAX_BUFFERED_BYTES:
-            frames.append(frame)
-        else:
-            frames.clear()
+    """The frames displayed at `positions` of any file. All frames are decoded twice, first for their times: only the
+    selected ones are in memory."""
+    times = [time for time, _ in decode_frames(path)]
     # The k-th frame is displayed at the k-th time. Where times step back, the times are wrong, not the order of frames.
     selected = frames_at(sorted(times), positions)
-    if len(frames) < len(times):
-        needed = set(selected)
-        frames = {i: frame for i, (_, frame) in enumerate(decode_frames(path)) if i in needed}
+    frames = {i: frame for i, (_, frame) in enumerate(decode_frames(path)) if i in selected}
     return [frames[i] for i in selected]
 
 
-def skip_to_frames(
-    path: str | Path, container: av.container.InputContainer, stream: av.VideoStream, positions: np.ndarray
-) -> list[av.VideoFrame] | None:
+def skip_to_frames(container: av.container.InputContainer, stream: av.VideoStream,
+                   positions: np.ndarray) -> list[av.VideoFrame] | None:
     """The frames displayed at `positions`, decoding as few others as possible, or None where that is not possible.
 
     It is possible where packets carry display times before decoding: H.264 in MP4 or Matroska. Skips frames that no
@@ -139,8 +127,7 @@ def skip_to_frames(
     irregularity: a missing or repeated time, damage, frames out of order, a selected frame that is not returned.
     """
     context = stream.codec_context
-    has_times = context.name == "h264" and bool({"mp4", "matroska"} & {*container.format.name.split(",")})
-    if not has_times or os.path.getsize(path) > MAX_BUFFERED_BYTES:  # all packets will be in memory
+    if context.name != "h264" or not {"mp4", "matroska"} & {*container.format.name.split(",")}:
         return None
     packets = list(iter_packets(container, stream))
     # A clip that was cut out of a video begins with packets that cannot be decoded.
@@ -177,8 +164,8 @@ def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessin
         preprocessing = Preprocessing(size=preprocessing, resize=preprocessing)
     positions, reformatter = sample_positions(frames), VideoReformatter()
     with open_video(path) as (container, stream):
-        aspect = pixel_aspect(stream)
-        selected = skip_to_frames(path, container, stream, positions)
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        selected = skip_to_frames(container, stream, positions)
     selected = selected or select_frames(path, positions)
     with reading(path):
         return stack_pictures([frame_to_rgb(frame, preprocessing, reformatter, aspect) for frame in selected])
@@ -187,18 +174,12 @@ def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessin
 # -------------------------------------------------------------------------------------- conversion
 
 
-def pixel_aspect(stream: av.VideoStream) -> Fraction:
-    """Width of a pixel over its height; 1 where the file does not say, or says something absurd."""
-    aspect = stream.sample_aspect_ratio or Fraction(1)
-    return aspect if 0.1 <= aspect <= 10 else Fraction(1)
-
-
 def orient(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     """A picture (S, S, 3), turned and mirrored as players do with the frame, by quarters of a turn.
 
     The file's display matrix moves the point (x, y) to (a x + c y, b x + d y) [4].
     """
-    matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
         return picture
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
@@ -207,9 +188,8 @@ def orient(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def frame_to_rgb(
-    frame: av.VideoFrame, preprocessing: Preprocessing, reformatter: VideoReformatter, aspect: Fraction = Fraction(1)
-) -> np.ndarray:
+def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter: VideoReformatter,
+                 aspect: Fraction = Fraction(1)) -> np.ndarray:
     """A decoded frame whose pixels have this aspect, resized, cropped at its centre and upright: uint8 (S, S, 3)."""
     if preprocessing.longest_edge is not None:  # the last step makes squares of all
         picture = resize_twice(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), preprocessing)
@@ -219,8 +199,6 @@ def frame_to_rgb(
         displayed_width = max(1, round(frame.width * aspect))
         short_side = min(displayed_width, frame.height)
         width, height = width * displayed_width // short_side, height * frame.height // short_side
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{frame.width} x {frame.height} would become {width} x {height} pixels, too many")
     interpolation = Interpolation[preprocessing.interpolation.upper()]
     picture = reformatter.reformat(frame, width, height, "rgb24", interpolation=interpolation, threads=1)
     top, left = (height - size) // 2, (width - size) // 2
@@ -238,12 +216,8 @@ def resize_twice(picture: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
         height, width = longest_edge, int(longest_edge * (width / height))
         width += width % 2
     x = torch.from_numpy(picture).permute(2, 0, 1)[None]  # (1, 3, H, W)
-    try:
-        for size in ((max(height, 1), max(width, 1)), (preprocessing.size, preprocessing.size)):
-            if x.shape[2:] != size:
-                x = F.interpolate(x, size, mode="lanczos", align_corners=False, antialias=True)  # (1, 3, *size)
-    except (NotImplementedError, ValueError) as error:  # an older torch: no such mode, or not with antialias
-        raise InputError(f"torch {torch.__version__} cannot resize with LANCZOS, expected 2.12 or newer") from error
+    for size in ((max(height, 1), max(width, 1)), (preprocessing.size, preprocessing.size)):
+        x = F.interpolate(x, size, mode="lanczos", align_corners=False, antialias=True)  # (1, 3, *size), torch 2.12
     return x[0].permute(1, 2, 0).numpy()  # (S, S, 3)
 
 

@@ -3,11 +3,10 @@
 Shapes: T frames, S side in pixels.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import count
 from pathlib import Path
 
 import av
@@ -23,26 +22,6 @@ ONE_FRAME = 0.04  # seconds that the only frame of a video is displayed
 RESTART, JUMP = 1.0, 600.0  # seconds; a clock that steps back, or on, by more is another one
 
 
-@dataclass
-class Window:
-    """What is displayed at the centres of T equal segments of a window; times in seconds of the file's clock."""
-
-    start: float
-    end: float
-    centres: np.ndarray  # (T,)
-    pictures: list[np.ndarray] = field(default_factory=list)  # (S, S, 3) each, at the first centres
-
-    def frames_due(self, until: float) -> int:
-        """How many more centres come before this time."""
-        # 1e-9: a centre at the very start of a frame must select this frame, whatever the rounding
-        return int((self.centres + 1e-9 < until).sum()) - len(self.pictures)
-
-    def frames(self) -> Tensor:
-        """uint8 (T, 3, S, S). Where the video ended within the window, its frames are repeated evenly."""
-        count = len(self.centres)
-        return video.stack_pictures([self.pictures[i * len(self.pictures) // count] for i in range(count)])
-
-
 def find_bounds(path: str | Path) -> tuple[float, float, Fraction]:
     """(start of the file, end of its pictures, aspect of a pixel), from packets, which are not decoded.
 
@@ -55,7 +34,7 @@ def find_bounds(path: str | Path) -> tuple[float, float, Fraction]:
         times = [float(t * stream.time_base) for t in ticks if t is not None]
         start = math.inf if container.start_time is None else container.start_time / av.time_base
         end = max(times) + frame_duration(max(times) - min(times), len(times)) if times else math.inf
-        return start, end, video.pixel_aspect(stream)
+        return start, end, stream.sample_aspect_ratio or Fraction(1)
 
 
 def frame_duration(span: float, count: int) -> float:
@@ -83,46 +62,52 @@ def displayed_frames(path: str | Path) -> Iterator[tuple[float, float, av.VideoF
     yield begin, begin + frame_duration(begin - first, number), frame
 
 
-def plan_windows(first: float, length: float, file_end: float, frames: int) -> Iterator[Window]:
-    """Windows one after another from `first` on, without end: what packets say of the end may be wrong.
+def plan_windows(first: float, length: float, file_end: float, count: int) -> Iterator[tuple[float, float, np.ndarray]]:
+    """(start, end, centres of T = `count` equal segments), one window after another from `first` on, without end: what
+    packets say of the end may be wrong.
 
     The window in which the file should end is shortened, or left out if it is shorter than half a segment.
     """
-    for k in count():
+    for k in itertools.count():
         start = first + k * length
         stop = min(start + length, file_end) if start < file_end else start + length
-        if k == 0 or start + length / (2 * frames) < stop:
-            yield Window(start, stop, start + video.sample_positions(frames) * (stop - start))
+        if k == 0 or start + length / (2 * count) < stop:
+            yield start, stop, start + video.sample_positions(count) * (stop - start)
 
 
-def iter_windows(
-    path: str | Path, length: float, frames: int, preprocessing: Preprocessing
-) -> Iterator[tuple[float, float, Tensor]]:
+def iter_windows(path: str | Path, length: float, frames: int,
+                 preprocessing: Preprocessing) -> Iterator[tuple[float, float, Tensor]]:
     """(start, end, frames uint8 (T, 3, S, S)) of one window of `length` seconds after another. One is in memory.
 
     Times are in seconds from the start of the file; the first window begins with the first frame. The last one ends
     with the video, and its T frames are spread over what there is. A video has at least one. Raises InputError.
     """
     file_start, file_end, aspect = find_bounds(path)
-    window, reformatter = None, VideoReformatter()
+    windows, reformatter = None, VideoReformatter()
     for begin, end, frame in displayed_frames(path):
-        if window is None:
+        if windows is None:
             first, zero = begin, min(begin, file_start)
             windows = plan_windows(begin, length, file_end, frames)
-            window = next(windows)
-        while window.start < end:
-            if due := window.frames_due(end):
+            (start, stop, centres), pictures = next(windows), []  # (S, S, 3) each, at the first centres
+        while start < end:
+            # 1e-9: a centre at the very start of a frame must select this frame, whatever the rounding
+            if due := int((centres + 1e-9 < end).sum()) - len(pictures):
                 with reading(path):
-                    window.pictures += [video.frame_to_rgb(frame, preprocessing, reformatter, aspect)] * due
-            if window.end > end:
+                    pictures += [video.frame_to_rgb(frame, preprocessing, reformatter, aspect)] * due
+            if stop > end:
                 break
-            yield window.start - zero, window.end - zero, window.frames()
-            window = next(windows)
-    if window.start == first and not window.pictures:  # a video that ends before the first centre
+            yield start - zero, stop - zero, spread(pictures, frames)
+            (start, stop, centres), pictures = next(windows), []
+    if start == first and not pictures:  # a video that ends before the first centre
         with reading(path):
-            window.pictures.append(video.frame_to_rgb(frame, preprocessing, reformatter, aspect))
-    if window.pictures:  # it ends later than the video
-        yield window.start - zero, min(window.end, end) - zero, window.frames()
+            pictures.append(video.frame_to_rgb(frame, preprocessing, reformatter, aspect))
+    if pictures:  # the window ends later than the video
+        yield start - zero, min(stop, end) - zero, spread(pictures, frames)
+
+
+def spread(pictures: list[np.ndarray], count: int) -> Tensor:
+    """uint8 (T, 3, S, S) of T = `count` pictures or fewer, which are repeated evenly."""
+    return video.stack_pictures([pictures[i * len(pictures) // count] for i in range(count)])
 
 
 def format_srt(number: int, start: float, end: float, text: str) -> str:

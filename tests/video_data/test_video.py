@@ -4,13 +4,9 @@ References: generated files whose frame i has grey level 12 i, so a frame's leve
 the displayed frame. Levels survive the codec within 3.
 """
 
-import gc
-import os
-import resource
-import signal
 import struct
-import zlib
-from collections.abc import Callable, Iterable
+import time
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
@@ -32,9 +29,8 @@ EVEN = list(range(0, 80, 4))  # hundredths of a second
 QUALITY = {"mpeg4": {"qmin": "2", "qmax": "2"}, "libx264": {"crf": "1"}}
 
 
-def write_video(
-    path, times, width=48, height=32, codec="mpeg4", options=(), pix_fmt="yuv420p", full_range=False, aspect=None
-) -> Path:
+def write_video(path, times, width=48, height=32, codec="mpeg4", options=(), pix_fmt="yuv420p", full_range=False,
+                aspect=None) -> Path:
     """Frame i, displayed from times[i] hundredths of a second on, has grey level 12 i and a white top left corner."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=100, options=QUALITY.get(codec, {}) | dict(options))
@@ -79,20 +75,10 @@ def test_frames_are_those_displayed_at_the_segment_centres(tmp_path, times, coun
     assert frame_indices(frames) == displayed(times, count)
 
 
-def test_a_long_video_is_decoded_twice_to_the_same_frames(tmp_path, monkeypatch):
-    path = write_video(tmp_path / "a.mp4", EVEN)
-    buffered = video.read_frames(path, 8, 32)
-    monkeypatch.setattr(video, "MAX_BUFFERED_BYTES", 10_000)
-    assert torch.equal(video.read_frames(path, 8, 32), buffered)
-
-
 X264 = "bframes=3:b-adapt=0"
-
-
 GOP = f"{X264}:open-gop=1:keyint=8:min-keyint=8"
 SKIPPED = {
     "b.mp4": (X264, EVEN),
-    "b.mkv": (X264, EVEN),
     "open.mp4": (GOP, EVEN),
     "pyramid.mkv": (f"{X264}:b-pyramid=normal:keyint=9", EVEN),
     "refresh.mp4": ("bframes=2:intra-refresh=1", EVEN),
@@ -100,7 +86,6 @@ SKIPPED = {
     "late.mkv": (X264, [t + 500 for t in EVEN]),
     "early.mp4": (X264, [t - 30 for t in EVEN]),
     "gap.mp4": (X264, [0, 1, 2, 3, 40, 41, 90, 95, 96, 97]),
-    "one.mp4": (X264, [3]),
 }
 
 
@@ -116,7 +101,7 @@ def test_skipped_frames_change_nothing(tmp_path, monkeypatch, name):
         frames, hidden = video.read_frames(path, count, 32), sum(t < 0 for t in times)
         assert frame_indices(frames) == [hidden + i for i in displayed(times[hidden:], count)]
         with video.open_video(path) as opened:
-            assert video.skip_to_frames(path, *opened, video.sample_positions(count)) is not None
+            assert video.skip_to_frames(*opened, video.sample_positions(count)) is not None
         with monkeypatch.context() as patch:
             patch.setattr(video, "skip_to_frames", lambda *_: None)
             assert torch.equal(video.read_frames(path, count, 32), frames)
@@ -130,16 +115,16 @@ def test_unneeded_frames_are_not_decoded(tmp_path):
     with av.open(str(path)) as container:
         packets = [p for p in container.demux(video=0) if p.size]
         hundredths = [round(100 * float(p.pts * p.time_base)) for p in packets]
-    end = max(i for i, time in enumerate(hundredths) if time in wanted)
-    for i, (packet, time) in enumerate(zip(packets, hundredths, strict=True)):
+    end = max(i for i, pts in enumerate(hundredths) if pts in wanted)
+    for i, (packet, pts) in enumerate(zip(packets, hundredths, strict=True)):
         is_reference = data[packet.pos + 4] >> 5  # nal_ref_idc, after four bytes of length
-        if i and time not in wanted and (i > end or not is_reference):
+        if i and pts not in wanted and (i > end or not is_reference):
             data[packet.pos + 5 : packet.pos + packet.size] = bytes(packet.size - 5)
             overwritten += 1
     path.write_bytes(data)
     assert overwritten >= 9 and torch.equal(video.read_frames(path, 5, 32), expected)
     with video.open_video(path) as opened:
-        assert video.skip_to_frames(path, *opened, video.sample_positions(5)) is not None
+        assert video.skip_to_frames(*opened, video.sample_positions(5)) is not None
 
 
 @pytest.mark.parametrize("name", ["h264.avi", "mpeg4.avi", "h264.mkv"])
@@ -165,10 +150,8 @@ FORMATS = {
     "full.mp4": dict(codec="libx264", full_range=True),
     "ten.mp4": dict(codec="libx264", pix_fmt="yuv420p10le"),
     "alpha.mov": dict(codec="qtrle", pix_fmt="argb"),
-    "ten-alpha.mov": dict(codec="prores_ks", pix_fmt="yuva444p10le"),
     "fields.avi": dict(options={"flags": "+ildct+ilme"}),
     "gray.mkv": dict(codec="ffv1", pix_fmt="gray"),
-    "vp9.webm": dict(codec="libvpx-vp9", options={"crf": "4", "b": "0"}),
     "1.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=1, height=1),
     "long.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=2000, height=4),
     "high.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=4, height=2000),
@@ -185,64 +168,40 @@ def test_all_pixel_formats_give_the_right_grey(tmp_path, monkeypatch, name):
     assert frame_indices(video.read_frames(Path(name), 4, 32)) == displayed(times, 4)
 
 
-def test_a_size_that_changes_within_the_video(tmp_path, monkeypatch):
-    """48 x 32, then 64 x 96: all frames are read, or only the first half if the second exceeds MAX_PIXELS."""
+def test_a_size_that_changes_within_the_video(tmp_path):
+    """48 x 32, then 64 x 96."""
     parts = [write_video(tmp_path / f"{w}.h264", EVEN[:10], w, h, "libx264") for w, h in ((48, 32), (64, 96))]
     path = tmp_path / "both.h264"
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     assert frame_indices(video.read_frames(path, 20, 32)) == [*range(10), *range(10)]
-    monkeypatch.setattr(video, "MAX_PIXELS", 3000)
-    assert frame_indices(video.read_frames(path, 10, 32)) == list(range(10))
 
 
-def png(width: int, height: int) -> bytes:
-    """A black picture, one bit per pixel. Pictures above 10 MB are truncated."""
-    black = bytes(min(10**7, height * (1 + width // 8)))
-    parts = (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(black))
-    chunks = (struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in parts)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+def test_side_data_that_pyav_does_not_know(tmp_path, monkeypatch):
+    """libx264 puts its settings into the first frame. Here they become a kind that is not in PyAV's list."""
+    path = write_video(tmp_path / "a.mp4", EVEN, codec="libx264")
+    expected = video.read_frames(path, 20, 32)
+    monkeypatch.delitem(Type._value2member_map_, Type.SEI_UNREGISTERED.value)
+    assert torch.equal(video.read_frames(path, 20, 32), expected)
 
 
-def test_frames_that_are_too_large_are_an_error_and_take_no_memory(tmp_path):
-    """A header of 65535 x 65535; 8000 x 8000; 4 x 2000 that would become 384 x 192000; within 1 GiB more memory."""
-    for size in ((65535, 65535), (8000, 8000)):
-        (tmp_path / f"{size[0]}.png").write_bytes(png(*size))
-    write_video(tmp_path / "high.mkv", [0], 4, 2000, codec="ffv1", pix_fmt="bgr0")
-
-    def read(name: str) -> str:
-        with pytest.raises(InputError, match=name):
-            video.read_frames(tmp_path / name, 2, 384)
-        return "error"
-
-    results = run_in_child(["65535.png", "8000.png", "high.mkv"], read, seconds=10, gibibytes=1)
-    assert list(results.values()) == ["error"] * 3
+def write_streams(path: Path, levels: dict[int, Disposition]) -> Path:
+    """A video with one stream for each {grey level: disposition}."""
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=25) for _ in levels]
+        for stream, disposition in zip(streams, levels.values(), strict=True):
+            stream.width, stream.height, stream.pix_fmt, stream.disposition = 48, 32, "yuv420p", disposition
+        for stream, level in zip(streams, levels, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), level, np.uint8), format="rgb24")
+            container.mux([*stream.encode(frame), *stream.encode()])
+    return path
 
 
-def run_in_child(jobs: Iterable, work: Callable[[object], str], seconds: int, gibibytes: int) -> dict[object, str]:
-    """{job: work(job)}, in a child process, so a crash or a hang is reported with its job.
-
-    Each job has `seconds`. The child may add `gibibytes` to its address space.
-    """
-    jobs, (read_end, write_end) = list(jobs), os.pipe()
-    gc.collect()  # an encoder that is freed in the child would wait for its threads, which are not there
-    child = os.fork()
-    if child == 0:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + gibibytes * 2**30,) * 2)
-        for job in jobs:
-            signal.alarm(seconds)
-            try:
-                line = work(job)
-            except BaseException as error:  # the parent must see any error
-                line = f"raised {error!r}"
-            os.write(write_end, (" ".join(line.split()) + "\n").encode())
-        os._exit(0)
-    os.close(write_end)
-    with open(read_end, encoding="utf-8") as pipe:
-        lines = pipe.read().splitlines()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code == 0, f"ended by {code} at {jobs[len(lines)]}"  # -14: it hung, -11: it crashed
-    return dict(zip(jobs, lines, strict=True))
+@pytest.mark.parametrize("default", [0, 1, 2])
+def test_the_default_stream_is_read(tmp_path, default):
+    """The one of three that players show; the first where none is marked, as in AVI files."""
+    levels = {40 * i: Disposition.default if i == default else Disposition(0) for i in range(3)}
+    assert abs(video.read_frames(write_streams(tmp_path / "a.mkv", levels), 1, 32).float().mean() - 40 * default) < 4
+    assert video.read_frames(write_streams(tmp_path / "a.avi", levels), 1, 32).float().mean() < 4
 
 
 def test_a_file_that_is_not_a_video_is_one_line(tmp_path):
@@ -252,9 +211,7 @@ def test_a_file_that_is_not_a_video_is_one_line(tmp_path):
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream, cover = container.add_stream("aac", rate=16000, layout="mono"), container.add_stream("mjpeg", rate=25)
         cover.width, cover.height, cover.pix_fmt, cover.disposition = 48, 32, "yuvj420p", Disposition.attached_pic
-        picture = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24").reformat(
-            format="yuvj420p"
-        )
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         sound.sample_rate = 16000
         container.mux([*cover.encode(picture), *cover.encode(), *stream.encode(sound), *stream.encode()])
@@ -267,24 +224,22 @@ def test_a_file_that_is_not_a_video_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_damaged_files_are_decoded_or_an_error(tmp_path, codec):
-    """60 damaged copies, seeds 0 to 59, each within 10 s and 2 GiB more: frames of the right shape, or an InputError
-    with the name."""
+    """60 damaged copies, seeds 0 to 59, each within 10 s: frames of the right shape, or an InputError with the name."""
     original = write_video(tmp_path / "a.mp4", EVEN, codec=codec).read_bytes()
-    path = tmp_path / "damaged.mp4"
-
-    def read(seed: int) -> str:
-        rng = np.random.default_rng(seed)
+    path, results = tmp_path / "damaged.mp4", []
+    for seed in range(60):
+        rng, start_time = np.random.default_rng(seed), time.monotonic()
         data = bytearray(original[: rng.integers(1, len(original))] if seed % 2 else original)
         for offset in rng.integers(0, len(data), rng.integers(1, 30)):
             data[offset] = rng.integers(256)
         path.write_bytes(bytes(data))
         try:
-            return str(video.read_frames(path, 8, 32).shape == (8, 3, 32, 32))
+            results.append(video.read_frames(path, 8, 32).shape == (8, 3, 32, 32))
         except InputError as error:
-            return "error" if str(path) in str(error) and str(error).isprintable() else f"unexpected: {error!r}"
-
-    results = list(run_in_child(range(60), read, seconds=10, gibibytes=2).values())
-    assert set(results) == {"True", "error"}, results
+            results.append(None)
+            assert str(path) in str(error) and str(error).isprintable(), (seed, error)
+        assert time.monotonic() - start_time < 10, seed
+    assert set(results) == {True, None}
 
 
 PREPROCESSINGS = [Preprocessing(48, 48), Preprocessing(48, 64), Preprocessing(48, 48, squash=True)]
@@ -321,17 +276,13 @@ def test_frames_are_resized_twice_like_torchvision(shape):
 
 
 def plain_decode(path: Path) -> list[av.VideoFrame]:
+    frames = []
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # several threads conceal damage differently
-        return [f for p in container.demux(stream) for f in decode_or_skip(p) if not f.is_corrupt]
-
-
-def decode_or_skip(packet) -> list[av.VideoFrame]:
-    try:
-        return packet.decode()
-    except av.error.InvalidDataError:
-        return []
+        container.streams.video[0].codec_context.thread_count = 1  # several threads conceal damage differently
+        for packet in container.demux(video=0):
+            with suppress(av.error.InvalidDataError):
+                frames += [frame for frame in packet.decode() if not frame.is_corrupt]
+    return frames
 
 
 CLIPS = """

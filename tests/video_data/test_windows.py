@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import InputError
 from common.preprocessing import Preprocessing
+from tests.common.helpers import refused
 from tests.video_data.test_video import EVEN, frame_indices, plain_decode, write_video
 from video_data import windows
 from video_data.video import VideoReformatter, frame_to_rgb
@@ -72,21 +72,17 @@ def test_what_packets_say_may_be_wrong(tmp_path, monkeypatch, start, end, last):
     assert found[0][0] == 0 and found[-1][1] == pytest.approx(0.8) and frame_indices(found[-1][2]) == last
 
 
-def test_joined_recordings_are_refused_where_the_second_begins(tmp_path):
-    """Two transport streams in one file: the windows of the first come, then an error, not silence."""
+def test_a_clock_that_steps_is_refused_where_it_does(tmp_path):
+    """Two transport streams in one file: the windows of the first come, then an error, not silence. Two frames a day
+    later: no window for each second of the day."""
     first = write_video(tmp_path / "a.ts", [200 + t for t in EVEN]).read_bytes()
     (tmp_path / "c.ts").write_bytes(first + write_video(tmp_path / "b.ts", EVEN).read_bytes())
     found = iter_windows(tmp_path / "c.ts", 0.4, 2, SQUARE)
     assert frame_indices(next(found)[2]) == [2, 7]
-    with pytest.raises(InputError, match=r"c.ts: its clock steps from 2.76 s to 0.00 s"):
+    with refused("c.ts: its clock steps from 2.76 s to 0.00 s"):
         next(found)
-
-
-def test_a_clock_that_jumps_ahead_is_refused(tmp_path):
-    """Frames 0 to 3, and two that a day later begin: no window for each second of the day."""
-    found = iter_windows(write_video(tmp_path / "a.mkv", [0, 4, 8, 12, 8_640_000, 8_640_004]), 1.0, 2, SQUARE)
-    with pytest.raises(InputError, match="its clock steps from 0.12 s to 86400.00 s"):
-        list(found)
+    with refused("its clock steps from 0.12 s to 86400.00 s"):
+        list(iter_windows(write_video(tmp_path / "a.mkv", [0, 4, 8, 12, 8_640_000, 8_640_004]), 1.0, 2, SQUARE))
 
 
 @pytest.mark.parametrize("name", ["clips/12727.mp4", "clips/walk.mkv", "msvd/YouTubeClips/3qqEKTPxLNs_1_15.avi"])
