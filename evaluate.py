@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +24,8 @@ from torch import Tensor
 
 import metrics
 from common import cli
-from common.config import Config, read_config
-from common.errors import InputError, error_prefix, explain_out_of_memory, writing
+from common.config import DEVICES, Config, read_config
+from common.errors import InputError, explain_out_of_memory, printable, writing
 from common.files import write_json
 from model import Captioner
 from report.page import fits_another, page_entry, report_split, report_videos
@@ -54,13 +54,11 @@ def load_run(run: Path, device: torch.device, moved: dict[str, str]) -> tuple[Ca
     in it or in a frozen model's folder is not the one of the training.
     """
     config = replace(read_config(run), **moved)
-    with error_prefix(run / "config.json"):
-        config.check()
-        config, folders = resolve_models(config)
+    config.check()
+    config, folders = resolve_models(config)
     check_run(run, fingerprint_models(folders))
     backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size)
-    with error_prefix(run / "config.json"):
-        captioner = Captioner(backbone, tokenizer, config)
+    captioner = Captioner(backbone, tokenizer, config)
     captioner.load(run / "best/adapter.safetensors")
     return captioner.eval().to(device), folders
 
@@ -131,22 +129,19 @@ def evaluate_split(captioner: Captioner, dataset: VideoDataset, args: argparse.N
 # ------------------------------------------------------------------------------- your own videos
 
 
-def expand_video_paths(names: Iterable[str]) -> list[Path]:
-    """Files as they are, folders as the videos in them by name; `-` stands for paths on the standard input, a line
-    each."""
+def expand_video_paths(names: list[str]) -> list[Path]:
+    """Files as they are, folders as the videos in them by name; a single `-` stands for paths on the standard input,
+    one per line. Raises InputError if there are none."""
+    if names == ["-"]:
+        names = [os.fsdecode(line) for line in sys.stdin.buffer.read().split(b"\n") if line.strip()]
     paths = []
-    for name in names:
-        path = cli.path(name)
-        if name == "-":
-            lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
-            paths += expand_video_paths(line for line in lines if line.strip() not in ("", "-"))
-        elif path.is_dir():
-            videos = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-            if not videos:
-                raise InputError(f"{path}: expected videos in the folder ({', '.join(VIDEO_SUFFIXES)}), found none")
-            paths += videos
+    for path in map(Path, names):
+        if path.is_dir():
+            paths += sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
         else:
             paths.append(path)
+    if not paths:
+        raise InputError(f"--video: expected videos, or folders with videos ({', '.join(VIDEO_SUFFIXES)}), found none")
     return paths
 
 
@@ -156,14 +151,13 @@ def caption_videos(captioner: Captioner, paths: list[Path], config: Config,
     {"video", "start", "end", "caption"} or {"video", "error"}, with the frames that the model saw (T, 3, S, S)."""
     device, preprocessing = next(captioner.parameters()).device, captioner.vit.preprocessing
     for path in paths:
-        name = str(path).replace("\n", "\\n")
         try:
             for start, end, pixels in (iter_windows(path, window, config.frames, preprocessing) if window else
                                        [(0, 0, read_frames(path, config.frames, preprocessing))]):
                 times = {"start": round(start, 3), "end": round(end, 3)} if window else {}
                 caption = captioner.caption(pixels[None].to(device), config.beams)[0]
                 when = f" {start:.2f}-{end:.2f} s:" if window else ""
-                print(cli.printable(f"{name}:{when} {caption}"))
+                print(printable(f"{path}:{when} {caption}"))
                 yield {"video": str(path), **times, "caption": caption}, pixels
         except InputError as error:
             cli.print_error(f"error: {error}")
@@ -208,7 +202,7 @@ def evaluate_videos(captioner: Captioner, paths: list[Path], args: argparse.Name
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.",
                         "python evaluate.py RUN [--split test] [--video clip.mp4 ...]")
-    parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
     group = parser.add_argument_group("input")
     group.add_argument("--split", choices=["val", "test"], help="which split of the run's dataset (default: test)")
     group.add_argument("--video", nargs="+", action="extend", metavar="FILE",
@@ -219,17 +213,17 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--beams", type=cli.number(int, 1, 1000),
                        help="beams of the search; 1 is greedy (default: as in training)")
     group = parser.add_argument_group("output")
-    group.add_argument("--save", type=cli.path, metavar="FILE",
+    group.add_argument("--save", type=Path, metavar="FILE",
                        help="write {id: caption} as JSON; for --video one JSON object per line")
-    group.add_argument("--report", type=cli.path, metavar="FILE.html",
+    group.add_argument("--report", type=Path, metavar="FILE.html",
                        help="write a page with frames, captions, scores and attention, for a browser")
-    group.add_argument("--show", type=cli.path, metavar="FILE.png",
+    group.add_argument("--show", type=Path, metavar="FILE.png",
                        help="draw one --video: its frames, what the queries read of them, the caption")
     group = parser.add_argument_group("where things are now")
-    group.add_argument("--data", type=cli.folder, help="the dataset's folder (default: as in training)")
+    group.add_argument("--data", type=Path, help="the dataset's folder (default: as in training)")
     for name in MODEL_FLAGS:
         group.add_argument(f"--{name}", help="this frozen model; another one is refused (default: as in training)")
-    group.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
+    group.add_argument("--device", default="auto", choices=DEVICES, help="auto: CUDA, else MPS, else CPU")
     return parser
 
 
@@ -246,36 +240,31 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(message)
 
 
-def file_id(path: Path) -> tuple[int, int]:
-    """What is the same for all names of a file, links too."""
-    return path.stat().st_dev, path.stat().st_ino
-
-
 def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequence[Path]) -> None:
     """Raises InputError for an output that cannot be written, or would replace a file of the run or of `inputs`, files
     and folders that are read; and for several videos with an output for one."""
-    outputs = {flag: path for flag in ("save", "report", "show") if (path := getattr(args, flag))}
+
+    def file_id(path: Path) -> tuple[int, int]:  # the same for all names of a file, links too
+        return path.stat().st_dev, path.stat().st_ino
+
     of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "lock")
     read = {file_id(path) for path in (*inputs, *videos, *map(args.run.joinpath, of_run)) if path.exists()}
-    for flag, path in outputs.items():
+    for flag in ("save", "report", "show"):
+        if not (path := getattr(args, flag)):
+            continue
         target = path.resolve()
-        if target.exists() and not read.isdisjoint(map(file_id, (target, *target.parents))):
-            raise InputError(f"--{flag} {path}: is a file that is read, expected another one")
-        if not os.access(target.parent, os.W_OK) or (target.exists() and not target.is_file()):
-            raise InputError(f"--{flag} {path}: expected the name of a file in a folder that can be written to")
+        may_be_replaced = target.is_file() and read.isdisjoint(map(file_id, (target, *target.parents)))
+        if (target.exists() and not may_be_replaced) or not os.access(target.parent, os.W_OK):
+            raise InputError(f"--{flag} {path}: expected a file that is not read, in a folder that can be written to")
         if len(videos) > 1 and (flag == "show" or path.suffix.lower() == ".srt"):
             raise InputError(f"--{flag} {path}: expected one video, found {len(videos)}")
-    if len({path.resolve() for path in outputs.values()}) < len(outputs):
-        raise InputError(f"--{', --'.join(outputs)}: expected different files")
 
 
 def main() -> int:
     args = make_parser().parse_args()
     check_args(args)
     args.split = args.split or "test"
-    videos = expand_video_paths(args.video or ())
-    if args.video and not videos:
-        raise InputError("--video -: expected paths of videos on the standard input, one per line, found none")
+    videos = expand_video_paths(args.video) if args.video else []
     device = devices.select_device(args.device)
     devices.keep_freed_memory()
     moved = {name: value for name in MODEL_FLAGS if (value := getattr(args, name))}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common import cli
+from common.cli import Progress
 from common.config import Config, parse_args
 from common.errors import InputError, explain_out_of_memory
 from evaluate import caption_and_score, format_scores
@@ -26,8 +27,7 @@ from training import devices, distributed
 from training.frozen_models import fingerprint_models, load_models, resolve_models, with_default_models
 from training.inputs import cached_inputs
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from training.plan import format_plan, format_schedule, make_schedule
-from training.progress import Progress, deferred_interrupts
+from training.plan import count_steps, format_plan, format_steps
 from training.run import Run, check_out, check_run
 from video_data.batches import TrainingExamples, collate, epoch_batches, prefetch
 from video_data.datasets import read_dataset
@@ -53,29 +53,15 @@ def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, t
     return total
 
 
-@torch.no_grad()
-def check_finite(step: int, loss: float, grad_norm: float, captioner: Captioner, batch: tuple,
-                 group: distributed.ProcessGroup) -> None:
-    """Raises InputError if the loss or the norm of the gradient is not finite; it names the clips
-    whose own loss is not."""
-    if math.isfinite(loss + grad_norm):
-        return
-    clips, frames, labels = batch
-    device = next(captioner.parameters()).device
-    losses = [captioner(frames[i : i + 1].to(device), labels[i : i + 1]) for i in range(len(clips))]
-    bad = group.gather({clip: None for clip, clip_loss in zip(clips, losses, strict=True) if not clip_loss.isfinite()})
-    raise InputError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; clips whose own loss is "
-                     f"not finite: {', '.join(bad) or 'none'}; last/ is unchanged")
-
-
-def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, steps: int, loss: float, lr: float) -> None:
+def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, loss: float, lr: float) -> None:
     """A row of the log and a line on the console."""
-    speed, timing = progress.update(step)
+    speed, left = progress.update(step)
     has_gates = captioner.adapter is not None and captioner.config.gate != "none"
     gates = captioner.adapter.gate_statistics() if has_gates else {}
-    run.log({"step": step, "loss": loss, "lr": lr, "clips/s": speed, "elapsed": progress.elapsed()} | gates)
+    run.log({"step": step, "loss": loss, "lr": lr, "clips/s": speed} | gates)
     means = " ".join(f"{mean:.2f}" for mean in gates.get("gates", ()))
-    print(f"step {step}/{steps}  loss {loss:.3f}  lr {lr:.1e}  {'gates ' * bool(gates)}{means}  {timing}")
+    print(f"step {step}/{progress.steps}  loss {loss:.3f}  lr {lr:.1e}  {'gates ' * bool(gates)}{means}  {speed:.2f} "
+          f"clips/s  elapsed {cli.format_seconds(run.elapsed())}  left {cli.format_seconds(left)}")
 
 
 def eval_batch_size(config: Config, group: distributed.ProcessGroup) -> int:
@@ -83,13 +69,11 @@ def eval_batch_size(config: Config, group: distributed.ProcessGroup) -> int:
     return min(config.batch_size, group.world_size * (config.micro_batch_size or config.batch_size))
 
 
-def validate(captioner: Captioner, dataset, cache, group: distributed.ProcessGroup, run: Run, step: int,
-             progress: Progress) -> float:
+def validate(captioner: Captioner, dataset, cache, group: distributed.ProcessGroup, run: Run, step: int) -> float:
     """Scores the validation split, greedily; all captions go into RUN/val/STEP.json, two are printed. Returns CIDEr."""
-    with progress.validation():
-        result = caption_and_score(captioner, dataset, "val", cache, eval_batch_size(captioner.config, group), group,
-                                   ("BLEU", "ROUGE_L", "CIDEr"))
-    run.log({"step": step, "val": result.scores, "elapsed": progress.elapsed()})
+    result = caption_and_score(captioner, dataset, "val", cache, eval_batch_size(captioner.config, group), group,
+                               ("BLEU", "ROUGE_L", "CIDEr"))
+    run.log({"step": step, "val": result.scores})
     run.save_captions(f"val/{step}.json", result.captions, result.scores, result.signature)
     print(f"val at step {step}: {format_scores(result.scores)}")
     for clip in dataset.splits["val"][:2]:
@@ -97,14 +81,13 @@ def validate(captioner: Captioner, dataset, cache, group: distributed.ProcessGro
     return result.scores["CIDEr"]
 
 
-def score_test(captioner: Captioner, dataset, cache, group: distributed.ProcessGroup, run: Run, step: int,
-               progress: Progress) -> None:
+def score_test(captioner: Captioner, dataset, cache, group: distributed.ProcessGroup, run: Run, step: int) -> None:
     """Scores the test split with --beams; all captions go into RUN/test.json and RUN/report.html, five are printed with
     a reference."""
     config = captioner.config
     result = caption_and_score(captioner, dataset, "test", cache, eval_batch_size(config, group), group,
                                beams=config.beams)
-    run.log({"step": step, "test": result.scores, "elapsed": progress.elapsed()})
+    run.log({"step": step, "test": result.scores})
     run.save_captions("test.json", result.captions, result.scores, result.signature)
     for clip in dataset.splits["test"][:5]:
         print(f"\n{clip.path}\n  caption    {result.captions[clip.id]}\n  reference  {clip.captions[0]}")
@@ -112,7 +95,7 @@ def score_test(captioner: Captioner, dataset, cache, group: distributed.ProcessG
     if group.rank == 0:
         report_split(run.folder / "report.html", run.folder, captioner, dataset, "test", cache, result)
     words = shlex.quote(str(run.folder))
-    print(f"run: {words}, {cli.format_seconds(progress.elapsed())}\n"
+    print(f"run: {words}, {cli.format_seconds(run.elapsed())}\n"
           f"look at its captions:  {words}/report.html\n"
           f"caption your videos:   python evaluate.py {words} --video FILE")
     if step:
@@ -133,10 +116,13 @@ def load_captioner(config: Config, device: torch.device,
     return (captioner, {}) if config.plan else (captioner.to(device), fingerprint_models(folders))
 
 
-def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, batch: tuple,
+def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, frames: Tensor, labels: Tensor,
                       group: distributed.ProcessGroup) -> float:
-    """Step number `step` + 1 of training, on this process's share of a batch. Returns the loss of the whole batch."""
-    (_, frames, labels), config = batch, captioner.config
+    """Step number `step` + 1 of training, on this process's share of a batch. Returns the loss of the whole batch.
+
+    Raises InputError, before the weights change, if the loss or the norm of its gradient is not finite.
+    """
+    config = captioner.config
     trained = [parameter for param_group in optimizer.param_groups for parameter in param_group["params"]]
     # Seeds --token-dropout: each step and process hides other tokens, a resumed run the same ones.
     torch.manual_seed(hash((config.seed, step, group.rank)))
@@ -147,7 +133,8 @@ def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, st
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
     loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the only time that a step waits for a GPU
     loss = group.all_reduce(loss)
-    check_finite(step + 1, loss, grad_norm, captioner, batch, group)
+    if not math.isfinite(loss + grad_norm):
+        raise InputError(f"step {step + 1}: the loss is {loss}, its gradient's norm {grad_norm}; last/ is unchanged")
     optimizer.step()
     return loss
 
@@ -169,10 +156,10 @@ def main() -> int:
     with group.first_of_machine():  # one process of each machine makes `shapes`
         dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing)
     clips = dataset.splits["train"]
-    schedule = make_schedule(config, len(clips), sum(len(clip.captions) for clip in clips))
-    print(f"{dataset}\n{format_schedule(schedule, config)}")
+    steps = count_steps(config, len(clips))
+    print(f"{dataset}\n{format_steps(config, steps, sum(len(clip.captions) for clip in clips))}")
     captioner, fingerprints = load_captioner(config, device, group)
-    config, steps = captioner.config, schedule.steps
+    config = captioner.config
     print(captioner.parameter_table())
     if config.plan:
         print(format_plan(config, dataset, captioner, device, MAX_CAPTION_TOKENS + 1, group.world_size))
@@ -184,20 +171,19 @@ def main() -> int:
     examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, config.frames,
                                 config.captions_per_clip, config.seed, captioner.lm.config.eos_id, MAX_CAPTION_TOKENS)
 
-    def load_batch(batch: list[tuple[int, int]]) -> tuple[list[str], Tensor, Tensor]:
-        """This process's share of a batch of (clip, epoch): ids, frames (B, T, 3, S, S), labels (B, K, L)."""
-        local_batch = group.shard(batch)
-        frames, labels = collate([examples[key] for key in local_batch])
+    def load_batch(batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """This process's share of a batch of (clip, epoch): frames (B, T, 3, S, S), labels (B, K, L)."""
+        frames, labels = collate([examples[key] for key in group.shard(batch)])
         if device.type == "cuda":
             frames = frames.pin_memory()  # is copied to the GPU while the GPU computes
-        return [clips[clip].id for clip, _ in local_batch], frames, labels
+        return frames, labels
 
     # 3. Optimizer, and the step to start from
     optimizer = make_optimizer(captioner.trained(), config.weight_decay) if steps else None
-    run, step, best_cider = Run(config.out, group, fingerprints), 0, -1.0  # with --resume, `out` is that folder
+    run = Run(config.out, group, fingerprints, start_time)  # with --resume, `out` is that folder
+    step, best_cider = 0, -1.0
     if config.resume:
-        step, best_cider, elapsed = run.resume(captioner, optimizer, steps, device)
-        start_time -= elapsed
+        step, best_cider = run.resume(captioner, optimizer, steps, device)
         print(f"resuming after step {step}")
     else:
         if captioner.adapter is not None:  # from the same clips in every process
@@ -211,21 +197,21 @@ def main() -> int:
     order = epoch_batches(len(clips), config.batch_size, config.epochs, config.seed, step) if steps else ()
     steps_between = steps // config.epochs * config.eval_every  # validations; the last one is after the last step
     validation_steps = [*range(steps_between, steps, max(1, steps_between)), steps]
-    test_ratio = config.beams * len(dataset.splits["test"]) / len(dataset.splits["val"])
-    progress = Progress(step, validation_steps, config.batch_size, start_time, test_ratio)
     if step == 0:
-        validate(captioner, dataset, inputs["val"], group, run, step, progress)
-    with deferred_interrupts(repeatable=group.world_size > 1) as interrupts:
-        for batch in prefetch(load_batch, order):
+        validate(captioner, dataset, inputs["val"], group, run, step)
+    progress = Progress(step, steps, config.batch_size)
+    with cli.deferred_interrupts(repeatable=group.world_size > 1) as interrupts:
+        for frames, labels in prefetch(load_batch, order):
             lr = learning_rate(step, steps, config.lr)
             set_learning_rate(optimizer, lr)
-            loss = backward_and_step(captioner, optimizer, step, batch, group)
+            loss = backward_and_step(captioner, optimizer, step, frames, labels, group)
             step += 1
 
             if step % LOG_EVERY == 0 or step == steps:
-                log_step(run, captioner, progress, step, steps, loss, lr)
+                log_step(run, captioner, progress, step, loss, lr)
             if step in validation_steps:
-                cider = validate(captioner, dataset, inputs["val"], group, run, step, progress)
+                cider = validate(captioner, dataset, inputs["val"], group, run, step)
+                progress.restart(step)
                 if cider > best_cider:
                     best_cider = cider
                     run.save("best", captioner, step)
@@ -239,7 +225,7 @@ def main() -> int:
 
     # 5. The test split, once, with the best weights
     run.load_best(captioner)
-    score_test(captioner, dataset, inputs["test"], group, run, step, progress)
+    score_test(captioner, dataset, inputs["test"], group, run, step)
     return group.destroy()
 
 

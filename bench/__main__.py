@@ -9,6 +9,7 @@ import os
 import platform
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 from bench.measure import compare, cpu_name
 from bench.work import BENCHMARKS
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, default=list(BENCHMARKS),
                         help=f"what to measure: {', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--repeats", type=cli.number(int, 1, 1000), default=3, help="turns of each; the median counts")
-    parser.add_argument("--json", type=cli.path, metavar="FILE", help="where to write the output too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the output too")
     args = parser.parse_args()
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(),
                **{name: version(name) for name in PACKAGES}}

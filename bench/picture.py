@@ -34,8 +34,8 @@ def select_clips(clips: list[Clip], captions: dict[str, str]) -> list[Clip]:
 
 def main() -> None:
     parser = cli.Parser("Draws test clips of a run on shapes with their captions.", "python -m bench.picture RUN")
-    parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
-    parser.add_argument("--out", type=cli.path, default=Path("docs/captions.png"), help="the PNG file to write")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
+    parser.add_argument("--out", type=Path, default=Path("docs/captions.png"), help="the PNG file to write")
     args = parser.parse_args()
     captioner, _ = load_run(args.run, torch.device("cpu"), {})
     config, captions, pictures = captioner.config, read_json(args.run / "test.json")["captions"], []

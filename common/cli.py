@@ -1,15 +1,15 @@
-"""The command line: argument types, one-line errors with exit code 2, the time that a job still takes."""
+"""The command line: argument types, one-line errors with exit code 2, signals, the time that a job still takes."""
 
 import argparse
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 
-from common.errors import InputError, explain_out_of_memory
+from common.errors import InputError, explain_out_of_memory, printable
 
 REPORT_EVERY = 5  # seconds
 
@@ -24,45 +24,29 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def number(kind: type, least: float, most: float = 2**31, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` int or float from `least` (or above it) to `most`."""
-
-    what = "whole number" if kind is int else "number"
-    limits = f"above {least:g} and at most {most:g}" if above else f"from {least:g} to {most:g}"
+def number(kind: type, least: float, most: float = 2**31) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` int or float from `least` to `most`."""
 
     def parse(text: str) -> float:
         with suppress(ValueError):
-            value = kind(text)
-            if least <= value <= most and not (above and value == least):
+            if least <= (value := kind(text)) <= most:
                 return value
-        raise argparse.ArgumentTypeError(f"expected a {what} {limits}, found {text!r:.40}")
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"expected a {what} from {least:g} to {most:g}, found {text!r:.40}")
 
     return parse
-
-
-def path(text: str) -> Path:
-    """An argparse type: a path. Path("") would be the current folder."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"expected a path, found {text!r}")
-    return Path(text)
-
-
-def folder(text: str) -> Path:
-    """An argparse type: the path of a folder, which may be missing."""
-    if (found := path(text)).exists() and not found.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a folder, found the file {text}")
-    return found
-
-
-def printable(text: object) -> str:
-    """A text for the terminal: control characters, which file names may contain, are escaped; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
 def print_error(message: str) -> None:
     """Prints on the standard error. What takes it may be full; the exit code tells the error, too."""
     with suppress(OSError):
         print(printable(message), file=sys.stderr, flush=True)
+
+
+def set_signals(handler) -> None:
+    """Ctrl-C and SIGTERM call the handler from now on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _interrupt(number: int, _) -> None:
@@ -82,8 +66,7 @@ def run(main: Callable[[], int | None]) -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # file names need not be UTF-8
     sys.stderr.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    set_signals(_interrupt)
     code, message = 0, ""
     try:
         with explain_out_of_memory():
@@ -103,16 +86,30 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message:
         print_error(message)
-    for number in (signal.SIGINT, signal.SIGTERM):  # another one must not interrupt the exit
-        signal.signal(number, signal.SIG_IGN)
+    set_signals(signal.SIG_IGN)  # another one must not interrupt the exit
     sys.exit(code)
 
 
+@contextmanager
+def deferred_interrupts(repeatable: bool) -> Iterator[list[int]]:
+    """Inside the block a first Ctrl-C or SIGTERM is only appended to the yielded list: a run stops between two steps,
+    never inside one. A second one interrupts at once, unless `repeatable`: torchrun sends its processes a signal that
+    they have received from the terminal already."""
+    received: list[int] = []
+
+    def receive(number: int, _) -> None:
+        received.append(number)
+        if not repeatable:
+            signal.signal(number, signal.default_int_handler)
+
+    set_signals(receive)
+    yield received
+    set_signals(signal.default_int_handler)  # not in a `finally`: after an exception the process ends
+
+
 def format_seconds(seconds: float) -> str:
-    """65.2 -> "1:05"; from an hour on h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    """65.2 -> "0:01:05"."""
+    return str(timedelta(seconds=int(seconds)))
 
 
 class TimeLeft:
@@ -123,9 +120,30 @@ class TimeLeft:
         self.start = self.last_report = time.monotonic()
 
     def update(self, done: int) -> None:
-        """`done` clips of `total` are done."""
+        """`done` clips of `total` are done, at least one."""
         now = time.monotonic()
         if now - self.last_report >= REPORT_EVERY:
             left = format_seconds((now - self.start) / done * (self.total - done))
             print(f"{self.what}: {done}/{self.total} clips, {left} left")
             self.last_report = now
+
+
+class Progress:
+    """Speed and time left of a training run. The time left is that of all steps and validations to come, at the mean
+    pace since the start; it does not include the test split."""
+
+    def __init__(self, step: int, steps: int, batch_size: int):
+        self.first_step, self.steps, self.batch_size = step, steps, batch_size
+        self.first_time = time.monotonic()
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Measures the speed from here on. Called after a validation, which is no part of the steps."""
+        self.last_step, self.last_time = step, time.monotonic()
+
+    def update(self, step: int) -> tuple[float, float]:
+        """Clips per second since the last call, and the seconds that the rest of the run takes."""
+        now = time.monotonic()
+        speed = (step - self.last_step) * self.batch_size / (now - self.last_time)
+        self.restart(step)
+        return speed, (now - self.first_time) / (step - self.first_step) * (self.steps - step)

@@ -31,6 +31,7 @@ from common.files import read_json
 VERSION = "1.0.0"
 METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "prompt", "full")
 INSTRUCTION = "Describe the video."
+DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = ("fp32", "bf16")
 HEADS = 4  # of the attention in qadapter.py; the rank is a multiple of them
 PRESETS = {
@@ -67,7 +68,7 @@ class Config:
     """The options of a run. A Path or a name of a model is as the user gave it until `train.py` resolves it."""
 
     dataset: str = daily("shapes", "what to train on", choices=tuple(PRESETS))
-    data: Path | None = daily(None, "the dataset's folder (default: data/DATASET)", type=cli.folder)
+    data: Path | None = daily(None, "the dataset's folder (default: data/DATASET)", type=Path)
     mllm: str | None = daily(None, "adapt this multimodal language model: a folder or a hub id", type=text)
     vit: str | None = daily(None, "or this ViT: a folder, a .pth file or a hub id", type=text)
     lm: str | None = daily(None, "with this language model: a folder or a hub id", type=text)
@@ -75,10 +76,10 @@ class Config:
     epochs: int = daily(8, "passes over the training clips", type=count(1, 10**5))
     batch_size: int = daily(16, "clips per step, over all processes", type=count(1))
     cache_features: bool = daily(False, "run the frozen ViT once per frame and store its outputs on the disk, in bf16")
-    out: Path | None = daily(None, "the folder of the run (default: runs/DATASET-METHOD)", type=cli.path)
-    resume: Path | None = daily(None, "continue this run with its own flags", type=cli.path, metavar="RUN")
+    out: Path | None = daily(None, "the folder of the run (default: runs/DATASET-METHOD)", type=Path)
+    resume: Path | None = daily(None, "continue this run with its own flags", type=Path, metavar="RUN")
     plan: bool = daily(False, "print steps, disk space and memory of the run, and train nothing")
-    device: str = daily("auto", "cuda, mps or cpu; auto: CUDA, else MPS, else CPU")
+    device: str = daily("auto", "auto: CUDA, else MPS, else CPU", choices=DEVICES)
 
     frames: int = clips(8, "frames per clip", type=count(1, 4096))
     captions_per_clip: int = clips(1, "captions per clip in a step", type=count(1, 1000))
@@ -102,7 +103,7 @@ class Config:
                           "feature", type=count(0, 256), metavar="G")
     instruction: str = prompting(INSTRUCTION, "what an MLLM is told to do", type=text)
 
-    lr: float = training(5e-3, "peak learning rate of AdamW", type=cli.number(float, 0, 1e6, above=True))
+    lr: float = training(5e-3, "peak learning rate of AdamW", type=cli.number(float, 1e-12, 1e6))
     weight_decay: float = training(0.01, "weight decay of AdamW", type=cli.number(float, 0, 1e6))
     micro_batch_size: int | None = training(None, "clips of a process in memory at once; gradients are summed "
                                             "(default: its whole batch)", type=count(1))
@@ -205,15 +206,13 @@ def to_json(config: Config) -> dict[str, Any]:
 def read_config(run: Path) -> Config:
     """The Config of a run's folder. Each value is checked as if it were given as a flag. Raises InputError."""
     path = run / "config.json"
-    if not path.is_file():
-        raise InputError(f"{run}: expected the folder of a run, with config.json in it")
     content = read_json(path)
     if content.get("version") != VERSION:
         raise InputError(f"{path}: made by version {content.get('version')!r:.20}, this is version {VERSION}")
     values = json_field(content, "config", dict, path)
     with error_prefix(f"{path}: config"):
-        if different := sorted(values.keys() ^ to_json(Config()).keys()):
-            raise InputError(f"expected just the fields of a run, differs in {different[0]!r:.40}")
+        if different := values.keys() ^ to_json(Config()).keys():  # a default would be another run
+            raise InputError(f"expected just the fields of a run, differs in {min(different)!r:.40}")
         config, _ = parse_words(to_words(values))
     return replace(config, out=run)
 
@@ -225,8 +224,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         out = config.out or Path(f"runs/{config.dataset}-{config.method}")
         return replace(config, data=config.data or Path("data") / config.dataset, out=out)
     if refused := sorted(given - ALLOWED_WITH_RESUME):
-        allowed = ", ".join(f"--{name}" for name in sorted(ALLOWED_WITH_RESUME))
-        raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; --resume takes only {allowed}")
-    if "data" in given and not config.data.exists():  # `shapes` would be made there
-        raise InputError(f"--data {config.data}: expected the folder of the run's dataset, found none")
+        raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; --resume takes only --device, "
+                         "--data and --epochs")
     return replace(read_config(config.resume), **{name: getattr(config, name) for name in given})

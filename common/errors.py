@@ -15,6 +15,12 @@ DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError
           TypeError, ValueError, csv.Error, pickle.UnpicklingError, struct.error, zipfile.BadZipFile)
 
 
+def printable(text: object) -> str:
+    """A text as one line for the terminal: line breaks and control characters, which file names may contain, are
+    escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 class InputError(ValueError):
     """Input that cannot be used: one line that names the file, the field and what was expected.
 
@@ -24,7 +30,7 @@ class InputError(ValueError):
     def __init__(self, message: str):
         # Names come out of files that may be damaged or hostile: a line break, a terminal escape
         # or a megabyte of text in one must not reach the user's screen.
-        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        message = printable(message)
         super().__init__(message if len(message) <= 2000 else message[:2000] + " ...")
 
 

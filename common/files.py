@@ -55,13 +55,8 @@ def replace_atomically(path: str | Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    sync_folder(real.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes the names of files that were created or renamed in the folder [1]."""
-    with suppress(OSError):  # some file systems cannot
-        descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some file systems cannot flush a folder
+        descriptor = os.open(real.parent, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 

@@ -107,7 +107,7 @@ def init_process_group(device: str, batch_size: int) -> ProcessGroup:
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         return ProcessGroup()
     group = ProcessGroup(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    if device not in ("auto", "cuda", "cpu") or (device == "auto" and torch.backends.mps.is_available()):
+    if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
         raise InputError(f"--device {device}: several processes need cpu, or cuda with one GPU each")
     if batch_size < group.world_size:
         raise InputError(f"--batch-size {batch_size}: expected at least {group.world_size}, one clip per process")

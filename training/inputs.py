@@ -7,15 +7,13 @@ from video_data import batches
 from video_data.batches import ClipCache
 from video_data.datasets import VideoDataset
 
-FEATURE_SPLITS = "train", "val"  # the test split is read once
-
 
 def plan_caches(config: Config, dataset: VideoDataset, captioner,
                 fingerprints: dict[str, str]) -> dict[str, dict[str, ClipCache]]:
-    """{"frames": {split: cache}}, and with --cache-features {"features": {split: cache}}, as they are on the disk now.
+    """{"frames": {split: cache}, "features": {split: cache}}, as they are on the disk now.
 
-    A method that trains nothing gets no training clips. The fingerprints are those of the frozen models, on which the
-    block outputs depend.
+    Features are empty without --cache-features. A method that trains nothing gets no training clips. The fingerprints
+    are those of the frozen models, on which the block outputs depend.
     """
     root, preprocessing = batches.cache_folder(config.dataset, config.data), captioner.vit.preprocessing
     counts = {"train": config.stored_frames, "val": config.frames, "test": config.frames}
@@ -23,12 +21,11 @@ def plan_caches(config: Config, dataset: VideoDataset, captioner,
         del counts["train"]
     frames = {split: batches.frames_cache(dataset.splits[split], root, split, count, preprocessing)
               for split, count in counts.items()}
-    if not config.cache_features:
-        return {"frames": frames}
+    feature_splits = ("train", "val") if config.cache_features else ()  # the test split is read once
     key = [fingerprints, config.precision, captioner.first_block]
     return {"frames": frames, "features": {
         split: batches.features_cache(frames[split], key, captioner.block_outputs_shape(counts[split]))
-        for split in FEATURE_SPLITS}}
+        for split in feature_splits}}
 
 
 def cached_inputs(config: Config, dataset: VideoDataset, captioner, fingerprints: dict[str, str],
@@ -41,7 +38,7 @@ def cached_inputs(config: Config, dataset: VideoDataset, captioner, fingerprints
     """
     caches = plan_caches(config, dataset, captioner, fingerprints)
     batches.check_space({what: list(group.values()) for what, group in caches.items()})
-    frames, features = caches["frames"], caches.get("features", {})
+    frames, features = caches["frames"], caches["features"]
     for split, cache in frames.items():
         batches.fill_frames(cache, dataset.splits[split], captioner.vit.preprocessing)
     for split, cache in features.items():

@@ -1,53 +1,151 @@
 """What a run will take, before it starts: steps, passes over the captions, disk space, memory.
 
-Shapes: L tokens of a caption with its EOS.
+The memory is not computed with a formula for each layer. A step of the real model runs on PyTorch's meta device, whose
+tensors have a shape and no numbers. That takes a few seconds. Every new tensor counts until it is freed. Not counted:
+Python and PyTorch themselves (0.4 GB; on a GPU, its context), the loading of the weights, and processes that decode.
+Weights are not read: only the config.json of the models.
+
+Shapes: B clips, T frames, S side in pixels, K captions per clip, L tokens of a caption with its EOS, J adapted blocks,
+P tokens per frame, D ViT width.
 """
 
-from dataclasses import dataclass
+import math
+import weakref
+from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from common.config import Config
 from common.errors import InputError
 from common.files import format_bytes
 from training.inputs import plan_caches
-from training.memory import step_memory
 from video_data.datasets import VideoDataset
 
-DAY = 24 * 3600  # seconds
+META = torch.device("meta")
+BYTES_PER_TRAINED = 16  # float32: the weight, its gradient, AdamW's two moments
+# Free memory that malloc keeps between tensors, as a share of the activations; measured with steps of 1 to 6 GB.
+FRAGMENTATION_ON_CPU = 0.15
 CAPTION_TOKENS = 15  # of a usual English caption with its EOS
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """The steps of a run, and its passes over the training captions."""
-
-    steps: int
-    passes: float
+# ----------------------------------------------------------------------------------------- steps
 
 
-def make_schedule(config: Config, clips: int, captions: int) -> Schedule:
-    """The schedule of a run on so many training clips with so many captions. An epoch drops its incomplete batch.
+def count_steps(config: Config, clips: int) -> int:
+    """The steps of a run on so many training clips. An epoch drops its incomplete batch.
 
     Raises InputError if the clips do not fill a batch.
     """
     if config.method == "none":
-        return Schedule(0, 0.0)
+        return 0
     if clips < config.batch_size:
         raise InputError(f"--batch-size {config.batch_size}: the dataset has only {clips} training clips")
-    steps = config.epochs * (clips // config.batch_size)
-    return Schedule(steps, steps * config.batch_size * config.captions_per_clip / captions)
+    return config.epochs * (clips // config.batch_size)
 
 
-def format_schedule(schedule: Schedule, config: Config) -> str:
-    """The line that a run prints, and a warning for less than one pass over the training captions."""
-    if not schedule.steps:
-        return "training: nothing, --method none"
-    line = (f"training: {schedule.steps:,} steps of {config.batch_size} clips, {config.epochs} epochs, "
-            f"{schedule.passes:.2f} passes over the captions ({config.captions_per_clip} per clip and epoch)")
-    if schedule.passes < 1:
-        line += "\nwarning: that is less than one pass over the training captions; --epochs makes the run longer"
-    return line
+def format_steps(config: Config, steps: int, captions: int) -> str:
+    """The line about its steps that a run with so many training captions prints."""
+    passes = steps * config.batch_size * config.captions_per_clip / captions
+    return (f"training: {steps:,} steps of {config.batch_size} clips, {config.epochs} epochs, {passes:.2f} passes over "
+            f"the captions ({config.captions_per_clip} per clip and epoch)")
+
+
+# -------------------------------------------------------------------------------- the meta device
+
+
+class PretendCPU(TorchFunctionMode):
+    """Tensors on the meta device report that they are on the CPU: a model that chooses by the device chooses as there.
+
+    A tensor that is created on, or moved to, the CPU goes to the meta device.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == Tensor.device.__get__:
+            return torch.device("cpu")
+        args, kwargs = tree_map_only(torch.device, lambda device: META, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class FusedAttention(TorchFunctionMode):
+    """On the meta device PyTorch never takes a fused kernel, so it keeps all attention weights. Here it keeps them only
+    where fused kernels are disabled (`sdpa_kernel`), as on other devices."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or not torch.backends.cuda.flash_sdp_enabled():
+            return func(*args, **kwargs)
+        q, k, v, *mask = args
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, kwargs.get("is_causal", False), attn_mask=mask[0] if mask else None,
+            scale=kwargs.get("scale"))[0]
+
+
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, from then until they are freed.
+
+    Tensors that share memory count once. `excluded` tensors do not count, nor do views of them.
+    """
+
+    def __init__(self, excluded: list[Tensor]):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in excluded}  # addresses of storages
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes()).atexit = False
+
+    def remove(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.bytes -= size
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def step_memory(captioner, config: Config, device: torch.device, caption_tokens: int,
+                processes: int = 1) -> dict[str, int]:
+    """The bytes of a step at its largest moment, by what they hold, for captions of L = `caption_tokens`.
+
+    The Captioner is on the meta device. The step is that of one of several processes, which share the batch, on
+    `device`. On a GPU, attention is taken to be fused, and only the GPU's memory is counted.
+    """
+    batch_size = math.ceil(config.batch_size / processes)
+    clips = min(batch_size, config.micro_batch_size or batch_size)
+    size, is_cpu = captioner.vit.config.image_size, device.type == "cpu"
+    frames = torch.empty(clips, config.frames, 3, size, size, dtype=torch.uint8, device=META)
+    if config.cache_features:
+        frames = torch.empty(clips, *captioner.block_outputs_shape(config.frames), dtype=torch.bfloat16, device=META)
+    labels = torch.zeros(clips, config.captions_per_clip, caption_tokens, dtype=torch.long)
+    trained = captioner.trained().values()
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    gradients = [parameter.grad for parameter in trained]
+    counter = MemoryCounter([frames, *captioner.parameters(), *captioner.buffers(), *gradients])
+    with FusedAttention(), counter, PretendCPU() if is_cpu else nullcontext():
+        captioner(frames, labels).backward()
+    return {
+        "frozen weights": sum(p.nbytes for p in captioner.parameters() if not p.requires_grad),  # a tied head: once
+        "trained weights, gradients, moments": BYTES_PER_TRAINED * sum(parameter.numel() for parameter in trained),
+        # On a CPU the batch that trains, the next one and the copy from which that is made are in memory.
+        "batches": (3 * batch_size if is_cpu else clips) * frames[0].nbytes,
+        "activations": counter.peak,  # outputs, what is kept for the backward pass, temporary tensors
+        "fragmentation": round(FRAGMENTATION_ON_CPU * counter.peak) if is_cpu else 0,
+    }
 
 
 def format_plan(config: Config, dataset: VideoDataset, captioner, device: torch.device, max_caption_tokens: int,
@@ -62,13 +160,9 @@ def format_plan(config: Config, dataset: VideoDataset, captioner, device: torch.
     longest = step_memory(captioner, config, device, max_caption_tokens, processes)
     tables = {
         "caches on the disk": caches | {"sum": sum(caches.values())},
-        f"memory of a step on {device.type}, per process, at its largest moment": {
-            "frozen weights": memory.frozen, "trained weights, gradients, moments": memory.trained,
-            "batches of features" if config.cache_features else "batches of frames": memory.inputs,
-            "activations": memory.activations, "fragmentation": memory.fragmentation,
-            f"sum, with {CAPTION_TOKENS} tokens per caption": memory.peak,
-            f"sum, with {max_caption_tokens} tokens, the longest": longest.peak,
-        },
+        f"memory of a step on {device.type}, per process, at its largest moment": memory | {
+            f"sum, with {CAPTION_TOKENS} tokens per caption": sum(memory.values()),
+            f"sum, with {max_caption_tokens} tokens, the longest": sum(longest.values())},
     }
     lines = []
     for title, rows in tables.items():

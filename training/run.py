@@ -19,6 +19,7 @@ import io
 import json
 import os
 import platform
+import time
 import zipfile
 from pathlib import Path
 
@@ -30,17 +31,14 @@ from common.errors import InputError, reading, writing
 from common.files import acquire_lock, open_to_read, read_json, read_json_lines, replace_atomically, write_json
 from training.distributed import ProcessGroup
 
-RESULTS = "test.json", "report.html"
-
 
 def check_out(folder: Path) -> None:
     """Raises InputError unless a new run can be made in the folder: it is missing, or empty, and can be written to. A
     run that was killed before it had a config.json has left last/ at most."""
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if "config.json" in found:
-        raise InputError(f"{folder}: holds a run already; --resume {folder} continues it, --out names another folder")
     if found := [name for name in found if name not in ("lock", "last") and not name.endswith(".tmp")]:
-        raise InputError(f"--out {folder}: holds {found[0]}, expected a new or an empty folder")
+        raise InputError(f"--out {folder}: holds {', '.join(found[:5])}, expected a new or an empty folder; --resume "
+                         "continues a run")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--out {folder}: cannot be written to")
@@ -53,11 +51,8 @@ def check_run(run: Path, fingerprints: dict[str, str], counts: dict[str, int] | 
     with reading(path):
         config = read_json(path)
         models = config["models"]
-        for name in sorted(models.keys() | fingerprints.keys()):
-            if models.get(name) != fingerprints.get(name):
-                then, now = (name if name in files else f"no {name}" for files in (models, fingerprints))
-                raise InputError(f"the run was trained with another model: with {then}, found {now}, whose content "
-                                 "differs")
+        if different := dict(models.items() ^ fingerprints.items()):
+            raise InputError(f"the run was trained with another model: {min(different)} is another file, new or gone")
         if counts not in (None, config["splits"]):
             raise InputError(f"the run was trained on {config['splits']}, the dataset holds {counts}")
 
@@ -65,18 +60,17 @@ def check_run(run: Path, fingerprints: dict[str, str], counts: dict[str, int] | 
 def load_state(path: Path, captioner, optimizer: torch.optim.Optimizer | None,
                device: torch.device) -> tuple[int, float]:
     """Restores the trained tensors and the optimizer from `last/state.pt`. Returns the step and the best score until
-    then. Raises InputError."""
+    then. Raises InputError, also if `best/` is damaged, which is needed at the end."""
     with open_to_read(path) as file:
         if damaged := zipfile.ZipFile(file).testzip():
             raise InputError(f"{path}: is damaged in {damaged}")
         file.seek(0)
         state = torch.load(file, map_location=device, weights_only=True)
+        if state["best"] >= 0:
+            captioner.load(path.parents[1] / "best/adapter.safetensors")
         captioner.load_tensors(state["tensors"], path)
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
-            for parameter, moments in optimizer.state.items():
-                if {moments[name].shape for name in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
-                    raise InputError("a moment of the optimizer has another shape than its tensor")
         return int(state["step"]), float(state["best"])
 
 
@@ -97,8 +91,13 @@ def truncate_log(path: Path, step: int) -> float:
 class Run:
     """The folder of one run, written by rank 0 only: on other ranks `log`, `save` and `save_captions` do nothing."""
 
-    def __init__(self, folder: Path, group: ProcessGroup, fingerprints: dict[str, str]):
-        self.folder, self.group, self.fingerprints = folder, group, fingerprints
+    def __init__(self, folder: Path, group: ProcessGroup, fingerprints: dict[str, str], start_time: float):
+        """start_time: when the run began, on the clock time.monotonic."""
+        self.folder, self.group, self.fingerprints, self.start_time = folder, group, fingerprints, start_time
+
+    def elapsed(self) -> float:
+        """Seconds since the run began, without the time between a stop and its resuming."""
+        return time.monotonic() - self.start_time
 
     def _open(self) -> None:
         """Creates and locks the folder, and removes what a killed process left; other ranks read it only after that."""
@@ -129,32 +128,28 @@ class Run:
         })
 
     def resume(self, captioner, optimizer: torch.optim.Optimizer | None, steps: int,
-               device: torch.device) -> tuple[int, float, float]:
-        """Restores the trained tensors and the optimizer. Returns the step, the best validation score until then, and
-        the seconds that the run had taken. Drops later rows of the log, and stores new --data and --epochs."""
+               device: torch.device) -> tuple[int, float]:
+        """Restores the trained tensors and the optimizer. Returns the step and the best validation score until then.
+        Drops later rows of the log, and stores new --data and --epochs."""
         self._open()
-        best_path = self.folder / "best/adapter.safetensors"
-        if best_path.exists():  # it is needed at the end, so its damage must not be found only then
-            captioner.load(best_path)
         step, best = load_state(self.folder / "last/state.pt", captioner, optimizer, device)
-        if best >= 0 and not best_path.exists():
-            raise InputError(f"{best_path}: expected a file, found none")
-        path, elapsed = self.folder / "config.json", 0.0
+        path = self.folder / "config.json"
         if step > steps:
             raise InputError(f"{path}: its flags or --epochs make {steps} steps, {self.folder}/last is at step {step}")
         if self.group.rank == 0:
-            elapsed = truncate_log(self.folder / "log.jsonl", step)
-            for name in RESULTS if step < steps else ():  # they are of a shorter run
-                (self.folder / name).unlink(missing_ok=True)
+            self.start_time -= truncate_log(self.folder / "log.jsonl", step)
+            if step < steps:  # the results are of a shorter run
+                for name in ("test.json", "report.html"):
+                    (self.folder / name).unlink(missing_ok=True)
             write_json(path, read_json(path) | {"config": to_json(captioner.config)})
-        return step, best, elapsed
+        return step, best
 
     def log(self, row: dict) -> None:
         """Appends a row to the log and flushes it, so that it is on the disk before a later checkpoint is."""
         if self.group.rank == 0:
             path = self.folder / "log.jsonl"
             with writing(path), open(path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row | {"elapsed": self.elapsed()}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 

@@ -279,7 +279,7 @@ def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0
 def main() -> None:
     example = "python -m video_data.shapes FOLDER --sizes 9000 200 500 --seed 0"
     parser = cli.Parser("Makes clips of moving shapes.", example)
-    parser.add_argument("folder", type=cli.folder, help="where the clips go, a new or empty folder")
+    parser.add_argument("folder", type=Path, help="where the clips go, a new or empty folder")
     size = cli.number(int, 1, 10**6)
     parser.add_argument("--sizes", type=size, nargs=3, default=DEFAULT_SIZES, help="clips to train, validate, test on")
     parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="of the scenes")

@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -24,21 +25,6 @@ def test_numbers(text, kind, found):
         return
     with pytest.raises(argparse.ArgumentTypeError, match="number from 0 to 40, found .{0,45}$"):
         cli.number(kind, 0, 40)(text)
-    with pytest.raises(argparse.ArgumentTypeError, match="above 0 and at most 5, found '0'"):
-        cli.number(float, 0, 5, above=True)("0")
-
-
-def test_an_empty_path_is_refused():
-    assert str(cli.path("a/b")) == "a/b"
-    with pytest.raises(argparse.ArgumentTypeError, match="expected a path"):
-        cli.path("")
-
-
-def test_a_folder_may_be_missing_but_is_no_file(tmp_path):
-    (tmp_path / "file").touch()
-    assert cli.folder(str(tmp_path)) == tmp_path and cli.folder(str(tmp_path / "none")) == tmp_path / "none"
-    with pytest.raises(argparse.ArgumentTypeError, match="expected a folder, found the file"):
-        cli.folder(str(tmp_path / "file"))
 
 
 def test_an_error_of_the_flags_is_one_line():
@@ -123,3 +109,37 @@ cli.run(main)
 """
     command = ["bash", "-c", '"$0" -c "$1" 2>/dev/full', sys.executable, script]
     assert subprocess.run(command, cwd=ROOT).returncode == 2
+
+
+# ------------------------------------------------------------------------------------------ time
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """[seconds], the time of a clock that moves when it is told to."""
+    now = [5000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_speed_is_of_steps_and_the_time_left_of_validations_too(clock):
+    """Steps 5 to 10 of 6 clips take 2 s each. By hand: a validation of 20 s after step 7 is in the mean pace, 26 s for
+    3 steps, and not in the speed."""
+    progress, updates = cli.Progress(4, 10, 6), {}
+    for step in range(5, 11):
+        clock[0] += 2
+        updates[step] = progress.update(step)
+        if step == 7:
+            clock[0] += 20
+            progress.restart(step)
+    assert [speed for speed, _ in updates.values()] == [3] * 6
+    assert (updates[5][1], updates[7][1], updates[8][1], updates[10][1]) == (10, 6, 28 / 4 * 2, 0)
+
+
+def test_the_time_left_of_a_job_is_printed_now_and_then(clock, capsys):
+    """100 clips, two per second: after 5 s, and not again one second later."""
+    time_left = cli.TimeLeft("frames", 100)
+    for done in (8, 10, 12, 20):
+        clock[0] = 5000 + done / 2
+        time_left.update(done)
+    assert capsys.readouterr().out == "frames: 10/100 clips, 0:00:45 left\nframes: 20/100 clips, 0:00:40 left\n"

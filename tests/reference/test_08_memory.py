@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from common.config import Config
 from model import Captioner
 from tests.models.helpers import CONFIGS as PUBLISHED
-from training import memory
+from training import plan
 from training.frozen_models import load_models
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -37,22 +37,22 @@ def make_captioner(backbones: Path, config: Config, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("name, dtype", CASES)
 def test_the_planned_peak_is_that_of_a_step(backbones, name, dtype):
     config = METHODS[name]
-    found = memory.step_memory(make_captioner(backbones, config, dtype, meta=True), config, CPU, L)
+    found = plan.step_memory(make_captioner(backbones, config, dtype, meta=True), config, CPU, L)
     captioner = make_captioner(backbones, config, dtype)
     size, trained = captioner.vit.config.image_size, captioner.trained().values()
     frames, labels = torch.randint(256, (B, T, 3, size, size), dtype=torch.uint8), torch.randint(3, 400, (B, K, L))
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     known = [frames, labels, *captioner.parameters(), *captioner.buffers(), *(p.grad for p in trained)]
-    with memory.MemoryCounter(known) as counter:
+    with plan.MemoryCounter(known) as counter:
         captioner(frames, labels).backward()
-    assert found.activations == pytest.approx(counter.peak, rel=0.01)
+    assert found["activations"] == pytest.approx(counter.peak, rel=0.01)
 
 
 def test_the_counter_counts_what_lives():
     """By hand: float32 tensors of 1000 numbers on the meta device; views are the memory of what they view."""
     x = torch.empty(1000, device="meta")
-    with memory.MemoryCounter([x]) as counter:
+    with plan.MemoryCounter([x]) as counter:
         y = 2 * x
         view, excluded_view = y[10:], x.view(10, 100)
         assert counter.bytes == counter.peak == 4000
@@ -66,7 +66,7 @@ def test_the_counter_counts_what_lives():
 def test_a_model_chooses_as_on_the_cpu():
     """By hand: the device that is reported, and where tensors are made and moved."""
     x, labels = torch.empty(3, device="meta"), torch.zeros(3, dtype=torch.long)
-    with memory.PretendCPU():
+    with plan.PretendCPU():
         assert x.device.type == "cpu"
         assert torch.zeros(2, device=x.device).is_meta and labels.to(x.device).is_meta
     assert x.device.type == "meta" and torch.zeros(2, device="cpu").device.type == "cpu"
@@ -77,19 +77,19 @@ def test_what_a_step_consists_of(backbones):
     config = METHODS["no write-back"]
     captioner = make_captioner(backbones, config, torch.bfloat16, meta=True)
 
-    def step(device=CPU, processes=1, **fields) -> memory.StepMemory:
-        return memory.step_memory(captioner, replace(config, **fields), device, L, processes)
+    def step(device=CPU, processes=1, **fields) -> dict[str, int]:
+        return plan.step_memory(captioner, replace(config, **fields), device, L, processes)
 
     whole = step()
     frozen = [*captioner.vit.parameters(), *captioner.lm.parameters()]
-    assert whole.frozen == 2 * sum(tensor.numel() for tensor in frozen)
-    assert whole.trained == 16 * sum(tensor.numel() for tensor in captioner.trained().values())
-    assert whole.inputs == 3 * B * T * 3 * 64**2 and whole.fragmentation == round(0.15 * whole.activations)
-    assert whole.peak == whole.frozen + whole.trained + whole.inputs + whole.activations + whole.fragmentation
-    assert step(cache_features=True).inputs == 3 * B * T * 17 * 16 * 2
+    assert whole["frozen weights"] == 2 * sum(tensor.numel() for tensor in frozen)
+    trained = sum(tensor.numel() for tensor in captioner.trained().values())
+    assert whole["trained weights, gradients, moments"] == 16 * trained
+    assert whole["batches"] == 3 * B * T * 3 * 64**2 and whole["fragmentation"] == round(0.15 * whole["activations"])
+    assert step(cache_features=True)["batches"] == 3 * B * T * 17 * 16 * 2
     micro, gpu = step(micro_batch_size=1), step(GPU, micro_batch_size=1)
-    assert micro.inputs == whole.inputs and micro.activations < 0.4 * whole.activations
-    assert gpu.inputs == T * 3 * 64**2 and gpu.fragmentation == 0
+    assert micro["batches"] == whole["batches"] and micro["activations"] < 0.4 * whole["activations"]
+    assert gpu["batches"] == T * 3 * 64**2 and gpu["fragmentation"] == 0
     assert step(processes=3) == step(batch_size=math.ceil(B / 3))
 
 

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torchvision.io import ImageReadMode, decode_image
 
 import evaluate
-from common.cli import printable
 from common.config import Config
-from common.errors import InputError
+from common.errors import InputError, printable
 from model import Captioner, CausalLM, Pair, ViT, load_tokenizer
 from qadapter import HEADS, naive_gated_cross_attention
 from report import curves, page, show

@@ -3,7 +3,6 @@
 import ctypes
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,14 +46,7 @@ def test_auto_is_cuda_else_mps_else_cpu(cuda, mps, expected, monkeypatch):
     """torch's answers are set."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(torch, "empty", lambda _, device: SimpleNamespace(device=torch.device(device)))
     assert devices.select_device("auto").type == expected
-
-
-@pytest.mark.parametrize("name", ["meta", "meta:0", "abacus", "hpu", "privateuseone", "cpu:x", ""])
-def test_an_unknown_device_is_refused(name):
-    with pytest.raises(InputError, match=f"--device {name}: ."):
-        devices.select_device(name)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")

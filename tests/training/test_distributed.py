@@ -22,7 +22,7 @@ def test_an_error_of_the_flags_or_the_data_is_one_line(flags, tmp_path):
 
 
 @pytest.mark.parametrize("device, gpus, message", [
-    ("cuda:0", 8, "--device cuda:0: several processes"), ("mps", 0, "--device mps: several processes"),
+    ("mps", 0, "--device mps: several processes"),
     ("auto", 1, "at most one process for each of this machine's 1 GPUs"),
 ])
 def test_each_process_needs_a_device(device, gpus, message, monkeypatch):
