@@ -4,41 +4,29 @@ Shapes: J adapted blocks.
 """
 
 import math
+from itertools import cycle
 from pathlib import Path
 
 from common.errors import reading
 from common.files import read_json_lines
 
 COLOURS = ("#1f6fb4", "#d1495b", "#2a9d5c", "#8a6d1f", "#6b4fa0", "#555")
-WIDTH, HEIGHT, LEFT, TOP, GAP = 250, 170, 52, 48, 62  # pixels: a panel, and the margins around it
 RIGHT = {name: f"{name} right" for name in ("shapes", "motion_one", "motion_two")}  # scores on `shapes`
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" font-size="11" fill="#555"
-font-family="Helvetica, Arial, sans-serif">
-{}
-</svg>"""
-
-
-def text(x: float, y: float, words: str, style: str = "") -> str:
-    """Words of ours: they are not escaped. x, y: pixels from the top left corner."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{words}</text>'
+PANEL = """<figure><figcaption>{title}{labels}</figcaption>
+<div style="--top: '{top:g}'; --steps: '{steps} steps'">
+<svg viewBox="0 0 {steps} {top}" preserveAspectRatio="none">{curves}</svg></div></figure>"""  # page.css draws the axes
 
 
 def draw_panel(title: str, unit: float, lines: dict[str, list[tuple[float, float]]], steps: int) -> str:
-    """Lines {label: [(step, value), ...]} as an SVG. The axes end at `steps` and at the first multiple of `unit` above
-    all values. The title has the colour of the page around it."""
-    bottom, top = TOP + HEIGHT, unit * max(1, math.ceil(max(y for points in lines.values() for _, y in points) / unit))
-    parts = [text(LEFT, TOP - 26, title, 'font-size="13" fill="currentColor"')]
-    for i in range(5):
-        y = bottom - HEIGHT * i / 4
-        parts += [f'<path d="M{LEFT} {y:.1f}h{WIDTH}" stroke="currentColor" stroke-opacity="0.15"/>',
-                  text(LEFT - 6, y + 4, f"{top * i / 4:.3g}", 'text-anchor="end"')]
-    parts += [text(LEFT, bottom + 16, "0"), text(LEFT + WIDTH, bottom + 16, f"{steps} steps", 'text-anchor="end"')]
-    for i, (label, points) in enumerate(lines.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        pixels = " ".join(f"{LEFT + WIDTH * x / steps:.1f},{bottom - HEIGHT * y / top:.1f}" for x, y in points)
-        parts += [f'<polyline points="{pixels}" fill="none" stroke="{colour}" stroke-width="1.8"/>',
-                  text(LEFT + WIDTH * i / len(lines), TOP - 9, label, f'font-weight="bold" fill="{colour}"')]
-    return SVG.format(LEFT + WIDTH + GAP, bottom + 34, "\n".join(parts))
+    """Lines {label: [(step, value), ...]} as an SVG with a title. The axes end at `steps` and at the first multiple of
+    `unit` above all values. An SVG's y points down, so it is counted from the top."""
+    top = unit * max(1, math.ceil(max(y for points in lines.values() for _, y in points) / unit))
+    labels = curves = ""
+    for (label, points), colour in zip(lines.items(), cycle(COLOURS)):
+        labels += f' <b style="color: {colour}">{label}</b>'
+        pixels = " ".join(f"{x},{top - y:.5g}" for x, y in points)
+        curves += f'<polyline points="{pixels}" stroke="{colour}"/>'
+    return PANEL.format(title=title, labels=labels, top=top, steps=steps, curves=curves)
 
 
 def make_panels(rows: list[dict], first_block: int) -> list[tuple[str, float, dict]]:
