@@ -7,7 +7,6 @@ Shapes: B clips, T frames, S side in pixels, K captions per clip, L tokens of a 
 language model.
 """
 
-import json
 import math
 import tempfile
 from functools import partial
@@ -45,14 +44,13 @@ def random_ids(*shape: int) -> Tensor:
 @torch.no_grad()
 def load(kind: type, side: str, dtype: str) -> nn.Module:
     """Our ViT or CausalLM, or that of transformers, from the same files."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+    from transformers import CLIPConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     if kind is ViT:
-        config = json.loads((CONFIGS / "clip-vit-base-patch16.json").read_text())["vision_config"]
-        model = CLIPVisionModel(CLIPVisionConfig(**config))
+        model = CLIPVisionModel(CLIPConfig.from_json_file(CONFIGS / "clip-vit-base-patch16.json").vision_config)
     else:
-        model = LlamaForCausalLM(LlamaConfig(**json.loads((CONFIGS / "llama-160m.json").read_text())))
+        model = LlamaForCausalLM(LlamaConfig.from_json_file(CONFIGS / "llama-160m.json"))
         for name, weight in model.named_parameters():  # logits that vary like a trained model's
             std = {"model.embed_tokens.weight": 1.0, "lm_head.weight": 0.12}.get(name, 0.04)
             weight.normal_(1.0 if "norm" in name else 0.0, std)

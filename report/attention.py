@@ -58,5 +58,4 @@ def record_attention(captioner, frames: Tensor) -> AttentionMaps | None:
             hooks.enter_context(block.register_forward_hook(record))
         captioner.run_encoder(frames.to(next(captioner.parameters()).device))
     stacked, gates = torch.stack(weights), captioner.adapter.last_gates.float().cpu()
-    is_per_query = gates.shape == (*stacked.shape[:2], stacked.shape[3])  # (J, B, N)
-    return AttentionMaps(stacked, gates if is_per_query else None)
+    return AttentionMaps(stacked, gates if gates.dim() == 3 else None)

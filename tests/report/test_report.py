@@ -87,7 +87,7 @@ def test_a_mask_hides_tokens_and_other_gates_are_not_shown():
     captioner, frames = make(), torch.zeros(1, 3, 3, 64, 64, dtype=torch.uint8)
     for block in captioner.adapter.blocks:
         block.mask = lambda z: torch.arange(3 * 17)[None] < 17  # (1, T*P)
-        block.register_forward_hook(lambda block, inputs, outputs: (outputs[0], torch.ones(1, 7), outputs[2]))
+        block.register_forward_hook(lambda block, inputs, outputs: (outputs[0], torch.ones(1, 5, 7), outputs[2]))
     maps = record_attention(captioner, frames)
     assert maps.gates is None and not maps.weights[..., 1:, :].any() and (maps.weights[..., 0, :] > 0).all()
     assert record_attention(make(method="linear"), frames) is None
