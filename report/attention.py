@@ -22,7 +22,7 @@ class AttentionMaps:
     """What the queries read of B clips, and how much of it they keep."""
 
     weights: Tensor  # (J, B, h, N, T, P); each query's sum to 1
-    gates: Tensor | None  # (J, B, N); None where there is not one number per query
+    gates: Tensor  # (J, B, N); where a variant has one per channel, their mean
 
     def patches(self) -> Tensor:
         """The attention to the patches of the first clip (J, N, T, side, side), the mean over the heads, without class
@@ -57,5 +57,5 @@ def record_attention(captioner, frames: Tensor) -> AttentionMaps | None:
         for block in captioner.adapter.blocks:
             hooks.enter_context(block.register_forward_hook(record))
         captioner.run_encoder(frames.to(next(captioner.parameters()).device))
-    stacked, gates = torch.stack(weights), captioner.adapter.last_gates.float().cpu()
-    return AttentionMaps(stacked, gates if gates.dim() == 3 else None)
+    gates = captioner.adapter.last_gates.float().cpu()[..., None].flatten(3)  # (J, B, N, 1 or D)
+    return AttentionMaps(torch.stack(weights), gates.mean(-1))

@@ -46,8 +46,8 @@ def encode_attention(maps: AttentionMaps, shown: list[int]) -> dict:
     255 is the most that a query reads in any frame."""
     patches = maps.patches()  # (J, N, T, side, side)
     levels = (255 * patches / patches.amax((-3, -2, -1), keepdim=True).clamp(min=1e-12)).round().byte()[:, :, shown]
-    gates = None if maps.gates is None else maps.gates[:, 0].double().round(decimals=3).tolist()
-    return {"attention": base64.b64encode(levels.numpy()).decode(), "shape": list(levels.shape[:4]), "gates": gates}
+    return {"attention": base64.b64encode(levels.numpy()).decode(), "shape": list(levels.shape[:4]),
+            "gates": maps.gates[:, 0].double().round(decimals=3).tolist()}
 
 
 def page_entry(captioner, row: dict, frames: torch.Tensor, count: int) -> dict:
