@@ -1,7 +1,4 @@
-"""The curves of a run, drawn from its log.jsonl as plain SVG: loss, gates and validation scores.
-
-Shapes: J adapted blocks.
-"""
+"""The curves of a run, drawn from its log.jsonl as plain SVG: loss, gates and validation scores."""
 
 import math
 from itertools import cycle
@@ -11,7 +8,7 @@ from common.errors import reading
 from common.files import read_json_lines
 
 COLOURS = ("#1f6fb4", "#d1495b", "#2a9d5c", "#8a6d1f", "#6b4fa0", "#555")
-RIGHT = {name: f"{name} right" for name in ("shapes", "motion_one", "motion_two")}  # scores on `shapes`
+RIGHT = "shapes right", "motion_one right", "motion_two right"  # scores on `shapes`
 PANEL = """<figure><figcaption>{title}{labels}</figcaption>
 <div style="--top: '{top:g}'; --steps: '{steps} steps'">
 <svg viewBox="0 0 {steps} {top}" preserveAspectRatio="none">{curves}</svg></div></figure>"""  # page.css draws the axes
@@ -30,16 +27,16 @@ def draw_panel(title: str, unit: float, lines: dict[str, list[tuple[float, float
 
 
 def make_panels(rows: list[dict], first_block: int) -> list[tuple[str, float, dict]]:
-    """Title, unit and lines of each panel: loss, mean gates and saturated shares of the L blocks, CIDEr, correct
+    """Title, unit and lines of each panel: loss, mean gates and saturated shares of the adapted blocks, CIDEr, correct
     captions; what the rows of the log have of it. first_block: the number of the first adapted block."""
     train, val = ([row for row in rows if name in row] for name in ("loss", "val"))
     panels = [("training loss", 1, {"": [(row["step"], row["loss"]) for row in train]})]
     for title, name in ("mean gate of each adapted block", "gates"), ("saturated share of its gates", "saturated"):
         panels.append((title, 1, {str(first_block + i): [(row["step"], row[name][i]) for row in train]
                                   for i in range(len(train[0].get(name, ())))}))
-    for title, unit, names in ("validation CIDEr", 50, {"": "CIDEr"}), ("correct validation captions, %", 100, RIGHT):
-        panels.append((title, unit, {label: [(row["step"], 100 * row["val"][name]) for row in val]
-                                     for label, name in names.items() if name in val[0]["val"]}))
+    for title, unit, names in ("validation", 50, ["CIDEr"]), ("validation, %", 100, RIGHT):
+        panels.append((title, unit, {name: [(row["step"], 100 * row["val"][name]) for row in val]
+                                     for name in names if name in val[0]["val"]}))
     return [panel for panel in panels if panel[2]]
 
 
