@@ -48,12 +48,8 @@ from video_data import shapes
 
 MAX_PIECES = 480  # of the tokenizer, which has fewer
 WORDS = ("USER:", "ASSISTANT:", "Describe", "video.")  # of LLaVA's prompt; tiny-lm would spell them in bytes
-PUBLISHED = """
-    vision_tower.vision_model.embeddings.patch_embedding.weight
-    language_model.model.embed_tokens.weight
-    language_model.lm_head.weight
-    multi_modal_projector.linear_1.weight
-""".split()  # names with the prefixes of published files
+PUBLISHED = ("vision_tower.vision_model.embeddings.patch_embedding.weight", "multi_modal_projector.linear_1.weight",
+             "language_model.model.embed_tokens.weight", "language_model.lm_head.weight")  # their prefixes are used
 STILLS_PER_PROMPT = (1, 2, 4, 8)  # drawn for each step
 
 
@@ -189,12 +185,11 @@ def pretrain_mllm(folder: Path, backbones: Path, albums: int, texts: int, steps:
     def whole_loss() -> Tensor:
         return still_loss() + sum(data.loss(mllm.lm, batch_size // 2, batch_size // 2))
 
-    mllm.requires_grad_(False)
-    mllm.projector.requires_grad_(True)
-    train("projector", list(mllm.projector.parameters()), still_loss, steps[0], peak_lr=4e-3)
+    projector, lm_too = [*mllm.projector.parameters()], [*mllm.projector.parameters(), *mllm.lm.parameters()]
+    mllm.lm.requires_grad_(False)
+    train("projector", projector, still_loss, steps[0], peak_lr=4e-3)
     mllm.lm.requires_grad_(True)
-    trained = [*mllm.projector.parameters(), *mllm.lm.parameters()]
-    train("projector and lm", trained, whole_loss, steps[1], peak_lr=2e-3)
+    train("projector and lm", lm_too, whole_loss, steps[1], peak_lr=2e-3)
     save_weights(folder, mllm, mllm_tensor_names(mllm, PUBLISHED))
 
 

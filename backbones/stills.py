@@ -13,6 +13,7 @@ their width, B albums in a batch, L tokens of the longest caption with its EOS.
 """
 
 from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 import torch
@@ -128,14 +129,11 @@ class AlbumData:
         """Features (B, T, P, D) of T random stills of B random albums; captions of what they show, ids (B, L)."""
         albums = self.rng.integers(len(self.scenes), size=size)
         order = np.stack([self.rng.permutation(STILLS)[:stills] for _ in albums])  # (B, T)
-        captions = []
+        labels, eos = [], self.tokenizer.processor.eos_id()
         for album, chosen in zip(albums, order, strict=True):
-            visible = self.seen[album][chosen].any(0)  # (shapes,)
-            scene = [shape for shape, is_visible in zip(self.scenes[album], visible, strict=True) if is_visible]
-            captions.append(name_shapes(scene, self.rng))
-        eos = self.tokenizer.processor.eos_id()
-        labels = pad([[*self.tokenizer.encode(caption), eos] for caption in captions])
-        return self.features[albums[:, None], order].float(), labels
+            visible = compress(self.scenes[album], self.seen[album][chosen].any(0))
+            labels.append([*self.tokenizer.encode(name_shapes([*visible], self.rng)), eos])
+        return self.features[albums[:, None], order].float(), pad(labels)
 
     def loss(self, mllm: MLLM, size: int, stills: int) -> Tensor:
         """Cross-entropy of the captions of a batch, each after the model's own prompt with T stills."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from models.lm import CausalLM
 from models.pair import PROMPT
@@ -77,8 +78,7 @@ def mix_keyword_embeddings(embed: nn.Embedding, keyword_ids: Tensor, all_ids: Te
 
 
 def pad(rows: list[list[int]]) -> Tensor:
-    length = max(map(len, rows))
-    return torch.tensor([row + [IGNORE_INDEX] * (length - len(row)) for row in rows])
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=IGNORE_INDEX)
 
 
 def text_loss(lm: CausalLM, prefix: Tensor, labels: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from common import cli
 from common.files import write_json
 
 PACKAGES = "numpy", "torch", "transformers", "peft", "pycocoevalcap"
+REPEATS = 3  # turns of each side
 
 
 def main() -> None:
     parser = cli.Parser("Measures this project beside libraries that do the same.", "python -m bench [--only train]")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, default=list(BENCHMARKS),
                         help=f"what to measure: {', '.join(BENCHMARKS)} (default: all)")
-    parser.add_argument("--repeats", type=cli.number(int, 1, 1000), default=3, help="turns of each; the median counts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the output too")
     args = parser.parse_args()
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(),
@@ -31,7 +31,7 @@ def main() -> None:
     print(json.dumps(machine))
     rows = []
     for what, tolerance, make in (benchmark for name in args.only for benchmark in BENCHMARKS[name]):
-        rows.append(compare(what, partial(make, "ours"), partial(make, "theirs"), tolerance, args.repeats))
+        rows.append(compare(what, partial(make, "ours"), partial(make, "theirs"), tolerance, REPEATS))
         print(json.dumps(rows[-1]))
     if args.json:
         write_json(args.json, {"machine": machine, "rows": rows})

@@ -14,7 +14,6 @@ from statistics import median
 from torch import Tensor
 
 Work = Callable[[], Tensor]  # its results are compared
-FIGURES = "s", "CPU s", "MB"
 
 
 def cpu_name() -> str:
@@ -30,15 +29,15 @@ def prepare(make: Callable[[], Work]) -> None:
     work = make()
 
 
-def take_turn() -> tuple[Tensor, list[float]]:
-    """Does the work once. Returns its result and FIGURES: seconds, those of all cores and child processes, and the peak
-    of this process's memory in MiB."""
+def take_turn() -> tuple[Tensor, dict[str, float]]:
+    """Does the work once. Returns its result and its figures: seconds, those of all cores and child processes, and the
+    peak of this process's memory in MiB."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins at the memory of this moment
     start, cpu_start = time.perf_counter(), sum(os.times()[:4])
     result = work()
     seconds, cpu_seconds = time.perf_counter() - start, sum(os.times()[:4]) - cpu_start
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return result, [seconds, cpu_seconds, int(peak[1]) / 1024]
+    return result, {"s": seconds, "CPU s": cpu_seconds, "MB": int(peak[1]) / 1024}
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -59,8 +58,8 @@ def compare(what: str, ours: Callable[[], Work], theirs: Callable[[], Work], tol
     error = difference(*(result for result, _ in turns[0]))
     assert error <= tolerance, f"{what}: differs by {error:.2g} of the largest number"
     row = {"what": what, "differs by": error}
-    for i, name in enumerate(FIGURES):
-        ours, theirs = ([turn[side][1][i] for turn in turns[1:]] for side in (0, 1))
+    for name in "s", "CPU s", "MB":
+        ours, theirs = ([turn[side][1][name] for turn in turns[1:]] for side in (0, 1))
         ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
         row |= {name: median(ours), f"theirs, {name}": median(theirs),
                 f"ratio of {name}": [median(ratios), ratios[0], ratios[-1]]}

@@ -7,7 +7,6 @@ Shapes: B clips, T frames, S side in pixels, K captions per clip, L tokens of a 
 language model.
 """
 
-import json
 import math
 import tempfile
 from functools import partial
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.functional import normalize
 
 import metrics
 from bench.measure import Work
@@ -28,6 +28,7 @@ from training.devices import DTYPES, keep_freed_memory
 from video_data import shapes
 
 B, T, K, L, S, RANK = 2, 8, 4, 15, 224, 32
+EOS = 2
 CONFIGS = Path(__file__).resolve().parents[1] / "tests/models/configs"
 TOKENIZER = SimpleNamespace(bos_id=lambda: 1, encode=lambda text: [10, 11, 12])  # what a captioner needs of one
 
@@ -43,14 +44,13 @@ def random_ids(*shape: int) -> Tensor:
 @torch.no_grad()
 def load(kind: type, side: str, dtype: str) -> nn.Module:
     """Our ViT or CausalLM, or that of transformers, from the same files."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+    from transformers import CLIPConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     if kind is ViT:
-        config = json.loads((CONFIGS / "clip-vit-base-patch16.json").read_text())["vision_config"]
-        model = CLIPVisionModel(CLIPVisionConfig(**config))
+        model = CLIPVisionModel(CLIPConfig.from_json_file(CONFIGS / "clip-vit-base-patch16.json").vision_config)
     else:
-        model = LlamaForCausalLM(LlamaConfig(**json.loads((CONFIGS / "llama-160m.json").read_text())))
+        model = LlamaForCausalLM(LlamaConfig.from_json_file(CONFIGS / "llama-160m.json"))
         for name, weight in model.named_parameters():  # logits that vary like a trained model's
             std = {"model.embed_tokens.weight": 1.0, "lm_head.weight": 0.12}.get(name, 0.04)
             weight.normal_(1.0 if "norm" in name else 0.0, std)
@@ -74,19 +74,13 @@ def run_lm(dtype: str, side: str) -> Work:
 
 
 def search(dtype: str, beams: int, side: str) -> Work:
-    """At most 30 tokens after each of 16 prefixes of 24 embeddings, -1 after the end (16, 30)."""
+    """At most 30 tokens after each of 16 prefixes of 24 embeddings, then EOS (16, 30)."""
     lm, prefix = load(CausalLM, side, dtype), random_tensor(16, 24, 768).to(DTYPES[dtype])
     if side == "ours":
-        return lambda: torch.tensor([ids + [-1] * (30 - len(ids)) for ids in generate(lm, prefix, beams=beams)])
-    eos = lm.config.eos_token_id
+        return lambda: torch.tensor([ids + [EOS] * (30 - len(ids)) for ids in generate(lm, prefix, beams=beams)])
     write = partial(lm.generate, inputs_embeds=prefix, attention_mask=torch.ones(16, 24), do_sample=False,
-                    num_beams=beams, max_new_tokens=30, pad_token_id=eos)
-
-    def work() -> Tensor:
-        ids = write()
-        return F.pad(ids.masked_fill(ids == eos, -1), (0, 30 - ids.shape[1]), value=-1)
-
-    return work
+                    num_beams=beams, max_new_tokens=30, pad_token_id=EOS)
+    return lambda: F.pad(write(), (0, 30), value=EOS)[:, :30]
 
 
 class PeftCaptioner(nn.Module):
@@ -127,8 +121,7 @@ def step(method: str, adapted: str, side: str) -> Work:
             nn.init.zeros_(model.time_embed)
     else:
         model = PeftCaptioner(vit, lm, adapted)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        frames = ((frames / 255 - mean) / std).bfloat16().repeat_interleave(K, dim=0)  # (R, T, 3, S, S)
+        frames = normalize(frames / 255, CLIP_MEAN, CLIP_STD).bfloat16().repeat_interleave(K, dim=0)  # (R, T, 3, S, S)
         labels = labels.flatten(0, 1)  # (R, L)
     nn.init.zeros_(model.connector.bias)
     model.connector.weight.data.copy_(random_tensor(768, 768) / 768**0.5)
@@ -153,10 +146,10 @@ def score(videos: int, count: int, side: str) -> Work:
     texts = {video: [shapes.describe(scene, rng) for _ in range(count + 1)] for video, scene in scenes.items()}
     references, captions = ({video: x[part] for video, x in texts.items()} for part in (slice(1, None), slice(1)))
 
-    def ours() -> dict[str, float]:
-        return metrics.score(references, captions, strict=True).corpus
+    def ours() -> list[float]:
+        return [*metrics.score(references, captions, strict=True).corpus.values()]
 
-    def theirs() -> dict[str, float]:
+    def theirs() -> list[float]:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.meteor.meteor import Meteor
@@ -166,12 +159,10 @@ def score(videos: int, count: int, side: str) -> Work:
         words = [PTBTokenizer().tokenize({video: [{"caption": text} for text in x] for video, x in group.items()})
                  for group in (references, captions)]
         bleu, _ = Bleu(4).compute_score(*words, verbose=0)
-        others = {"METEOR": Meteor(), "ROUGE_L": Rouge(), "CIDEr": Cider()}
-        return ({f"Bleu_{n}": value for n, value in enumerate(bleu, 1)}
-                | {name: scorer.compute_score(*words)[0] for name, scorer in others.items()})
+        return [*bleu, *(scorer.compute_score(*words)[0] for scorer in (Meteor(), Rouge(), Cider()))]
 
     scores = ours if side == "ours" else theirs
-    return lambda: torch.tensor([value for _, value in sorted(scores().items())], dtype=torch.float64)
+    return lambda: torch.tensor(scores(), dtype=torch.float64)
 
 
 PRECISIONS = ("fp32", 2e-5), ("bf16", 0.05)  # and how far the outputs of a model may differ: sums have another order

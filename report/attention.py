@@ -1,20 +1,20 @@
 """What the queries of the Q-Adapter read, as numbers.
 
-The adapter computes its attention in one fused call, which never gives its weights away. Hooks on its blocks compute
-them again from each block's input.
+The adapter computes its attention in one fused call, which never gives its weights away. A hook computes them again
+from each block's input.
 
 Shapes: B clips, T frames, S side in pixels, P tokens of the ViT per frame, D ViT width, J adapted blocks, N queries, h
 heads, r rank, d = r/h.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
-from qadapter import split_heads
+from qadapter import GatedCrossAttention, split_heads
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class AttentionMaps:
     """What the queries read of B clips, and how much of it they keep."""
 
     weights: Tensor  # (J, B, h, N, T, P); each query's sum to 1
-    gates: Tensor | None  # (J, B, N); None where there is not one number per query
+    gates: Tensor  # (J, B, N); where a variant has one per channel, their mean
 
     def patches(self) -> Tensor:
         """The attention to the patches of the first clip (J, N, T, side, side), the mean over the heads, without class
@@ -50,13 +50,11 @@ def record_attention(captioner, frames: Tensor) -> AttentionMaps | None:
         return None
     weights: list[Tensor] = []
 
-    def record(block, inputs: tuple, _) -> None:
-        weights.append(attention_weights(block, *inputs).float().cpu())
+    def record(module, inputs: tuple, _) -> None:
+        if isinstance(module, GatedCrossAttention):
+            weights.append(attention_weights(module, *inputs).float().cpu())
 
-    with ExitStack() as hooks:  # which removes them
-        for block in captioner.adapter.blocks:
-            hooks.enter_context(block.register_forward_hook(record))
+    with register_module_forward_hook(record):  # of all modules, until the block ends
         captioner.run_encoder(frames.to(next(captioner.parameters()).device))
-    stacked, gates = torch.stack(weights), captioner.adapter.last_gates.float().cpu()
-    is_per_query = gates.shape == (*stacked.shape[:2], stacked.shape[3])  # (J, B, N)
-    return AttentionMaps(stacked, gates if is_per_query else None)
+    gates = captioner.adapter.last_gates.float().cpu()[..., None].flatten(3)  # (J, B, N, 1 or D)
+    return AttentionMaps(torch.stack(weights), gates.mean(-1))

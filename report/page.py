@@ -17,7 +17,7 @@ from string import Template
 
 import torch
 
-from common.files import read_json, replace_atomically
+from common.files import field, read_json, replace_atomically
 from report.attention import AttentionMaps, record_attention
 from report.curves import draw_run
 from report.show import film_strip, shown_frames
@@ -46,8 +46,8 @@ def encode_attention(maps: AttentionMaps, shown: list[int]) -> dict:
     255 is the most that a query reads in any frame."""
     patches = maps.patches()  # (J, N, T, side, side)
     levels = (255 * patches / patches.amax((-3, -2, -1), keepdim=True).clamp(min=1e-12)).round().byte()[:, :, shown]
-    gates = None if maps.gates is None else maps.gates[:, 0].double().round(decimals=3).tolist()
-    return {"attention": base64.b64encode(levels.numpy()).decode(), "shape": list(levels.shape[:4]), "gates": gates}
+    return {"attention": base64.b64encode(levels.numpy()).decode(), "shape": list(levels.shape[:4]),
+            "gates": maps.gates[:, 0].double().round(decimals=3).tolist()}
 
 
 def page_entry(captioner, row: dict, frames: torch.Tensor, count: int) -> dict:
@@ -67,10 +67,9 @@ def page_entry(captioner, row: dict, frames: torch.Tensor, count: int) -> dict:
 
 def read_settings(run_folder: Path) -> dict[str, object]:
     """What a page says of a run: its numbers of parameters, and the flags that are set; 0 is a value."""
-    content = read_json(run_folder / "config.json")
+    content = read_json(path := run_folder / "config.json")
     flags = {name: value for name, value in content["config"].items() if value is not None and value is not False}
-    counts = {name: content.get(name) for name in ("trained", "total")}
-    return {name: f"{count:,}" for name, count in counts.items() if type(count) is int} | flags
+    return {name: f"{field(content, name, int, path):,}" for name in ("trained", "total")} | flags
 
 
 def format_rows(rows: dict[str, object]) -> str:

@@ -53,8 +53,7 @@ def draw_text(words: str, width: int) -> Tensor:
 
 def brightness(maps: AttentionMaps) -> Tensor:
     """How brightly each patch is shown (J, T, side, side), DARK to 1: what all queries read of it, by their gates."""
-    gates = 1 if maps.gates is None else maps.gates[:, 0, :, None, None, None]  # (J, N, 1, 1, 1)
-    read = (gates * maps.patches()).sum(1)  # (J, T, side, side)
+    read = (maps.gates[:, 0, :, None, None, None] * maps.patches()).sum(1)  # (J, T, side, side)
     return DARK + (1 - DARK) * read / read.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 
@@ -66,8 +65,8 @@ def draw_clip(frames: Tensor, caption: str, maps: AttentionMaps | None, first_bl
     parts = [side_by_side(frames, HEIGHT), draw_text(caption, width)]  # (3, H, W), (3, lines * LINE, W)
     for i, row in enumerate(brightness(maps) if maps is not None else ()):
         bright = F.interpolate(row[shown, None], frames.shape[-2:], mode="nearest")  # (T, 1, S, S)
-        gate = "" if maps.gates is None else f", mean gate {maps.gates[i, 0].mean():.2f}"
-        parts += [side_by_side(frames * bright, HEIGHT), draw_text(f"read after block {first_block + i}{gate}", width)]
+        label = f"read after block {first_block + i}, mean gate {maps.gates[i, 0].mean():.2f}"
+        parts += [side_by_side(frames * bright, HEIGHT), draw_text(label, width)]
     return F.pad(torch.cat(parts, dim=1), (MARGIN,) * 4, value=255)
 
 

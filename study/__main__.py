@@ -4,7 +4,6 @@ Each run is a process of `train.py` with a folder below runs/study. A run that w
 that is in results/ is not run again, published ones among them: take those out to train them anew.
 """
 
-import hashlib
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ from common.config import VERSION
 from common.errors import InputError
 from common.files import read_json, read_json_lines
 from study.tables import CONTENT, PAGE, ROOT, Row, add_run, format_page, read_rows
+from video_data.shapes import make_dataset
 
 RUNS = ROOT / "runs/study"
 
@@ -43,13 +43,6 @@ def command_of(row: Row, lr: float, seed: int) -> list[str]:
     return [*row.command.split(), "--lr", f"{lr:g}", "--seed", str(seed)]
 
 
-def make_clips(folder: str, sizes: list[int]) -> None:
-    """Makes a folder of `shapes`; one that is complete stays as it is."""
-    words = ["-m", "video_data.shapes", folder, "--sizes", *map(str, sizes), "--seed", "1"]
-    if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
-        raise InputError(f"{folder}: its clips could not be made")
-
-
 def read_run(folder: Path) -> dict:
     """The scores and costs of a finished run, from the files in its folder."""
     rows = [row for _, row in read_json_lines(folder / "log.jsonl")]
@@ -63,14 +56,14 @@ def read_run(folder: Path) -> dict:
             "trained": config["trained"], "total": config["total"]}
 
 
-def train(key: Key, jobs: int) -> dict:
-    """Trains a run, unless it is finished, and returns what results/ keeps of it. Raises InputError if it fails."""
+def train(runs: Path, key: Key, jobs: int) -> dict:
+    """Trains a run in a folder below `runs`, unless it is finished, and returns what results/ keeps of it. Raises
+    InputError if it fails."""
     row, lr, seed = key
-    command, threads = command_of(*key), max(1, (os.cpu_count() or 1) // jobs)
-    digest = hashlib.sha256(" ".join(command).encode()).hexdigest()[:8]
-    folder = RUNS / re.sub(r"[^\w.]+", "-", f"{row.flags} {lr:g} {seed} {digest}").strip("-")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    folder = runs / re.sub(r"[^\w.]+", "-", f"{row.flags} {lr:g} {seed}").strip("-")
     if not (folder / "test.json").exists():
-        words = ["--resume", folder] if (folder / "config.json").exists() else [*command, "--out", folder]
+        words = ["--resume", folder] if (folder / "config.json").exists() else [*command_of(*key), "--out", folder]
         with open(f"{folder}.txt", "a") as log:
             code = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, stdout=log, stderr=log,
                                   env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
@@ -89,17 +82,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=cli.number(int, 1, 100), default=1, help="runs at a time; they share the cores")
     parser.add_argument("--dry-run", action="store_true", help="print the next commands and train nothing")
     args = parser.parse_args()
+    store = CONTENT["tables"][args.table]["store"]
     while keys := missing_runs(read_rows(args.table), sorted({*args.seeds})):
         print("\n".join(" ".join(["python train.py", *command_of(*key)]) for key in keys))
         if args.dry_run:
             return
-        RUNS.mkdir(parents=True, exist_ok=True)
+        (RUNS / store).mkdir(parents=True, exist_ok=True)
         for folder, sizes in CONTENT["clips"].items():
             if any(folder in command_of(*key) for key in keys):
-                make_clips(folder, sizes)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for run in pool.map(lambda key: train(key, args.jobs), keys):  # after an error no other run begins
-                add_run(CONTENT["tables"][args.table]["store"], run)
+                make_dataset(ROOT / folder, sizes, seed=1)
+        with ThreadPoolExecutor(args.jobs) as pool:  # after an error no other run begins
+            for run in pool.map(lambda key: train(RUNS / store, key, args.jobs), keys):
+                add_run(store, run)
     PAGE.write_text(format_page(), "utf-8")
 
 

@@ -63,7 +63,7 @@ def add_run(store: str, run: dict) -> None:
 
 
 def read_rows(name: str) -> list[Row]:
-    """The rows of a table, with their runs. A row that trains nothing has one learning rate."""
+    """The rows of a table, with their runs."""
     table = CONTENT["tables"][name]
     store, results, rows = CONTENT["stores"][table["store"]], read_runs(table["store"]), []
     for row in table["rows"]:
@@ -71,7 +71,6 @@ def read_rows(name: str) -> list[Row]:
         command, old_command = flags and f"{store['flags']} {flags}", f"{store['published']} {published}"
         runs = {(run["lr"], run["seed"]): run for run in results if run["flags"] in (command, old_command)}
         lrs = row.get("lrs") or table.get("lrs") or CONTENT["lrs"]
-        lrs = lrs[:1] if "--method none" in published else lrs
         rows.append(Row(row["label"], flags, published, command, lrs, runs))
     return rows
 

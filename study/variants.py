@@ -9,19 +9,29 @@ that of the gating layer (`training/optimizer.py`).
 import torch
 from torch import Tensor, nn
 
+from common.errors import InputError
 from qadapter import CastLinear, GatedCrossAttention, QAdapter
 
 # --------------------------------------------------------------------------------------- the gate
 
 
-class PlainGate(GatedCrossAttention):
+class Gated(GatedCrossAttention):
+    """What the variants of the gate have in common: they need one."""
+
+    def __init__(self, width: int, config, write_back: bool):
+        if config.gate == "none":
+            raise InputError("--gate none: expected without a --variant of the gate")
+        super().__init__(width, config, write_back)
+
+
+class PlainGate(Gated):
     """g = sigmoid([Q ; A] W_g + b_g): the gate reads queries and reads as they are, not their LN."""
 
     def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
         return self.gate(torch.cat([queries, read], dim=-1)).sigmoid()  # (B, N, 1)
 
 
-class ChannelGate(GatedCrossAttention):
+class ChannelGate(Gated):
     """g = sigmoid(LN(Q) * w + LN(A) * w' + b): one number per channel, from that channel of the query and its read."""
 
     class Layer(nn.Module):
@@ -37,7 +47,7 @@ class ChannelGate(GatedCrossAttention):
         return self.Layer(width)
 
 
-class TokenGate(GatedCrossAttention):
+class TokenGate(Gated):
     """sigmoid((Y + E) w + b), one number per token of the ViT, scales the token's value; g = 1."""
 
     def make_gate(self, width: int) -> nn.Module:
@@ -54,7 +64,7 @@ class TokenGate(GatedCrossAttention):
         return queries.new_ones(*queries.shape[:2], 1)
 
 
-class BiasedGate(GatedCrossAttention):
+class BiasedGate(Gated):
     """Every gate starts at sigmoid(2) = 0.88, nearly open."""
 
     bias = 2.0

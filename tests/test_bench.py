@@ -1,4 +1,4 @@
-"""The benchmarks' own code: unequal results are refused, time and memory are measured, the picture shows a mistake."""
+"""The benchmarks' own code: unequal results are refused, time and memory are measured."""
 
 import math
 import time
@@ -7,9 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import picture
 from bench.measure import compare, difference
-from video_data.datasets import Clip
 
 
 def make(value: float, seconds: float, megabytes: int):
@@ -35,14 +33,3 @@ def test_unequal_results_are_refused():
     with pytest.raises(AssertionError, match="x: differs by 0.2 of the largest number"):
         compare("x", partial(make, 3.0, 0, 0), partial(make, 1.0, 0, 0), 0.02, 1)
     assert difference(torch.zeros(2), torch.zeros(3)) == math.inf
-
-
-CLIPS = [Clip("a", "", ("a red ring spins",)), Clip("b", "", ("a red ring spins and a blue cross rises",)),
-         Clip("c", "", ("the pink cross sinks",)), Clip("d", "", ("a red ring grows and a blue cross blinks",)),
-         Clip("e", "", ("a white square grows",))]
-
-
-@pytest.mark.parametrize("wrong, expected", [("", "acbd"), ("a", "acbd"), ("e", "acbe"), ("de", "acbd")])
-def test_picture_shows_a_wrong_caption_if_there_is_one(wrong, expected):
-    captions = {clip.id: "a red circle" if clip.id in wrong else clip.captions[0] for clip in CLIPS}
-    assert "".join(clip.id for clip in picture.select_clips(CLIPS, captions)) == expected

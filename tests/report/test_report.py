@@ -81,14 +81,15 @@ def test_the_attention_is_that_of_the_equations(dropout):
     assert not any(block._forward_hooks for block in adapter.blocks)
 
 
-def test_a_mask_hides_tokens_and_other_gates_are_not_shown():
-    """A variant whose queries see the first frame only, with gates of another shape; another method."""
-    captioner, frames = make(), torch.zeros(1, 3, 3, 64, 64, dtype=torch.uint8)
+def test_a_mask_hides_tokens_and_gates_per_channel_are_averaged():
+    """A variant whose queries see the first frame only, with seven gates per query, 0 to 6; another method."""
+    captioner, frames, gates = make(), torch.zeros(1, 3, 3, 64, 64).byte(), torch.arange(7.0).expand(1, 5, 7)
     for block in captioner.adapter.blocks:
         block.mask = lambda z: torch.arange(3 * 17)[None] < 17  # (1, T*P)
-        block.register_forward_hook(lambda block, inputs, outputs: (outputs[0], torch.ones(1, 7), outputs[2]))
+        block.register_forward_hook(lambda block, inputs, outputs: (outputs[0], gates, outputs[2]))
     maps = record_attention(captioner, frames)
-    assert maps.gates is None and not maps.weights[..., 1:, :].any() and (maps.weights[..., 0, :] > 0).all()
+    assert torch.equal(maps.gates, torch.full((3, 1, 5), 3.0))
+    assert not maps.weights[..., 1:, :].any() and (maps.weights[..., 0, :] > 0).all()
     assert record_attention(make(method="linear"), frames) is None
 
 
@@ -151,13 +152,13 @@ def test_the_page_of_a_run_is_about_its_test_split(finished_run, flags):
 
 
 def test_the_curves_are_those_of_the_log(finished_run, tmp_path):
-    """A point for each row; losses at their heights, to 0.06 pixels; a damaged row is one line."""
+    """A point for each row; losses at their heights, to 1e-4; a damaged row is one line."""
     svg = ElementTree.fromstring(f"<a>{curves.draw_run(finished_run, 5)}</a>")
     lines = [element.get("points").split() for element in svg.iter() if "polyline" in element.tag]
     losses = np.array([row["loss"] for row in read_log(finished_run) if "loss" in row])
     assert [len(points) for points in lines] == [len(losses)] * 5 + [3] * 4  # five of two blocks, three validations
-    heights = [curves.TOP + curves.HEIGHT - float(point.split(",")[1]) for point in lines[0]]
-    np.testing.assert_allclose(heights, curves.HEIGHT * losses / np.ceil(losses.max()), atol=0.06)
+    heights = [np.ceil(losses.max()) - float(point.split(",")[1]) for point in lines[0]]
+    np.testing.assert_allclose(heights, losses, atol=1e-4)
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 1, "val": 3}\n')
     with pytest.raises(InputError, match="log.jsonl"):
         curves.draw_run(tmp_path, 4)

@@ -3,12 +3,15 @@
 Seed 0, float64, tolerance 1e-9.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import Config
+from common.errors import InputError
 from qadapter import HEADS, QAdapter
 from study.variants import VARIANTS
 
@@ -73,6 +76,12 @@ def test_a_variant_is_its_equations(name):
     assert adapter.last_gates.shape == ((1, 2, N, D) if name == "gate-channel" else (1, 2, N))
     found.square().sum().backward()
     assert all(p.grad is not None for p in adapter.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("gate-")])
+def test_a_variant_of_the_gate_needs_one(name):
+    with pytest.raises(InputError, match="--gate none"):
+        VARIANTS[name](D, 1, replace(CONFIG, gate="none"))
 
 
 def test_what_starts_otherwise():
