@@ -125,7 +125,7 @@ def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, st
     config = captioner.config
     trained = [parameter for param_group in optimizer.param_groups for parameter in param_group["params"]]
     # Seeds --token-dropout: each step and process hides other tokens, a resumed run the same ones.
-    torch.manual_seed(hash((config.seed, step, group.rank)))
+    torch.manual_seed((config.seed * 2**20 + step) * 2**10 + group.rank)
     tokens = group.all_reduce(int((labels >= 0).sum()))  # the loss is a mean over the tokens of all processes
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate_gradients(captioner, frames, labels, tokens, config.micro_batch_size)

@@ -44,11 +44,11 @@ def fork_two_processes(monkeypatch):
 # -------------------------------------------------------------------------------------- processes
 
 
-def square(task: tuple[int]) -> tuple[int, int]:
-    return task[0] ** 2, torch.get_num_threads()
+def square(number: int) -> tuple[int, int]:
+    return number**2, torch.get_num_threads()
 
 
-def end_process(task: tuple) -> None:
+def end_process(name: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -59,18 +59,18 @@ def test_results_are_in_order_and_each_process_has_one_thread():
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert run_in_processes("squares", square, []) == [] and drawn == torch.rand(1)
-    with refused("tasks: DataLoader worker", "exited unexpectedly"):
-        run_in_processes("tasks", end_process, [(1,)] * 3)
+    with refused("a.mp4", "a process that worked on one of these died"):
+        run_in_processes("tasks", end_process, [("a.mp4",)] * 3)
 
 
 SLEEP = """
 import os, pathlib, sys, time
 from common import cli
 from video_data.batches import run_in_processes
-def sleep(task):
+def sleep(name):
     (pathlib.Path(sys.argv[1]) / str(os.getpid())).touch()
     time.sleep(60)
-cli.run(lambda: run_in_processes("tasks", sleep, [()] * 9))
+cli.run(lambda: run_in_processes("tasks", sleep, [("a",)] * 9))
 """
 
 
