@@ -226,4 +226,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     if refused := sorted(given - ALLOWED_WITH_RESUME):
         raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; --resume takes only --device, "
                          "--data and --epochs")
+    if "data" in given and not config.data.exists():  # `shapes` would be made there
+        raise InputError(f"--data {config.data}: expected the folder of the run's dataset, found none")
     return replace(read_config(config.resume), **{name: getattr(config, name) for name in given})
