@@ -277,7 +277,7 @@ def main() -> int:
         return evaluate_videos(captioner, videos, args, config)
     if not config.data.exists():
         raise InputError(f"--data {config.data}: expected the folder of the dataset, found none")
-    dataset = read_dataset(config.dataset, config.data, None, config.allow_missing, [args.split])
+    dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing, [args.split])
     print(dataset)
     evaluate_split(captioner, dataset, args, config)
     return 0

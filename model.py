@@ -155,8 +155,8 @@ class Captioner(nn.Module):
         return self.vit.block_outputs(pixels.flatten(0, 1), self.first_block).unflatten(0, frames.shape[:2])
 
     def run_encoder(self, frames: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The input -> the Q-Adapter's LN(Q) (B, N, D), None
-        for the other methods, and the output of the ViT's last block (B, T, P, D)."""
+        """The input -> the Q-Adapter's LN(Q) (B, N, D), None for the other methods, and the output of the ViT's last
+        block (B, T, P, D)."""
         if frames.dtype != torch.uint8:
             outputs = frames.to(self.dtype)  # (B, T, J, P, D)
         elif self.config.can_cache_vit:  # no trained weight acts inside the ViT

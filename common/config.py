@@ -166,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
     for option in fields(Config):
         options = dict(option.metadata)
         name, words = options.pop("group"), options.pop("help")
-        if option.default not in (None, False, 0):
+        if option.default not in (None, False, 0) or any(option.name in preset for preset in PRESETS.values()):
             presets = [f"{preset[option.name]} on {dataset}" for dataset, preset in PRESETS.items()
                        if option.name in preset]
             words += f" (default: {', '.join([str(option.default), *presets])})"

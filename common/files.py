@@ -57,8 +57,10 @@ def replace_atomically(path: str | Path) -> Iterator[BinaryIO]:
         raise
     with suppress(OSError):  # some file systems cannot flush a folder
         descriptor = os.open(real.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256_of(path: str | Path) -> str:

@@ -60,18 +60,17 @@ def check_run(run: Path, fingerprints: dict[str, str], counts: dict[str, int] | 
 def load_state(path: Path, captioner, optimizer: torch.optim.Optimizer | None,
                device: torch.device) -> tuple[int, float]:
     """Restores the trained tensors and the optimizer from `last/state.pt`. Returns the step and the best score until
-    then. Raises InputError, also if `best/` is damaged, which is needed at the end."""
+    then. Raises InputError."""
     with open_to_read(path) as file:
         if damaged := zipfile.ZipFile(file).testzip():
             raise InputError(f"{path}: is damaged in {damaged}")
         file.seek(0)
         state = torch.load(file, map_location=device, weights_only=True)
-        if state["best"] >= 0:
-            captioner.load(path.parents[1] / "best/adapter.safetensors")
         captioner.load_tensors(state["tensors"], path)
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"]), float(state["best"])
+        step, best = int(state["step"]), float(state["best"])
+    return step, best
 
 
 def truncate_log(path: Path, step: int) -> float:
@@ -117,8 +116,6 @@ class Run:
             return
         check_out(self.folder)  # again, now that it is locked
         self.save("last", captioner, 0, optimizer)
-        if optimizer is None:  # --method none: the models as they are
-            self.save("best", captioner, 0)
         write_json(self.folder / "config.json", {
             "version": VERSION, "config": to_json(captioner.config), "models": self.fingerprints,
             "splits": dataset.counts(), "differences": dataset.differences(),
@@ -126,13 +123,19 @@ class Run:
             "total": sum(p.numel() for p in captioner.parameters()),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
         })
+        if optimizer is None:  # --method none: the models as they are
+            self.save("best", captioner, 0)
 
     def resume(self, captioner, optimizer: torch.optim.Optimizer | None, steps: int,
                device: torch.device) -> tuple[int, float]:
         """Restores the trained tensors and the optimizer. Returns the step and the best validation score until then.
         Drops later rows of the log, and stores new --data and --epochs."""
         self._open()
+        if (best_path := self.folder / "best/adapter.safetensors").exists():  # it is needed at the end
+            captioner.load(best_path)
         step, best = load_state(self.folder / "last/state.pt", captioner, optimizer, device)
+        if best >= 0 and not best_path.exists():
+            raise InputError(f"{best_path}: expected a file, found none")
         path = self.folder / "config.json"
         if step > steps:
             raise InputError(f"{path}: its flags or --epochs make {steps} steps, {self.folder}/last is at step {step}")

@@ -181,9 +181,10 @@ def _decode_clip(path: Path, cache: ClipCache, preprocessing: Preprocessing) -> 
     """Fills the cache of one clip. Runs in another process: nothing large is sent between processes. Returns what is
     wrong with the video, if anything is."""
     try:
-        cache.write(0, read_frames(path, cache.shape[0], preprocessing).numpy())
+        frames = read_frames(path, cache.shape[0], preprocessing)
     except InputError as error:
         return str(error)
+    return cache.write(0, frames.numpy())
 
 
 def fill_frames(cache: ClipCache, clips: list[Clip], preprocessing: Preprocessing) -> None:

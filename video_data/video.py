@@ -5,7 +5,8 @@ into T equal segments, and each contributes the frame displayed at its centre, a
 
 In MP4 and Matroska, H.264 frames that no other frame refers to are decoded only where they are selected: T = 16 frames
 of a real MSR-VTT clip (1280 x 720, a keyframe every 26 to 128 frames) are read 2.6 times faster. Seeking to the
-keyframe before each selected frame as well was only 1.1 times faster still, so the code does not seek. 
+keyframe before each selected frame as well was only 1.1 times faster still, so the code does not seek.
+
 Shapes: T frames, S side in pixels.
 
 References
