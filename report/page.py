@@ -17,7 +17,7 @@ from string import Template
 
 import torch
 
-from common.files import field, read_json, replace_atomically
+from common.files import read_json, replace_atomically
 from report.attention import AttentionMaps, record_attention
 from report.curves import draw_run
 from report.show import film_strip, shown_frames
@@ -67,9 +67,9 @@ def page_entry(captioner, row: dict, frames: torch.Tensor, count: int) -> dict:
 
 def read_settings(run_folder: Path) -> dict[str, object]:
     """What a page says of a run: its numbers of parameters, and the flags that are set; 0 is a value."""
-    content = read_json(path := run_folder / "config.json")
+    content = read_json(run_folder / "config.json")
     flags = {name: value for name, value in content["config"].items() if value is not None and value is not False}
-    return {name: f"{field(content, name, int, path):,}" for name in ("trained", "total")} | flags
+    return {name: content.get(name) for name in ("trained", "total")} | flags
 
 
 def format_rows(rows: dict[str, object]) -> str:

@@ -69,6 +69,9 @@ def load_state(path: Path, captioner, optimizer: torch.optim.Optimizer | None,
         captioner.load_tensors(state["tensors"], path)
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
+            for parameter, moments in optimizer.state.items():
+                if {moments[name].shape for name in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
+                    raise InputError("a moment of the optimizer has another shape than its tensor")
         step, best = int(state["step"]), float(state["best"])
     return step, best
 
