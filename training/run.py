@@ -140,7 +140,7 @@ class Run:
         if best >= 0 and not best_path.exists():
             raise InputError(f"{best_path}: expected a file, found none")
         path = self.folder / "config.json"
-        if step > steps:
+        if not 0 <= step <= steps:
             raise InputError(f"{path}: its flags or --epochs make {steps} steps, {self.folder}/last is at step {step}")
         if self.group.rank == 0:
             self.start_time -= truncate_log(self.folder / "log.jsonl", step)
