@@ -60,7 +60,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     """The SHA-256 of tensors, by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode(errors="replace"))
         digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
