@@ -3,10 +3,10 @@
     frames -> ViT -> visual tokens in a prompt -> language model -> caption
 
 The frozen models are an MLLM (`models/mllm.py`), or a ViT and a language model that never met (`models/pair.py`). Both
-answer the same questions: what is read of a frame, how wide it is, which texts surround it. The visual
-tokens are either the N queries of the Q-Adapter (`visual` queries) or tokens of each frame (`visual` frames, and every
-other method). A pair needs a trained connector to the language model; an MLLM has a projector of its own, and a
-connector only for queries that this projector cannot map.
+answer the same questions: what is read of a frame, how wide it is, which texts surround it. The visual tokens are
+either the N queries of the Q-Adapter (`--visual queries`) or tokens of each frame (`--visual frames`, and every other
+method). A pair needs a trained connector to the language model; an MLLM has a projector of its own, and a connector
+only for queries that this projector cannot map, or for `linear`.
 
 What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer (`linear`), one of the baselines in
 `models/baselines.py` (`lora`, `adapter` and `prompt` in the ViT, `lora-lm` in the language model), everything (`full`)
@@ -41,7 +41,7 @@ from qadapter import QAdapter, init_time_embed, interpolate_time_embed
 __all__ = ["MLLM", "Captioner", "CausalLM", "Pair", "ViT", "generate", "load_tokenizer"]
 
 MAX_CAPTION_TOKENS = 40  # longer training captions are truncated
-MAX_NEW_TOKENS = 30  # of a generated caption; hardly a person's has more
+MAX_NEW_TOKENS = 30  # of a generated caption; hardly any that people wrote has more
 
 
 def make_adapter(vit: ViT, config: Config) -> QAdapter:
@@ -57,7 +57,7 @@ def make_adapter(vit: ViT, config: Config) -> QAdapter:
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:
-    """The SHA-256 of tensors, by name."""
+    """The SHA-256 of the names, shapes and bytes of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)}".encode(errors="replace"))

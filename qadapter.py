@@ -18,9 +18,9 @@ By default Z is not changed, so the ViT needs no gradients. With write-back the 
 through a projection that starts at zero: deeper frozen blocks then work on adapted patches, and gradients pass through
 the ViT.
 
-Shapes: B clips, T frames of S x S pixels, P tokens per frame (class token and patches), D ViT width, N queries Q, Q_J
-after the last block, A what they read, J adapted blocks, r rank, h heads, d = r/h; T' frames in training.
-Z, Y, E and X are those above; z in the code is LN(Z).
+Shapes: B clips, T frames of S x S pixels, T' frames in training, P tokens per frame (class token and patches), D ViT
+width, N queries Q, Q_J after the last block, A what they read, J adapted blocks, r rank, h heads, d = r/h; n and m
+count any queries and keys. Z, Y, E and X are those above; z in the code is LN(Z).
 
 References
 [1] Q-Adapter, https://arxiv.org/abs/2510.10022 (abstract only).
@@ -43,6 +43,7 @@ class CastLinear(nn.Linear):
 
 
 def split_heads(x: Tensor) -> Tensor:
+    """Splits the width r of (B, n, r) into heads."""
     return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # (B, n, r) -> (B, h, n, d)
 
 
