@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .inputs import InputError, reading
+from .inputs import DAMAGE, InputError, reading
 
 READ_SIZE = 1 << 21  # characters read at a time
 MAX_PHRASE_WORDS = 7
@@ -185,7 +185,7 @@ def read_compiled(path, source):
         with np.load(path) as file:
             arrays = dict(file)
         return arrays if arrays["source"] == source else None
-    except Exception:  # damage can raise almost anything; the file is only a copy
+    except (*DAMAGE, SyntaxError, RuntimeError):  # numpy parses a header as Python; the file is only a copy
         return None
 
 
