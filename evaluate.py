@@ -33,7 +33,7 @@ from report.show import show_video
 from training import devices
 from training.distributed import ProcessGroup
 from training.frozen_models import fingerprint_models, load_models, resolve_models
-from training.run import check_run
+from training.run import check_models, data_differences
 from video_data import shapes
 from video_data.annotations import VIDEO_SUFFIXES
 from video_data.batches import cache_folder, cached_frames, to_tensor
@@ -56,7 +56,7 @@ def load_run(run: Path, device: torch.device, moved: dict[str, str]) -> tuple[Ca
     config = replace(read_config(run), **moved)
     config.check()
     config, folders = resolve_models(config)
-    check_run(run, fingerprint_models(folders))
+    check_models(run, fingerprint_models(folders))
     backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size)
     captioner = Captioner(backbone, tokenizer, config)
     captioner.load(run / "best/adapter.safetensors")
@@ -278,6 +278,7 @@ def main() -> int:
     if not config.data.exists():
         raise InputError(f"--data {config.data}: expected the folder of the dataset, found none")
     dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing, [args.split])
+    dataset.notes[args.split].extend(data_differences(args.run, dataset).values())
     print(dataset)
     evaluate_split(captioner, dataset, args, config)
     return 0

@@ -28,7 +28,7 @@ from training.frozen_models import fingerprint_models, load_models, resolve_mode
 from training.inputs import cached_inputs
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from training.plan import count_steps, format_plan, format_steps
-from training.run import Run, check_out, check_run
+from training.run import Run, check_models, check_out, data_differences
 from video_data.batches import TrainingExamples, collate, epoch_batches, prefetch
 from video_data.datasets import read_dataset
 
@@ -165,7 +165,10 @@ def main() -> int:
         print(format_plan(config, dataset, captioner, device, MAX_CAPTION_TOKENS + 1, group.world_size))
         return group.destroy()
     if config.resume:
-        check_run(config.resume, fingerprints, dataset.counts())
+        check_models(config.resume, fingerprints)
+        if different := data_differences(config.resume, dataset):
+            lines = [f"{split}: {line}" for split, line in different.items()]
+            raise InputError(f"{config.data}: expected the dataset of the run; {'; '.join(lines)}")
     with group.first_of_machine():  # decodes, and with --cache-features runs the frozen ViT
         inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
     examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, config.frames,

@@ -30,7 +30,7 @@ from common.files import acquire_lock, field, format_bytes, parse_object, replac
 from common.preprocessing import IMAGE_PREPROCESSORS, VIDEO_PREPROCESSORS
 from models.weights import WEIGHT_FILE_NAMES, read_index
 
-CACHE = Path(os.environ.get("QADAPTER_CACHE") or "~/.cache/qadapter/hub").expanduser()
+CACHE = Path(os.environ.get("QADAPTER_CACHE") or os.path.expanduser("~/.cache/qadapter/hub"))
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder
 
 TIMEOUT = 30  # seconds without a byte
@@ -149,6 +149,8 @@ def resolve(name: str | Path, check: Callable[[Path], object] = lambda folder: N
         return ROOT / name
     if not (match := HUB_ID.fullmatch(str(name))):
         raise InputError(f"{name}: expected a folder, a file or a hub id like owner/name[@revision]")
+    if CACHE.parts[0] == "~":
+        raise InputError("QADAPTER_CACHE: expected a folder for models, since the user has no home folder")
     repo, revision = match[1], match[2] or "main"
     home = CACHE / repo.replace("/", "--")
     refs = home / "refs"
@@ -169,7 +171,8 @@ def resolve(name: str | Path, check: Callable[[Path], object] = lambda folder: N
 
 
 def pin_revision(name: str | Path, folder: Path) -> str:
-    """A name that will always resolve to the files in `folder`: a hub id is pinned to its commit."""
-    if os.path.exists(name) or folder.parent.parent != CACHE:
-        return str(name)
-    return f"{str(name).split('@')[0]}@{folder.name}"
+    """A name that means the files in `folder` in any working folder: an absolute path, or a hub id and its commit."""
+    if folder.parent.parent == CACHE and not os.path.exists(name):
+        return f"{str(name).split('@')[0]}@{folder.name}"
+    folder = folder.resolve()
+    return str(folder.relative_to(ROOT) if folder.parent == ROOT / "backbones" else folder)

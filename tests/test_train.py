@@ -67,7 +67,9 @@ def losses(run: Path) -> list[float]:
 
 def test_the_files_and_the_output_of_a_run(finished_run, backbones):
     config = read_json(finished_run / "config.json")
-    assert config["splits"] == {"train": 12, "val": 4, "test": 6} and config["config"]["epochs"] == 4
+    assert [text.split()[0] for text in config["splits"].values()] == ["12", "4", "6"]
+    assert config["config"]["epochs"] == 4
+    assert all(os.path.isabs(config["config"][name]) for name in ("data", "vit", "lm"))
     files = {f"{path.parent.name}/{path.name}" for name in ("vit", "lm") for path in (backbones / name).iterdir()}
     assert config["models"] == {name: fingerprint_of(backbones / name) for name in files}
     rows = read_log(finished_run)
@@ -189,6 +191,32 @@ def test_clips_of_your_own_are_trained_on(flags, tmp_path):
     assert read_json(tmp_path / "run/config.json")["config"]["data"] == str(tmp_path / "moved")
     done = run_forked(evaluate, tmp_path / "run", "--split", "val")
     assert done.returncode == 0 and "|data:folder val" in done.stdout
+
+
+@pytest.mark.parametrize("change", ["caption", "video", "swapped"])
+def test_other_data_than_those_of_the_run_are_noticed(change, finished_run, flags, tmp_path):
+    """A caption or a video of the test split replaced, a clip of train and one of test swapped: a resumed run refuses,
+    a score says so."""
+    data = tmp_path / "data"
+    shutil.copytree(flags[-1], data, ignore=shutil.ignore_patterns(".cache"))
+    content = read_json(data / "captions.json")
+    name, other = min(content["test"]), min(content["train"])
+    if change == "caption":
+        content["test"][name][0] = "a red circle"
+    elif change == "video":
+        shutil.copy(data / min(content["val"]), data / name)
+    else:
+        content["test"][other], content["train"][name] = content["train"].pop(other), content["test"].pop(name)
+    write_json(data / "captions.json", content)
+    shutil.copytree(finished_run, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    done = run_forked(train, "--resume", tmp_path / "run", "--data", data)
+    assert_one_line_error(done, f"{data}: expected the dataset of the run", "test: not the data of the run, 6 clips")
+    assert contents(tmp_path / "run") == before
+    done = run_forked(evaluate, tmp_path / "run", "--data", data)
+    assert done.returncode == 0, done.stderr
+    line = "not the data of the run, 6 clips of SHA-256"
+    assert f"differs: test: {line}" in done.stdout and line in done.stdout.splitlines()[-1]
 
 
 def test_a_finished_run_is_trained_longer(finished_run, tmp_path):
@@ -383,11 +411,6 @@ def test_a_flag_that_does_not_fit_is_refused_before_a_run_is_made(words, message
     assert str(error.value).isprintable() and not (tmp_path / "out").exists()
 
 
-def test_an_error_is_one_line_for_a_user(flags, finished_run, tmp_path):
+def test_an_error_is_one_line_for_a_user(flags, tmp_path):
     done = run_python("train.py", *flags, "--out", tmp_path / "none", "--lr", "nan")
     assert_one_line_error(done, "--lr", "nan")
-    shutil.copytree(finished_run, tmp_path / "run")
-    config = read_json(finished_run / "config.json")
-    write_json(tmp_path / "run/config.json", config | {"splits": {"train": 12, "val": 4, "test": 7}})
-    done = run_forked(train, "--resume", tmp_path / "run")
-    assert_one_line_error(done, "config.json: the run was trained on", "the dataset holds")

@@ -1,6 +1,6 @@
 """The folder of a run: what training writes, and what it resumes from.
 
-    config.json   the version, the Config, fingerprints of the frozen models, clips per split, numbers of parameters,
+    config.json   the version, the Config, fingerprints of the frozen models and of each split, numbers of parameters,
                   versions of packages
     log.jsonl     a row for each log line and each validation; the last row is the test's
     best/         adapter.safetensors: the trained tensors of the best validation so far
@@ -28,7 +28,7 @@ import torch
 
 from common.config import VERSION, to_json
 from common.errors import InputError, reading, writing
-from common.files import acquire_lock, open_to_read, read_json, read_json_lines, replace_atomically, write_json
+from common.files import acquire_lock, field, open_to_read, read_json, read_json_lines, replace_atomically, write_json
 from training.distributed import ProcessGroup
 
 
@@ -44,17 +44,21 @@ def check_out(folder: Path) -> None:
         raise InputError(f"--out {folder}: cannot be written to")
 
 
-def check_run(run: Path, fingerprints: dict[str, str], counts: dict[str, int] | None = None) -> None:
-    """Raises InputError, naming what differs, unless the run was made with these frozen models and these counts of
-    clips."""
+def check_models(run: Path, fingerprints: dict[str, str]) -> None:
+    """Raises InputError, naming a file, unless the run was made with these frozen models."""
     path = run / "config.json"
-    with reading(path):
-        config = read_json(path)
-        models = config["models"]
-        if different := dict(models.items() ^ fingerprints.items()):
-            raise InputError(f"the run was trained with another model: {min(different)} is another file, new or gone")
-        if counts not in (None, config["splits"]):
-            raise InputError(f"the run was trained on {config['splits']}, the dataset holds {counts}")
+    models = field(read_json(path), "models", dict, path)
+    if different := dict(models.items() ^ fingerprints.items()):
+        raise InputError(f"{path}: the run was trained with another model: {min(different)} is another file, new or "
+                         "gone")
+
+
+def data_differences(run: Path, dataset) -> dict[str, str]:
+    """A line for each split of a dataset whose clips, captions or sizes of videos are not those of the run."""
+    path = run / "config.json"
+    splits = field(read_json(path), "splits", dict, path)
+    return {split: f"not the data of the run, {found} instead of {splits.get(split)}"
+            for split, found in dataset.fingerprints().items() if found != splits.get(split)}
 
 
 def load_state(path: Path, captioner, optimizer: torch.optim.Optimizer | None,
@@ -122,7 +126,7 @@ class Run:
         self.save("last", captioner, 0, optimizer)
         write_json(self.folder / "config.json", {
             "version": VERSION, "config": to_json(captioner.config), "models": self.fingerprints,
-            "splits": dataset.counts(), "differences": dataset.differences(),
+            "splits": dataset.fingerprints(), "differences": dataset.differences(),
             "trained": sum(p.numel() for p in captioner.trained().values()),
             "total": sum(p.numel() for p in captioner.parameters()),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},

@@ -12,7 +12,10 @@ References
 [2] J. Xu et al., "MSR-VTT: A Large Video Description Dataset for Bridging Video and Language", CVPR 2016
 """
 
+import filecmp
+import hashlib
 import inspect
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,6 +28,7 @@ from video_data.annotations import SPLITS, Annotations, Clip, read_folder, read_
 READERS = {"shapes": read_folder, "msvd": read_msvd, "msrvtt": read_msrvtt, "folder": read_folder}
 FOLDER_HELP = {name: inspect.getdoc(reader) for name, reader in READERS.items()}
 
+MAX_LETTERS = 10_000  # of a caption: the scorers take no more, and a split is scored after all training
 # Clips and captions of each split in published results.
 STANDARD_SIZES = {
     "msvd": {"train": (1200, 48774), "val": (100, 4290), "test": (670, 27763)},
@@ -39,26 +43,22 @@ class VideoDataset:
     name: str
     splits: dict[str, list[Clip]]
     files: tuple[Path, ...]  # the source of captions and splits
-    missing: dict[str, int]  # clips per split without a video or a caption
+    notes: dict[str, list[str]]  # per split, why its scores are not comparable with others, one line each
 
-    def counts(self) -> dict[str, int]:
-        return {split: len(clips) for split, clips in self.splits.items()}
-
-    def split_differences(self, split: str) -> list[str]:
-        """Why scores of the split are not comparable with published ones, one line each."""
-        lines = [f"{self.missing[split]} clips are missing"] if self.missing[split] else []
-        found = len(self.splits[split]), sum(len(clip.captions) for clip in self.splits[split])
-        standard = STANDARD_SIZES.get(self.name, {}).get(split, found)
-        return lines + [f"{count:,} {what}, {expected:,} are standard"
-                        for what, count, expected in zip(("clips", "captions"), found, standard, strict=True)
-                        if count != expected]
+    def fingerprints(self) -> dict[str, str]:
+        """What a run depends on, per split: how many clips, and a hash of their ids, captions and sizes in bytes."""
+        result = {}
+        for split, clips in self.splits.items():
+            text = json.dumps([[clip.id, clip.captions, clip.path.stat().st_size] for clip in clips])
+            result[split] = f"{len(clips)} clips of SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return result
 
     def differences(self) -> list[str]:
-        return [f"{split}: {line}" for split in self.splits for line in self.split_differences(split)]
+        return [f"{split}: {line}" for split, lines in self.notes.items() for line in lines]
 
     def signature(self, split: str) -> str:
         """The part of a score's signature that describes the data."""
-        lines = self.split_differences(split)
+        lines = self.notes[split]
         return f"data:{self.name} {split}" + (f" ({'; '.join(lines)})" if lines else "")
 
     def __str__(self) -> str:
@@ -82,11 +82,38 @@ def select_clips(root: Path, annotated: Annotations, split: str, allow_missing: 
     ids, captions, videos = annotated.splits[split], annotated.captions, annotated.videos
     clips = [Clip(i, videos[i], tuple(captions[i])) for i in ids if i in videos and captions.get(i)]
     missing = [i for i in ids if i not in videos or not captions.get(i)]
+    if long := [clip.id for clip in clips if max(map(len, clip.captions)) > MAX_LETTERS]:
+        raise InputError(f"{root}: {long[0]}: a caption has more than {MAX_LETTERS:,} characters, which are not scored")
     if not clips or missing and not allow_missing:
         names = ", ".join(missing[:5] + ["..."] * (len(missing) > 5))
         counts = f"{len(missing)} of {len(ids)} {split} clips have no video or no caption"
         raise InputError(f"{root}: {counts}: {names}; --allow-missing leaves them out if any remain")
     return clips
+
+
+def count_shared(annotated: Annotations, split: str) -> int:
+    """How many videos of a split are also, byte for byte and under another name, in another split."""
+    paths = {name: [annotated.videos[i] for i in ids if i in annotated.videos]
+             for name, ids in annotated.splits.items()}
+    by_size: dict[int, list[Path]] = {}
+    for path in (path for name, group in paths.items() if name != split for path in group):
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    return sum(any(filecmp.cmp(path, other, shallow=False) for other in by_size.get(path.stat().st_size, ()))
+               for path in paths[split])
+
+
+def list_differences(name: str, annotated: Annotations, split: str, clips: list[Clip]) -> list[str]:
+    """Why scores of these clips are not comparable with published ones, one line each."""
+    found = len(clips), sum(len(clip.captions) for clip in clips)
+    standard = STANDARD_SIZES.get(name, {}).get(split, found)
+    missing = len(annotated.splits[split]) - len(clips)
+    shared = count_shared(annotated, split) if split != "train" else 0
+    return [line for is_different, line in (
+        (missing, f"{missing} clips are missing"),
+        (shared, f"{shared} videos are in another split, too"),
+        (found[0] != standard[0], f"{found[0]:,} clips, {standard[0]:,} are standard"),
+        (found[1] != standard[1], f"{found[1]:,} captions, {standard[1]:,} are standard"),
+    ) if is_different]
 
 
 def read_dataset(name: str, root: Path, sizes: Sequence[int] = (), allow_missing: bool = False,
@@ -111,8 +138,8 @@ def read_dataset(name: str, root: Path, sizes: Sequence[int] = (), allow_missing
         raise InputError(f"{root}: contains {found} clips of shapes, not {list(sizes)}; give another folder")
     clips = {split: select_clips(root, annotated, split, allow_missing) for split in splits}
     refuse_duplicates((c.path.resolve() for group in clips.values() for c in group), root, "is the video of two clips")
-    missing = {split: len(annotated.splits[split]) - len(clips[split]) for split in splits}
-    return VideoDataset(name, clips, tuple(annotated.files), missing)
+    notes = {split: list_differences(name, annotated, split, clips[split]) for split in splits}
+    return VideoDataset(name, clips, tuple(annotated.files), notes)
 
 
 def load(dataset: str, root: str | Path) -> dict[str, list[Clip]]:

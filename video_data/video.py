@@ -50,6 +50,8 @@ def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, 
     try:
         # "file:" so that FFmpeg does not take a name with a colon in it for a URL
         with av.open(f"file:{path}", options=LIMITS, metadata_errors="replace") as container:
+            if container.format.name in ("concat", "hls"):
+                raise InputError(f"{path}: is a list of other files, expected a video")
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             stream = max(streams, key=lambda s: bool(s.disposition & Disposition.default), default=None)
             if stream is None or stream.codec_context is None:

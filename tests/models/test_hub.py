@@ -167,7 +167,7 @@ def test_local_paths_and_the_project_s_backbones_are_returned(server, tmp_path, 
     Path("owner/name").mkdir(parents=True)
     Path("weights.bin").write_bytes(b"")
     for path in ("owner/name", tmp_path / "weights.bin"):
-        assert hub.resolve(path) == Path(path) and hub.pin_revision(path, Path(path)) == str(path)
+        assert hub.resolve(path) == Path(path) and hub.pin_revision(path, Path(path)) == str(tmp_path / path)
     assert hub.resolve("backbones/tiny-lm") == ROOT / "backbones/tiny-lm"
     assert hub.pin_revision("backbones/tiny-lm", ROOT / "backbones/tiny-lm") == "backbones/tiny-lm"
     assert server.requests == []
@@ -333,3 +333,12 @@ def test_an_invalid_token_is_not_shown(server, monkeypatch, token):
     with pytest.raises(hub.InputError, match="a token of ASCII") as error:
         hub.resolve(REPO)
     assert "secret" not in str(error.value)
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(server):
+    """Instead of a folder called "~"."""
+    code = ("import pwd; pwd.getpwuid = {}.__getitem__\nfrom models import hub\n"
+            "try: hub.resolve('owner/name')\nexcept ValueError as error: print(error)")
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "QADAPTER_CACHE")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("QADAPTER_CACHE: expected a folder"), done.stderr

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import time
 from pathlib import Path
 from unicodedata import normalize
@@ -18,6 +19,7 @@ from unicodedata import normalize
 import pytest
 
 from common.errors import InputError
+from metrics.inputs import MAX_LETTERS
 from tests.common.helpers import refused
 from video_data import annotations, datasets, shapes
 from video_data.annotations import SPLITS
@@ -72,11 +74,11 @@ def test_msrvtt_has_its_published_sizes(real):
 
 
 def make_msvd(folder: Path, clips: int = 6) -> list[str]:
-    """A folder in MSVD's layout with empty video files: half for train, the rest alternates between val and test."""
+    """A folder in MSVD's layout; each video file holds its name. Half are for train, the rest alternate."""
     ids = [f"-{i:02d}_a_1_{i + 2}" for i in range(clips)]
     (folder / "YouTubeClips").mkdir(parents=True)
     for clip_id in ids:
-        (folder / "YouTubeClips" / f"{clip_id}.avi").touch()
+        (folder / "YouTubeClips" / f"{clip_id}.avi").write_text(clip_id)
     rows = [f"{clip_id} {text}" for clip_id in ids for text in ("A man runs.", "Someone, he says, runs!")]
     (folder / "AllVideoDescriptions.txt").write_text("# a comment\n\n" + "\n".join(rows) + "\n")
     split_ids = ids[: clips // 2], ids[clips // 2 :: 2], ids[clips // 2 + 1 :: 2]
@@ -86,7 +88,7 @@ def make_msvd(folder: Path, clips: int = 6) -> list[str]:
 
 
 def make_msrvtt(folder: Path) -> dict:
-    """A folder in MSR-VTT's two-file layout with empty video files. Returns the content of both files in one."""
+    """A folder in MSR-VTT's two-file layout; each video file holds its name. Returns both files' content."""
     splits = ["train"] * 3 + ["validate"] * 2 + ["test"] * 2
     videos = [{"video_id": f"video{i + 8}", "split": split, "id": i} for i, split in enumerate(splits)]
     sentences = [{"video_id": video["video_id"], "sen_id": 2 * i + j, "caption": f"a {j} b"}
@@ -99,7 +101,7 @@ def make_msrvtt(folder: Path) -> dict:
         subfolder = folder / ("TestVideo" if name == "test" else "TrainValVideo")
         subfolder.mkdir()
         for clip_id in ids:
-            (subfolder / f"{clip_id}.mp4").touch()
+            (subfolder / f"{clip_id}.mp4").write_text(clip_id)
     return {"videos": videos, "sentences": sentences}
 
 
@@ -109,14 +111,18 @@ def make_folder(folder: Path, content: dict | None = None) -> None:
     for clips in content.values():
         for name in clips:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).touch()
+            (folder / name).write_text(name)
     (folder / "captions.json").write_text(json.dumps(content))
+
+
+def counts(found: datasets.VideoDataset) -> dict[str, int]:
+    return {split: len(clips) for split, clips in found.splits.items()}
 
 
 def test_the_layout_of_msvd(tmp_path):
     ids = make_msvd(tmp_path)
     found = datasets.read_dataset("msvd", tmp_path)
-    assert found.counts() == {"train": 3, "val": 2, "test": 1}
+    assert counts(found) == {"train": 3, "val": 2, "test": 1}
     clip = found.splits["train"][0]
     path = tmp_path / f"YouTubeClips/{ids[0]}.avi"
     assert clip == datasets.Clip(ids[0], path, ("A man runs.", "Someone, he says, runs!"))
@@ -163,7 +169,7 @@ def test_the_layouts_of_msrvtt(tmp_path):
     """Two files, or one; a sentence in both counts once. video9 comes before video10."""
     content = make_msrvtt(tmp_path)
     found = datasets.read_dataset("msrvtt", tmp_path)
-    assert found.counts() == {"train": 3, "val": 2, "test": 2}
+    assert counts(found) == {"train": 3, "val": 2, "test": 2}
     assert [clip.id for clip in found.splits["train"]] == ["video8", "video9", "video10"]
     assert found.splits["test"][0].path == tmp_path / "TestVideo/video13.mp4"
     (tmp_path / "MSRVTT_data.json").write_text(json.dumps(content))
@@ -190,10 +196,10 @@ def test_the_layout_of_a_folder(tmp_path):
 def test_shapes_is_made_once_and_read_back_whatever_its_seed(tmp_path):
     """Sizes that are given must be those of the folder."""
     shapes.make_dataset(tmp_path / "a", (3, 1, 1), seed=5)
-    assert datasets.read_dataset("shapes", tmp_path / "a").counts() == {"train": 3, "val": 1, "test": 1}
+    assert counts(datasets.read_dataset("shapes", tmp_path / "a")) == {"train": 3, "val": 1, "test": 1}
     with refused(f"{tmp_path}/a: contains [3, 1, 1] clips of shapes, not [4, 1, 1]"):
         datasets.read_dataset("shapes", tmp_path / "a", (4, 1, 1))
-    assert datasets.read_dataset("shapes", tmp_path / "b", [1, 1, 1]).counts() == dict.fromkeys(SPLITS, 1)
+    assert counts(datasets.read_dataset("shapes", tmp_path / "b", [1, 1, 1])) == dict.fromkeys(SPLITS, 1)
 
 
 def test_hidden_files_and_folders_hold_no_videos(tmp_path):
@@ -204,7 +210,7 @@ def test_hidden_files_and_folders_hold_no_videos(tmp_path):
         (tmp_path / name).touch()
     files = list(annotations.iter_files(tmp_path))
     assert len(files) == 6 + 4 and not any(path.name.startswith(".") for path in files)
-    assert datasets.read_dataset("msvd", tmp_path).counts() == {"train": 3, "val": 2, "test": 1}
+    assert counts(datasets.read_dataset("msvd", tmp_path)) == {"train": 3, "val": 2, "test": 1}
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -227,13 +233,49 @@ def test_clips_without_a_video_or_a_caption_are_an_error_or_left_out_and_counted
     with refused(f"7 of 10 train clips have no video or no caption: {', '.join(ids[1:6])}, ...; --allow-missing"):
         datasets.read_dataset("msvd", tmp_path)
     found = datasets.read_dataset("msvd", tmp_path, allow_missing=True)
-    assert found.counts() == {"train": 3, "val": 5, "test": 5} and found.missing == {"train": 7, "val": 0, "test": 1}
+    assert counts(found) == {"train": 3, "val": 5, "test": 5}
     assert "train: 7 clips are missing" in found.differences() and "7 clips are missing" in found.signature("train")
-    assert datasets.read_dataset("msvd", tmp_path, splits=["val"]).counts() == {"val": 5}
+    assert counts(datasets.read_dataset("msvd", tmp_path, splits=["val"])) == {"val": 5}
     for clip_id in ids[10::2]:
         (tmp_path / "YouTubeClips" / f"{clip_id}.avi").unlink()
     with refused("5 of 5 val clips have no video or no caption"):  # nothing would be left
         datasets.read_dataset("msvd", tmp_path, allow_missing=True)
+
+
+def test_the_fingerprint_of_a_split_is_that_of_its_ids_captions_and_sizes(tmp_path):
+    """The time of a file is not in it: a copy of the folder is the same dataset."""
+    make_folder(tmp_path)
+    before = datasets.read_dataset("folder", tmp_path).fingerprints()
+    assert before["train"].startswith("2 clips ") and len(set(before.values())) == 3
+    os.utime(tmp_path / "a.mp4", (0, 0))
+    assert datasets.read_dataset("folder", tmp_path).fingerprints() == before
+    (tmp_path / "d.mp4").write_text("longer")
+    content = {"train": {"a.mp4": ["x y"], "b/c.mov": ["z", "z"]}, "val": {"d.mp4": ["x"]}, "test": {"d2.mp4": ["x"]}}
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    (tmp_path / "e").rename(tmp_path / "d2.mp4")
+    after = datasets.read_dataset("folder", tmp_path).fingerprints()
+    assert all(after[split] != before[split] for split in SPLITS)
+
+
+def test_a_video_in_two_splits_under_two_names_is_said(tmp_path):
+    """b.mp4 is a copy of a.mp4. c.mp4 only has its size."""
+    make_folder(tmp_path, {"train": {"a.mp4": ["x"]}, "val": {"b.mp4": ["x"]}, "test": {"c.mp4": ["x"]}})
+    assert datasets.read_dataset("folder", tmp_path).differences() == []
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    found = datasets.read_dataset("folder", tmp_path, splits=["val", "test"])
+    assert found.differences() == ["val: 1 videos are in another split, too"]
+    assert found.signature("val") == "data:folder val (1 videos are in another split, too)"
+
+
+def test_a_caption_that_the_scorers_refuse_is_found_before_training(tmp_path):
+    """10,001 letters; 10,000 are their limit."""
+    assert datasets.MAX_LETTERS == MAX_LETTERS
+    for letters in (10_000, 10_001):
+        make_folder(tmp_path, {"train": {"a.mp4": ["x"]}, "val": {"b.mp4": ["x"]}, "test": {"c.mp4": ["x" * letters]}})
+        if letters == 10_000:
+            datasets.read_dataset("folder", tmp_path)
+    with refused(f"{tmp_path}: c.mp4: a caption has more than 10,000 characters"):
+        datasets.read_dataset("folder", tmp_path)
 
 
 def add_line(path: Path, line: str) -> None:

@@ -205,7 +205,11 @@ def test_the_default_stream_is_read(tmp_path, default):
 
 
 def test_a_file_that_is_not_a_video_is_one_line(tmp_path):
-    """Empty, text, missing, and sound with a cover picture."""
+    """Empty, text, missing, sound with a cover picture, and two lists of other files, which FFmpeg would follow."""
+    write_streams(tmp_path / "a.ts", {40: Disposition.default})
+    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile a.ts\n")
+    (tmp_path / "hls.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.ts\n#EXT-X-ENDLIST\n")
+    video.read_frames(tmp_path / "a.ts", 1, 32)
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_bytes(b"hello, not a video\n" * 50)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
@@ -217,7 +221,7 @@ def test_a_file_that_is_not_a_video_is_one_line(tmp_path):
         container.mux([*cover.encode(picture), *cover.encode(), *stream.encode(sound), *stream.encode()])
     with av.open(str(tmp_path / "sound.mp4")) as container:
         assert container.streams.video[0].disposition == Disposition.attached_pic
-    for name in ("empty.mp4", "text.mp4", "none.mp4", "sound.mp4"):
+    for name in ("empty.mp4", "text.mp4", "none.mp4", "sound.mp4", "concat.mp4", "hls.m3u8"):
         with refused(str(tmp_path / name)):
             video.read_frames(tmp_path / name, 8, 32)
 
