@@ -23,14 +23,14 @@ References
 import re
 import sys
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import count, groupby, pairwise
 from pathlib import Path
 from reprlib import repr as short
 
 from common.errors import InputError, reading
-from common.files import field, read_json
+from common.files import read_json
 
 # ------------------------------------------------------------------------------------- bytes
 
@@ -93,29 +93,24 @@ def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
 # --------------------------------------------------------------------------------- tokenizer
 
 
-@dataclass(frozen=True)
-class BPEConfig:
-    """The contents of a tokenizer.json."""
-
-    vocab: dict[str, int]  # token, in the characters of its bytes -> id
-    ranks: dict[tuple[str, str], int]  # pair of tokens -> its place in the list of merges
-    patterns: list[str]  # each one cuts the pieces of the one before
-    nfc: bool  # whether texts are brought to Unicode's normal form C
-    ignore_merges: bool  # whether a piece that is a token is taken as it is
-    added: dict[str, int]  # tokens outside the merges, such as "<|im_end|>", as plain text -> id
-    special: frozenset[int]  # those of `added` that are not part of texts
-    bos_id: int | None  # the token that is put before each text
-
-
+@dataclass(eq=False, repr=False)
 class BPETokenizer:
     """Encodes texts that continue another text, as `SentencePieceTokenizer` does, and whole texts with added tokens."""
 
-    def __init__(self, config: BPEConfig):
-        self.config, self.patterns = config, [compile_pattern(pattern) for pattern in config.patterns]
-        longest_first = sorted(map(re.escape, config.added), key=len, reverse=True)
+    vocab: dict[str, int]  # token, in the characters of its bytes -> id
+    ranks: dict[tuple[str, str], int]  # pair of tokens -> its place in the list of merges
+    patterns: list[re.Pattern]  # each one cuts the pieces of the one before
+    nfc: bool  # whether texts are brought to Unicode's normal form C
+    ignore_merges: bool  # whether a piece that is a token is taken as it is
+    added: dict[str, int]  # tokens outside the merges, such as "<|im_end|>", as plain text -> id
+    special: set[int]  # those of `added` that are not part of texts
+    bos: int | None  # the token that is put before each text
+
+    def __post_init__(self):
+        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
         self.added_pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) matches nothing
-        self.tokens = {i: bytes(map(BYTES.get, token)) for token, i in config.vocab.items()}
-        self.tokens |= {i: token.encode() for token, i in config.added.items()}
+        self.tokens = {i: bytes(map(BYTES.get, token)) for token, i in self.vocab.items()}
+        self.tokens |= {i: token.encode() for token, i in self.added.items()}
         self.piece_ids: dict[str, list[int]] = {}  # of all pieces so far: most words of captions occur often
 
     def __len__(self) -> int:
@@ -123,7 +118,7 @@ class BPETokenizer:
 
     def bos_id(self) -> int:
         """-1 if texts have no first token of their own."""
-        return -1 if self.config.bos_id is None else self.config.bos_id
+        return -1 if self.bos is None else self.bos
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text that continues another one: a space comes first.
@@ -134,14 +129,14 @@ class BPETokenizer:
 
     def decode(self, rows: list[list[int]]) -> list[str]:
         """Ids of several texts -> the texts, one line each. Special tokens and ids without a token are skipped."""
-        texts = [self.decode_with_added([i for i in row if i not in self.config.special]) for row in rows]
+        texts = [self.decode_with_added([i for i in row if i not in self.special]) for row in rows]
         return [" ".join(text.split()) for text in texts]
 
     def encode_with_added(self, text: str) -> list[int]:
         """The ids of a whole text. Added tokens in it are recognized: for prompts with control tokens."""
         ids = []
         for part in self.added_pattern.split(text):
-            ids += [self.config.added[part]] if part in self.config.added else self._encode_plain(part)
+            ids += [self.added[part]] if part in self.added else self._encode_plain(part)
         return ids
 
     def decode_with_added(self, ids: list[int]) -> str:
@@ -149,18 +144,18 @@ class BPETokenizer:
         return b"".join(self.tokens.get(i, b"") for i in ids).decode("utf-8", errors="replace")
 
     def _encode_plain(self, text: str) -> list[int]:
-        pieces = [unicodedata.normalize("NFC", text) if self.config.nfc else text]
+        pieces = [unicodedata.normalize("NFC", text) if self.nfc else text]
         for pattern in self.patterns:
             pieces = [part for piece in pieces for part in pattern.findall(piece)]
         return [i for piece in pieces for i in self._encode_piece(piece)]
 
     def _encode_piece(self, piece: str) -> list[int]:
         if piece not in self.piece_ids:
-            vocab, symbols = self.config.vocab, [CHARACTERS[byte] for byte in piece.encode()]
-            if self.config.ignore_merges and (token := "".join(symbols)) in vocab:
+            vocab, symbols = self.vocab, [CHARACTERS[byte] for byte in piece.encode()]
+            if self.ignore_merges and (token := "".join(symbols)) in vocab:
                 symbols = [token]
             else:  # SmolLM2 has no tokens for some rare bytes: they are dropped
-                symbols = merge([symbol for symbol in symbols if symbol in vocab], self.config.ranks)
+                symbols = merge([symbol for symbol in symbols if symbol in vocab], self.ranks)
             self.piece_ids[piece] = [vocab[symbol] for symbol in symbols]
         return self.piece_ids[piece]
 
@@ -187,19 +182,14 @@ def check_fields(found: dict, supported: dict[str, list], where: str = "") -> No
 def load_bpe(path: Path, bos_id: int | None) -> BPETokenizer:
     """Loads a tokenizer.json. Raises InputError for every field whose value would need other computations.
 
-    BOS is the token that a post-processor puts before each text, else the one of tokenizer_config.json. bos_id, that of
-    config.json, counts if there is no tokenizer_config.json. Qwen's config.json names a BOS although no text begins
-    with one; its tokenizer_config.json says null.
+    BOS is the token that a post-processor puts before each text, else bos_id, that of config.json.
     """
-    file, settings = read_json(path), path.with_name("tokenizer_config.json")
+    file = read_json(path)
     with reading(path):
-        config = read_bpe_config(file)
-    if config.bos_id is None:
-        config = replace(config, bos_id=read_bos_token(settings, config.added) if settings.is_file() else bos_id)
-    return BPETokenizer(config)
+        return read_bpe(file, bos_id)
 
 
-def read_bpe_config(file: dict) -> BPEConfig:
+def read_bpe(file: dict, bos_id: int | None) -> BPETokenizer:
     parts = "added_tokens", "pre_tokenizer", "post_processor", "decoder", "model"
     check_fields(file, {"version": ["1.0"], "normalizer": [None, {"type": "NFC"}]} | dict.fromkeys(parts, ANY))
     model, (cut, byte_level) = file["model"], file["pre_tokenizer"]["pretokenizers"]
@@ -207,36 +197,34 @@ def read_bpe_config(file: dict) -> BPEConfig:
     found = {"pretokenizers[0]": cut, "decoder": file["decoder"]["type"]}
     check_fields(found, {"pretokenizers[0]": [*CUTS.values()], "decoder": ["ByteLevel"]})
     check_fields(byte_level, {"type": ["ByteLevel"], "trim_offsets": ANY, "use_regex": [None, True]}, "byte_level.")
-    vocab, added = model["vocab"], read_added_tokens(file, model["vocab"])
-    return BPEConfig(
-        vocab=vocab,
-        ranks=read_merges(model, vocab),
-        patterns=[p for p in CUTS if CUTS[p] == cut] + ([] if byte_level.get("use_regex") is False else [GPT2]),
+    patterns = [p for p in CUTS if CUTS[p] == cut] + ([] if byte_level.get("use_regex") is False else [GPT2])
+    added = read_added_tokens(file["added_tokens"], model["vocab"])
+    return BPETokenizer(
+        vocab=model["vocab"],
+        ranks=read_merges(model["merges"], model["vocab"]),
+        patterns=[compile_pattern(pattern) for pattern in patterns],
         nfc=bool(file.get("normalizer")),
         ignore_merges=bool(model.get("ignore_merges")),
         added=added,
-        special=frozenset(entry["id"] for entry in file["added_tokens"] if entry.get("special")),
-        bos_id=read_bos_id(file.get("post_processor"), added),
+        special={entry["id"] for entry in file["added_tokens"] if entry.get("special")},
+        bos=read_bos(file.get("post_processor"), added, bos_id),
     )
 
 
-def read_added_tokens(file: dict, vocab: dict[str, int]) -> dict[str, int]:
+def read_added_tokens(entries: list[dict], vocab: dict[str, int]) -> dict[str, int]:
     """Checks the ids of both. Added tokens may be in the vocabulary too, with the same id."""
-    entries = field(file, "added_tokens", list, "the file")
     for i, entry in enumerate(entries):
         check_fields(entry, {"content": ANY, "id": ANY, "special": [None, True]}, f"added_tokens[{i}].")
     added, ids, tokens = [(entry["content"], entry["id"]) for entry in entries], {}, {}
     for token, i in [*vocab.items(), *added]:
-        is_pair = token.encode() and type(i) is int and i >= 0  # encode raises for surrogates, which have no bytes
+        is_pair = token and type(i) is int and i >= 0
         if not is_pair or ids.setdefault(token, i) != i or tokens.setdefault(i, token) != token:
             raise InputError(f"token {short(token)}: its id is {short(i)}, expected a text and an id of its own")
-    if not BYTES.keys() >= set("".join(vocab)):
-        raise InputError("model.vocab: expected tokens in the characters of their bytes")
     return dict(added)
 
 
-def read_merges(model: dict, vocab: dict[str, int]) -> dict[tuple[str, str], int]:
-    entries = field(model, "merges", list, "model")
+def read_merges(entries: list, vocab: dict[str, int]) -> dict[tuple[str, str], int]:
+    """The place of each pair. A pair is a list, or a text with a space between the two."""
     pairs = [tuple(entry.split(" ")) if isinstance(entry, str) else tuple(entry) for entry in entries]
     for left, right in pairs:
         if not {left, right, left + right} <= vocab.keys():
@@ -244,14 +232,14 @@ def read_merges(model: dict, vocab: dict[str, int]) -> dict[tuple[str, str], int
     return {pair: rank for rank, pair in enumerate(pairs)}
 
 
-def read_bos_id(post_processor: dict | None, added: dict[str, int]) -> int | None:
+def read_bos(post_processor: dict | None, added: dict[str, int], default: int | None) -> int | None:
     """The token that the post-processor puts before each text."""
     text = {"Sequence": {"id": "A", "type_id": 0}}
     parts = (post_processor or {"processors": []}).get("processors", [post_processor])
     # ByteLevel only trims offsets, and a template of nothing but the text adds nothing to it.
     templates = [part for part in parts if part["type"] != "ByteLevel" and part.get("single") != [text]]
     if not templates:
-        return None
+        return default
     (template,) = templates
     name = template["single"][0]["SpecialToken"]["id"]
     single = [{"SpecialToken": {"id": name, "type_id": 0}}, text]
@@ -259,10 +247,3 @@ def read_bos_id(post_processor: dict | None, added: dict[str, int]) -> int | Non
     supported = {"type": ["TemplateProcessing"], "single": [single], "special_tokens": [tokens], "pair": ANY}
     check_fields(template, supported, "post_processor.")
     return added[name]
-
-
-def read_bos_token(path: Path, added: dict[str, int]) -> int | None:
-    """The `bos_token` of a tokenizer_config.json: null, a token, or an object with its content."""
-    token = read_json(path).get("bos_token")
-    with reading(path):
-        return None if token is None else added[token["content"] if isinstance(token, dict) else token]

@@ -41,7 +41,7 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 # All that is read of a model besides its weights.
 CONFIG_FILES = ("config.json", "generation_config.json", *IMAGE_PREPROCESSORS, *VIDEO_PREPROCESSORS,
-                "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+                "tokenizer.model", "tokenizer.json")
 GATED = ": the model is gated, private or missing: accept its terms on its page and set HF_TOKEN to a token with access"
 AGAIN = "the same command goes on where it stopped"
 REFUSALS = {401: GATED, 403: GATED, 404: ": no such local folder or file, and no such model or revision"}

@@ -94,9 +94,11 @@ def check_supported(config: dict[str, Any], supported: dict[str, Any], where: st
 
 
 def _read_tokens(published: dict[str, Any], family: str, vocab: int, where: str | Path, generation: Path) -> dict:
-    """BOS, None if there is none, and every EOS: those of generation_config.json, else of config.json, as in [1]."""
+    """BOS, None if there is none, and every EOS: those of generation_config.json, else of config.json, as in [1].
+    Qwen's config.json names a BOS, although no text begins with one."""
     bos, eos = TOKENS[family]
-    bos = field({"bos_token_id": bos} | published, "bos_token_id", int, where, None, 0, vocab - 1)  # null is no token
+    if bos is not None:
+        bos = field({"bos_token_id": bos} | published, "bos_token_id", int, where, None, 0, vocab - 1)  # null: no token
     if generation.is_file() and (others := read_json(generation).get("eos_token_id")) is not None:
         eos, where = others, generation
     elif published.get("eos_token_id") is not None:

@@ -124,7 +124,7 @@ def assert_downloaded() -> None:
 VIDEO = {"video_preprocessor_config.json": b"{}", "video_processor/preprocessor_config.json": b'{"a": 2}'}
 CONFIGS = {"preprocessor_config.json": b"{}", "processor_config.json": b"p", "generation_config.json": b"g"} | VIDEO
 OTHERS = {"README.md": b"#", "onnx/a.bin": b"z", "vocab.json": b"v", "video_processor/other.json": b"o"}
-TOKENIZERS = {"tokenizer.model": b"t", "tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
+TOKENIZERS = {"tokenizer.model": b"t", "tokenizer.json": b"{}"}
 
 
 def test_the_files_of_a_model_are_downloaded_and_no_others(server, capsys):
