@@ -40,7 +40,7 @@ from common.files import read_json
 from models.lm import CausalLM
 from models.mllm import MLLM
 from models.mllm_checkpoints import mllm_tensor_names
-from models.names import CLIP, lm_tensor_names, tensor_names
+from models.names import VITS, lm_tensor_names, tensor_names
 from models.safetensors import write_safetensors
 from models.tokenizer import SentencePieceTokenizer
 from models.vit import ViT
@@ -100,7 +100,7 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
         return heads(tokens, *(target[rows] for target in targets))
 
     train("vit", [*vit.parameters(), *heads.parameters()], compute_loss, steps, peak_lr=1e-3)
-    save_weights(folder, vit, tensor_names(vit, CLIP, "vision_model."))
+    save_weights(folder, vit, tensor_names(vit, VITS["clip"], "vision_model."))
 
 
 # ---------------------------------------------------------------------------------------- tiny-lm

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from common.errors import InputError, reading
 from models import hub
 from models.lm_checkpoints import RopeScaling, read_lm_config
-from models.names import IGNORED, lm_tensor_names
+from models.names import lm_tensor_names
 from models.weights import copy_strict, drop_tied_copy, read_tensors
 
 
@@ -281,7 +281,7 @@ class CausalLM(nn.Module):
         tensors, path = read_tensors(folder)
         names = lm_tensor_names(lm, tensors)
         if lm.config.tied:
-            drop_tied_copy(tensors, "lm_head.weight", names["embed.weight"])
-        copy_strict(lm, tensors, names, path, list(filter(IGNORED.fullmatch, tensors)))
+            drop_tied_copy(tensors, names["embed.weight"])
+        copy_strict(lm, tensors, names, path)
         tensors.clear()  # so that each tensor is freed as soon as it has been converted
         return lm.to(dtype)

@@ -55,23 +55,15 @@ class MLLMConfig:
     family: str  # llava | llava_onevision | idefics3 | smolvlm
     vit: ViTConfig  # up to the block whose output is taken
     lm: LMConfig
-    vit_family: str  # clip | siglip | idefics3
     lm_family: str  # llama | qwen2
-    image_token_id: int  # stands for one visual token in the ids of a prompt
     unused_blocks: int = 0  # of the published ViT, behind the last one of `vit`
-    class_token: bool = False  # whether the ViT's class token becomes a visual token, too
     shuffle: int = 1  # s
 
     @property
     def grid(self) -> int:
-        """The side of the square of visual tokens that an image becomes, row by row."""
+        """The side of the square of P' visual tokens that an image becomes, row by row."""
         side = self.vit.grid
         return math.ceil(side / 2) if self.family == "llava_onevision" else side // self.shuffle
-
-    @property
-    def tokens_per_image(self) -> int:
-        """P'. A class token comes before the grid."""
-        return self.class_token + self.grid**2
 
     def __post_init__(self):
         if self.vit.grid % self.shuffle:
@@ -168,7 +160,7 @@ def encode_prompt(tokenizer: Tokenizer, family: str, lm_family: str, frames: int
     Raises InputError if the tokenizer is of another kind or lacks a control token of the prompt, and if the instruction
     contains a control token of a byte-level BPE.
     """
-    added = tokenizer.config.added if isinstance(tokenizer, BPETokenizer) else {}
+    added = tokenizer.added if isinstance(tokenizer, BPETokenizer) else {}
     if isinstance(tokenizer, BPETokenizer) and (family, lm_family) == ("llava", "llama"):  # Llama 3 has another prompt
         raise InputError("tokenizer: a byte-level BPE, the prompt of llava with a Llama needs a tokenizer.model")
     template = "".join(prompt_texts(family, lm_family, frames, ""))
@@ -205,7 +197,7 @@ class MLLM(nn.Module):
 
         self.projects_vectors = is_llava  # whether the projector maps single vectors, such as queries
         self.visual_width = config.lm.width
-        self.grid = 0 if config.class_token else config.grid  # the side of a frame's square of tokens; 0: no square
+        self.grid = config.grid
 
     def frame_tokens(self, z: Tensor, grid: int) -> Tensor:
         """Outputs of the ViT's last block (n, P, D) -> visual tokens or averages of them (n, P' or grid^2, C)."""
@@ -214,41 +206,16 @@ class MLLM(nn.Module):
 
     def num_frame_tokens(self, grid: int) -> int:
         """How many tokens the language model reads per frame."""
-        return grid**2 or self.config.tokens_per_image
+        return (grid or self.grid) ** 2
 
     def num_images(self, frames: int) -> int:
         """Groups of visual tokens in a prompt: one per frame."""
         return frames
 
-    def image_tokens(self, pixels: Tensor) -> Tensor:
-        """Normalized pixels (n, 3, S, S) -> visual tokens (n, P', C), what the language model reads of each image."""
-        return self.connect(self.vit(pixels))
-
     def connect(self, features: Tensor) -> Tensor:
-        """Last hidden states of the ViT (n, P, D) -> visual tokens (n, P', C).
-
-        If the outputs of the last block are at hand, `vit.finish` makes them the last hidden states.
-        """
-        if self.config.vit.class_token and not self.config.class_token:
-            features = features[:, 1:]
-        x = self.projector(features)
+        """Last hidden states of the ViT (n, P, D) -> visual tokens (n, P', C). A class token becomes none."""
+        x = self.projector(features[:, 1:] if self.config.vit.class_token else features)
         return halve_grid(x) if self.config.family == "llava_onevision" else x
-
-    def embed(self, ids: Tensor, pixels: Tensor) -> Tensor:
-        """Ids (1, L) with an image token for each visual token, pixels (n, 3, S, S) -> the language model's input
-        (1, L, C). Raises InputError unless there are as many image tokens as visual tokens."""
-        visual = self.image_tokens(pixels).flatten(0, 1)  # (n*P', C)
-        if self.newline is not None:
-            visual = torch.cat([visual, self.newline[None]])
-        is_image = ids == self.config.image_token_id
-        if (found := int(is_image.sum())) != len(visual):
-            raise InputError(f"ids: the image token occurs {found} times, expected {len(visual)}")
-        x = self.lm.embed(ids)
-        return x.masked_scatter(is_image[..., None], visual.to(x.dtype))
-
-    def logits(self, ids: Tensor, pixels: Tensor) -> Tensor:
-        """Ids (1, L) and pixels as for `embed` -> logits of each next token (1, L, V)."""
-        return self.lm(self.embed(ids, pixels))
 
     def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str) -> list[list]:
         """The model's own prompt for T = `frames` frames and an instruction: T + 1 lists of ids, which come before,

@@ -20,7 +20,6 @@ References
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,69 +29,56 @@ from common import preprocessing
 from common.errors import InputError
 from common.files import field, one_of, read_json
 from models.lm_checkpoints import check_supported, parse_lm_config, read_lm_config
-from models.names import IGNORED, VIT_FOLDERS, find_prefix, lm_tensor_names, tensor_names
+from models.names import VITS, find_prefix, lm_tensor_names, tensor_names
 from models.vit_checkpoints import check_frame_size, default_preprocessing, parse_vit_config
 from models.weights import copy_strict, drop_tied_copy
 
 # --------------------------------------------------------------------------------------- configs
 
 
-@dataclass(frozen=True)
-class MLLMFamily:
-    """What a family supports."""
-
-    vision: dict[str, str]  # model_type: family of `vit_checkpoints`
-    text: tuple[str, ...]  # model_type
-    image_token: str  # the field of its id
-
-
-CLIP, SIGLIP = {"clip_vision_model": "clip"}, {"siglip_vision_model": "siglip"}
-IDEFICS3_VISION = dict.fromkeys(("idefics3_vision", "smolvlm_vision", "idefics3"), "idefics3")
-IDEFICS3 = MLLMFamily(IDEFICS3_VISION, ("llama",), "image_token_id")
-MLLM_FAMILIES = {
-    "llava": MLLMFamily(CLIP | SIGLIP, ("llama", "qwen2"), "image_token_index"),
-    "llava_onevision": MLLMFamily(SIGLIP, ("qwen2",), "video_token_index"),
-    "idefics3": IDEFICS3,
-    "smolvlm": IDEFICS3,
+VIT_FAMILIES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+VIT_FAMILIES |= dict.fromkeys(("idefics3_vision", "smolvlm_vision", "idefics3"), "idefics3")
+CLIP, SIGLIP, *IDEFICS3 = VIT_FAMILIES
+MLLM_FAMILIES = {  # the model_type of vision_config, that of text_config
+    "llava": ([CLIP, SIGLIP], ["llama", "qwen2"]),
+    "llava_onevision": ([SIGLIP], ["qwen2"]),
+    "idefics3": (IDEFICS3, ["llama"]),
+    "smolvlm": (IDEFICS3, ["llama"]),
 }
 
 
 def read_mllm_config(path: Path) -> dict[str, Any]:
     """Reads a public config.json. Raises InputError for every field whose value would need other computations."""
     config = read_json(path)
-    name = one_of(config, "model_type", MLLM_FAMILIES, path)
-    family, where = MLLM_FAMILIES[name], f"{path}: vision_config"
-    vision = field(config, "vision_config", dict, path)
-    vit_family = family.vision[one_of(vision, "model_type", family.vision, where)]
-    vit = parse_vit_config(vision, vit_family, where)
-    lm_family, lm = _read_text(config, family, name, path)
-    image_token_id = field(config, family.image_token, int, path, least=0, most=lm["vocab"] - 1)
-    fields = {"family": name, "vit_family": vit_family, "lm_family": lm_family, "image_token_id": image_token_id}
-    if name.startswith("llava"):
+    family = one_of(config, "model_type", MLLM_FAMILIES, path)
+    vision_types, text_types = MLLM_FAMILIES[family]
+    vision, where = field(config, "vision_config", dict, path), f"{path}: vision_config"
+    vit = parse_vit_config(vision, VIT_FAMILIES[one_of(vision, "model_type", vision_types, where)], where)
+    lm_family, lm = _read_text(config, family, text_types, path)
+    fields = {"family": family, "lm_family": lm_family}
+    if family.startswith("llava"):
         check_supported(config, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}, path)
         depth = vit["depth"]
         layer = field(config, "vision_feature_layer", int, path)
         blocks = layer if layer >= 0 else depth + 1 + layer  # up to the one whose output is taken; -1 is the last one
         if not 1 <= blocks <= depth:
             raise InputError(f"{path}: vision_feature_layer is {layer}, expected 1 to {depth} or -{depth} to -1")
-        # "default" leaves out the first token of an image. SigLIP has no class token, so it would lose a patch.
-        strategies = ("default", "full") if vit_family == "clip" else ("full",)
-        strategy = one_of(config, "vision_feature_select_strategy", strategies, path)
+        # "default" leaves out the first token of an image: CLIP's class token, but of SigLIP it would be a patch.
+        one_of(config, "vision_feature_select_strategy", ("default" if vit["class_token"] else "full",), path)
         fields["unused_blocks"] = depth - blocks
-        fields["class_token"] = vit_family == "clip" and strategy == "full"
         vit |= {"depth": blocks, "final_norm": False, "pooling_head": False}
     else:
         fields["shuffle"] = field(config, "scale_factor", int, path, 2, 1, 2**10)
     return fields | {"vit": vit, "lm": lm}
 
 
-def _read_text(config: dict[str, Any], family: MLLMFamily, name: str, path: Path) -> tuple[str, dict[str, Any]]:
+def _read_text(config: dict[str, Any], family: str, types: list[str], path: Path) -> tuple[str, dict[str, Any]]:
     """The model_type of the language model and its config. tie_word_embeddings counts outside text_config; in LLaVA's
     families it may be in either."""
     text, where = field(config, "text_config", dict, path), f"{path}: text_config"
-    kind = one_of(text, "model_type", family.text, where)
+    kind = one_of(text, "model_type", types, where)
     tied = field(config, "tie_word_embeddings", bool, path, False)
-    if name.startswith("llava"):
+    if family.startswith("llava"):
         tied = tied or field(text, "tie_word_embeddings", bool, where, False)
     text = text | {"model_type": kind, "tie_word_embeddings": tied}
     return kind, parse_lm_config(text, where, path.with_name("generation_config.json"))
@@ -110,7 +96,8 @@ def read_mllm_preprocessing(folder: Path, config: dict[str, Any]) -> preprocessi
     path = preprocessing.preprocessor_file(folder, video=config["family"] == "llava_onevision")
     if config["family"] == "llava":
         check_supported(preprocessing.read_processor(path), {"do_pad": False}, path)
-        found = preprocessing.read_preprocessing(path, default_preprocessing(config["vit_family"], config["vit"]))
+        default = default_preprocessing("clip" if config["vit"]["class_token"] else "siglip", config["vit"])
+        found = preprocessing.read_preprocessing(path, default)
     elif config["family"] == "llava_onevision":
         default = preprocessing.Preprocessing(384, 384, squash=True)  # CLIP's mean, as in [1]
         found = preprocessing.read_preprocessing(path, default)
@@ -131,7 +118,7 @@ def mllm_tensor_names(mllm: nn.Module, file: Iterable[str]) -> dict[str, str]:
     vit_prefix = find_prefix(file, "embeddings.patch_embedding.weight")
     projector_prefix = find_prefix(file, "linear_1.weight") or find_prefix(file, "modality_projection.proj.weight")
     parts = {
-        "vit": tensor_names(mllm.vit, VIT_FOLDERS[mllm.config.vit_family], vit_prefix),
+        "vit": tensor_names(mllm.vit, VITS["clip"], vit_prefix),
         "projector": tensor_names(mllm.projector, PROJECTORS, projector_prefix),
         "lm": lm_tensor_names(mllm.lm, file),
     }
@@ -146,9 +133,8 @@ def copy_mllm_tensors(mllm: nn.Module, tensors: dict[str, Tensor], path: Path) -
     InputError as `copy_strict`."""
     config, names = mllm.config, mllm_tensor_names(mllm, tensors)
     if config.lm.tied:
-        drop_tied_copy(tensors, find_prefix(tensors, "lm_head.weight") + "lm_head.weight", names["lm.embed.weight"])
+        drop_tied_copy(tensors, names["lm.embed.weight"])
     prefix = find_prefix(tensors, "embeddings.patch_embedding.weight")
     blocks = range(config.vit.depth, config.vit.depth + config.unused_blocks)
-    unused = [f"{prefix}encoder.layers.{i}." for i in blocks] + [f"{prefix}head."] * (config.vit_family == "siglip")
-    ignored = [name for name in tensors if name.startswith(tuple(unused)) or IGNORED.fullmatch(name)]
-    copy_strict(mllm, tensors, names, path, ignored)
+    unused = (f"{prefix}head.", *(f"{prefix}encoder.layers.{i}." for i in blocks))
+    copy_strict(mllm, {name: x for name, x in tensors.items() if not name.startswith(unused)}, names, path)

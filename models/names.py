@@ -1,15 +1,14 @@
 """The names of tensors in public models: tables from our names (`vit.py`, `lm.py`, `mllm.py`) to theirs.
 
-N is a block's index, and "N." at the start of a name stands for the path of the block, which is in the first row.
-* stands for both `weight` and `bias`. NAME[q], NAME[k] and NAME[v] are the thirds of a tensor NAME in which query, key
-and value are concatenated along the first dimension. A table names the tensors of every variant of a format; a model
-has some of them. In a file, all names may begin with a prefix, such as `vision_model.` or `model.`.
+N is a block's index, and "N." at the start of a name stands for the path of the block, which is in the first row. "E."
+stands for "embeddings.", * for both `weight` and `bias`. NAME[q], NAME[k] and NAME[v] are the thirds of a tensor NAME
+in which query, key and value are concatenated along the first dimension. A table names the tensors of every variant of
+a format; a model has some of them. In a file, all names may begin with a prefix, such as `vision_model.` or `model.`.
 
 References
 [1] CLIP, SigLIP, DINOv2: transformers, models/{clip,siglip,dinov2}/ and, for DINOv2, conversion_mapping.py.
-[2] The file of DINOv2: https://github.com/facebookresearch/dinov2, dinov2/models/vision_transformer.py and layers/.
-[3] torchvision, models/vision_transformer.py. The MLP's layers were linear_1 and linear_2 in the files of 2022.
-[4] Llama (also Mistral and Qwen) and Gemma: transformers, models/{llama,gemma3}/.
+[2] torchvision, models/vision_transformer.py. The MLP's layers were linear_1 and linear_2 in the files of 2022.
+[3] Llama (also Mistral and Qwen) and Gemma: transformers, models/{llama,gemma3}/.
 """
 
 import ast
@@ -29,59 +28,35 @@ def read_columns(table: str) -> dict[str, dict[str, str]]:
     return {name: {row[0]: row[i] for row in rows if row[i] != "-"} for i, name in enumerate(headings)}
 
 
-TRANSFORMERS_VIT = read_columns("""
-    ours             clip                                   dinov2
-    N.               encoder.layers.N.                      encoder.layer.N.
-    patch.*          embeddings.patch_embedding.*           embeddings.patch_embeddings.projection.*
-    cls              embeddings.class_embedding             embeddings.cls_token
-    position         embeddings.position_embedding.weight   embeddings.position_embeddings
-    pre_norm.*       pre_layrnorm.*                         -
-    N.norm1.*        N.layer_norm1.*                        N.norm1.*
-    N.attn.q.*       N.self_attn.q_proj.*                   N.attention.attention.query.*
-    N.attn.k.*       N.self_attn.k_proj.*                   N.attention.attention.key.*
-    N.attn.v.*       N.self_attn.v_proj.*                   N.attention.attention.value.*
-    N.attn.out.*     N.self_attn.out_proj.*                 N.attention.output.dense.*
-    N.scale1.gain    -                                      N.layer_scale1.lambda1
-    N.norm2.*        N.layer_norm2.*                        N.norm2.*
-    N.mlp.up.*       N.mlp.fc1.*                            N.mlp.fc1.*
-    N.mlp.down.*     N.mlp.fc2.*                            N.mlp.fc2.*
-    N.scale2.gain    -                                      N.layer_scale2.lambda1
-    post_norm.*      post_layernorm.*                       layernorm.*
-    head.probe       head.probe                             -
-    head.attn.q.*    head.attention.in_proj_*[q]            -
-    head.attn.k.*    head.attention.in_proj_*[k]            -
-    head.attn.v.*    head.attention.in_proj_*[v]            -
-    head.attn.out.*  head.attention.out_proj.*              -
-    head.norm.*      head.layernorm.*                       -
-    head.mlp.up.*    head.mlp.fc1.*                         -
-    head.mlp.down.*  head.mlp.fc2.*                         -
-""")
-FILES_OF_VITS = read_columns("""
-    ours             dinov2             torchvision
-    N.               blocks.N.          encoder.layers.encoder_layer_N.
-    patch.*          patch_embed.proj.* conv_proj.*
-    cls              cls_token          class_token
-    position         pos_embed          encoder.pos_embedding
-    N.norm1.*        N.norm1.*          N.ln_1.*
-    N.attn.q.*       N.attn.qkv.*[q]    N.self_attention.in_proj_*[q]
-    N.attn.k.*       N.attn.qkv.*[k]    N.self_attention.in_proj_*[k]
-    N.attn.v.*       N.attn.qkv.*[v]    N.self_attention.in_proj_*[v]
-    N.attn.out.*     N.attn.proj.*      N.self_attention.out_proj.*
-    N.scale1.gain    N.ls1.gamma        -
-    N.norm2.*        N.norm2.*          N.ln_2.*
-    N.mlp.up.*       N.mlp.fc1.*        N.mlp.0.*
-    N.mlp.down.*     N.mlp.fc2.*        N.mlp.3.*
-    N.scale2.gain    N.ls2.gamma        -
-    post_norm.*      norm.*             encoder.ln.*
-""")
+VITS = read_columns("""
+    ours            clip                        dinov2                          torchvision
+    N.              encoder.layers.N.           encoder.layer.N.                encoder.layers.encoder_layer_N.
+    patch.*         E.patch_embedding.*         E.patch_embeddings.projection.* conv_proj.*
+    cls             E.class_embedding           E.cls_token                     class_token
+    position        E.position_embedding.weight E.position_embeddings           encoder.pos_embedding
+    pre_norm.*      pre_layrnorm.*              -                               -
+    N.norm1.*       N.layer_norm1.*             N.norm1.*                       N.ln_1.*
+    N.attn.q.*      N.self_attn.q_proj.*        N.attention.attention.query.*   N.self_attention.in_proj_*[q]
+    N.attn.k.*      N.self_attn.k_proj.*        N.attention.attention.key.*     N.self_attention.in_proj_*[k]
+    N.attn.v.*      N.self_attn.v_proj.*        N.attention.attention.value.*   N.self_attention.in_proj_*[v]
+    N.attn.out.*    N.self_attn.out_proj.*      N.attention.output.dense.*      N.self_attention.out_proj.*
+    N.scale1.gain   -                           N.layer_scale1.lambda1          -
+    N.norm2.*       N.layer_norm2.*             N.norm2.*                       N.ln_2.*
+    N.mlp.up.*      N.mlp.fc1.*                 N.mlp.fc1.*                     N.mlp.0.*
+    N.mlp.down.*    N.mlp.fc2.*                 N.mlp.fc2.*                     N.mlp.3.*
+    N.scale2.gain   -                           N.layer_scale2.lambda1          -
+    post_norm.*     post_layernorm.*            layernorm.*                     encoder.ln.*
+    head.probe      head.probe                  -                               -
+    head.attn.q.*   head.attention.in_proj_*[q] -                               -
+    head.attn.k.*   head.attention.in_proj_*[k] -                               -
+    head.attn.v.*   head.attention.in_proj_*[v] -                               -
+    head.attn.out.* head.attention.out_proj.*   -                               -
+    head.norm.*     head.layernorm.*            -                               -
+    head.mlp.up.*   head.mlp.fc1.*              -                               -
+    head.mlp.down.* head.mlp.fc2.*              -                               -
+""".replace("E.", "embeddings."))
+VITS["siglip"] = VITS["clip"]
 OLD_MLP = {"N.mlp.up.*": "N.mlp.linear_1.*", "N.mlp.down.*": "N.mlp.linear_2.*"}  # of torchvision in 2022
-TORCHVISION, DINOV2, CLIP = FILES_OF_VITS["torchvision"], TRANSFORMERS_VIT["dinov2"], TRANSFORMERS_VIT["clip"]
-VIT_FILES = {  # a tensor that tells formats apart, the MLP's first of block 0: family, column
-    "encoder.layers.encoder_layer_0.mlp.0.weight": ("torchvision", TORCHVISION),
-    "encoder.layers.encoder_layer_0.mlp.linear_1.weight": ("torchvision", TORCHVISION | OLD_MLP),
-    "blocks.0.mlp.fc1.weight": ("dinov2", FILES_OF_VITS["dinov2"]),
-}
-VIT_FOLDERS = {"clip": CLIP, "siglip": CLIP, "idefics3": CLIP, "dinov2": DINOV2}
 LANGUAGE_MODELS = read_columns("""
     ours                  llama                              gemma
     N.                    layers.N.                          layers.N.

@@ -221,8 +221,7 @@ class ViT(nn.Module):
 
         Raises InputError unless the new S is a multiple of the patch size. (A public ViT whose own S is not a multiple
         ignores the pixels left over at the right and at the bottom, as its reference does.) torchvision interpolates
-        with `align_corners`. facebookresearch's own code scales DINOv2's grid by 0.1 patches more; here both of its
-        file formats give the result of transformers.
+        with `align_corners`.
         """
         self.preprocessing = self.preprocessing.scaled(image_size)
         if image_size == self.config.image_size:

@@ -1,13 +1,13 @@
 """Public vision models: their configs, tensors and preprocessing, as `vit.py` needs them.
 
-Four families, told apart by `model_type` in config.json, or by the names of the tensors in a bare file of
-weights (.pth):
+Four families. Three are folders, told apart by `model_type` in config.json; torchvision's models are bare files of
+weights (.pth).
 
-    family       model_type                     file of weights   peculiarities
-    CLIP         clip_vision_model, clip        -                 a norm before the blocks
-    SigLIP       siglip_vision_model, siglip    -                 no class token; pooling by attention, or no pooling
-    DINOv2       dinov2                         facebookresearch  LayerScale; trained at 518 pixels, mostly used at 224
-    torchvision  -                              vit_*             ImageNet classifiers
+    family       model_type                     peculiarities
+    CLIP         clip_vision_model, clip        a norm before the blocks
+    SigLIP       siglip_vision_model, siglip    no class token; pooling by attention, or no pooling
+    DINOv2       dinov2                         LayerScale; trained at 518 pixels, mostly used at 224
+    torchvision  -                              ImageNet classifiers, vit_*
 
 Models of type `clip` and `siglip` also contain a text encoder, which is ignored. A fifth family, `idefics3`, exists
 only within multimodal models (`mllm_checkpoints.py`): SigLIP without pooling. Configs are dicts of the fields of
@@ -19,7 +19,7 @@ References
 [1] CLIP, https://arxiv.org/abs/2103.00020; SigLIP, https://arxiv.org/abs/2303.15343; DINOv2,
     https://arxiv.org/abs/2304.07193; ViT, https://arxiv.org/abs/2010.11929.
 [2] Defaults: transformers, models/{clip,siglip,dinov2,idefics3}/configuration_*.py. Shapes and preprocessing of
-    published weights: torchvision, models/vision_transformer.py; https://github.com/facebookresearch/dinov2.
+    published weights: torchvision, models/vision_transformer.py.
 """
 
 import math
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from common.errors import InputError, reading
 from common.files import field, one_of, read_json
 from common.preprocessing import HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocessor_file, read_preprocessing
-from models.names import IGNORED, VIT_FILES, VIT_FOLDERS, find_prefix, read_columns, read_fields, tensor_names
+from models.names import OLD_MLP, VITS, find_prefix, read_columns, read_fields, tensor_names
 from models.weights import copy_strict
 
 VIT_FIELDS = read_columns("""
@@ -55,7 +55,7 @@ VIT_FIELDS = read_columns("""
     final_norm   -                   False        True                True                True   True
 """)  # defaults of [2]
 MODEL_TYPES = ("clip_vision_model", "clip", "siglip_vision_model", "siglip", "dinov2")
-HEADS = {"dinov2": {384: 6, 768: 12, 1024: 16}, "torchvision": {768: 12, 1024: 16, 1280: 16}}  # of each width
+HEADS = {768: 12, 1024: 16, 1280: 16}  # of torchvision's models, for each width
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PublicViT:
     family: str
     config: dict[str, Any]  # image_size is that of the position embeddings
     preprocessing: Preprocessing
-    names: dict[str, str]  # the column of a table of `names.py`
+    names: dict[str, str]  # a column of `names.VITS`
     where: Path  # the file that errors name
 
 
@@ -86,7 +86,7 @@ def read_vit_folder(folder: Path) -> PublicViT:
         preprocessing = read_preprocessing(path, preprocessing)
     if family != "dinov2":
         check_frame_size(preprocessing, config, path)
-    return PublicViT(family, config, preprocessing, VIT_FOLDERS[family], where)
+    return PublicViT(family, config, preprocessing, VITS[family], where)
 
 
 def parse_vit_config(published: dict[str, Any], family: str, where: str | Path) -> dict[str, Any]:
@@ -100,23 +100,22 @@ def parse_vit_config(published: dict[str, Any], family: str, where: str | Path) 
 
 
 def read_vit_file(tensors: dict[str, Tensor], path: Path) -> PublicViT:
-    """The same of a .pth file of torchvision or facebookresearch, from the shapes of its tensors. Raises InputError."""
-    if not (known := [name for name in VIT_FILES if name in tensors]):
-        found = ", ".join(sorted(tensors)[:3])
-        raise InputError(f"{path}: expected tensors of torchvision's vit_* or of DINOv2, or a folder, found {found}")
-    family, names = VIT_FILES[known[0]]
-    kernel, prefix = names["patch.*"].replace("*", "weight"), known[0].partition("0")[0]
+    """The same of a .pth file of torchvision, from the shapes of its tensors. Raises InputError."""
+    blocks = "encoder.layers.encoder_layer_"
+    is_old = f"{blocks}0.mlp.linear_1.weight" in tensors
+    if "conv_proj.weight" not in tensors:
+        raise InputError(f"{path}: expected a folder, or conv_proj.weight and other tensors of torchvision's vit_*")
     with reading(path):
-        width, _, patch, _ = tensors[kernel].shape
-        _, positions, _ = tensors[names["position"]].shape
-        mlp_width, _ = tensors[known[0]].shape
-        if width not in HEADS[family]:
-            raise InputError(f"{kernel} is {width} wide, expected {[*HEADS[family]]}; the heads of others are unknown")
-        depth = len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
-        size, heads = math.isqrt(positions - 1) * patch, HEADS[family][width]
-    values = (size, patch, width, depth, heads, mlp_width, mlp_width / width)  # in the order of VIT_FIELDS
-    config = parse_vit_config(dict(zip(VIT_FIELDS["config.json"].values(), values, strict=False)), family, path)
-    return PublicViT(family, config, default_preprocessing(family, config), names, path)
+        width, _, patch, _ = tensors["conv_proj.weight"].shape
+        _, positions, _ = tensors["encoder.pos_embedding"].shape
+        mlp_width, _ = tensors[f"{blocks}0.mlp.{'linear_1' if is_old else '0'}.weight"].shape
+        if width not in HEADS:
+            raise InputError(f"conv_proj.weight is {width} wide, expected {[*HEADS]}; the heads of others are unknown")
+    depth = len({name.removeprefix(blocks).split(".")[0] for name in tensors if name.startswith(blocks)})
+    shape = {"image_size": math.isqrt(positions - 1) * patch, "patch_size": patch, "hidden_size": width,
+             "num_hidden_layers": depth, "num_attention_heads": HEADS[width], "intermediate_size": mlp_width}
+    config, names = parse_vit_config(shape, "torchvision", path), VITS["torchvision"] | (OLD_MLP if is_old else {})
+    return PublicViT("torchvision", config, default_preprocessing("torchvision", config), names, path)
 
 
 def default_preprocessing(family: str, config: dict[str, Any]) -> Preprocessing:
@@ -160,4 +159,4 @@ def copy_vit_tensors(vit: nn.Module, public: PublicViT, tensors: dict[str, Tenso
             tensors |= zip((f"{fused}[{letter}]" for letter in "qkv"), parts, strict=True)
         while theirs in tensors and tensors[theirs].dim() > target.dim() and len(tensors[theirs]) == 1:
             tensors[theirs] = tensors[theirs][0]
-    copy_strict(vit, tensors, names, path, list(filter(IGNORED.fullmatch, tensors)))
+    copy_strict(vit, tensors, names, path)

@@ -18,7 +18,6 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from common.errors import InputError, reading
 from common.files import field, open_to_read, read_json
+from models.names import IGNORED, find_prefix
 from models.safetensors import read_safetensors
 
 # In a model's folder; the first that exists is read.
@@ -87,13 +87,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def copy_strict(module: nn.Module, tensors: dict[str, Tensor], names: dict[str, str], where: str | Path,
-                ignored: Iterable[str] = ()) -> None:
+def copy_strict(module: nn.Module, tensors: dict[str, Tensor], names: dict[str, str], where: str | Path) -> None:
     """Assigns `tensors` to the module's parameters and persistent buffers.
 
     `names` maps each name in module.state_dict() to the name of its tensor. Missing, unexpected and misshapen tensors
-    raise an InputError that starts with `where` and names them; then the module is unchanged. Tensors in `ignored` are
-    not unexpected.
+    raise an InputError that starts with `where` and names them; then the module is unchanged. Those of parts that no
+    model here has, `names.IGNORED`, are left out.
 
     Tensors are not copied: parameters take their dtype and device, so the module may be on the meta device. Parameters
     with the same tensor name become one parameter (tied). Buffers that are not persistent stay unchanged.
@@ -101,7 +100,7 @@ def copy_strict(module: nn.Module, tensors: dict[str, Tensor], names: dict[str, 
     targets = module.state_dict(keep_vars=True)
     problems = {
         "missing": sorted(set(names.values()) - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - set(names.values()) - set(ignored)),
+        "unexpected": sorted(name for name in tensors.keys() - set(names.values()) if not IGNORED.fullmatch(name)),
         "mismatched": [
             f"{names[name]} is {_kind(tensors[names[name]])}, expected {_kind(target)} for {name}"
             for name, target in targets.items()
@@ -126,8 +125,9 @@ def _kind(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} of {'floats' if tensor.is_floating_point() else tensor.dtype}"
 
 
-def drop_tied_copy(tensors: dict[str, Tensor], copy: str, original: str) -> None:
-    """Removes the tensor `copy` if it equals `original`: some public files hold a tied tensor twice."""
-    a, b = tensors.get(copy), tensors.get(original)
+def drop_tied_copy(tensors: dict[str, Tensor], embeddings: str) -> None:
+    """Removes the head if it equals the embeddings: some public files hold the tied tensor twice."""
+    head = find_prefix(tensors, "lm_head.weight") + "lm_head.weight"
+    a, b = tensors.get(head), tensors.get(embeddings)
     if a is not None and b is not None and a.dtype == b.dtype and a.equal(b):
-        del tensors[copy]
+        del tensors[head]

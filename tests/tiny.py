@@ -11,21 +11,19 @@ from models.mllm import MLLM, MLLMConfig
 from models.pair import Pair
 from models.vit import ViT, ViTConfig
 
-LETTERS, EOS, IMAGE, IGNORE = " abcdefghijklmnopqrstuvwxyz:.", 2, 39, -100
+LETTERS, EOS, IGNORE = " abcdefghijklmnopqrstuvwxyz:.", 2, -100
 SIDE, WIDTH, LM_WIDTH, DEPTH, T, N = 16, 24, 20, 3, 4, 5  # of the ViT: 17 tokens of 4 x 4 pixels
 VIT = ViTConfig(image_size=SIDE, patch_size=4, width=WIDTH, depth=DEPTH, heads=3, mlp_width=32,
                 activation="quick_gelu", norm_eps=1e-5)
 LM = LMConfig(vocab=40, width=LM_WIDTH, depth=2, heads=4, kv_heads=2, head_width=6, mlp_width=28, rope_theta=10000.0,
               norm_eps=1e-5, max_positions=300, tied=False, bos_id=1, eos_id=EOS)
 NO_CLASS_TOKEN = replace(VIT, class_token=False, pre_norm=False, patch_bias=True)
-MLLMS = {  # 16, 4, 17 and 4 visual tokens per frame
-    "llava": MLLMConfig("llava", VIT, LM, "clip", "llama", IMAGE),
-    "llava_onevision": MLLMConfig("llava_onevision", NO_CLASS_TOKEN, LM, "siglip", "qwen2", IMAGE),
-    "class token": MLLMConfig("llava", VIT, LM, "clip", "llama", IMAGE, class_token=True),
-    "smolvlm": MLLMConfig("smolvlm", replace(NO_CLASS_TOKEN, final_norm=True), LM, "idefics3", "llama", IMAGE,
-                          shuffle=2),
+MLLMS = {  # 16, 4 and 4 visual tokens per frame
+    "llava": MLLMConfig("llava", VIT, LM, "llama"),
+    "llava_onevision": MLLMConfig("llava_onevision", NO_CLASS_TOKEN, LM, "qwen2"),
+    "smolvlm": MLLMConfig("smolvlm", replace(NO_CLASS_TOKEN, final_norm=True), LM, "llama", shuffle=2),
 }
-TOKENS = {"llava": 16, "llava_onevision": 4, "class token": 17, "smolvlm": 4}
+TOKENS = {"llava": 16, "llava_onevision": 4, "smolvlm": 4}
 SMALL = dict(queries=N, rank=8, frames=T)
 CONFIGS = {
     "no write-back": Config(**SMALL),

@@ -6,8 +6,6 @@ References
 [1] transformers, models/clip/modeling_clip.py, models/siglip/modeling_siglip.py, models/dinov2/modeling_dinov2.py:
     values, tensor names, parameter counts, interpolate_pos_encoding.
 [2] torchvision, models/vision_transformer.py: VisionTransformer, interpolate_embeddings.
-[3] Tensor names of facebookresearch's DINOv2: the table `FACEBOOK` below, from transformers' convert_dinov2_to_hf.py
-    (release 4.40), reversed.
 """
 
 import json
@@ -30,18 +28,6 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "i
 VISION = SIZES | {"image_size": 24, "patch_size": 4}
 TEXT = SIZES | {"vocab_size": 30, "bos_token_id": 0, "eos_token_id": 1}
 CROP_24 = {"size": {"shortest_edge": 24}, "crop_size": 24}  # a preprocessor_config.json for a DINOv2 of 24 pixels
-
-FACEBOOK = """
-    embeddings.cls_token                    cls_token
-    embeddings.mask_token                   mask_token
-    embeddings.position_embeddings          pos_embed
-    embeddings.patch_embeddings.projection  patch_embed.proj
-    encoder.layer                           blocks
-    attention.output.dense                  attn.proj
-    layer_scale1.lambda1                    ls1.gamma
-    layer_scale2.lambda1                    ls2.gamma
-    layernorm                               norm
-"""
 
 
 # ------------------------------------------------------------------------------- models and files
@@ -78,23 +64,6 @@ def make_transformers(folder: Path, kind: str, seed: int = 0, **fields) -> nn.Mo
     if kind == "dinov2":
         (folder / "preprocessor_config.json").write_text(json.dumps(CROP_24))
     return getattr(model, "vision_model", model)
-
-
-def make_facebook(path: Path, seed: int = 0, **fields) -> Dinov2Model:
-    """Saves a random DINOv2-S of two blocks in facebookresearch's format; returns the model of transformers."""
-    fields = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 2, "mlp_ratio": 1} | fields
-    theirs = make_transformers(path.parent / "hf", "dinov2", seed, **fields)
-    tensors = {}
-    for name, tensor in safetensors.torch.load_file(path.parent / "hf" / "model.safetensors").items():
-        for line in FACEBOOK.strip().splitlines():
-            name = name.replace(*line.split())
-        tensors[name] = tensor
-    for i in range(fields["num_hidden_layers"]):
-        for kind in ("weight", "bias"):
-            parts = [tensors.pop(f"blocks.{i}.attention.attention.{x}.{kind}") for x in ("query", "key", "value")]
-            tensors[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
-    torch.save(tensors, path)
-    return theirs
 
 
 def make_torchvision(path: Path, seed: int = 0, image_size: int = 32, width: int = 768, heads: int = 12):
@@ -190,12 +159,6 @@ def test_heads_for_other_uses_are_ignored(tmp_path, model, kind, part):
     theirs.save_pretrained(tmp_path)
     change_json(tmp_path / "preprocessor_config.json", **CROP_24)
     assert_same(ViT.from_pretrained(tmp_path), getattr(theirs, part), 24, seed=5)
-
-
-def test_dinov2_in_the_format_of_facebookresearch(tmp_path):
-    """Model seed 6, pixels seed 7; two blocks of ViT-S in a file without a config."""
-    theirs = make_facebook(tmp_path / "dinov2_vits14.pth", seed=6)
-    assert_same(ViT.from_pretrained(tmp_path / "dinov2_vits14.pth", image_size=24), theirs, 24, seed=7)
 
 
 @pytest.mark.parametrize("old_names", [False, True])

@@ -1,7 +1,7 @@
 """The captioner on multimodal language models (MLLMs) of three families.
 
-References: `MLLM.embed`, which tests/models holds equal to transformers; the MLLM as it is (`--method none`), bit for
-bit; plain loops. The MLLMs are tiny and random (`tests/tiny.py`).
+References: embeddings of ids with visual tokens in the place of image tokens, as transformers does; the MLLM as it is
+(`--method none`), bit for bit; plain loops. The MLLMs are tiny and random (`tests/tiny.py`).
 """
 
 import pytest
@@ -9,21 +9,26 @@ import torch
 
 from common.config import INSTRUCTION
 from common.errors import InputError
-from tests.tiny import IMAGE, LABELS, MLLM_CONFIGS, MLLMS, TOKENS, Letters, N, T, bits, clips, make, randomized
+from tests.tiny import LABELS, MLLM_CONFIGS, MLLMS, TOKENS, Letters, N, T, bits, clips, make, randomized
 
+IMAGE = 39  # the image token: no other id of a prompt
 every_family = pytest.mark.parametrize("family", MLLMS)
 LIKE_THE_MLLM = ["linear", "lora", "lora-lm", "adapter", "full", "frames"]  # at step 0
 
 
 @every_family
 def test_without_training_the_prefix_is_the_input_of_the_mllm(family):
-    """Model seed 1, frames seed 2, within 1e-6. Reference: `MLLM.embed` of ids with image tokens in place."""
+    """Model seed 1, frames seed 2, within 1e-6. Reference: embeddings of ids with image tokens in place."""
     captioner, frames = make("none", 1, family), clips(1, T, 2)
     newline = [IMAGE] if family == "llava_onevision" else []
     first, *rest = captioner.backbone.prompt(Letters(), T, INSTRUCTION)
     ids = first + sum(([IMAGE] * TOKENS[family] + newline * (i == T - 1) + text for i, text in enumerate(rest)), [])
-    expected = captioner.backbone.embed(torch.tensor([ids]), captioner.vit.normalize(frames[0]))
-    torch.testing.assert_close(captioner.prefix(frames), expected, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        expected = captioner.lm.embed(torch.tensor(ids))
+        visual = captioner.backbone.connect(captioner.vit(captioner.vit.normalize(frames[0]))).flatten(0, 1)
+        visual = torch.cat([visual, captioner.backbone.newline[None]]) if newline else visual
+        expected[torch.tensor(ids) == IMAGE] = visual
+    torch.testing.assert_close(captioner.prefix(frames)[0], expected, rtol=0, atol=1e-6)
     assert captioner.prefix_length(T) == len(ids)
     other = make("none", 1, family, instruction="name it")
     assert other.texts(T)[-1].tolist() == Letters().encode("name it") != rest[-1]
@@ -63,7 +68,8 @@ def test_linear_adds_a_layer_of_tokens_and_times():
     """Model seed 7, frames seed 8, within 1e-5. Reference: a loop over clips, frames and tokens."""
     captioner, frames = randomized("linear", 7, "llava"), clips(2, T, 8)
     groups, scale = captioner.encode(frames), captioner.lm.embedding_rms()
-    tokens = captioner.backbone.image_tokens(captioner.vit.normalize(frames).flatten(0, 1)).unflatten(0, (2, T))
+    tokens = captioner.vit(captioner.vit.normalize(frames).flatten(0, 1))
+    tokens = captioner.backbone.connect(tokens).unflatten(0, (2, T))
     for b in range(2):
         for t in range(T):
             for n in range(16):
@@ -146,7 +152,6 @@ def test_the_loss_on_cached_block_outputs_is_that_on_frames(family, name):
 
 @pytest.mark.parametrize("family, fields, message", [
     ("llava", dict(grid=5), "--grid 5: expected at most 4, the side"),
-    ("class token", dict(grid=2), "--grid 2: expected at most 0"),
     ("llava", dict(frames=200), "3200 visual tokens, .* positions, the language model has 300"),
 ])
 def test_what_does_not_fit_the_frozen_models_is_refused(family, fields, message):
