@@ -7,14 +7,11 @@ median, the lowest, the highest. Above 1, ours needs less.
 import json
 import os
 import platform
-from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 from bench.measure import compare, cpu_name
 from bench.work import BENCHMARKS
 from common import cli
-from common.files import write_json
 
 PACKAGES = "numpy", "torch", "transformers", "peft", "pycocoevalcap"
 REPEATS = 3  # turns of each side
@@ -22,19 +19,15 @@ REPEATS = 3  # turns of each side
 
 def main() -> None:
     parser = cli.Parser("Measures this project beside libraries that do the same.", "python -m bench [--only train]")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, default=list(BENCHMARKS),
-                        help=f"what to measure: {', '.join(BENCHMARKS)} (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the output too")
+    names = list(dict.fromkeys(name for name, *_ in BENCHMARKS))
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names,
+                        help=f"what to measure: {', '.join(names)} (default: all)")
     args = parser.parse_args()
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(),
-               **{name: version(name) for name in PACKAGES}}
-    print(json.dumps(machine))
-    rows = []
-    for what, tolerance, make in (benchmark for name in args.only for benchmark in BENCHMARKS[name]):
-        rows.append(compare(what, partial(make, "ours"), partial(make, "theirs"), tolerance, REPEATS))
-        print(json.dumps(rows[-1]))
-    if args.json:
-        write_json(args.json, {"machine": machine, "rows": rows})
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    print(json.dumps(machine | {name: version(name) for name in PACKAGES}))
+    for name, what, tolerance, make in BENCHMARKS:
+        if name in args.only:
+            print(json.dumps(compare(what, tolerance, make, REPEATS)))
 
 
 if __name__ == "__main__":

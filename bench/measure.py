@@ -23,10 +23,10 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def prepare(make: Callable[[], Work]) -> None:
+def prepare(make: Callable[[str], Work], side: str) -> None:
     """Makes the work of this process."""
     global work
-    work = make()
+    work = make(side)
 
 
 def take_turn() -> tuple[Tensor, dict[str, float]]:
@@ -46,14 +46,15 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item() if ours.shape == theirs.shape else float("inf")
 
 
-def compare(what: str, ours: Callable[[], Work], theirs: Callable[[], Work], tolerance: float, repeats: int) -> dict:
+def compare(what: str, tolerance: float, make: Callable[[str], Work], repeats: int) -> dict:
     """A row of figures: medians over turns that alternate. The first turn warms up, and its results are compared.
 
-    A ratio is theirs / ours. An infinite tolerance is for two that do different work.
+    make: gives the work of a side, "ours" or "theirs". A ratio is theirs / ours. An infinite tolerance is for two that
+    do different work.
     """
     context = get_context("spawn")  # a process that inherits no memory
-    with (ProcessPoolExecutor(1, context, prepare, (ours,)) as us,
-          ProcessPoolExecutor(1, context, prepare, (theirs,)) as them):
+    with (ProcessPoolExecutor(1, context, prepare, (make, "ours")) as us,
+          ProcessPoolExecutor(1, context, prepare, (make, "theirs")) as them):
         turns = [[side.submit(take_turn).result() for side in (us, them)] for _ in range(repeats + 1)]
     error = difference(*(result for result, _ in turns[0]))
     assert error <= tolerance, f"{what}: differs by {error:.2g} of the largest number"

@@ -165,16 +165,19 @@ def score(videos: int, count: int, side: str) -> Work:
     return lambda: torch.tensor(scores(), dtype=torch.float64)
 
 
-PRECISIONS = ("fp32", 2e-5), ("bf16", 0.05)  # and how far the outputs of a model may differ: sums have another order
-BENCHMARKS = {  # name -> [(what, tolerance, the work of a side)]; different works, and beams in bf16, are not compared
-    "train": [(f"a step of {method} beside LoRA in the {adapted}", 0.1 if method == "lora" else math.inf,
-               partial(step, method, adapted))
-              for method, adapted in (("qadapter", "ViT"), ("lora", "ViT"), ("qadapter", "language model"))],
-    "vit": [(f"ViT-B/16, 16 frames, {dtype}", tolerance, partial(run_vit, dtype)) for dtype, tolerance in PRECISIONS],
-    "lm": [(f"Llama-160m, logits of 8 x 64 tokens, {dtype}", tolerance, partial(run_lm, dtype))
-           for dtype, tolerance in PRECISIONS],
-    "search": [(f"Llama-160m, 16 texts, {beams} beams, {dtype}", 0 if dtype == "fp32" else math.inf,
-                partial(search, dtype, beams)) for dtype, _ in PRECISIONS for beams in (1, 5)],
-    "metrics": [(f"scores of {videos} videos with {count} captions", 1e-9, partial(score, videos, count))
-                for videos, count in ((670, 41), (2990, 20))],
-}
+INF = math.inf  # for different works, and for beams in bf16, which may part
+BENCHMARKS = [  # the name for --only, what it is, how far the results may differ, the work of a side
+    ("train", "a step of the Q-Adapter beside LoRA in the ViT", INF, partial(step, "qadapter", "ViT")),
+    ("train", "a step of lora beside LoRA in the ViT", 0.1, partial(step, "lora", "ViT")),
+    ("train", "a step of the Q-Adapter beside LoRA in the LM", INF, partial(step, "qadapter", "language model")),
+    ("vit", "ViT-B/16, 16 frames, fp32", 2e-5, partial(run_vit, "fp32")),
+    ("vit", "ViT-B/16, 16 frames, bf16", 0.05, partial(run_vit, "bf16")),
+    ("lm", "Llama-160m, logits of 8 x 64 tokens, fp32", 2e-5, partial(run_lm, "fp32")),
+    ("lm", "Llama-160m, logits of 8 x 64 tokens, bf16", 0.05, partial(run_lm, "bf16")),
+    ("search", "Llama-160m, 16 texts, greedy, fp32", 0, partial(search, "fp32", 1)),
+    ("search", "Llama-160m, 16 texts, greedy, bf16", INF, partial(search, "bf16", 1)),
+    ("search", "Llama-160m, 16 texts, 5 beams, fp32", 0, partial(search, "fp32", 5)),
+    ("search", "Llama-160m, 16 texts, 5 beams, bf16", INF, partial(search, "bf16", 5)),
+    ("metrics", "scores of 670 videos with 41 captions", 1e-9, partial(score, 670, 41)),
+    ("metrics", "scores of 2,990 videos with 20 captions", 1e-9, partial(score, 2990, 20)),
+]

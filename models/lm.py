@@ -49,8 +49,7 @@ class LMConfig:
     max_positions: int
     tied: bool
     bos_id: int | None  # None: texts have no first token of their own
-    eos_id: int
-    other_eos_ids: tuple[int, ...] = ()  # some models have several tokens that end a text
+    eos_ids: tuple[int, ...]  # every token that ends a text; the first ends captions in training
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     o_bias: bool = False
@@ -63,9 +62,8 @@ class LMConfig:
     query_scalar: float | None = None  # attention logits are divided by its square root; None: head_width
 
     @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Every token that ends a text."""
-        return self.eos_id, *self.other_eos_ids
+    def eos_id(self) -> int:
+        return self.eos_ids[0]
 
     def __post_init__(self):
         if self.heads % self.kv_heads or self.head_width % 2:  # rotary embeddings need pairs of channels

@@ -105,7 +105,7 @@ def _read_tokens(published: dict[str, Any], family: str, vocab: int, where: str 
         eos = published["eos_token_id"]
     eos = [field({"eos_token_id": i}, "eos_token_id", int, where, least=0, most=vocab - 1)
            for i in (eos if isinstance(eos, list) else [eos])]
-    return {"bos_id": bos, "eos_id": eos[0], "other_eos_ids": tuple(eos[1:])}
+    return {"bos_id": bos, "eos_ids": tuple(eos)}
 
 
 def _read_rope(published: dict[str, Any], config: dict[str, Any], where: str | Path) -> dict[str, Any]:

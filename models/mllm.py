@@ -59,12 +59,6 @@ class MLLMConfig:
     unused_blocks: int = 0  # of the published ViT, behind the last one of `vit`
     shuffle: int = 1  # s
 
-    @property
-    def grid(self) -> int:
-        """The side of the square of P' visual tokens that an image becomes, row by row."""
-        side = self.vit.grid
-        return math.ceil(side / 2) if self.family == "llava_onevision" else side // self.shuffle
-
     def __post_init__(self):
         if self.vit.grid % self.shuffle:
             raise InputError(f"scale_factor is {self.shuffle}, expected a divisor of {self.vit.grid}, the grid's side")
@@ -192,12 +186,13 @@ class MLLM(nn.Module):
         widths = config.vit.width, config.lm.width
         is_llava = config.family.startswith("llava")
         self.projector = MLPProjector(*widths) if is_llava else ShuffleProjector(*widths, config.shuffle)
-        has_newline = config.family == "llava_onevision"
-        self.newline = nn.Parameter(torch.randn(widths[1]) / widths[1] ** 0.5) if has_newline else None  # (C,)
+        is_onevision, side = config.family == "llava_onevision", config.vit.grid
+        self.newline = nn.Parameter(torch.randn(widths[1]) / widths[1] ** 0.5) if is_onevision else None  # (C,)
 
         self.projects_vectors = is_llava  # whether the projector maps single vectors, such as queries
         self.visual_width = config.lm.width
-        self.grid = config.grid
+        # The side of the square of P' visual tokens that a frame becomes, row by row.
+        self.grid = math.ceil(side / 2) if is_onevision else side // config.shuffle
 
     def frame_tokens(self, z: Tensor, grid: int) -> Tensor:
         """Outputs of the ViT's last block (n, P, D) -> visual tokens or averages of them (n, P' or grid^2, C)."""

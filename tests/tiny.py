@@ -16,7 +16,7 @@ SIDE, WIDTH, LM_WIDTH, DEPTH, T, N = 16, 24, 20, 3, 4, 5  # of the ViT: 17 token
 VIT = ViTConfig(image_size=SIDE, patch_size=4, width=WIDTH, depth=DEPTH, heads=3, mlp_width=32,
                 activation="quick_gelu", norm_eps=1e-5)
 LM = LMConfig(vocab=40, width=LM_WIDTH, depth=2, heads=4, kv_heads=2, head_width=6, mlp_width=28, rope_theta=10000.0,
-              norm_eps=1e-5, max_positions=300, tied=False, bos_id=1, eos_id=EOS)
+              norm_eps=1e-5, max_positions=300, tied=False, bos_id=1, eos_ids=(EOS,))
 NO_CLASS_TOKEN = replace(VIT, class_token=False, pre_norm=False, patch_bias=True)
 MLLMS = {  # 16, 4 and 4 visual tokens per frame
     "llava": MLLMConfig("llava", VIT, LM, "llama"),

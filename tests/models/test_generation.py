@@ -47,7 +47,7 @@ def random_prefix(rows: int, length: int, seed: int) -> Tensor:
 
 
 def set_eos(lm: CausalLM, *eos: int) -> None:
-    lm.config = replace(lm.config, eos_id=eos[0], other_eos_ids=eos[1:])
+    lm.config = replace(lm.config, eos_ids=eos)
 
 
 def reference(theirs: LlamaForCausalLM, prefix: Tensor, beams: int, max_new: int, eos: list[int]) -> tuple[list, int]:

@@ -195,7 +195,7 @@ def test_the_trained_share_of_public_models_is_at_most_1_4_percent():
     """The defaults on CLIP ViT-B/16 with Llama 160M and with TinyLlama 1.1B, shapes only (the meta device)."""
     vit = ViTConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_width=3072,
                     activation="quick_gelu", norm_eps=1e-5)
-    plain = dict(vocab=32000, rope_theta=1e4, norm_eps=1e-6, max_positions=2048, tied=False, bos_id=1, eos_id=2)
+    plain = dict(vocab=32000, rope_theta=1e4, norm_eps=1e-6, max_positions=2048, tied=False, bos_id=1, eos_ids=(2,))
     sizes = {"160M": dict(width=768, depth=12, heads=12, kv_heads=12, head_width=64, mlp_width=3072),
              "1.1B": dict(width=2048, depth=22, heads=32, kv_heads=4, head_width=64, mlp_width=5632)}
     for name, size in sizes.items():
