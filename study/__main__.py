@@ -1,30 +1,28 @@
-"""`python -m study TABLE`: trains the runs of a table, keeps them in results/, and writes docs/study-tables.md.
+"""`python -m study TABLE`: prints the commands that train what is missing of a table, for a shell to run:
 
-Each run is a process of `train.py` with a folder below runs/study. A run that was stopped goes on where it was, and one
-that is in results/ is not run again, published ones among them: take those out to train them anew.
+    .venv/bin/python -m study mllm | sh                             one run after the other
+    .venv/bin/python -m study mllm | xargs -P 2 -I {} sh -c "{}"    two at a time
+
+Before that, it keeps finished runs in results/ and writes docs/study-tables.md. It takes two rounds: a row's other
+seeds get the best learning rate of seed 0. Nothing is printed when a table is complete. A run that was stopped goes on
+where it was. One that is in results/ is not run again, published ones among them: take those out to train them anew.
 """
 
-import os
-import platform
 import re
-import subprocess
+import shlex
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from bench.measure import cpu_name
 from common import cli
-from common.config import VERSION
-from common.errors import InputError
 from common.files import read_json, read_json_lines
-from study.tables import CONTENT, PAGE, ROOT, Row, add_run, format_page, read_rows
+from study.tables import CONTENT, PAGE, Row, add_run, format_page, read_rows
 from video_data.shapes import make_dataset
 
-RUNS = ROOT / "runs/study"
+RUNS = Path("runs/study")
 
 Key = tuple[Row, float, int]  # of a run: its row, learning rate and seed
 
@@ -38,63 +36,54 @@ def missing_runs(rows: list[Row], seeds: list[int]) -> list[Key]:
     return missing
 
 
-def command_of(row: Row, lr: float, seed: int) -> list[str]:
-    """The words after `python train.py`, without the run's folder."""
-    return [*row.command.split(), "--lr", f"{lr:g}", "--seed", str(seed)]
+def folder_of(store: str, key: Key) -> Path:
+    row, lr, seed = key
+    return RUNS / store / re.sub(r"[^\w.]+", "-", f"{row.flags} {lr:g} {seed}").strip("-")
 
 
-def read_run(folder: Path) -> dict:
-    """The scores and costs of a finished run, from the files in its folder."""
-    rows = [row for _, row in read_json_lines(folder / "log.jsonl")]
-    config, speeds = read_json(folder / "config.json"), [row["clips/s"] for row in rows if "clips/s" in row]
-    validations = [row for row in rows if "val" in row]
+def command_of(store: str, key: Key) -> str:
+    """The command that trains a run, or goes on with it."""
+    (row, lr, seed), folder = key, folder_of(store, key)
+    words = ["--resume", folder]
+    if not (folder / "config.json").exists():
+        words = [*row.command.split(), "--lr", f"{lr:g}", "--seed", seed, "--out", folder]
+    return shlex.join(map(str, [sys.executable, "train.py", *words]))
+
+
+def read_run(folder: Path, key: Key) -> dict:
+    """What results/ keeps of a finished run, from the files in its folder."""
+    row, lr, seed = key
+    config, rows = read_json(folder / "config.json"), [row for _, row in read_json_lines(folder / "log.jsonl")]
+    speeds, validations = [row["clips/s"] for row in rows if "clips/s" in row], [row for row in rows if "val" in row]
     best = max(validations[1:] or validations, key=lambda row: row["val"]["CIDEr"])  # step 0's weights are not kept
-    return {"steps": rows[-1]["step"], "best step": best["step"], "val CIDEr": best["val"]["CIDEr"],
+    return {"version": config["version"], "flags": row.command, "lr": lr, "seed": seed,
+            "date": time.strftime("%Y-%m-%d"), "machine": cpu_name(), "versions": config["versions"],
+            "steps": rows[-1]["step"], "best step": best["step"], "val CIDEr": best["val"]["CIDEr"],
             "test": rows[-1]["test"], "seconds": rows[-1]["elapsed"] - validations[0]["elapsed"],
             "seconds per step": config["config"]["batch_size"] / median(speeds) if speeds else None,
             "adapter bytes": (folder / "best/adapter.safetensors").stat().st_size,
             "trained": config["trained"], "total": config["total"]}
 
 
-def train(runs: Path, key: Key, jobs: int) -> dict:
-    """Trains a run in a folder below `runs`, unless it is finished, and returns what results/ keeps of it. Raises
-    InputError if it fails."""
-    row, lr, seed = key
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    folder = runs / re.sub(r"[^\w.]+", "-", f"{row.flags} {lr:g} {seed}").strip("-")
-    if not (folder / "test.json").exists():
-        words = ["--resume", folder] if (folder / "config.json").exists() else [*command_of(*key), "--out", folder]
-        with open(f"{folder}.txt", "a") as log:
-            code = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, stdout=log, stderr=log,
-                                  env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
-        if code:
-            raise InputError(f"{folder}: the run ended with {code}, see {log.name}")
-    return {"version": VERSION, "flags": row.command, "lr": lr, "seed": seed, "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{threads} thread(s) of {cpu_name()}, {jobs} at a time",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}, **read_run(folder)}
-
-
 def main() -> None:
-    parser = cli.Parser("Trains the runs of a table and writes docs/study-tables.md.", "python -m study TABLE")
+    parser = cli.Parser("Prints the commands that train what is missing of a table.", "python -m study TABLE | sh")
     parser.add_argument("table", choices=list(CONTENT["tables"]), help="which table of study/tables.toml")
     parser.add_argument("--seeds", type=cli.number(int, 0), nargs="+", default=[0, 1, 2],
                         help="of weights and batches; the learning rate is chosen at seed 0 in any case")
-    parser.add_argument("--jobs", type=cli.number(int, 1, 100), default=1, help="runs at a time; they share the cores")
-    parser.add_argument("--dry-run", action="store_true", help="print the next commands and train nothing")
     args = parser.parse_args()
-    store = CONTENT["tables"][args.table]["store"]
-    while keys := missing_runs(read_rows(args.table), sorted({*args.seeds})):
-        print("\n".join(" ".join(["python train.py", *command_of(*key)]) for key in keys))
-        if args.dry_run:
-            return
-        (RUNS / store).mkdir(parents=True, exist_ok=True)
-        for folder, sizes in CONTENT["clips"].items():
-            if any(folder in command_of(*key) for key in keys):
-                make_dataset(ROOT / folder, sizes, seed=1)
-        with ThreadPoolExecutor(args.jobs) as pool:  # after an error no other run begins
-            for run in pool.map(lambda key: train(RUNS / store, key, args.jobs), keys):
-                add_run(store, run)
+    store, seeds = CONTENT["tables"][args.table]["store"], sorted({*args.seeds})
+    while keys := missing_runs(read_rows(args.table), seeds):
+        finished = [key for key in keys if (folder_of(store, key) / "test.json").exists()]
+        for key in finished:
+            add_run(store, read_run(folder_of(store, key), key))
+        if not finished:
+            break
     PAGE.write_text(format_page(), "utf-8")
+    with redirect_stdout(sys.stderr):  # stdout is for the shell
+        for folder, sizes in CONTENT["clips"].items():
+            if any(folder in row.command.split() for row, _, _ in keys):
+                make_dataset(Path(folder), sizes, seed=1)
+    print("".join(f"{command_of(store, key)}\n" for key in keys), end="")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ References: results/, which version 0.12.0 made; statistics by hand; the files o
 """
 
 import json
-import subprocess
+import shlex
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,6 @@ import torch
 
 import train
 from common.config import parse_args
-from common.errors import InputError
 from study import __main__ as study
 from study import tables
 from tests.scripts import run_forked
@@ -74,46 +74,49 @@ def test_what_is_kept_of_a_run(tmp_path):
             *({"step": i, "clips/s": speed} for i, speed in ((1, 10), (2, 40), (3, 20))),
             {"step": 3, "val": {"CIDEr": 0.9}}, {"step": 6, "val": {"CIDEr": 0.5}},
             {"step": 6, "test": {"CIDEr": 0.3}, "elapsed": 7.0}]
+    config = {"version": "1", "versions": {"torch": "2"}, "config": {"batch_size": 5}, "trained": 1, "total": 2}
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "config.json").write_text(json.dumps({"config": {"batch_size": 5}, "trained": 1, "total": 2}))
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "best").mkdir()
     (tmp_path / "best/adapter.safetensors").write_bytes(b"12345")
-    assert study.read_run(tmp_path) == {
-        "steps": 6, "best step": 3, "val CIDEr": 0.9, "test": {"CIDEr": 0.3}, "seconds": 4.5, "seconds per step": 0.25,
-        "adapter bytes": 5, "trained": 1, "total": 2}
+    row, expected = row_of(), {
+        "version": "1", "versions": {"torch": "2"}, "lr": 0.1, "seed": 4, "steps": 6, "best step": 3, "val CIDEr": 0.9,
+        "test": {"CIDEr": 0.3}, "seconds": 4.5, "seconds per step": 0.25, "adapter bytes": 5, "trained": 1, "total": 2}
+    found = study.read_run(tmp_path, (row, 0.1, 4))
+    assert found == found | expected and found["flags"] == row.command
 
 
 def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
-    """A tiny table of two seeds. A stopped run is resumed, a finished one not run again, one that fails is a line."""
-    words, commands = " ".join(map(str, flags)).replace("--lr 0.02", ""), []
+    """A tiny table of two seeds takes two rounds. A stopped run is resumed, a finished one not run again."""
+    words = " ".join(map(str, flags)).replace("--lr 0.02", "")
     rows = [{"label": "a", "flags": "--variant no-changes"}, {"label": "b", "flags": "--method none"}]
     content = {"lrs": [0.02], "intro": "", "clips": {}, "stores": {"x": {"flags": words, "published": words}},
                "tables": {"tiny": {"title": "Tiny", "store": "x", "reference": "a", "rows": rows}}}
-
-    def run(command: list, **options) -> subprocess.CompletedProcess:
-        commands.append(command[2:])
-        return run_forked(train, *command[2:])
-
-    for owner, name, value in ((study, "CONTENT", content), (tables, "CONTENT", content), (subprocess, "run", run),
+    for owner, name, value in ((study, "CONTENT", content), (tables, "CONTENT", content),
                                (tables, "RESULTS", tmp_path), (study, "PAGE", tmp_path / "page.md"),
                                (study, "RUNS", tmp_path / "runs")):
         monkeypatch.setattr(owner, name, value)
-    monkeypatch.setattr("sys.argv", ["study", "tiny", "--seeds", "0", "1", "--dry-run"])
-    study.main()
-    assert [line[-18:] for line in capsys.readouterr().out.splitlines()] == ["--lr 0.02 --seed 0"] * 2 and not commands
     monkeypatch.setattr("sys.argv", ["study", "tiny", "--seeds", "0", "1"])
-    study.main()
-    stored = json.loads((tmp_path / "x.json").read_text())["runs"]
-    assert [(run["flags"].rpartition("--")[2], run["seed"], run["steps"]) for run in stored] == [
-        ("method none", 0, 0), ("variant no-changes", 0, 12), ("variant no-changes", 1, 12)]
-    assert "| b | 0 | 0.00 % |  | 1 |" in (tmp_path / "page.md").read_text() and len(commands) == 3
 
-    (tmp_path / "x.json").unlink()
-    folder = tmp_path / "runs/x/variant-no-changes-0.02-1"
-    (folder / "test.json").unlink()  # as if it had been stopped before the test split
-    study.main()
-    assert commands[3:] == [["--resume", folder]]
-    assert [x["test"] for x in json.loads((tmp_path / "x.json").read_text())["runs"]] == [x["test"] for x in stored]
-    rows.append({"label": "c", "flags": "--last-blocks 9"})
-    with pytest.raises(InputError, match="the run ended with 2, see"):
+    def printed() -> list[list[str]]:
+        """The words after `python train.py` of the commands."""
         study.main()
+        commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+        assert all(command[:2] == [sys.executable, "train.py"] for command in commands)
+        return [command[2:] for command in commands]
+
+    folder = tmp_path / "runs/x/variant-no-changes-0.02-1"
+    for expected in ([("no-changes", "0"), ("none", "0")], [("no-changes", "1")]):
+        commands = printed()
+        assert [(words[-7], words[-3]) for words in commands] == expected
+        assert all(run_forked(train, *words).returncode == 0 for words in commands)
+    (folder / "test.json").unlink()  # as if it had been stopped before the test split
+    assert printed() == [["--resume", str(folder)]]
+    assert run_forked(train, "--resume", folder).returncode == 0
+    assert printed() == []
+    stored = (tmp_path / "x.json").read_text()
+    assert [(run["flags"].rpartition("--")[2], run["seed"], run["steps"]) for run in json.loads(stored)["runs"]] == [
+        ("method none", 0, 0), ("variant no-changes", 0, 12), ("variant no-changes", 1, 12)]
+    assert "| b | 0 | 0.00 % |  | 1 |" in (tmp_path / "page.md").read_text()
+    (tmp_path / "x.json").unlink()
+    assert printed() == [] and (tmp_path / "x.json").read_text() == stored
