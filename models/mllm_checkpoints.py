@@ -35,13 +35,11 @@ from models.weights import copy_strict, drop_tied_copy
 
 # --------------------------------------------------------------------------------------- configs
 
-
-VIT_FAMILIES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
-VIT_FAMILIES |= dict.fromkeys(("idefics3_vision", "smolvlm_vision", "idefics3"), "idefics3")
-CLIP, SIGLIP, *IDEFICS3 = VIT_FAMILIES
-MLLM_FAMILIES = {  # the model_type of vision_config, that of text_config
-    "llava": ([CLIP, SIGLIP], ["llama", "qwen2"]),
-    "llava_onevision": ([SIGLIP], ["qwen2"]),
+CLIP, SIGLIP = {"clip_vision_model": "clip"}, {"siglip_vision_model": "siglip"}  # model_type: family of a ViT
+IDEFICS3 = dict.fromkeys(("idefics3_vision", "smolvlm_vision", "idefics3"), "idefics3")
+MLLM_FAMILIES = {  # what the model_types of vision_config and of text_config may be
+    "llava": (CLIP | SIGLIP, ["llama", "qwen2"]),
+    "llava_onevision": (SIGLIP, ["qwen2"]),
     "idefics3": (IDEFICS3, ["llama"]),
     "smolvlm": (IDEFICS3, ["llama"]),
 }
@@ -53,7 +51,7 @@ def read_mllm_config(path: Path) -> dict[str, Any]:
     family = one_of(config, "model_type", MLLM_FAMILIES, path)
     vision_types, text_types = MLLM_FAMILIES[family]
     vision, where = field(config, "vision_config", dict, path), f"{path}: vision_config"
-    vit = parse_vit_config(vision, VIT_FAMILIES[one_of(vision, "model_type", vision_types, where)], where)
+    vit = parse_vit_config(vision, vision_types[one_of(vision, "model_type", vision_types, where)], where)
     lm_family, lm = _read_text(config, family, text_types, path)
     fields = {"family": family, "lm_family": lm_family}
     if family.startswith("llava"):
