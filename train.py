@@ -147,7 +147,8 @@ def main() -> int:
         check_out(config.out)
     group = distributed.init_process_group(config.device, config.batch_size)
     device = devices.select_device(config.device, config.plan)
-    config = replace(config, precision=devices.select_precision(config, device))
+    # A path is absolute in the run's folder: from wherever it is resumed, it means the same data.
+    config = replace(config, data=config.data.absolute(), precision=devices.select_precision(config, device))
     print(f"device: {device}, {torch.get_num_threads()} threads; frozen weights in {config.precision}")
     devices.keep_freed_memory()
     torch.manual_seed(config.seed)

@@ -68,8 +68,7 @@ class Config:
     """The options of a run. A Path or a name of a model is as the user gave it until `train.py` resolves it."""
 
     dataset: str = daily("shapes", "what to train on", choices=tuple(PRESETS))
-    data: Path | None = daily(None, "the dataset's folder (default: data/DATASET)",
-                              type=lambda name: Path(name).absolute())
+    data: Path | None = daily(None, "the dataset's folder (default: data/DATASET)", type=Path)
     mllm: str | None = daily(None, "adapt this multimodal language model: a folder or a hub id", type=text)
     vit: str | None = daily(None, "or this ViT: a folder, a .pth file or a hub id", type=text)
     lm: str | None = daily(None, "with this language model: a folder or a hub id", type=text)
@@ -223,7 +222,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     config, given = parse_words(sys.argv[1:] if argv is None else argv)
     if config.resume is None:
         out = config.out or Path(f"runs/{config.dataset}-{config.method}")
-        return replace(config, data=config.data or Path("data", config.dataset).absolute(), out=out)
+        return replace(config, data=config.data or Path("data") / config.dataset, out=out)
     if refused := sorted(given - ALLOWED_WITH_RESUME):
         raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; --resume takes only --device, "
                          "--data and --epochs")
