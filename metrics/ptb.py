@@ -24,38 +24,30 @@ import re
 from functools import cache
 
 from .inputs import LINE_BREAKS
-from .ptb_rules import NO_SHAPE, OTHER_SPACE, RULES, SHAPES
+from .ptb_rules import RULES, SHAPES
 
 PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
-SKIPPED_SHAPES = " \t\u00a0\n" + OTHER_SPACE + NO_SHAPE
+SPACES = re.compile("[ \t\u00a0\u2000]*")
 # A caption of lower-case words needs no rules unless it contains one of the words that are split.
 LOWER_CASE_WORDS = re.compile("[a-z ]*")
 SPLIT_WORDS = re.compile("cannot|gonna|gotta|wanna|lemme|gimme")
 
 
 @cache
-def compile_pattern(pattern, flags):
-    pattern = re.compile(pattern, flags)
-    return pattern.match, "context" in pattern.groupindex
-
-
-@cache
 def rules_for(shape):
-    """(match, has_context, action) of the rules that can start with the character `shape`, in order of precedence."""
-    return [
-        (*compile_pattern(pattern, flags), action) for first, pattern, flags, action in RULES if re.match(first, shape)
-    ]
+    """(match, action) of the rules that can start with the character `shape`, in order of precedence."""
+    rules = [rule for rule in RULES if re.match(rule[0], shape, rule[2])]
+    return [(re.compile(pattern, flags).match, action) for _, pattern, flags, action in rules]
 
 
 def read_token(text, shapes, position):
     """(tokens, next position) of the longest match at `position`."""
     longest, end, longest_action = 0, position + 1, None
-    for match_pattern, has_context, action in rules_for(shapes[position]):
+    for match_pattern, action in rules_for(shapes[position]):
         match = match_pattern(shapes, position)
         if match and match.end() - position > longest:
-            longest, end, longest_action = match.end() - position, match.end(), action
-            if has_context and match.start("context") >= 0:
-                end = match.start("context")
+            longest, longest_action = match.end() - position, action
+            end = match.start("context") if match.lastgroup else match.end()
     if not longest:
         return [], position + 1
     token = text[position:end]
@@ -68,8 +60,8 @@ def tokenize_line(line, following="\nx"):
     shapes = text if text.isascii() else text.translate(SHAPES)
     tokens, position = [], 0
     while position < len(line):
-        if shapes[position] in SKIPPED_SHAPES:
-            position += 1
+        if shapes[position] == " ":
+            position = SPACES.match(shapes, position).end()
         else:
             new_tokens, position = read_token(text, shapes, position)
             tokens.extend(new_tokens)
@@ -96,4 +88,5 @@ def tokenize(lines):
 
 def tokenize_captions(lines):
     """Captions as the metrics see them: list of str -> list of str, punctuation tokens removed."""
-    return [" ".join([token for token in tokens if token not in PUNCTUATION]) for tokens in tokenize(lines)]
+    lines = [" ".join(tokens).rstrip() for tokens in tokenize(lines)]  # links and mail may end in other spaces
+    return [" ".join([token for token in line.split(" ") if token not in PUNCTUATION]) for line in lines]

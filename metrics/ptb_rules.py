@@ -16,17 +16,19 @@ import unicodedata
 
 LETTER, CAPITAL, MARK, SYMBOL = "\u00e9", "\u00c9", "\u0301", "\u2603"
 SUPERSCRIPT, SUBSCRIPT, OTHER_SPACE = "\u00b2", "\u2082", "\u2000"
-DASH, HYPHEN, SPACE, DECIMAL, NO_SHAPE = "\u2013", "\u2010", "\u00a0", "\u066b", "\0"
-UNCHANGED = "\u00ad\u00a2\u00a3\u00a4\u20a0\u20ac\u2026\u2044\u00bc\u00bd\u00be\u2153\u2154\u207a\u207b\u208a\u208b"
-UNCHANGED += "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a\u00ab\u00bb"
+DASH, HYPHEN, SPACE, DECIMAL, DIGIT, NO_SHAPE = "\u2013", "\u2010", "\u00a0", "\u066b", "\u0661", "\0"
+UNCHANGED = (
+    "\x85\u00a2\u00a3\u00a4\u00ab\u00ad\u00bb\u00bc\u00bd\u00be\u0130\u0131\u017f\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f"
+    "\u2026\u2039\u203a\u2044\u207a\u207b\u208a\u208b\u20a0\u20ac\u212a\u2153\u2154"
+)
 # Control codes that are characters in Windows-1252 are read as those characters.
-WINDOWS_1252 = {0x80: "\u20ac", 0x85: "\u2026", 0x91: "\u2018", 0x92: "\u2019", 0x93: "\u201c", 0x94: "\u201d"}
+WINDOWS_1252 = {0x80: "\u20ac", 0x91: "\u2018", 0x92: "\u2019", 0x93: "\u201c", 0x94: "\u201d"}
 # Not letters, but parts of words: vowel signs, accents, tone marks.
 MARKS = (
     "2C2-2C5 2D2-2DF 2E5-2EB 2ED 2EF-36F 375 378-379 384-385 3F6 483-487 55A-55F 591-5BD 5BF 5C1-5C2 5C4-5C5 5C7"
     " 615-61A 64B-65E 670 6D6-6E4 6E7-6ED 6FD-6FE 70F 711 730-74C 7A6-7B0 7EB-7F3 900-903 93C 93E-94E 951-955 962-963"
     " 981-983 9BC 9BE-9C4 9C7-9C8 9CB-9CD 9D7 9E2-9E3 A01-A03 A3C A3E-A4F A81-A83 ABC ABE-ACF B82 BBE-BC2 BC6-BC8"
-    " BCA-BCD C01-C03 C3E-C56 D3E-D44 D46-D48 E31 E34-E3A E47-E4E EB1 EB4-EBC EC8-ECD 1885-1886"
+    " BCA-BCD C01-C03 C3E-C56 D3E-D44 D46-D48 E31 E34-E3A E47-E4E EB1 EB4-EBC EC8-ECD"
 )
 # Tokens of one character. A character of no class is dropped and splits the text around it.
 SYMBOLS = (
@@ -44,6 +46,7 @@ UNKNOWN = (
     " AB5C-AB69 AB70-ABBF"
 )
 CODE_POINTS = {  # shape: hexadecimal ranges
+    LETTER: "13A0-13F4 1885-1886",  # to Stanford's tables
     MARK: MARKS,
     SYMBOL: SYMBOLS,
     SPACE: "A0",
@@ -55,7 +58,7 @@ CODE_POINTS = {  # shape: hexadecimal ranges
     DECIMAL: "66B-66C",
     NO_SHAPE: UNKNOWN,
 }
-CATEGORY_SHAPES = {"Lu": CAPITAL, "Lt": CAPITAL, "Ll": LETTER, "Lm": LETTER, "Lo": LETTER, "Nd": "0"}
+CATEGORY_SHAPES = {"Lu": CAPITAL, "Lt": LETTER, "Ll": LETTER, "Lm": LETTER, "Lo": LETTER, "Nd": DIGIT}
 
 
 class Shapes(dict):
@@ -92,10 +95,6 @@ SINGLE_CHARACTERS |= {"\x80": "$", "\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "
 SINGLE_CHARACTERS |= {"\u2154": "2/3", "\u2026": "...", "\x85": "..."}
 
 
-def split_at(position):
-    return lambda text: [text[:position], text[position:]]
-
-
 def replace_with(*tokens):
     return lambda text: list(tokens)
 
@@ -104,9 +103,9 @@ def map_characters(table):
     return lambda text: ["".join(table.get(char, char) for char in text)]
 
 
-def join_spaces(text):
+def keep_spaces(text):
     """One token; its spaces become no-break spaces."""
-    return ["".join("\u00a0" if char in " \t" else BRACKETS.get(char, char) for char in text)]
+    return [text.replace(" ", "\u00a0")]
 
 
 escape_parentheses = map_characters({"(": "-LRB-", ")": "-RRB-"})
@@ -114,6 +113,10 @@ escape_parentheses = map_characters({"(": "-LRB-", ")": "-RRB-"})
 
 def drop_soft_hyphens(text):
     return [text.replace("\u00ad", "") or "-"]
+
+
+def plain_apostrophe(text):
+    return map_characters(QUOTES)(text.replace("&apos;", "'"))
 
 
 def decode_ampersand(text):
@@ -127,22 +130,25 @@ def repeat_dot(text):
 
 # --- rules ----------------------------------------------------------------------------------------------------------
 
+# The last four are i, i, s and k to a rule that ignores case, in Java as in Python.
+OTHER_LETTERS = "\u00e9\u00c9\u0130\u0131\u017f\u212a"
+APOSTROPHE = "(?:['\u2019]|(?i:&apos;))"
 MACROS = {
-    "L": "[A-Za-z\u00e9\u00c9]",
-    "A": "[A-Za-z0-9\u00e9\u00c9]",
+    "L": f"[A-Za-z{OTHER_LETTERS}]",
+    "D": "[0-9\u0661]",
+    "A": f"[A-Za-z0-9\u0661{OTHER_LETTERS}]",
     # a letter, or a character that counts as one inside a word
-    "W": "(?:[A-Za-z\u00e9\u00c9\u0301\u00ad]|&[aeiouAEIOU](?:acute|grave|uml);)",
-    "Q": "['\u2019]",
-    "P": "['\u2019`\u2018\u201b]",  # all forms of apostrophe
+    "W": f"(?:[A-Za-z{OTHER_LETTERS}\u0301\u00ad]|&[aeiouAEIOU](?i:acute|grave|uml);)",
+    "Q": APOSTROPHE,
+    "P": f"(?:[`\u2018\u201b]|{APOSTROPHE})",  # all forms of apostrophe
     "H": "[-\u2010_]",
     "B": "[A-Za-z0-9]+",
-    "S": "[ \t\u00a0\u2000\n]",
+    "S": "[ \t\u00a0\u2000\n\x85]",
     "Z": "[A-Za-z](?:\\.[A-Za-z])+\\.",  # initials
-    "T": "(?:[dDoOlL]['\u2019`\u2018\u201b][A-Za-z0-9\u00e9\u00c9])?[A-Za-z0-9\u00e9\u00c9]+",
 }
-LETTERS, ALNUM, QUOTE = MACROS["L"], MACROS["A"], MACROS["Q"]
+LETTERS, DIGITS, ALNUM, QUOTE = MACROS["L"], MACROS["D"], MACROS["A"], "['\u2019&]"
 CURLY_QUOTES = "[`\u2018-\u201f\u2039\u203a\u00ab\u00bb]"
-WORD_START = "[A-Za-z&\u00e9\u00c9\u0301\u00ad]"
+WORD_START = f"[A-Za-z{OTHER_LETTERS}&\u0301\u00ad]"
 RULES = []
 
 
@@ -152,28 +158,31 @@ def rule(first, pattern, action=None, flags=0):
     first: pattern of the first character, so that the lexer need not try every rule everywhere. pattern: "<L>" stands
     for MACROS["L"]. action: text -> tokens; None keeps the text as one token.
     """
-    pattern = re.sub("<([A-Z])>", lambda match: MACROS.get(match.group(1)), pattern)
+    pattern = re.sub("<([A-Z])>", lambda match: MACROS[match.group(1)], pattern)
     RULES.append((first, pattern, flags, action))
 
 
-WORD = "<W>(?:<W>|[0-9])*(?:[.!?]<W>(?:<W>|[0-9])*)*"
+WORD = "<W>(?:<W>|<D>)*(?:[.!?]<W>(?:<W>|<D>)*)*"
+THING = "(?:[dDoOlL]<P><A>)?<A>+(?:<H>(?:[dDoOlL]<P><A>)?<A>+)*"
+HYPHENATED = "[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:<Z>|[A-Za-z0-9\u00ad]+))+"
+BEFORE_COMMA = r"(?:\.(?P<context>[,;:]))?"  # the dot belongs to the token
 CLITIC = "(?:[sSmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
-NUMBER = "[0-9]*(?:[.:,\u066b][0-9]+)+|[0-9]+"
-LINK_END = '[^ \t\u00a0\n"<>|.!?(){},-]'
-DOMAIN = '[^ \t\u00a0\n"<>|().]+'
-PATH = '(?:/[^ \t\u00a0\n"<>|()]+' + LINK_END + ")?"
+NUMBER = "<D>*(?:[.:,\u00ad\u066b]<D>+)+|<D>+"
+LINK_END = '[^ \t\n"<>|.!?(){},-]'
+DOMAIN = '[^ \t\u00a0\n"<>|(){}.]+'
+PATH = '(?:/[^ \t\n"<>|()]+' + LINK_END + ")?"
 
 # Abbreviations keep their dot. Some can end a sentence: before a capital, a tag or the end of the file the dot is read
 # twice, so "etc. Then" is "etc." "." "then".
 ENDS_SENTENCE = (
     "jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|calif|ala|ariz|colo|conn|ct|fla|ga|ind"
     "|kans?|ky|md|mich|minn|mo|mont|neb|nev|okla|penn|tenn|va|vt|wisc?|wyo|dak|inc|cos?|corp|ltd|plc|bhd|assn|univ"
-    "|intl|sys|bldg|blvd|rd|rt|sq|esq|est|etc|ext|tel|al|seq|sr|jr|ph\\.d"
+    "|intl|sys|bldg|blvd|rd|rt|sq|esq|bros|est|etc|ext|tel|al|seq|sr|jr|ph\\.d"
 )
 ENDS_SENTENCE_CAPITALIZED = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
 INSIDE_SENTENCE = (
-    "adj|adm|adv|alex|asst|atty|ave|brig|capt|cf|cie|cmdr|col|cpl|dept|det|drs?|elec|ens|ft|gen|govs?|hon|insp|invt"
-    "|jos|lt|maj|messrs|mlle|mme|mrs?|ms|msgr|mt|natl|pfc|ph|pres|prof|pvt|reps?|rev|sens?|sfc|sgt|spc|ste?|supt|wm"
+    "adj|adm|adv|alex|asst|atty|ave|brig|capt|cf|cie|cmdr|col|cont'd|cpl|dept|det|drs?|elec|ens|ft|gen|govs?|hon|insp"
+    "|invt|jos|lt|maj|messrs|mlle|mme|mrs?|ms|msgr|mt|natl|pfc|ph|pres|prof|pvt|reps?|rev|sens?|sfc|sgt|spc|ste?|supt|wm"
 )
 BEFORE_NUMBER = "art|ca|figs?|nos?|op|pp|prop"
 EXTENSIONS = (
@@ -186,98 +195,88 @@ SENTENCE_STARTERS = (
     "|other|our|she|since|so|some|such|that|the|their|then|there|these|they|this|we|what|when|while|yet|you|m[rs]\\."
 )
 TAG = (
-    r"<(?:[!?][A-Za-z-][^>\n]*|/?[A-Za-z][A-Za-z0-9:._-]*"
-    r"""(?: +[A-Za-z][A-Za-z0-9:._-]*(?: *= *(?:"[^"\n]*"|'[^'\n]*'))?)* */?)>"""
+    r"<(?:[!?][A-Za-z-][^>\n]*|/[A-Za-z][A-Za-z0-9:._-]* *|[A-Za-z][A-Za-z0-9:._-]*"
+    r"""(?: +[A-Za-z][A-Za-z0-9:._-]*(?: *= *(?:"[^"\n]*"|'[^'\n]*'))?)* */? *)>"""
 )
-SENTENCE_CONTEXT = f"(?P<context><S>(?:<S>|[A-Z\u00c9]|{TAG})|<S>?\\Z)"
+SENTENCE_CONTEXT = f"(?P<context>\\.(?:<S>(?:<S>|[A-Z\u00c9\u0130\u212a]|{TAG})|[\\s\\S]?\\Z))"
 STARTER_CONTEXT = f"(?P<context><S>+(?:(?=[A-Z])(?i:{SENTENCE_STARTERS})|{TAG})<S>+)"
-COMMA_CONTEXT = "(?P<context>[,;:])"
 
-rule("[cgwlCGWL]", "cannot|gonna|gotta|wanna|lemme|gimme", split_at(3), re.I)
-rule("'", "'(?:tis|twas)", split_at(2), re.I)
-rule("<", TAG, join_spaces)
-rule("&", "&(?:mdash|ndash|md);", replace_with("--"), re.I)
+rule("[cgwl]", "cannot|gonna|gotta|wanna|lemme|gimme", lambda text: [text[:3], text[3:]], re.I)
+rule("'", "'t(?P<context>is|was)", None, re.I)
+rule("<", TAG, keep_spaces)
 rule("\u2013", "\u2013", replace_with("--"))
+rule("&", "&(?:mdash|ndash|md);", replace_with("--"), re.I)
 rule("&", "&amp;", replace_with("&"), re.I)
 rule("&", "&lt;", replace_with("<"), re.I)
 rule("&", "&gt;", replace_with(">"), re.I)
 rule("&", "&nbsp;", replace_with(), re.I)
-rule("&", "&apos;", replace_with("'"))
+rule("[\t\u00a0\u2000]", "[ \t\u00a0\u2000]+", replace_with())
 # words
 rule(WORD_START, WORD + f"(?P<context><Q>{CLITIC})", drop_soft_hyphens)
-rule("[A-Za-z\u00ad]", "[A-Za-z\u00ad]*[A-MO-Za-mo-z](?P<context>[nN]<P>[tT])", drop_soft_hyphens)
-rule(WORD_START, WORD, drop_soft_hyphens)
+rule("[A-Za-z\u00ad]", "[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*(?P<context>[nN]<P>[tT])", drop_soft_hyphens)
+rule(WORD_START, WORD + BEFORE_COMMA, drop_soft_hyphens)
 rule(QUOTE, "<Q>[nN]<Q>?")
 rule("[dDlLjJ]", "[dDlLjJ]<Q>")
-rule("['\u2019cdnosCDNOS]", "<Q>(?:em|till?|cause)|(?:dunkin|somethin|ol)<Q>|cap<Q>n|ne<Q>er", None, re.I)
-rule("[celnsCELNS]", "c'mon|e'er|ev'ry|li'l|nat'l|nor'easters?|s'mores", None, re.I)
-rule(QUOTE, "<Q>[0-9][0-9]s|'[0-9][0-9]S|<Q>[0-9][0-9](?P<context>[ \t\u00a0\u2000\n])")
+rule("['\u2019&cdnos]", "<Q>(?:em|till?|cause|[2-9]0s)|(?:dunkin|somethin|ol)<Q>|cap<Q>n|ne<Q>er", None, re.I)
+rule("[celnos]", "c'mon|e'er|ev'ry|li'l|nat'l|nor'easter|o<P>o|s'mores", None, re.I)
+rule(QUOTE, "<Q>[0-9][0-9](?P<context><S>)")
 rule("[A-HJ-XZn]", "[A-HJ-XZn]<P><L><L>+")
 rule(LETTERS, "<L>+?[aeiouyAEIOUY]<P>[aeiouA-Z]<L>*")
 rule("[yY]", "[yY]<Q>(?P<context><L>)")
 # links, mail, names
-rule("[hH]", '(?i:https?)://[^ \t\u00a0\n"<>|()]+' + LINK_END)
-rule("[wW]", r"www\.(?:[^ \t\u00a0\n\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}" + PATH)
+rule("[hH]", '(?i:https?)://[^ \t\n"<>|(){}]+' + LINK_END)
+rule("[wW]", r"(?i:www)\.(?:[^ \t\n\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}" + PATH)
 # ",-_" is a range that contains all capitals and digits: so it is in Stanford's rules
-rule("[^A-Z0-9,-_]", "(?:[^ \t\u00a0\n\"`'<>|.!?(){},-_$]+\\.)+(?:com|net|org|edu)" + PATH)
-rule("[a-zA-Z0-9<]", '<?[a-zA-Z0-9][^ \t\u00a0\n"<>|()]*@(?:' + DOMAIN + "\\.)*" + DOMAIN + ">?")
+rule("[^A-Z0-9,-_]", "(?:[^ \t\n\"`'<>|.!?(){},-_$]+\\.)+(?i:com|net|org|edu)" + PATH)
+rule("[a-zA-Z0-9<&]", '(?:<|(?i:&lt;))?[a-zA-Z0-9][^ \t\u00a0\n"<>|(){}]*@(?:' + DOMAIN + "\\.)*" + DOMAIN + ">?")
 rule("@", "@[A-Za-z_][A-Za-z_0-9]*")
-rule("#", "#<L>+")
+rule("#", "#<W>+")
 # clitics
-rule(QUOTE, f"<Q>(?:{CLITIC}(?P<context>[^A-Za-z])|[sSmMdD])", map_characters(QUOTES))
-rule("[nN]", "[nN]<P>[tT]", map_characters(QUOTES))
+rule(QUOTE, f"<Q>(?:{CLITIC}(?P<context>[^A-Za-z])|[sSmMdD])", plain_apostrophe)
+rule("[nN]", "[nN]<P>[tT]", plain_apostrophe)
 # numbers
-rule("[0-9]", "[0-9]{1,2}[-/][0-9]{1,2}[-/][0-9]{2,4}")
-rule("[-+0-9.:,\u066b]", f"[-+]?(?:{NUMBER})")
-rule("[0-9]", r"(?:[0-9]{1,4}[- \u00a0])?[0-9]{1,4}\\?[/\u2044][0-9]{1,4}", join_spaces)
-AREA_CODE = r"(?:\([0-9]{2,3}\) ?|\+*(?:[0-9]{2,4}[- ])?[0-9]{2,4}[- ])"
-rule("[0-9+(]", AREA_CODE + "[0-9]{3,4}[- ]?[0-9]{3,5}", join_spaces)
+rule(DIGITS, "<D>{1,2}[-/]<D>{1,2}[-/]<D>{2,4}")
+rule("[-+.:,\u00ad\u066b0-9\u0661]", f"[-+]?(?:{NUMBER})", drop_soft_hyphens)
+rule(DIGITS, r"(?:<D>{1,4}[- \u00a0])?<D>{1,4}(?:\\?/|\u2044)<D>{1,4}", keep_spaces)
+AREA_CODE = r"(?:\([0-9]{2,3}\)[ \u00a0]?|\+*(?:[0-9]{2,4}[- \u00a0])?[0-9]{2,4}[- \u00a0])"
+rule("[0-9+(]", AREA_CODE + "[0-9]{3,4}[- \u00a0]?[0-9]{3,5}", lambda text: escape_parentheses(*keep_spaces(text)))
 # abbreviations
-STATES = f"{ENDS_SENTENCE_CAPITALIZED}|{ENDS_SENTENCE_CAPITALIZED.upper()}"
-ENDING_PATTERN = f"(?:(?i:{ENDS_SENTENCE})|{STATES}|[Pp]?[Pp]t[ey]s?)"
-rule("[cpCP]", "(?:co|pte|pty)\\.(?P<context>[ \t](?:ltd|lim))", None, re.I)
-rule("[A-Za-z]", rf"{ENDING_PATTERN}\.{SENTENCE_CONTEXT}", repeat_dot)
-rule("[A-Za-z]", rf"{ENDING_PATTERN}\.(?P<context>[\s\S]{{2}})?")
-rule("[A-Za-z]", rf"(?:(?i:{INSIDE_SENTENCE}|vs)|[Mm](?:fg|tg))\.")
+ENDING_PATTERN = f"(?:(?i:{ENDS_SENTENCE})|(?=[A-Z])(?i:{ENDS_SENTENCE_CAPITALIZED})|[Pp]?[Pp][tT][ey][sS]?)"
+rule("[cp]", "(?:co|pte|pty)\\.(?P<context>[ \t](?:ltd|lim))", None, re.I)
+rule(LETTERS, ENDING_PATTERN + SENTENCE_CONTEXT, lambda text: [text + "."])
+rule(LETTERS, rf"{ENDING_PATTERN}\.(?P<context>[\s\S]{{2}})?")
+rule(LETTERS, rf"(?:(?i:{INSIDE_SENTENCE}|vs)|[Mm][ft][gG])\.")
 rule("[A-Za-z]", r"[A-Za-z]\." + STARTER_CONTEXT, lambda text: [text[:1], "."])
 rule("[A-Za-z]", r"[A-Za-z]\.")
 rule("[A-Za-z]", "(?:<Z>|[nN][oO][nN]-[uU]\\.[sS]\\.)" + STARTER_CONTEXT, repeat_dot)
-rule("[A-Za-z]", "<Z>|[nN][oO][nN]-[uU]\\.[sS]\\.?")
-rule("[A-Za-z]", rf"(?:{BEFORE_NUMBER})\.(?P<context>[ \t\u00a0\n]?[0-9])", None, re.I)
-rule("[A-Za-z0-9]", rf"<A>+(?:\.<A>+)*\.(?:{EXTENSIONS})(?P<context>[!,.?\s])", None, re.I)
+rule("[A-Za-z]", "<Z>|(?i:non-u\\.s)(?:\\.|(?P<context><S>))")
+rule("[A-Za-z]", rf"(?:{BEFORE_NUMBER})\.(?P<context><S>?<D>)", None, re.I)
+FILE_NAME = rf"(?:<W>|<D>)+(?:\.(?:<W>|<D>)+)*\.(?:{EXTENSIONS})(?P<context>[!,.?\s])"
+rule("[0-9\u0661]|" + WORD_START, FILE_NAME, None, re.I)
 rule("[\u207a\u207b\u208a\u208b\u00b2\u2082]", "[\u207a\u207b\u208a\u208b]?(?:\u00b2+|\u2082+)")
 # words with hyphens and slashes
-rule(ALNUM, "<T>(?:<H><T>)*")
-rule("[aApP]", "(?:anti|pro)-", None, re.I)
-rule("[A-Za-z0-9]", "[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:<Z>|[A-Za-z0-9]+))+")
-rule("[A-Za-z0-9]", "<B>(?:-[A-Za-z]+){0,2}(?:/<B>(?:-[A-Za-z]+){0,2}){1,2}")
+rule(ALNUM, THING + BEFORE_COMMA)
+rule("[ap]", "(?:anti|pro)-", None, re.I)
+rule("[A-Za-z0-9]", HYPHENATED + BEFORE_COMMA, drop_soft_hyphens)
+rule("[A-Za-z0-9]", r"<B>(?:-[A-Za-z]+){0,2}(?:\\?/<B>(?:-[A-Za-z]+){0,2}){1,2}")
 rule("[A-Z$]", r"[A-Z]*\$")
-rule("[A-Z]", "[A-Z]+(?:(?:&(?i:amp;)|[&+])[A-Z]+)+", decode_ampersand)
-rule("[cCfF]", r"c\+\+|[cf]#", None, re.I)
-rule(WORD_START, WORD + r"\." + COMMA_CONTEXT)
-rule("[A-Z]", r"[A-Z]+(?:[&+][A-Z]+)+\." + COMMA_CONTEXT)
-rule(ALNUM, r"<T>(?:<H><T>)*\." + COMMA_CONTEXT)
-rule("[A-Za-z0-9]", r"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:<Z>|[A-Za-z0-9]+))+\." + COMMA_CONTEXT)
+rule("[A-Z]", "[A-Z]+(?:(?:&(?i:amp;)|[&+])[A-Z]+)+" + BEFORE_COMMA, decode_ampersand)
+rule("[cf]", r"c\+\+|[cf]#", None, re.I)
 # quotes
-rule('"', '"(?P<context>[A-Za-z0-9$])', replace_with("``"))
-rule('"', '"', replace_with("''"))
-rule("&", "&quot;(?P<context>[A-Za-z0-9$])", replace_with("``"))
-rule("&", "&quot;", replace_with("''"))
+rule('["&]', '(?:"|&quot;)(?P<context>[A-Za-z0-9$])', replace_with("``"))
+rule('["&]', '"|&quot;', replace_with("''"))
 rule("'", "'(?P<context>[A-Za-z][^ \t\u00a0\n])", replace_with("`"))
+rule(QUOTE, f"<Q>{CLITIC}", plain_apostrophe)
 rule(CURLY_QUOTES, CURLY_QUOTES + "{1,2}", map_characters(QUOTES))
 rule("'", "''?")
-rule("&", "&(?:[HT]L|[UL]R|Q[CLR]|odq|cdq|#[0-9]+|quot|apos);", None, re.I)
+rule("&", "&(?:HT|TL|[UL]R|Q[CLR]|odq|cdq|#[0-9]+|quot|apos);", plain_apostrophe, re.I)
 # smileys
 rule("[<>:;=]", r"[<>]?[:;=][-o*']?[dpDOP()@\[\]{|\\](?P<context>[^A-Za-z0-9])", escape_parentheses)
 FACES = r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)"
 rule("[-^x=~<>'(]", FACES, escape_parentheses)
 # other signs
-rule("-", "-{5,}")
 rule("-", "-{3,4}", replace_with("--"))
-rule("-", "--?")
+rule("-", "-{5,}|--?")
 rule("[.]", r"\.{3,5}|\.(?:[ \u00a0]\.){2,4}", replace_with("..."))
-rule("[?!]", "[?!]+")
-rule("[#@_*]", r"##+|@@+|__+|\*+")
-rule(r"\\", r"\\\*")
-rule("[<>]", "<<|>>")
+rule(r"[?!#@_*\\<>]", r"[?!]+|##+|@@+|__+|\*+|(?:\\\*)+|<<|>>")
 rule(".", r"[^\0-\x1f\x7f \u00a0\u2000\u2010\u066b]", map_characters(SINGLE_CHARACTERS))
