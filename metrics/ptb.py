@@ -60,7 +60,7 @@ def tokenize_line(line, following="\nx"):
     shapes = text if text.isascii() else text.translate(SHAPES)
     tokens, position = [], 0
     while position < len(line):
-        if shapes[position] == " ":
+        if shapes[position] == " ":  # the one space that starts no link
             position = SPACES.match(shapes, position).end()
         else:
             new_tokens, position = read_token(text, shapes, position)

@@ -6,7 +6,8 @@ a match in one is a slice of the other. The group `context` of a rule, if it has
 counts when the lexer looks for the longest match, but is not part of the token.
 
 The rules were found by running Stanford's tokenizer on many inputs and looking at its output. Each list of words below
-is complete for words of letters: it was tested with all words of up to four letters and an English vocabulary.
+is complete for words of letters: it was tested with all words of up to four letters and an English vocabulary, the
+words with an apostrophe with all of up to two letters before it and two after it.
 """
 
 import re
@@ -143,7 +144,7 @@ MACROS = {
     "P": f"(?:[`\u2018\u201b]|{APOSTROPHE})",  # all forms of apostrophe
     "H": "[-\u2010_]",
     "B": "[A-Za-z0-9]+",
-    "S": "[ \t\u00a0\u2000\n\x85]",
+    "S": "[ \t\u00a0\u2000\n\x85]",  # as context; by itself U+0085, a line break in Unicode, is the token "..."
     "Z": "[A-Za-z](?:\\.[A-Za-z])+\\.",  # initials
 }
 LETTERS, DIGITS, ALNUM, QUOTE = MACROS["L"], MACROS["D"], MACROS["A"], "['\u2019&]"
@@ -156,7 +157,7 @@ def rule(first, pattern, action=None, flags=0):
     """Appends a rule to RULES. Of two rules that read the same text the earlier one wins.
 
     first: pattern of the first character, so that the lexer need not try every rule everywhere. pattern: "<L>" stands
-    for MACROS["L"]. action: text -> tokens; None keeps the text as one token.
+    for MACROS["L"]. action: text -> tokens; None keeps the text as one token. flags: of both patterns.
     """
     pattern = re.sub("<([A-Z])>", lambda match: MACROS[match.group(1)], pattern)
     RULES.append((first, pattern, flags, action))
@@ -177,7 +178,7 @@ PATH = '(?:/[^ \t\n"<>|()]+' + LINK_END + ")?"
 ENDS_SENTENCE = (
     "jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|calif|ala|ariz|colo|conn|ct|fla|ga|ind"
     "|kans?|ky|md|mich|minn|mo|mont|neb|nev|okla|penn|tenn|va|vt|wisc?|wyo|dak|inc|cos?|corp|ltd|plc|bhd|assn|univ"
-    "|intl|sys|bldg|blvd|rd|rt|sq|esq|bros|est|etc|ext|tel|al|seq|sr|jr|ph\\.d"
+    "|intl|sys|bldg|blvd|rd|rt|sq|esq|bros|est|etc|ext|tel|al|seq|sr|jr|ed\\.d|ph\\.d"
 )
 ENDS_SENTENCE_CAPITALIZED = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
 INSIDE_SENTENCE = (
@@ -202,7 +203,7 @@ SENTENCE_CONTEXT = f"(?P<context>\\.(?:<S>(?:<S>|[A-Z\u00c9\u0130\u212a]|{TAG})|
 STARTER_CONTEXT = f"(?P<context><S>+(?:(?=[A-Z])(?i:{SENTENCE_STARTERS})|{TAG})<S>+)"
 
 rule("[cgwl]", "cannot|gonna|gotta|wanna|lemme|gimme", lambda text: [text[:3], text[3:]], re.I)
-rule("'", "'t(?P<context>is|was)", None, re.I)
+rule("'", "'t(?P<context>is|was)", None, re.I)  # what follows is read again: "'tissue" is "'t issue"
 rule("<", TAG, keep_spaces)
 rule("\u2013", "\u2013", replace_with("--"))
 rule("&", "&(?:mdash|ndash|md);", replace_with("--"), re.I)
@@ -210,14 +211,14 @@ rule("&", "&amp;", replace_with("&"), re.I)
 rule("&", "&lt;", replace_with("<"), re.I)
 rule("&", "&gt;", replace_with(">"), re.I)
 rule("&", "&nbsp;", replace_with(), re.I)
-rule("[\t\u00a0\u2000]", "[ \t\u00a0\u2000]+", replace_with())
+rule("[\t\u00a0\u2000]", "[ \t\u00a0\u2000]+", replace_with())  # a link can be longer: it may start with these
 # words
 rule(WORD_START, WORD + f"(?P<context><Q>{CLITIC})", drop_soft_hyphens)
 rule("[A-Za-z\u00ad]", "[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*(?P<context>[nN]<P>[tT])", drop_soft_hyphens)
 rule(WORD_START, WORD + BEFORE_COMMA, drop_soft_hyphens)
 rule(QUOTE, "<Q>[nN]<Q>?")
 rule("[dDlLjJ]", "[dDlLjJ]<Q>")
-rule("['\u2019&cdnos]", "<Q>(?:em|till?|cause|[2-9]0s)|(?:dunkin|somethin|ol)<Q>|cap<Q>n|ne<Q>er", None, re.I)
+rule("['\u2019&cdnos]", "<Q>(?:em|till?|cause|[2-9]0s)|(?:dunkin|somethin|ol)<Q>|c<Q>est|cap<Q>n|ne<Q>er", None, re.I)
 rule("[celnos]", "c'mon|e'er|ev'ry|li'l|nat'l|nor'easter|o<P>o|s'mores", None, re.I)
 rule(QUOTE, "<Q>[0-9][0-9](?P<context><S>)")
 rule("[A-HJ-XZn]", "[A-HJ-XZn]<P><L><L>+")

@@ -12,9 +12,16 @@ from metrics.inputs import LINE_BREAKS
 from tests.metrics.captions import CORPORA, golden, random_strings
 
 
-def test_golden_lines():
-    """Every line as a file of its own. There it is followed by a plain caption, which changes nothing."""
-    for case in golden("ptb_golden"):
+@pytest.mark.parametrize("name, count", [("ptb_golden", 338), ("ptb_rules", 96)])
+def test_golden_lines(name, count):
+    """Every line as a file of its own. There it is followed by a plain caption, which changes nothing.
+
+    ptb_golden: captions of all kinds. ptb_rules: the shortest texts that tell rarer rules apart (apostrophes, spaces
+    and letters that are not ASCII, soft hyphens, U+0085, links, tags), found with random captions.
+    """
+    cases = golden(name)
+    assert len(cases) == count
+    for case in cases:
         lines = [case["input"], "x"]
         found = " ".join(ptb.tokenize(lines)[0]), ptb.tokenize_captions(lines)[0]
         assert found == (case["tokens"], case["caption"]), case
@@ -23,7 +30,7 @@ def test_golden_lines():
 def test_golden_lines_that_affect_each_other():
     """All cases but those with a line break inside a caption, where this tokenizer keeps the captions apart."""
     cases = [case for case in golden("ptb_context") if not any(map(LINE_BREAKS.search, case["lines"]))]
-    assert len(cases) == 44
+    assert len(cases) == 47
     for case in cases:
         assert [" ".join(tokens) for tokens in ptb.tokenize(case["lines"])] == case["tokens"], case
         assert ptb.tokenize_captions(case["lines"]) == case["captions"], case
