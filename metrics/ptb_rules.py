@@ -171,7 +171,9 @@ CLITIC = "(?:[sSmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
 NUMBER = "<D>*(?:[.:,\u00ad\u066b]<D>+)+|<D>+"
 LINK_END = '[^ \t\n"<>|.!?(){},-]'
 DOMAIN = '[^ \t\u00a0\n"<>|(){}.]+'
-PATH = '(?:/[^ \t\n"<>|()]+' + LINK_END + ")?"
+PATH = '/[^ \t\n"<>|()]+' + LINK_END
+WWW = r"(?i:www)\.(?:[^ \t\n\"<>|.!?(){},]++\.)+[a-zA-Z]{2,4}"
+DOT_COM = "(?:[^ \t\n\"`'<>|.!?(){},-_$]++\\.)+(?i:com|net|org|edu)"
 
 # Abbreviations keep their dot. Some can end a sentence: before a capital, a tag or the end of the file the dot is read
 # twice, so "etc. Then" is "etc." "." "then".
@@ -182,8 +184,9 @@ ENDS_SENTENCE = (
 )
 ENDS_SENTENCE_CAPITALIZED = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
 INSIDE_SENTENCE = (
-    "adj|adm|adv|alex|asst|atty|ave|brig|capt|cf|cie|cmdr|col|cont'd|cpl|dept|det|drs?|elec|ens|ft|gen|govs?|hon|insp"
-    "|invt|jos|lt|maj|messrs|mlle|mme|mrs?|ms|msgr|mt|natl|pfc|ph|pres|prof|pvt|reps?|rev|sens?|sfc|sgt|spc|ste?|supt|wm"
+    "adj|adm|adv|alex|assoc|asst|attys?|ave|brig|capt|cf|cie|cmdr|col|comdr|cont'd|cpl|dept|det|drs?|elec|ens|ft|gen"
+    "|govs?|hon|insp|invt|jos|lieut|lt|maj|messrs|mlle|mme|mrs?|ms|msgr|mt|natl|pfc|ph|pres|profs?|pvt|reps?|rev|sens?"
+    "|sfc|sgt|spc|ste?|supts?|treas|wm"
 )
 BEFORE_NUMBER = "art|ca|figs?|nos?|op|pp|prop"
 EXTENSIONS = (
@@ -226,9 +229,9 @@ rule(LETTERS, "<L>+?[aeiouyAEIOUY]<P>[aeiouA-Z]<L>*")
 rule("[yY]", "[yY]<Q>(?P<context><L>)")
 # links, mail, names
 rule("[hH]", '(?i:https?)://[^ \t\n"<>|(){}]+' + LINK_END)
-rule("[wW]", r"(?i:www)\.(?:[^ \t\n\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}" + PATH)
+rule("[wW]", f"{WWW}{PATH}|{WWW}")
 # ",-_" is a range that contains all capitals and digits: so it is in Stanford's rules
-rule("[^A-Z0-9,-_]", "(?:[^ \t\n\"`'<>|.!?(){},-_$]+\\.)+(?i:com|net|org|edu)" + PATH)
+rule("[^A-Z0-9,-_]", f"{DOT_COM}{PATH}|{DOT_COM}")
 rule("[a-zA-Z0-9<&]", '(?:<|(?i:&lt;))?[a-zA-Z0-9][^ \t\u00a0\n"<>|(){}]*@(?:' + DOMAIN + "\\.)*" + DOMAIN + ">?")
 rule("@", "@[A-Za-z_][A-Za-z_0-9]*")
 rule("#", "#<W>+")

@@ -12,7 +12,7 @@ from metrics.inputs import LINE_BREAKS
 from tests.metrics.captions import CORPORA, golden, random_strings
 
 
-@pytest.mark.parametrize("name, count", [("ptb_golden", 338), ("ptb_rules", 96)])
+@pytest.mark.parametrize("name, count", [("ptb_golden", 338), ("ptb_rules", 100)])
 def test_golden_lines(name, count):
     """Every line as a file of its own. There it is followed by a plain caption, which changes nothing.
 
