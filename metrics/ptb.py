@@ -10,8 +10,8 @@ Behaviour of Stanford's tokenizer that surprises, kept here:
 - Runs such as "!!" or "?!" or "***" are tokens and stay.
 - Captions of one file are one text. "vitamin C." ends in "c." or in "c ." depending on the first word of the next
   caption. After the very last caption the text ends.
-One thing is not kept: a line break inside a caption shifts all later captions by one in pycocoevalcap; here it is a
-space.
+Two things are not kept: a line break inside a caption shifts all later captions by one in pycocoevalcap; here it is a
+space. And a quoted attribute of a tag, as in <a title="x, may not extend over several captions.
 
 References
 [1] Marcus, Santorini and Marcinkiewicz, Building a Large Annotated Corpus of English: The Penn Treebank, Computational
