@@ -70,6 +70,14 @@ def read_lm_config(path: Path) -> dict[str, Any]:
     return parse_lm_config(read_json(path), path, path.with_name("generation_config.json"))
 
 
+def read_text_config(path: Path) -> dict[str, Any]:
+    """The same of a config.json that may be that of an MLLM, whose language model has a text_config. (Whether its head
+    is tied, only the MLLM's layout knows.)"""
+    published = read_json(path)
+    text = field(published, "text_config", dict, path, published)
+    return parse_lm_config(text, path, path.with_name("generation_config.json"))
+
+
 def parse_lm_config(published: dict[str, Any], where: str | Path, generation: Path) -> dict[str, Any]:
     """The same from the content of a config. Raises an InputError that starts with `where`.
 

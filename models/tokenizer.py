@@ -17,7 +17,7 @@ import sentencepiece
 from common.errors import InputError, reading
 from models import hub
 from models.bpe import BPETokenizer, load_bpe
-from models.mllm_checkpoints import read_text_config
+from models.lm_checkpoints import read_text_config
 
 
 class SentencePieceTokenizer:

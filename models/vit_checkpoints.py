@@ -10,7 +10,7 @@ weights (.pth).
     torchvision  -                              ImageNet classifiers, vit_*
 
 Models of type `clip` and `siglip` also contain a text encoder, which is ignored. A fifth family, `idefics3`, exists
-only within multimodal models (`mllm_checkpoints.py`): SigLIP without pooling. Configs are dicts of the fields of
+only within multimodal models (`smolvlm.py`): SigLIP without pooling. Configs are dicts of the fields of
 `vit.ViTConfig`.
 
 Shapes: P tokens an image, D width.
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from common.errors import InputError, reading
 from common.files import field, one_of, read_json
 from common.preprocessing import HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocessor_file, read_preprocessing
-from models.names import OLD_MLP, VITS, find_prefix, read_columns, read_fields, tensor_names
+from models.names import OLD_MLP, VITS, read_columns, read_fields, tensor_names
 from models.weights import copy_strict
 
 VIT_FIELDS = read_columns("""
@@ -149,8 +149,7 @@ def check_frame_size(preprocessing: Preprocessing, config: dict[str, Any], path:
 def copy_vit_tensors(vit: nn.Module, public: PublicViT, tensors: dict[str, Tensor], path: Path) -> None:
     """Assigns the tensors of the file `path` or views of them: fused query, key and value are split into three, leading
     dimensions of size 1 that ours do not have are removed. Raises InputError as `copy_strict`."""
-    prefix = find_prefix(tensors, public.names["patch.*"].replace("*", "weight"))
-    names, tensors = tensor_names(vit, public.names, prefix), dict(tensors)
+    names, tensors = tensor_names(vit, public.names, tensors), dict(tensors)
     for ours, target in vit.state_dict().items():
         theirs = names[ours]
         fused = theirs.removesuffix("[q]")

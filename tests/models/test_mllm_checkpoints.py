@@ -18,10 +18,12 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from common.files import read_json
 from common.preprocessing import CLIP_MEAN, CLIP_STD, HALF, Preprocessing
 from models import mllm as mllm_module
+from models.llava import LLaVA, OneVision
 from models.mllm import MLLM
-from models.mllm_checkpoints import mllm_tensor_names, read_mllm_config, read_text_config
+from models.smolvlm import Idefics3, SmolVLM
 from tests.common.helpers import refused
 from tests.models.helpers import CONFIGS, assert_bit_equal, change_json
 from tests.models.test_mllm import CASES, SQUASH, VIDEO_FILE, save_model
@@ -84,7 +86,7 @@ def test_a_public_config_has_the_published_parameters(tmp_path, name):
     assert sum(p.numel() for p in theirs.parameters()) == count
     in_blocks = sum(p.numel() for p in ours.vit.blocks[0].parameters())
     assert sum(p.numel() for p in ours.parameters()) + config.unused_blocks * in_blocks == count
-    names = mllm_tensor_names(ours, theirs.state_dict())
+    names = ours.names_in(theirs.state_dict())
     shapes = {names[ours_name]: p.shape for ours_name, p in ours.state_dict().items()}
     expected = {n: p.shape for n, p in theirs.state_dict().items() if not config.lm.tied or n != "lm_head.weight"}
     assert len(expected) == tensors
@@ -95,7 +97,10 @@ def test_a_public_config_has_the_published_parameters(tmp_path, name):
     assert visual.shape == (2, tokens, config.lm.width) and ours.num_frame_tokens(0) == tokens
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_onevision", "idefics3", "smolvlm"])
+LAYOUTS = {"llava": LLaVA, "llava_onevision": OneVision, "idefics3": Idefics3, "smolvlm": SmolVLM}
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_missing_fields_have_the_defaults_of_transformers(tmp_path, family):
     """All but what each published config states: families, tokens, and of LLaVA where the ViT is left."""
     kinds = {"llava": ("clip_vision_model", "llama"), "llava_onevision": ("siglip_vision_model", "qwen2")}
@@ -103,8 +108,8 @@ def test_missing_fields_have_the_defaults_of_transformers(tmp_path, family):
     text = {"model_type": text, "eos_token_id": 2, "vocab_size": 200_000}
     fields = {"vision_feature_layer": -1, "text_config": text, "vision_config": {"model_type": vision}}
     fields["vision_feature_select_strategy"] = "default" if "clip" in vision else "full"
-    change_json(tmp_path / "config.json", model_type=family, **fields)
-    ours, theirs = read_mllm_config(tmp_path / "config.json"), AutoConfig.from_pretrained(tmp_path)
+    change_json(path := tmp_path / "config.json", model_type=family, **fields)
+    ours, theirs = LAYOUTS[family].read_config(read_json(path), path), AutoConfig.from_pretrained(tmp_path)
     vit, lm, vision, text = ours["vit"], ours["lm"], theirs.vision_config, theirs.text_config
     assert (lm["width"], lm["depth"]) == (text.hidden_size, text.num_hidden_layers)
     assert lm["tied"] == theirs.tie_word_embeddings
@@ -119,7 +124,7 @@ def test_the_head_is_tied_where_transformers_ties_it(tmp_path, name):
     for outside, inside in ((True, True), (True, False), (False, True), (False, False)):
         make_folder(tmp_path, name, tie_word_embeddings=outside, text_config={"tie_word_embeddings": inside})
         tied = AutoConfig.from_pretrained(tmp_path).tie_word_embeddings
-        assert read_text_config(tmp_path / "config.json")["tied"] == tied == (outside or (inside and "llava" in name))
+        assert MLLM.from_config(tmp_path).config.lm.tied == tied == (outside or (inside and "llava" in name))
 
 
 REFUSED = [
@@ -138,7 +143,7 @@ REFUSED = [
     (LLAVA, {"multimodal_projector_bias": False}, "multimodal_projector_bias"),
     (ONEVISION, {"text_config": {"model_type": "llama"}}, "expected qwen2"),
     (ONEVISION, {"vision_config": {"model_type": "clip_vision_model"}}, "expected siglip_vision_model"),
-    (SMOLVLM, {"scale_factor": 5}, "scale_factor is 5"),
+    (SMOLVLM, {"scale_factor": 5}, "5 x 5"),
     (SMOLVLM, {"text_config": {"use_resampler": True}}, "use_resampler"),
 ]
 
