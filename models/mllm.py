@@ -46,7 +46,7 @@ from models.lm_checkpoints import parse_lm_config
 from models.names import VITS, find_prefix, lm_tensor_names, tensor_names
 from models.tokenizer import Tokenizer
 from models.vit import ViT, ViTConfig
-from models.vit_checkpoints import check_frame_size, parse_vit_config
+from models.vit_checkpoints import adapt_tensors, check_frame_size, parse_vit_config
 from models.weights import copy_strict, drop_tied_copy, read_tensors
 
 LAYOUTS = {  # model_type in config.json: the file and the class. By name, because these files import this one
@@ -54,8 +54,9 @@ LAYOUTS = {  # model_type in config.json: the file and the class. By name, becau
     "llava_onevision": ("models.llava", "OneVision"),
     "idefics3": ("models.smolvlm", "Idefics3"),
     "smolvlm": ("models.smolvlm", "SmolVLM"),
+    "internvl": ("models.internvl", "InternVL"),
 }
-CONTROL_TOKEN = re.compile(r"<[\w|-]+>")
+CONTROL_TOKEN = re.compile(r"</?[\w|-]+>")
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ class MLLM(nn.Module):
         mllm = cls.from_config(folder)
         config, (tensors, path) = mllm.config, read_tensors(folder)
         names = mllm.names_in(tensors)
+        adapt_tensors(mllm, tensors, names)
         if config.lm.tied:
             drop_tied_copy(tensors, names["lm.embed.weight"])
         prefix = find_prefix(tensors, mllm.vit_names["patch.*"].replace("*", "weight"))

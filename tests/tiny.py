@@ -6,6 +6,7 @@ import torch
 
 from common.config import Config
 from model import Captioner
+from models.internvl import InternVL
 from models.llava import LLaVA, OneVision
 from models.lm import CausalLM, LMConfig
 from models.mllm import MLLMConfig
@@ -20,12 +21,14 @@ VIT = ViTConfig(image_size=SIDE, patch_size=4, width=WIDTH, depth=DEPTH, heads=3
 LM = LMConfig(vocab=40, width=LM_WIDTH, depth=2, heads=4, kv_heads=2, head_width=6, mlp_width=28, rope_theta=10000.0,
               norm_eps=1e-5, max_positions=300, tied=False, bos_id=1, eos_ids=(EOS,))
 NO_CLASS_TOKEN = replace(VIT, class_token=False, pre_norm=False, patch_bias=True)
-MLLMS = {  # 16, 4 and 4 visual tokens per frame
+INTERNVIT = replace(VIT, pre_norm=False, patch_bias=True, layer_scale=True, post_norm=False, activation="gelu")
+MLLMS = {
     "llava": (LLaVA, MLLMConfig(VIT, LM, "llama")),
     "llava_onevision": (OneVision, MLLMConfig(NO_CLASS_TOKEN, LM, "qwen2")),
+    "internvl": (InternVL, MLLMConfig(INTERNVIT, LM, "qwen2", shuffle=2)),
     "smolvlm": (SmolVLM, MLLMConfig(replace(NO_CLASS_TOKEN, final_norm=True), LM, "llama", shuffle=2)),
 }
-TOKENS = {"llava": 16, "llava_onevision": 4, "smolvlm": 4}
+TOKENS = {"llava": 16, "llava_onevision": 4, "internvl": 4, "smolvlm": 4}  # per frame
 SMALL = dict(queries=N, rank=8, frames=T)
 CONFIGS = {
     "no write-back": Config(**SMALL),
