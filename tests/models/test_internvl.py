@@ -6,6 +6,10 @@ References
 """
 
 import json
+import os
+import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
+import evaluate
+import train
 from common.files import read_json
 from common.preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from models.generation import generate
@@ -24,9 +30,11 @@ from models.tokenizer import load_bpe
 from tests import tiny
 from tests.common.helpers import refused
 from tests.models.helpers import change_json, write_weights
-from tests.models.test_mllm import CASES, DYNAMIC, IMAGE, assert_same, save_model
+from tests.models.test_bpe import make_tokenizer_json
+from tests.models.test_mllm import CASES, DYNAMIC, IMAGE, QWEN3, assert_same, internvl, save_model
 from tests.models.test_mllm_checkpoints import INTERNVL, OF_INTERNVL, make_folder
 from tests.models.test_vit import read_weights
+from tests.scripts import TWELVE_STEPS, act_at_call, assert_one_line_error, contents, run_forked
 
 TEXT = "Describe the video."
 # Of published config.json files, with InternVL 3's spelling of rotary embeddings.
@@ -202,3 +210,48 @@ def test_preprocessing_is_that_of_videos_if_there_is_one(tmp_path):
     (tmp_path / "processor_config.json").unlink()
     with refused("preprocessor_config.json", "found none"):
         MLLM.from_config(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def tiny_internvl(tmp_path_factory) -> Path:
+    """A random model of 56 pixels, 4 visual tokens a frame, with a tokenizer of bytes and the control tokens."""
+    folder = tmp_path_factory.mktemp("internvl")
+    tokenizer = make_tokenizer_json("tiny Qwen")
+    added = tokenizer["added_tokens"]
+    for token in "<img>", "</img>":
+        added.append(added[0] | {"id": added[-1]["id"] + 1, "content": token})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    case = internvl(QWEN3 | {"vocab_size": 408, "max_position_embeddings": 300})
+    case.fields["vision_config"] = case.fields["vision_config"] | {"image_size": [56, 56]}
+    size = {"size": {"height": 56, "width": 56}}
+    save_model(folder, replace(case, preprocessing=("preprocessor_config.json", size)))
+    return folder
+
+
+@pytest.mark.parametrize("words", [["--cache-features"], ["--visual", "frames", "--write-back", "--grid", 1]])
+def test_a_run_resumes_bit_for_bit_and_knows_its_model(tiny_internvl, words, flags, tmp_path, monkeypatch):
+    """Three steps, stopped by a signal in the second. Then with another last byte in the file of weights."""
+    model = shutil.copytree(tiny_internvl, tmp_path / "model")
+    command = [*TWELVE_STEPS, "--mllm", model, "--data", flags[-1], "--frames", 2, "--epochs", 1, *words, "--out"]
+    done = run_forked(train, *command, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    with monkeypatch.context() as patch:
+        act_at_call(patch, torch.optim.AdamW, "step", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run_forked(train, *command, tmp_path / "stopped").returncode == 130
+    done = run_forked(train, "--resume", tmp_path / "stopped")
+    assert done.returncode == 0 and "resuming after step 2" in done.stdout, done.stderr
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    done = run_forked(train, *command, tmp_path / "plan", "--plan")
+    assert done.returncode == 0 and "memory of a step on cpu" in done.stdout, done.stderr
+    clip = next(Path(flags[-1]).rglob("*.mp4"))
+    done = run_forked(evaluate, tmp_path / "whole", "--video", clip, "--device", "cpu")
+    assert done.returncode == 0 and clip.name in done.stdout, done.stderr
+    with open(model / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert_one_line_error(run_forked(train, "--resume", tmp_path / "whole"), "another model", "mllm/model.safetensors")
