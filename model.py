@@ -146,13 +146,13 @@ class Captioner(nn.Module):
 
     def block_outputs_shape(self, num_frames: int) -> tuple[int, ...]:
         """The shape of `block_outputs` for one clip: (T, J, P, D)."""
-        return num_frames, len(self.vit.blocks) - self.first_block, *self.vit.position.shape
+        return self.vit.num_steps(num_frames), len(self.vit.blocks) - self.first_block, *self.vit.position.shape
 
     def block_outputs(self, frames: Tensor) -> Tensor:
         """Frames uint8 (B, T, 3, S, S) -> outputs of the frozen blocks from `first_block` on (B, T, J, P, D),
         without write-back. A cache stores them in bf16."""
         pixels = self.vit.normalize(frames).to(self.dtype)
-        return self.vit.block_outputs(pixels.flatten(0, 1), self.first_block).unflatten(0, frames.shape[:2])
+        return self.vit.block_outputs(pixels.flatten(0, 1), self.first_block).unflatten(0, pixels.shape[:2])
 
     def run_encoder(self, frames: Tensor) -> tuple[Tensor | None, Tensor]:
         """The input -> the Q-Adapter's LN(Q) (B, N, D), None for the other methods, and the output of the ViT's last
@@ -165,7 +165,7 @@ class Captioner(nn.Module):
             pixels = self.vit.normalize(frames).to(self.dtype)
             if self.adapter is not None:
                 return self.adapter.read_and_write(self.vit, pixels)
-            return None, self.vit.run_blocks(pixels.flatten(0, 1)).unflatten(0, frames.shape[:2])
+            return None, self.vit.run_blocks(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
         return None if self.adapter is None else self.adapter.read_outputs(outputs), outputs[:, :, -1]
 
     @torch.no_grad()

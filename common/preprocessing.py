@@ -79,7 +79,7 @@ def read_preprocessing(path: Path, default: Preprocessing) -> Preprocessing:
         raise InputError(f"{path}: do_center_crop is false, so size needs height and width: the ViT's input is square")
     if size > resize:
         raise InputError(f"{path}: crop_size is {size}, expected at most the size {resize}")
-    return _read_colours(config, path, replace(default, size=size, resize=resize, squash=squash))
+    return read_colours(config, path, replace(default, size=size, resize=resize, squash=squash))
 
 
 def read_lanczos_preprocessing(path: Path) -> Preprocessing:
@@ -93,7 +93,7 @@ def read_lanczos_preprocessing(path: Path) -> Preprocessing:
     first = field(sampling or config, "video_size" if sampling else "size", dict, path)
     second = field(config, "max_image_size", dict, path)
     longest_edge, size = (field(step, "longest_edge", int, path, least=1, most=4096) for step in (first, second))  # [1]
-    return _read_colours(config, path, Preprocessing(size, size, True, "lanczos", HALF, HALF, longest_edge))
+    return read_colours(config, path, Preprocessing(size, size, True, "lanczos", HALF, HALF, longest_edge))
 
 
 def _read_side(config: dict, name: str, path: Path, side: int, is_both: bool) -> tuple[int, bool]:
@@ -110,7 +110,7 @@ def _read_side(config: dict, name: str, path: Path, side: int, is_both: bool) ->
     return sides[0], len(sides) == 2
 
 
-def _read_colours(config: dict, path: Path, default: Preprocessing) -> Preprocessing:
+def read_colours(config: dict, path: Path, default: Preprocessing) -> Preprocessing:
     """The default with the interpolation, mean and standard deviation of the file.
 
     Frames have any size and bytes as values, so no step can be left out.

@@ -1,8 +1,9 @@
 """Public language models: their config.json, as `lm.py` needs it.
 
-Five families, in the format of transformers: `llama`, `mistral`, `qwen2`, `qwen3`, and the text models of Gemma 3,
-`gemma3_text`. Both spellings of rotary embeddings are read: transformers 4 writes `rope_theta`, `rope_scaling` and
-Gemma's `rope_local_base_freq` side by side, transformers 5 puts all of them into `rope_parameters`.
+Six families, in the format of transformers: `llama`, `mistral`, `qwen2`, `qwen3`, the language models of Qwen3-VL,
+`qwen3_vl_text`, which on texts are Qwen 3, and those of Gemma 3, `gemma3_text`. Both spellings of rotary embeddings are
+read: transformers 4 writes `rope_theta`, `rope_scaling` and Gemma's `rope_local_base_freq` side by side, transformers 5
+puts all of them into `rope_parameters`.
 
 References
 [1] transformers: configuration_llama.py, configuration_mistral.py, configuration_qwen2.py, configuration_qwen3.py,
@@ -19,27 +20,28 @@ from common.files import field, one_of, read_json
 from models.names import read_columns, read_fields
 
 LM_FIELDS = read_columns("""
-    ours          config.json             llama mistral qwen2  qwen3  gemma3_text
-    vocab         vocab_size              32000 32000   151936 151936 262208
-    width         hidden_size             4096  4096    4096   4096   2304
-    depth         num_hidden_layers       32    32      32     32     26
-    heads         num_attention_heads     32    32      32     32     8
-    kv_heads      num_key_value_heads     0     8       32     32     4
-    head_width    head_dim                0     0       0      128    256
-    mlp_width     intermediate_size       11008 14336   22016  22016  9216
-    max_positions max_position_embeddings 2048  131072  32768  32768  131072
-    norm_eps      rms_norm_eps            1e-6  1e-6    1e-6   1e-6   1e-6
-    rope_theta    rope_theta              1e4   1e4     1e4    1e4    1e6
-    local_theta   rope_local_base_freq    -     -       -      -      1e4
-    query_scalar  query_pre_attn_scalar   -     -       -      -      256.0
-    tied          tie_word_embeddings     False False   False  False  True
-    mlp_bias      mlp_bias                False -       -      -      -
-    o_bias        attention_bias          False -       -      False  False
-    qk_norm       -                       False False   False  True   True
-    gemma         -                       False False   False  False  True
+    ours          config.json             llama mistral qwen2  qwen3  qwen3_vl_text gemma3_text
+    vocab         vocab_size              32000 32000   151936 151936 151936        262208
+    width         hidden_size             4096  4096    4096   4096   4096          2304
+    depth         num_hidden_layers       32    32      32     32     32            26
+    heads         num_attention_heads     32    32      32     32     32            8
+    kv_heads      num_key_value_heads     0     8       32     32     32            4
+    head_width    head_dim                0     0       0      128    128           256
+    mlp_width     intermediate_size       11008 14336   22016  22016  22016         9216
+    max_positions max_position_embeddings 2048  131072  32768  32768  128000        131072
+    norm_eps      rms_norm_eps            1e-6  1e-6    1e-6   1e-6   1e-6          1e-6
+    rope_theta    rope_theta              1e4   1e4     1e4    1e4    5e5           1e6
+    local_theta   rope_local_base_freq    -     -       -      -      -             1e4
+    query_scalar  query_pre_attn_scalar   -     -       -      -      -             256.0
+    tied          tie_word_embeddings     False False   False  False  False         True
+    mlp_bias      mlp_bias                False -       -      -      -             -
+    o_bias        attention_bias          False -       -      False  False         False
+    qk_norm       -                       False False   False  True   True          True
+    gemma         -                       False False   False  False  False         True
 """)  # defaults of [1]; 0: as many as heads, width / heads
 FAMILIES = tuple(LM_FIELDS)[2:]
 TOKENS = {"llama": (1, 2), "mistral": (1, 2), "qwen2": (None, None), "qwen3": (None, None), "gemma3_text": (2, 1)}
+TOKENS["qwen3_vl_text"] = None, None
 # Fields with a single supported value, which is also their default.
 OFF = ("use_resampler", "qk_layer_norms", "rope_interleaved", "use_bidirectional_attention", "use_sliding_window")
 WHOLE = {"partial_rotary_factor": 1.0}
@@ -137,6 +139,8 @@ def _read_scaling(rope: dict, published: dict, config: dict, where: str | Path, 
     """None if frequencies are not scaled. "dynamic" scales them in texts beyond max_positions, which are refused."""
     kind = one_of(rope, "rope_type", kinds, where, rope.get("type", "default"))
     known = {"type", "rope_type", "rope_theta", "factor", *ROPE_FIELDS[kind]}
+    if published["model_type"] == "qwen3_vl_text":  # positions in three dimensions, which are equal in texts
+        known |= {"mrope_section", "mrope_interleaved"}
     check_supported(rope, dict.fromkeys(rope.keys() - known) | WHOLE, f"{where}: rope_type {kind}")
     if kind in ("default", "dynamic"):
         return None

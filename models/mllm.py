@@ -55,6 +55,7 @@ LAYOUTS = {  # model_type in config.json: the file and the class. By name, becau
     "idefics3": ("models.smolvlm", "Idefics3"),
     "smolvlm": ("models.smolvlm", "SmolVLM"),
     "internvl": ("models.internvl", "InternVL"),
+    "qwen3_vl": ("models.qwen3_vl", "Qwen3VL"),
 }
 CONTROL_TOKEN = re.compile(r"</?[\w|-]+>")
 
@@ -117,12 +118,14 @@ class MLLM(nn.Module):
     trained_together = True
     projects_vectors = False  # whether the projector maps single vectors, such as queries
     vit_names = VITS["clip"]  # {our tensor in the ViT: theirs}
+    unused_tensors = ("head.",)  # beside the ViT's; how their names begin
+    make_vit = ViT
     has_video_file = False  # whether the frames of videos have a file of their own, besides that about images
 
     def __init__(self, config: MLLMConfig):
         super().__init__()
         self.config = config
-        self.vit = ViT(config.vit)
+        self.vit = self.make_vit(config.vit)
         self.lm = CausalLM(config.lm)
         self.projector = self.make_projector(config)
         self.newline = None  # a token after the last frame (C,)
@@ -198,6 +201,10 @@ class MLLM(nn.Module):
         }
         return {f"{part}.{ours}": theirs for part, names in parts.items() for ours, theirs in names.items()}
 
+    def adapt(self, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
+        """Replaces tensors of a file by what our model has in their place."""
+        adapt_tensors(self, tensors, names)
+
     @staticmethod
     def from_config(folder: str | Path) -> "MLLM":
         """The model of a folder on the meta device, from its configs alone. Raises InputError."""
@@ -222,12 +229,13 @@ class MLLM(nn.Module):
         mllm = cls.from_config(folder)
         config, (tensors, path) = mllm.config, read_tensors(folder)
         names = mllm.names_in(tensors)
-        adapt_tensors(mllm, tensors, names)
+        mllm.adapt(tensors, names)
         if config.lm.tied:
             drop_tied_copy(tensors, names["lm.embed.weight"])
         prefix = find_prefix(tensors, mllm.vit_names["patch.*"].replace("*", "weight"))
         blocks = range(config.vit.depth, config.vit.depth + config.unused_blocks)
-        unused = (f"{prefix}head.", *(prefix + mllm.vit_names["N."].replace("N", str(i)) for i in blocks))
+        unused = (*mllm.unused_tensors, *(mllm.vit_names["N."].replace("N", str(i)) for i in blocks))
+        unused = tuple(prefix + name for name in unused)
         copy_strict(mllm, {name: x for name, x in tensors.items() if not name.startswith(unused)}, names, path)
         tensors.clear()  # so that each tensor is freed as soon as it has been converted
         return mllm.to(dtype)

@@ -158,6 +158,10 @@ class ViT(nn.Module):
         self.post_norm = nn.LayerNorm(width, config.norm_eps) if config.post_norm else nn.Identity()
         self.head = PoolingHead(config) if config.pooling_head else None
 
+    def num_steps(self, frames: int) -> int:
+        """How many images the ViT makes of the frames of a clip: each one is encoded alone."""
+        return frames
+
     def normalize(self, frames: Tensor) -> Tensor:
         """uint8 frames (..., 3, S, S) -> float32, normalized with the model's mean and standard deviation."""
         channels = frames.float().unbind(-3)  # numbers, not tensors: copying one to a GPU would wait for the GPU

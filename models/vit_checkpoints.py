@@ -55,6 +55,8 @@ VIT_FIELDS = read_columns("""
     post_norm    -                   True         True                True                True   False    True
     final_norm   -                   False        True                True                True   False    True
 """)  # defaults of [2]
+VIT_FIELDS["qwen3_vl"] = VIT_FIELDS["idefics3"] | {
+    "depth": "27", "patch_size": "16", "mlp_width": "4304", "post_norm": "False", "final_norm": "False"}
 MODEL_TYPES = ("clip_vision_model", "clip", "siglip_vision_model", "siglip", "dinov2")
 HEADS = {768: 12, 1024: 16, 1280: 16}  # of torchvision's models, for each width
 

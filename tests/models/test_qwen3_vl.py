@@ -1,0 +1,199 @@
+"""Qwen3-VL with queries in the place of an image: its vision encoder and its language model against transformers [1].
+
+Tiny random models in real files, seed 0, in the published form: one spelling of names, `rope_theta` beside
+`rope_scaling`. The reference's patches come by squares of 2 x 2, ours row by row.
+
+[1] transformers, models/qwen3_vl, and its video processor
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLVideoProcessor
+
+from common.config import Config
+from common.errors import InputError
+from common.files import read_json
+from common.preprocessing import HALF, Preprocessing
+from model import Captioner
+from models.generation import generate
+from models.mllm import MLLM, shuffle_pixels
+from models.tokenizer import load_bpe
+from tests.common.helpers import refused
+from tests.models.helpers import change_json
+from tests.models.test_mllm import assert_same
+
+WIDTH, PATCH, SIDE = 32, 32, 448  # 14 x 14 patches
+VISION = dict(depth=3, hidden_size=WIDTH, num_heads=4, intermediate_size=64, patch_size=PATCH, spatial_merge_size=2,
+              temporal_patch_size=2, out_hidden_size=24, num_position_embeddings=36, deepstack_visual_indexes=[0, 2])
+ROPE = dict(rope_type="default", mrope_section=[4, 2, 2], mrope_interleaved=True)
+TEXT = dict(vocab_size=99, hidden_size=24, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=3, head_dim=16, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
+VIDEO = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "patch_size": PATCH, "temporal_patch_size": 2,
+         "merge_size": 2, "image_mean": HALF, "image_std": HALF}
+
+
+def make(folder: Path) -> nn.Module:
+    """Saves a random model in the published form; returns it."""
+    text = TEXT | {"rope_parameters": ROPE | {"rope_theta": 1e4}, "initializer_range": 0.5}
+    config = Qwen3VLConfig(text_config=text, vision_config=VISION, image_token_id=96, video_token_id=97,
+                           vision_start_token_id=94, vision_end_token_id=95, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    theirs = Qwen3VLForConditionalGeneration(config).eval().requires_grad_(False)
+    for name, p in theirs.named_parameters():
+        if p.dim() == 1 or "pos_embed" in name:
+            p.normal_(float("norm" in name and name.endswith("weight")), 0.3)
+        elif "visual." in name:
+            p.normal_(0, 0.02 if "patch_embed" in name else 0.2)
+    theirs.save_pretrained(folder)
+    text = TEXT | {"model_type": "qwen3_vl_text", "rope_theta": 1e4, "rope_scaling": ROPE}
+    published = {"model_type": "qwen3_vl", "tie_word_embeddings": True, "text_config": text}
+    published |= {"vision_config": VISION | {"model_type": "qwen3_vl"}}
+    (folder / "config.json").write_text(json.dumps(published))
+    change_json(folder / "video_preprocessor_config.json", **VIDEO)
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[nn.Module, MLLM, Path]:
+    folder = tmp_path_factory.mktemp("qwen3_vl")
+    theirs = make(folder)
+    return theirs, MLLM.from_pretrained(folder), folder
+
+
+def by_squares(x: Tensor) -> Tensor:
+    """Patches row by row (n, P, D) -> in the reference's order (n * P, D)."""
+    return shuffle_pixels(x, 2).unflatten(-1, (4, -1)).flatten(0, 2)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@torch.no_grad()
+def test_the_vision_encoder_equals_the_reference(models, frames):
+    """Each block's output and the merger's, of random frames as [1] preprocesses them; an odd number of frames."""
+    theirs, ours, _ = models
+    clip = torch.randint(256, (frames, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    processor = Qwen3VLVideoProcessor(patch_size=PATCH, temporal_patch_size=2, merge_size=2, image_mean=HALF,
+                                      image_std=HALF, do_resize=False, do_sample_frames=False)
+    doubled = torch.cat([clip, clip]) if frames == 1 else clip  # as [1] does with images
+    inputs = processor([doubled], return_tensors="pt")
+    outputs: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda _m, _a, y: outputs.append(y)) for block in theirs.model.visual.blocks]
+    merged = theirs.model.visual(inputs["pixel_values_videos"], grid_thw=inputs["video_grid_thw"]).pooler_output
+    for hook in hooks:
+        hook.remove()
+    steps = ours.vit.normalize(clip)
+    assert steps.shape == (ours.vit.num_steps(frames), 6, SIDE, SIDE)
+    found = ours.vit.block_outputs(steps, 0)
+    for i, expected in enumerate(outputs):
+        assert_same(by_squares(found[:, i]), expected)
+    assert_same(ours.connect(found[:, -1]).flatten(0, 1), merged)
+
+
+@torch.no_grad()
+def test_the_language_model_reads_queries_as_text(models):
+    """Random vectors between two texts: logits, greedy and 3-beam ids."""
+    theirs, ours, _ = models
+    queries = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(2))
+    x = ours.merge([torch.tensor([1, 5, 94]), torch.tensor([95, 7])], [queries])
+    assert_same(ours.lm(x), theirs(inputs_embeds=x).logits)
+    for beams in (1, 3):
+        options = {"num_beams": beams, "max_new_tokens": 12, "do_sample": False}
+        expected = theirs.generate(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2]).long(), **options)[0]
+        found = generate(ours.lm, x, beams=beams, max_new_tokens=12)[0]
+        assert found == [i for i in expected.tolist() if i != 2] and len(found) > 3
+
+
+def test_the_published_model(tmp_path):
+    """Qwen3-VL-2B on the meta device: 2,127,532,032 parameters, without the three mergers of DeepStack and with a table
+    of 28 x 28 instead of 48 x 48 positions."""
+    vision = VISION | dict(model_type="qwen3_vl", depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096,
+                           patch_size=16, out_hidden_size=2048, num_position_embeddings=2304)
+    text = TEXT | dict(model_type="qwen3_vl_text", vocab_size=151936, hidden_size=2048, intermediate_size=6144,
+                       num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+                       rope_theta=5e6, rope_scaling=ROPE | {"mrope_section": [24, 20, 20]}, eos_token_id=151645)
+    change_json(tmp_path / "config.json", model_type="qwen3_vl", tie_word_embeddings=True, text_config=text,
+                vision_config=vision)
+    change_json(tmp_path / "video_preprocessor_config.json", **VIDEO | {"patch_size": 16})
+    ours = MLLM.from_config(tmp_path)
+    deepstack = 3 * (2 * 4096 + 4096 * 4096 + 4096 + 4096 * 2048 + 2048)
+    count = sum(p.numel() for p in ours.parameters())
+    assert count + deepstack + (48 * 48 - 28 * 28) * 1024 == 2_127_532_032
+    assert ours.vit.preprocessing == Preprocessing(448, 448, True, "bicubic", HALF, HALF)
+
+
+@pytest.mark.parametrize("part, fields", [
+    ("vision_config", {"spatial_merge_size": 4}), ("vision_config", {"temporal_patch_size": 1}),
+    ("vision_config", {"hidden_act": "relu"}), ("text_config", {"model_type": "qwen3"}),
+    ("text_config", {"rope_scaling": {"rope_type": "yarn"}}),
+])
+def test_another_model_is_refused(models, tmp_path, part, fields):
+    config = read_json(models[2] / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(config | {part: config[part] | fields}))
+    change_json(tmp_path / "video_preprocessor_config.json", **VIDEO)
+    name, value = next(iter(fields.items()))
+    with refused(str(tmp_path / "config.json"), next(iter(value)) if isinstance(value, dict) else name):
+        MLLM.from_config(tmp_path)
+
+
+# ------------------------------------------------------------------------------------ the captioner
+
+
+class Words:
+    """The part of a tokenizer that a captioner uses."""
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(letter) % 90 for letter in text]
+
+
+def captioner(models, **fields) -> Captioner:
+    backbone = models[1]
+    backbone.prompt = lambda _tokenizer, images, instruction: [[5]] * images + [[7, 8]]
+    return Captioner(backbone, Words(), Config(queries=5, rank=8, frames=4, last_blocks=2, **fields))
+
+
+def test_queries_read_pairs_of_frames(models):
+    """Also from a cache, in bf16: an even and an odd number of frames; a change of one frame changes its own step."""
+    torch.manual_seed(0)
+    ours = captioner(models)
+    clip = torch.randint(256, (1, 5, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    labels = torch.tensor([[[9, 10, 2]]])
+    for frames in (clip[:, :4], clip):
+        outputs = ours.block_outputs(frames)
+        assert outputs.shape[1:] == ours.block_outputs_shape(frames.shape[1])
+        with torch.no_grad():
+            assert ours(outputs, labels) == ours(frames, labels)
+    changed = clip.clone()
+    changed[:, 3] ^= 255
+    equal = [a.equal(b) for a, b in zip(ours.block_outputs(clip)[0], ours.block_outputs(changed)[0], strict=True)]
+    assert equal == [True, False, True]
+    ours(clip, labels).backward()
+    assert all(p.grad is not None for p in ours.trained().values())
+
+
+def test_write_back_reads_pairs_too(models):
+    torch.manual_seed(0)
+    ours, plain = captioner(models, write_back=True), captioner(models)
+    plain.load_state_dict(ours.state_dict(), strict=False)
+    clip = torch.randint(256, (1, 4, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.prefix(clip), plain.prefix(clip), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [dict(method="none"), dict(method="lora"), dict(visual="frames", write_back=True)])
+def test_frames_are_not_passed_on(models, fields):
+    with pytest.raises(InputError, match="expected --method qadapter and --visual queries"):
+        captioner(models, **fields)
+
+
+def test_the_prompt_is_that_of_an_image(models, real):
+    """The published template for one image, without a system turn, in Qwen 3's tokenizer of the tokenizers package."""
+    path = real / "tokenizers" / "qwen3" / "tokenizer.json"
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Describe the video.<|im_end|>\n"
+    expected = theirs(text + "<|im_start|>assistant\n")["input_ids"]
+    before, after = type(models[1]).prompt(models[1], load_bpe(path, None), 1, "Describe the video.")
+    assert [*before, 151655, *after] == expected
