@@ -3,9 +3,9 @@
     pairs of frames -> ViT with rotated queries and keys -> the Q-Adapter's queries as the vectors of an image -> Qwen 3
 
 The ViT encodes pairs of frames: both frames of a pair are mixed by the patch embedding, and patches attend within their
-pair. So a clip of T frames has T/2 steps, which is what the Q-Adapter reads; of an odd number of frames the last one
-counts twice. A table of learned positions is resampled to the grid of patches; besides, queries and keys are rotated by
-their row and column.
+pair. So a clip of T frames has T/2 steps, which is what the Q-Adapter reads; its frame vectors are interpolated to
+them. Of an odd number of frames the last one counts twice. A table of learned positions is resampled to the grid of
+patches; besides, queries and keys are rotated by their row and column.
 
 Frames themselves cannot be passed on yet (`--visual frames` and the other methods): their tokens need positions in
 three dimensions, the outputs of earlier blocks (DeepStack) and the times of frames in the prompt. Queries in the place

@@ -21,7 +21,7 @@ from qadapter import GatedCrossAttention, split_heads
 class AttentionMaps:
     """What the queries read of B clips, and how much of it they keep."""
 
-    weights: Tensor  # (J, B, h, N, T, P); each query's sum to 1
+    weights: Tensor  # (J, B, h, N, T, P); each query's sum to 1, where no two frames share a step of the ViT
     gates: Tensor  # (J, B, N); where a variant has one per channel, their mean
 
     def patches(self) -> Tensor:
@@ -56,5 +56,7 @@ def record_attention(captioner, frames: Tensor) -> AttentionMaps | None:
 
     with register_module_forward_hook(record):  # of all modules, until the block ends
         captioner.run_encoder(frames.to(next(captioner.parameters()).device))
+    count = frames.shape[1]
+    steps = [t * captioner.vit.num_steps(count) // count for t in range(count)]  # a step may be a pair of frames
     gates = captioner.adapter.last_gates.float().cpu()[..., None].flatten(3)  # (J, B, N, 1 or D)
-    return AttentionMaps(torch.stack(weights), gates.mean(-1))
+    return AttentionMaps(torch.stack(weights)[..., steps, :], gates.mean(-1))

@@ -218,15 +218,20 @@ def test_preprocessing_is_that_of_videos_if_there_is_one(tmp_path):
 # ----------------------------------------------------------------------------------------- a run
 
 
-@pytest.fixture(scope="module")
-def tiny_internvl(tmp_path_factory) -> Path:
-    """A random model of 56 pixels, 4 visual tokens a frame, with a tokenizer of bytes and the control tokens."""
-    folder = tmp_path_factory.mktemp("internvl")
+def write_tokenizer(folder: Path, *tokens: str) -> None:
+    """A tokenizer of about 400 tokens, among them all bytes and control tokens: Qwen's and others."""
     tokenizer = make_tokenizer_json("tiny Qwen")
     added = tokenizer["added_tokens"]
-    for token in "<img>", "</img>":
+    for token in tokens:
         added.append(added[0] | {"id": added[-1]["id"] + 1, "content": token})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def tiny_internvl(tmp_path_factory) -> Path:
+    """A random model of 56 pixels, 4 visual tokens a frame."""
+    folder = tmp_path_factory.mktemp("internvl")
+    write_tokenizer(folder, "<img>", "</img>")
     case = internvl(QWEN3 | {"vocab_size": 408, "max_position_embeddings": 300})
     case.fields["vision_config"] = case.fields["vision_config"] | {"image_size": [56, 56]}
     size = {"size": {"height": 56, "width": 56}}
@@ -236,8 +241,12 @@ def tiny_internvl(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("words", [["--cache-features"], ["--visual", "frames", "--write-back", "--grid", 1]])
 def test_a_run_resumes_bit_for_bit_and_knows_its_model(tiny_internvl, words, flags, tmp_path, monkeypatch):
+    check_run(tiny_internvl, words, flags, tmp_path, monkeypatch)
+
+
+def check_run(folder: Path, words: list, flags: list, tmp_path: Path, monkeypatch) -> None:
     """Three steps, stopped by a signal in the second. Then with another last byte in the file of weights."""
-    model = shutil.copytree(tiny_internvl, tmp_path / "model")
+    model = shutil.copytree(folder, tmp_path / "model")
     command = [*TWELVE_STEPS, "--mllm", model, "--data", flags[-1], "--frames", 2, "--epochs", 1, *words, "--out"]
     done = run_forked(train, *command, tmp_path / "whole")
     assert done.returncode == 0, done.stderr
@@ -250,7 +259,7 @@ def test_a_run_resumes_bit_for_bit_and_knows_its_model(tiny_internvl, words, fla
     done = run_forked(train, *command, tmp_path / "plan", "--plan")
     assert done.returncode == 0 and "memory of a step on cpu" in done.stdout, done.stderr
     clip = next(Path(flags[-1]).rglob("*.mp4"))
-    done = run_forked(evaluate, tmp_path / "whole", "--video", clip, "--device", "cpu")
+    done = run_forked(evaluate, tmp_path / "whole", "--video", clip, "--device", "cpu", "--show", tmp_path / "show")
     assert done.returncode == 0 and clip.name in done.stdout, done.stderr
     with open(model / "model.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)

@@ -25,6 +25,7 @@ from models.mllm import MLLM, shuffle_pixels
 from models.tokenizer import load_bpe
 from tests.common.helpers import refused
 from tests.models.helpers import change_json
+from tests.models.test_internvl import check_run, write_tokenizer
 from tests.models.test_mllm import assert_same
 
 WIDTH, PATCH, SIDE = 32, 32, 448  # 14 x 14 patches
@@ -37,9 +38,9 @@ VIDEO = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "patch_size"
          "merge_size": 2, "image_mean": HALF, "image_std": HALF}
 
 
-def make(folder: Path) -> nn.Module:
+def make(folder: Path, vocab: int = 99) -> nn.Module:
     """Saves a random model in the published form; returns it."""
-    text = TEXT | {"rope_parameters": ROPE | {"rope_theta": 1e4}, "initializer_range": 0.5}
+    text = TEXT | {"vocab_size": vocab, "rope_parameters": ROPE | {"rope_theta": 1e4}, "initializer_range": 0.5}
     config = Qwen3VLConfig(text_config=text, vision_config=VISION, image_token_id=96, video_token_id=97,
                            vision_start_token_id=94, vision_end_token_id=95, tie_word_embeddings=True)
     torch.manual_seed(0)
@@ -50,7 +51,7 @@ def make(folder: Path) -> nn.Module:
         elif "visual." in name:
             p.normal_(0, 0.02 if "patch_embed" in name else 0.2)
     theirs.save_pretrained(folder)
-    text = TEXT | {"model_type": "qwen3_vl_text", "rope_theta": 1e4, "rope_scaling": ROPE}
+    text = TEXT | {"vocab_size": vocab, "model_type": "qwen3_vl_text", "rope_theta": 1e4, "rope_scaling": ROPE}
     published = {"model_type": "qwen3_vl", "tie_word_embeddings": True, "text_config": text}
     published |= {"vision_config": VISION | {"model_type": "qwen3_vl"}}
     (folder / "config.json").write_text(json.dumps(published))
@@ -197,3 +198,11 @@ def test_the_prompt_is_that_of_an_image(models, real):
     expected = theirs(text + "<|im_start|>assistant\n")["input_ids"]
     before, after = type(models[1]).prompt(models[1], load_bpe(path, None), 1, "Describe the video.")
     assert [*before, 151655, *after] == expected
+
+
+@pytest.mark.parametrize("words", [["--cache-features"], ["--write-back"]])
+def test_a_run_resumes_bit_for_bit_and_knows_its_model(words, flags, tmp_path, monkeypatch):
+    (folder := tmp_path / "qwen3_vl").mkdir()
+    make(folder, 408)
+    write_tokenizer(folder, "<|vision_start|>", "<|vision_end|>")
+    check_run(folder, ["--visual", "queries", *words], flags, tmp_path, monkeypatch)
