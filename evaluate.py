@@ -47,10 +47,10 @@ MODEL_FLAGS = "vit", "lm", "mllm"
 # ---------------------------------------------------------------------------------- loading a run
 
 
-def load_run(run: Path, device: torch.device, moved: dict[str, str]) -> tuple[Captioner, dict[str, Path]]:
+def load_run(run: Path, device: torch.device, **moved: str) -> tuple[Captioner, dict[str, Path]]:
     """The captioner of a run's folder, with its best weights, and the folders of its frozen models.
 
-    moved: {"vit", "lm" or "mllm": where that model is now}. Raises InputError where the folder is not a run, or a file
+    moved: where the models vit, lm or mllm are now, if they have moved. Raises InputError where the folder is not a run, or a file
     in it or in a frozen model's folder is not the one of the training.
     """
     config = replace(read_config(run), **moved)
@@ -268,7 +268,7 @@ def main() -> int:
     device = devices.select_device(args.device)
     devices.keep_freed_memory()
     moved = {name: value for name in MODEL_FLAGS if (value := getattr(args, name))}
-    captioner, folders = load_run(args.run, device, moved)
+    captioner, folders = load_run(args.run, device, **moved)
     given = {name: value for name in ("data", "frames", "beams") if (value := getattr(args, name))}
     config = replace(captioner.config, **given)
     check_outputs(args, list(folders.values()) + ([] if args.video else [config.data]), videos)

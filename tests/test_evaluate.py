@@ -30,7 +30,7 @@ def videos(flags) -> list[Path]:
 
 
 def load(run: Path) -> evaluate.Captioner:
-    return evaluate.load_run(run, CPU, {})[0]
+    return evaluate.load_run(run, CPU)[0]
 
 
 def read_rows(path: Path) -> list[dict]:
