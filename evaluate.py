@@ -4,6 +4,7 @@
     python evaluate.py RUN --video a.mp4 folder/ [--save captions.jsonl]
     ls clips/*.mov | python evaluate.py RUN --video -
     python evaluate.py RUN --video film.mp4 --window 10 --save film.srt
+    python evaluate.py --mllm HuggingFaceTB/SmolVLM2-256M-Video-Instruct --video a.mp4      the model as it is, no run
 
 `--report page.html` makes a page of what was captioned, `--show picture.png` a picture of one video (`report/`).
 
@@ -47,19 +48,26 @@ MODEL_FLAGS = "vit", "lm", "mllm"
 # ---------------------------------------------------------------------------------- loading a run
 
 
-def load_run(run: Path, device: torch.device, moved: dict[str, str]) -> tuple[Captioner, dict[str, Path]]:
+def load_run(run: Path | None, device: torch.device, **models: str) -> tuple[Captioner, dict[str, Path]]:
     """The captioner of a run's folder, with its best weights, and the folders of its frozen models.
 
-    moved: {"vit", "lm" or "mllm": where that model is now}. Raises InputError where the folder is not a run, or a file
-    in it or in a frozen model's folder is not the one of the training.
+    models: where vit, lm or mllm are now, if they have moved. Without a run: the mllm as it is, untrained. Raises
+    InputError where the folder is not a run, or a file in it or in a frozen model's folder is not the one of the
+    training.
     """
-    config = replace(read_config(run), **moved)
+    if run is None:
+        config = Config(dataset="folder", method="none", **models)
+        config = replace(config, precision=devices.select_precision(config, device))
+    else:
+        config = replace(read_config(run), **models)
     config.check()
     config, folders = resolve_models(config)
-    check_models(run, fingerprint_models(folders))
+    if run is not None:
+        check_models(run, fingerprint_models(folders))
     backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size)
     captioner = Captioner(backbone, tokenizer, config)
-    captioner.load(run / "best/adapter.safetensors")
+    if run is not None:
+        captioner.load(run / "best/adapter.safetensors")
     return captioner.eval().to(device), folders
 
 
@@ -202,7 +210,8 @@ def evaluate_videos(captioner: Captioner, paths: list[Path], args: argparse.Name
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.",
                         "python evaluate.py RUN [--split test] [--video clip.mp4 ...]")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
+    parser.add_argument("run", type=Path, metavar="RUN", nargs="?",
+                        help="a folder that train.py made; none: caption --video with --mllm as it is")
     group = parser.add_argument_group("input")
     group.add_argument("--split", choices=["val", "test"], help="which split of the run's dataset (default: test)")
     group.add_argument("--video", nargs="+", action="extend", metavar="FILE",
@@ -231,6 +240,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises InputError for flags that do not fit each other."""
     is_srt = args.save is not None and args.save.suffix.lower() == ".srt"
     for is_refused, message in (
+        (not args.run and not (args.mllm and args.video), "RUN: expected first; without one, --mllm and --video"),
+        (not args.run and args.report, "--report: expected a RUN, which the page describes"),
         (args.video and (args.split or args.data), "--split and --data: expected without --video, it reads no dataset"),
         (not args.video and (args.show or args.window), "--show and --window: expected --video too"),
         (args.show and args.window, "--show: expected without --window; it draws a whole video"),
@@ -247,8 +258,8 @@ def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequ
     def file_id(path: Path) -> tuple[int, int]:  # the same for all names of a file, links too
         return path.stat().st_dev, path.stat().st_ino
 
-    of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "lock")
-    read = {file_id(path) for path in (*inputs, *videos, *map(args.run.joinpath, of_run)) if path.exists()}
+    of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "lock") if args.run else ()
+    read = {file_id(path) for path in (*inputs, *videos, *(args.run / name for name in of_run)) if path.exists()}
     for flag in ("save", "report", "show"):
         if not (path := getattr(args, flag)):
             continue
@@ -267,8 +278,8 @@ def main() -> int:
     videos = expand_video_paths(args.video) if args.video else []
     device = devices.select_device(args.device)
     devices.keep_freed_memory()
-    moved = {name: value for name in MODEL_FLAGS if (value := getattr(args, name))}
-    captioner, folders = load_run(args.run, device, moved)
+    models = {name: value for name in MODEL_FLAGS if (value := getattr(args, name))}
+    captioner, folders = load_run(args.run, device, **models)
     given = {name: value for name in ("data", "frames", "beams") if (value := getattr(args, name))}
     config = replace(captioner.config, **given)
     check_outputs(args, list(folders.values()) + ([] if args.video else [config.data]), videos)

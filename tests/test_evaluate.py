@@ -16,8 +16,13 @@ import pytest
 import torch
 
 import evaluate
+from common.config import INSTRUCTION
 from common.errors import InputError, printable
+from models.generation import generate
+from models.mllm import MLLM
+from models.tokenizer import load_tokenizer
 from tests.scripts import ENVIRONMENT, ROOT, assert_one_line_error, run_forked, run_python
+from training import devices
 from video_data.video import read_frames
 from video_data.windows import iter_windows
 
@@ -30,7 +35,7 @@ def videos(flags) -> list[Path]:
 
 
 def load(run: Path) -> evaluate.Captioner:
-    return evaluate.load_run(run, CPU, {})[0]
+    return evaluate.load_run(run, CPU)[0]
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -62,6 +67,22 @@ def test_frames_and_beams_reach_the_captioner(finished_run, videos, tmp_path):
     assert found != json.loads((finished_run / "test.json").read_text())["captions"]
     page = (tmp_path / "p.html").read_text()
     assert all(json.dumps(caption)[1:-1] in page for caption in found.values())
+
+
+def test_without_a_run_an_mllm_captions_as_it_is(videos, tmp_path, monkeypatch):
+    """Reference: generation after the model's own prompt, 8 frames, 5 beams. Without both flags a run is expected."""
+    folder, words = ROOT / "backbones/tiny-mllm", ["--device", "cpu", "--video", videos[0]]
+    done = run_forked(evaluate, "--mllm", folder, *words, "--save", tmp_path / "c.jsonl")
+    assert done.returncode == 0, done.stderr
+    dtype, tokenizer = torch.bfloat16 if devices.has_bf16(CPU) else torch.float32, load_tokenizer(folder)
+    mllm = MLLM.from_pretrained(folder, dtype)
+    pixels = mllm.vit.normalize(read_frames(videos[0], 8, mllm.vit.preprocessing)).to(mllm.vit.position.dtype)
+    tokens = mllm.frame_tokens(mllm.vit.run_blocks(pixels), 0)  # (T, P', C)
+    texts = [torch.tensor(ids, dtype=torch.long) for ids in mllm.prompt(tokenizer, 8, INSTRUCTION)]
+    ids = generate(mllm.lm, mllm.merge(texts, list(tokens[:, None])), beams=5, max_new_tokens=30)
+    assert read_rows(tmp_path / "c.jsonl") == [{"video": str(videos[0]), "caption": tokenizer.decode(ids)[0]}]
+    refused(monkeypatch, words, "RUN: expected first")
+    refused(monkeypatch, ["--mllm", folder, *words, "--report", tmp_path / "p.html"], "--report: expected a RUN")
 
 
 def test_videos_good_and_bad(finished_run, videos, tmp_path):

@@ -137,7 +137,7 @@ def test_the_page_of_a_run_is_about_its_test_split(finished_run, flags):
     text = (finished_run / "report.html").read_text()
     clips, test = Page(text).clips, json.loads((finished_run / "test.json").read_text())
     assert {clip["id"]: clip["caption"] for clip in clips} == test["captions"]
-    captioner, _ = evaluate.load_run(finished_run, torch.device("cpu"), {})
+    captioner, _ = evaluate.load_run(finished_run, torch.device("cpu"))
     for clip in clips:
         frames = evaluate.read_frames(Path(flags[-1]) / clip["id"], 8, captioner.vit.preprocessing)
         assert len(clip["references"]) == 6 and list(clip["scores"])[0] == "CIDEr"
@@ -172,7 +172,7 @@ def test_videos_get_a_page_and_a_picture(finished_run, flags, tmp_path):
     assert [printable(f"{clip['id']}: {clip['caption']}") for clip in Page(text).clips] == done.stdout.splitlines()
     assert "2 of 2 captions</title>" in text and f"captioned</th><td>{tmp_path}/bad.mp4</td>" in text
     assert run_forked(evaluate, finished_run, "--video", videos[0], "--show", tmp_path / "c.png").returncode == 0
-    captioner, _ = evaluate.load_run(finished_run, torch.device("cpu"), {})
+    captioner, _ = evaluate.load_run(finished_run, torch.device("cpu"))
     frames = evaluate.read_frames(videos[0], 8, captioner.vit.preprocessing)
     expected = show.draw_clip(frames, captioner.caption(frames[None])[0], record_attention(captioner, frames[None]), 1)
     assert torch.equal(decode_image(str(tmp_path / "c.png")), expected)
