@@ -37,9 +37,8 @@ from backbones.texts import KEYWORDS, PROMPT, TextData, document
 from common import cli
 from common.config import INSTRUCTION
 from common.files import read_json
+from models.llava import LLaVA
 from models.lm import CausalLM
-from models.mllm import MLLM
-from models.mllm_checkpoints import mllm_tensor_names
 from models.names import VITS, lm_tensor_names, tensor_names
 from models.safetensors import write_safetensors
 from models.tokenizer import SentencePieceTokenizer
@@ -48,8 +47,9 @@ from video_data import shapes
 
 MAX_PIECES = 480  # of the tokenizer, which has fewer
 WORDS = ("USER:", "ASSISTANT:", "Describe", "video.")  # of LLaVA's prompt; tiny-lm would spell them in bytes
+PUBLISHED_VIT = ("vision_model.embeddings.patch_embedding.weight",)  # its prefix is used; and of tiny-mllm:
 PUBLISHED = ("vision_tower.vision_model.embeddings.patch_embedding.weight", "multi_modal_projector.linear_1.weight",
-             "language_model.model.embed_tokens.weight", "language_model.lm_head.weight")  # their prefixes are used
+             "language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 STILLS_PER_PROMPT = (1, 2, 4, 8)  # drawn for each step
 
 
@@ -100,7 +100,7 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
         return heads(tokens, *(target[rows] for target in targets))
 
     train("vit", [*vit.parameters(), *heads.parameters()], compute_loss, steps, peak_lr=1e-3)
-    save_weights(folder, vit, tensor_names(vit, VITS["clip"], "vision_model."))
+    save_weights(folder, vit, tensor_names(vit, VITS["clip"], PUBLISHED_VIT))
 
 
 # ---------------------------------------------------------------------------------------- tiny-lm
@@ -169,7 +169,7 @@ def pretrain_mllm(folder: Path, backbones: Path, albums: int, texts: int, steps:
     tokenizer_model = add_words((backbones / "tiny-lm/tokenizer.model").read_bytes(), WORDS)
     (folder / "tokenizer.model").write_bytes(tokenizer_model)
     tokenizer = SentencePieceTokenizer(sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model))
-    mllm = MLLM(MLLM.from_config(folder).config)
+    mllm = LLaVA(LLaVA.from_config(folder).config)
     mllm.vit = vit
     nn.init.normal_(mllm.lm.embed.weight, std=0.05)
     for name, tensor in lm.state_dict().items():
@@ -190,7 +190,7 @@ def pretrain_mllm(folder: Path, backbones: Path, albums: int, texts: int, steps:
     train("projector", projector, still_loss, steps[0], peak_lr=4e-3)
     mllm.lm.requires_grad_(True)
     train("projector and lm", lm_too, whole_loss, steps[1], peak_lr=2e-3)
-    save_weights(folder, mllm, mllm_tensor_names(mllm, PUBLISHED))
+    save_weights(folder, mllm, mllm.names_in(PUBLISHED))
 
 
 def main() -> None:

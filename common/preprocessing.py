@@ -54,15 +54,18 @@ class Preprocessing:
 
 
 def preprocessor_file(folder: Path, video: bool = False) -> Path:
-    """A folder's file about images or videos; the usual one if there is none."""
-    files = [folder / name for name in (VIDEO_PREPROCESSORS if video else IMAGE_PREPROCESSORS)]
+    """A folder's file about images, or about videos, which may be the one about images; the usual one if there is none.
+    """
+    files = [folder / name for name in (VIDEO_PREPROCESSORS if video else ()) + IMAGE_PREPROCESSORS]
     return next(filter(Path.is_file, files), files[0])
 
 
 def read_processor(path: Path) -> dict:
     """The fields about images or videos, in whichever file. Raises InputError."""
     config = read_json(path)
-    return field(config, "image_processor", dict, path) if path.name == "processor_config.json" else config
+    if path.name != "processor_config.json":
+        return config
+    return field(config, "video_processor", dict, path, None) or field(config, "image_processor", dict, path)
 
 
 def read_preprocessing(path: Path, default: Preprocessing) -> Preprocessing:

@@ -47,7 +47,8 @@ SILU = {"hidden_act": "silu"}
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 GEMMA |= dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"))
 LENGTH = "original_max_position_embeddings"
-ROPE_FIELDS = {"default": (), "linear": (), "llama3": (LENGTH, "low_freq_factor", "high_freq_factor")}  # of each kind
+ROPE_FIELDS = dict.fromkeys(("default", "dynamic", "linear"), ())  # of each kind, besides its factor
+ROPE_FIELDS["llama3"] = LENGTH, "low_freq_factor", "high_freq_factor"
 LAYER_TYPES = ("full_attention", "sliding_attention")
 MOST = 2**24  # positions
 
@@ -68,6 +69,14 @@ def read_lm_config(path: Path) -> dict[str, Any]:
     Raises InputError for other families and for every field whose value would need other computations.
     """
     return parse_lm_config(read_json(path), path, path.with_name("generation_config.json"))
+
+
+def read_text_config(path: Path) -> dict[str, Any]:
+    """The same of a config.json that may be that of an MLLM, whose language model has a text_config. (Whether its head
+    is tied, only the MLLM's layout knows.)"""
+    published = read_json(path)
+    text = field(published, "text_config", dict, path, published)
+    return parse_lm_config(text, path, path.with_name("generation_config.json"))
 
 
 def parse_lm_config(published: dict[str, Any], where: str | Path, generation: Path) -> dict[str, Any]:
@@ -127,11 +136,11 @@ def _read_rope(published: dict[str, Any], config: dict[str, Any], where: str | P
 
 
 def _read_scaling(rope: dict, published: dict, config: dict, where: str | Path, kinds: tuple) -> RopeScaling | None:
-    """None if frequencies are not scaled."""
+    """None if frequencies are not scaled. "dynamic" scales them in texts beyond max_positions, which are refused."""
     kind = one_of(rope, "rope_type", kinds, where, rope.get("type", "default"))
     known = {"type", "rope_type", "rope_theta", "factor", *ROPE_FIELDS[kind]}
     check_supported(rope, dict.fromkeys(rope.keys() - known) | WHOLE, f"{where}: rope_type {kind}")
-    if kind == "default":
+    if kind in ("default", "dynamic"):
         return None
     factor = field(rope, "factor", float, where, least=1, most=1e6)
     if kind == "linear":

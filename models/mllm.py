@@ -2,9 +2,9 @@
 
     frames -> ViT -> projector -> visual tokens -> instead of the image tokens of a prompt -> language model
 
-The families differ between the ViT and the language model. LLaVA [1] maps each patch by an MLP. LLaVA-OneVision [2]
-also shrinks the grid of each frame to half its side, and puts one learned token after the last frame. Idefics3 [3] and
-SmolVLM [4] join squares of s x s patches and map each by one matrix.
+Here is what all layouts share, and how their folders are read. A layout is a subclass of `MLLM` in a file of its own,
+listed in `LAYOUTS`: which ViTs and language models it joins, which output of the ViT is taken, the projector, the
+prompt, the names of tensors, the preprocessing of frames.
 
 A prompt is one turn with the frames of a video and an instruction: T + 1 texts, with the visual tokens of a frame
 between any two of them. Control tokens such as <|im_start|> are one token each.
@@ -12,25 +12,23 @@ between any two of them. Control tokens such as <|im_start|> are one token each.
     <|im_start|>User:<fake_token_around_image><global-img> FRAME <fake_token_around_image>Describe it.<end_of_utterance>
     Assistant:
 
+A config.json [1] has a vision_config and a text_config. They leave out what is the default of their class, which can be
+a lot: LLaVA 1.5 states three fields of its Llama. Blocks of the ViT behind the one whose output is taken change
+nothing: our model does not have them, and their tensors are ignored.
+
 Shapes: B clips, T frames a clip, n images, S image side in pixels, P tokens of the ViT an image, D their width,
 P' visual tokens an image, C width of the language model, L its positions, V its vocabulary, s the side of a square.
 
 References
-[1] https://arxiv.org/abs/2310.03744; order of operations: transformers' modeling_llava.py
-[2] https://arxiv.org/abs/2408.03326; modeling_llava_onevision.py, get_video_features and apply_pooling
-[3] https://arxiv.org/abs/2408.12637; modeling_idefics3.py
-[4] https://arxiv.org/abs/2504.05299; modeling_smolvlm.py
-[5] chat_template.jinja of llava-hf/llava-1.5-7b-hf
-[6] transformers, processing_smolvlm.py, DEFAULT_CHAT_TEMPLATE and the texts of videos; processing_idefics3.py
-[7] transformers, convert_llava_onevision_weights_to_hf.py and the processor's tests. White space around the control
-    tokens of Qwen's two formats differs between revisions of the published templates.
+[1] transformers, models/*/configuration_*.py for defaults and tying, modeling_*.py for the order of operations and the
+    names of tensors; conversion_mapping.py for their other spellings.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from reprlib import repr as short
 
@@ -39,64 +37,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import InputError, reading
+from common.files import field, one_of, read_json
+from common.preprocessing import preprocessor_file
 from models import hub
 from models.bpe import BPETokenizer
 from models.lm import CausalLM, LMConfig
-from models.mllm_checkpoints import copy_mllm_tensors, read_mllm_config, read_mllm_preprocessing
+from models.lm_checkpoints import parse_lm_config
+from models.names import VITS, find_prefix, lm_tensor_names, tensor_names
 from models.tokenizer import Tokenizer
 from models.vit import ViT, ViTConfig
-from models.weights import read_tensors
+from models.vit_checkpoints import adapt_tensors, check_frame_size, parse_vit_config
+from models.weights import copy_strict, drop_tied_copy, read_tensors
+
+LAYOUTS = {  # model_type in config.json: the file and the class. By name, because these files import this one
+    "llava": ("models.llava", "LLaVA"),
+    "llava_onevision": ("models.llava", "OneVision"),
+    "idefics3": ("models.smolvlm", "Idefics3"),
+    "smolvlm": ("models.smolvlm", "SmolVLM"),
+    "internvl": ("models.internvl", "InternVL"),
+}
+CONTROL_TOKEN = re.compile(r"</?[\w|-]+>")
 
 
 @dataclass(frozen=True)
 class MLLMConfig:
     """Shape of an MLLM."""
 
-    family: str  # llava | llava_onevision | idefics3 | smolvlm
     vit: ViTConfig  # up to the block whose output is taken
     lm: LMConfig
-    lm_family: str  # llama | qwen2
+    lm_family: str  # model_type of text_config
     unused_blocks: int = 0  # of the published ViT, behind the last one of `vit`
-    shuffle: int = 1  # s
+    shuffle: int = 1  # s: squares of s x s neighbouring patches become one visual token
 
     def __post_init__(self):
         if self.vit.grid % self.shuffle:
-            raise InputError(f"scale_factor is {self.shuffle}, expected a divisor of {self.vit.grid}, the grid's side")
+            raise InputError(f"patches are joined {self.shuffle} x {self.shuffle}, expected a divisor of "
+                             f"{self.vit.grid}, the grid's side")
 
 
-class MLPProjector(nn.Module):
-    """LLaVA's projector: maps single vectors."""
-
-    def __init__(self, width: int, lm_width: int):
-        super().__init__()
-        self.linear1 = nn.Linear(width, lm_width)
-        self.linear2 = nn.Linear(lm_width, lm_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(F.gelu(self.linear1(x)))  # (..., C)
-
-
-class ShuffleProjector(nn.Module):
-    """Idefics3's projector: maps squares of s x s neighbouring patches, the pixel shuffle."""
-
-    def __init__(self, width: int, lm_width: int, shuffle: int):
-        super().__init__()
-        self.shuffle = shuffle
-        self.linear = nn.Linear(width * shuffle**2, lm_width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        s, side = self.shuffle, math.isqrt(x.shape[1])
-        x = x.unflatten(1, (side // s, s, side // s, s))  # (n, rows, s, columns, s, D)
-        x = x.transpose(2, 3).flatten(3).flatten(1, 2)  # (n, P', s*s*D)
-        return self.linear(x)  # (n, P', C)
-
-
-def halve_grid(x: Tensor) -> Tensor:
-    """Squares of tokens (n, P, C) -> squares of half the side, rounded up (n, P', C), by bilinear interpolation."""
+def shuffle_pixels(x: Tensor, s: int) -> Tensor:
+    """Squares of patches (n, P, D), row by row -> squares of s x s neighbours side by side (n, P / s^2, s*s*D)."""
     side = math.isqrt(x.shape[1])
-    x = x.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (n, C, side, side)
-    x = F.interpolate(x, [math.ceil(side / 2)] * 2, mode="bilinear")
-    return x.flatten(2).transpose(1, 2)
+    x = x.unflatten(1, (side // s, s, side // s, s))  # (n, rows, s, columns, s, D)
+    return x.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def average_grid(tokens: Tensor, grid: int) -> Tensor:
@@ -115,84 +98,37 @@ def interleave(lm: CausalLM, texts: Sequence[Tensor], visual: Sequence[Tensor]) 
     return torch.cat([part.to(x.dtype) for pair in pairs for part in pair], dim=1)
 
 
-# --------------------------------------------------------------------------------------- prompts
-
-CONTROL_TOKEN = re.compile(r"<[\w|-]+>")
-AROUND_IMAGE = "<fake_token_around_image><global-img>", "<fake_token_around_image>"  # its visual tokens
-
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-ONES += "seventeen eighteen nineteen".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMBERS = ONES + [f"{ten}-{one}".removesuffix("-zero") for ten in TENS for one in ONES[:10]]  # from 0 to 99
-
-
-def prompt_texts(family: str, lm_family: str, frames: int, instruction: str) -> list[str]:
-    """The T + 1 texts before, between and after T = `frames` frames. Each family has a format of its own, which its
-    language model was trained with. SmolVLM2's also states times, here one second per frame, and its prompt for a
-    single frame is that for an image."""
-    if family == "llava" and lm_family == "llama":  # [5]
-        return ["USER: ", *["\n"] * (frames - 1), f"\n{instruction} ASSISTANT:"]
-    if family == "llava":
-        return ["<|im_start|>user\n", *["\n"] * (frames - 1), f"\n{instruction}<|im_end|>\n<|im_start|>assistant\n"]
-    if family == "llava_onevision":  # [7]
-        return ["<|im_start|>user ", *[""] * (frames - 1), f"\n{instruction}<|im_end|><|im_start|>assistant\n"]
-    before, after = AROUND_IMAGE  # [6]
-    end = f"{instruction}<end_of_utterance>\nAssistant:"
-    if family == "idefics3" or frames == 1:
-        return [f"<|im_start|>User:{before}", *[after + before] * (frames - 1), after + end]
-    if frames > 99:
-        raise InputError(f"{frames} frames: expected at most 99 for the prompt of {family}")
-    labels = [f"\nFrame from {time // 60:02d}:{time % 60:02d}:{before}" for time in range(frames)]
-    intro = f"<|im_start|>User: You are provided the following series of {NUMBERS[frames]} frames from a "
-    intro += f"{timedelta(seconds=frames)} [H:MM:SS] video.\n"
-    return [intro + labels[0], *[after + label for label in labels[1:]], f"{after}\n\n{end}"]
-
-
-def encode_prompt(tokenizer: Tokenizer, family: str, lm_family: str, frames: int, instruction: str):
-    """Returns the ids of `prompt_texts`, T + 1 lists, with BOS where texts begin with one.
-
-    Raises InputError if the tokenizer is of another kind or lacks a control token of the prompt, and if the instruction
-    contains a control token of a byte-level BPE.
-    """
-    added = tokenizer.added if isinstance(tokenizer, BPETokenizer) else {}
-    if isinstance(tokenizer, BPETokenizer) and (family, lm_family) == ("llava", "llama"):  # Llama 3 has another prompt
-        raise InputError("tokenizer: a byte-level BPE, the prompt of llava with a Llama needs a tokenizer.model")
-    template = "".join(prompt_texts(family, lm_family, frames, ""))
-    if missing := [token for token in CONTROL_TOKEN.findall(template) if token not in added]:
-        raise InputError(f"tokenizer: has no token {missing[0]}, which the prompt of {family} needs")
-    if present := [token for token in added if token in instruction]:
-        raise InputError(f"instruction: has the control token {short(present[0])}, expected plain text")
-    texts = prompt_texts(family, lm_family, frames, instruction)
-    if isinstance(tokenizer, BPETokenizer):
-        return [tokenizer.encode_with_added(text) for text in texts]
-    ids = [tokenizer.processor.encode(text) for text in texts]  # each gets sentencepiece's own space before it
-    bos = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
-    return [bos + ids[0], *ids[1:]]
-
-
-# ----------------------------------------------------------------------------------------- model
-
-
 class MLLM(nn.Module):
-    """A frozen public MLLM, for images and videos of one size. Larger images are not split into parts."""
+    """A frozen public MLLM, for images and videos of one size. Larger images are not split into parts.
+
+    A layout overrides what differs, and has
+
+        vision_types         {model_type of vision_config: family of the ViT in `vit_checkpoints.py`}
+        text_types           what model_type of text_config may be
+        make_projector       the class of its projector, which is made from an MLLMConfig
+        projector_names      {our tensor in the projector: theirs}
+        prompt_texts(frames: int, instruction: str) -> list[str]
+                             the T + 1 texts before, between and after T = `frames` frames, in the format that the
+                             language model was trained with
+        read_preprocessing(path: Path, vit: dict) -> Preprocessing
+                             what the folder's file `path` says about frames; `vit` is that of `read_config`
+    """
 
     trained_together = True
+    projects_vectors = False  # whether the projector maps single vectors, such as queries
+    vit_names = VITS["clip"]  # {our tensor in the ViT: theirs}
+    has_video_file = False  # whether the frames of videos have a file of their own, besides that about images
 
     def __init__(self, config: MLLMConfig):
         super().__init__()
         self.config = config
         self.vit = ViT(config.vit)
         self.lm = CausalLM(config.lm)
-        widths = config.vit.width, config.lm.width
-        is_llava = config.family.startswith("llava")
-        self.projector = MLPProjector(*widths) if is_llava else ShuffleProjector(*widths, config.shuffle)
-        is_onevision, side = config.family == "llava_onevision", config.vit.grid
-        self.newline = nn.Parameter(torch.randn(widths[1]) / widths[1] ** 0.5) if is_onevision else None  # (C,)
-
-        self.projects_vectors = is_llava  # whether the projector maps single vectors, such as queries
+        self.projector = self.make_projector(config)
+        self.newline = None  # a token after the last frame (C,)
         self.visual_width = config.lm.width
         # The side of the square of P' visual tokens that a frame becomes, row by row.
-        self.grid = math.ceil(side / 2) if is_onevision else side // config.shuffle
+        self.grid = config.vit.grid // config.shuffle
 
     def frame_tokens(self, z: Tensor, grid: int) -> Tensor:
         """Outputs of the ViT's last block (n, P, D) -> visual tokens or averages of them (n, P' or grid^2, C)."""
@@ -209,40 +145,89 @@ class MLLM(nn.Module):
 
     def connect(self, features: Tensor) -> Tensor:
         """Last hidden states of the ViT (n, P, D) -> visual tokens (n, P', C). A class token becomes none."""
-        x = self.projector(features[:, 1:] if self.config.vit.class_token else features)
-        return halve_grid(x) if self.config.family == "llava_onevision" else x
+        return self.projector(features[:, 1:] if self.config.vit.class_token else features)
 
-    def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str) -> list[list]:
-        """The model's own prompt for T = `frames` frames and an instruction: T + 1 lists of ids, which come before,
-        between and after the frames' visual tokens. See `encode_prompt`."""
-        return encode_prompt(tokenizer, self.config.family, self.config.lm_family, frames, instruction)
+    def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str) -> list[list[int]]:
+        """The ids of `prompt_texts`, T + 1 lists, with BOS where texts begin with one.
+
+        Raises InputError if the tokenizer is of another kind or lacks a control token of the prompt, and if the
+        instruction contains a control token of a byte-level BPE.
+        """
+        texts, is_bpe = self.prompt_texts(frames, instruction), isinstance(tokenizer, BPETokenizer)
+        needed, added = CONTROL_TOKEN.findall("".join(self.prompt_texts(frames, ""))), tokenizer.added if is_bpe else {}
+        if is_bpe and not needed:  # Llama's first prompt; Llama 3, which has a BPE, was trained with another one
+            raise InputError("tokenizer: a byte-level BPE, the model's prompt needs a tokenizer.model")
+        if missing := [token for token in needed if token not in added]:
+            raise InputError(f"tokenizer: has no token {missing[0]}, which the model's prompt needs")
+        if present := [token for token in added if token in instruction]:
+            raise InputError(f"instruction: has the control token {short(present[0])}, expected plain text")
+        if is_bpe:
+            return [tokenizer.encode_with_added(text) for text in texts]
+        ids = [tokenizer.processor.encode(text) for text in texts]  # each gets sentencepiece's own space before it
+        bos = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
+        return [bos + ids[0], *ids[1:]]
 
     def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
         """Ids of T + 1 texts, those of `prompt`, and T groups of visual tokens (B, any, C) -> the language model's
-        input (B, L, C): text, group, text, ..., group, text. OneVision's newline follows the last group."""
-        if self.newline is not None:
-            newline = self.newline.expand(len(visual[-1]), 1, -1)
-            visual = [*visual[:-1], torch.cat([visual[-1], newline.to(visual[-1].dtype)], dim=1)]
+        input (B, L, C): text, group, text, ..., group, text."""
         return interleave(self.lm, texts, visual)
 
+    # ---------------------------------------------------------------------------------------- files
+
     @classmethod
-    def from_config(cls, folder: str | Path) -> "MLLM":
+    def read_config(cls, published: dict, path: Path) -> dict:
+        """The fields of `MLLMConfig`, of which `vit` and `lm` are dicts too, from the content of the config.json
+        `path`. Raises InputError for every field whose value would need other computations."""
+        vision, where = field(published, "vision_config", dict, path), f"{path}: vision_config"
+        family = cls.vision_types[one_of(vision, "model_type", cls.vision_types, where)]
+        vit = parse_vit_config(vision, family, where)
+        text, where = field(published, "text_config", dict, path), f"{path}: text_config"
+        lm_family = one_of(text, "model_type", cls.text_types, where)
+        # Outside of text_config, where the field has no meaning by itself.
+        text = text | {"tie_word_embeddings": field(published, "tie_word_embeddings", bool, path, False)}
+        lm = parse_lm_config(text, where, path.with_name("generation_config.json"))
+        return {"vit": vit, "lm": lm, "lm_family": lm_family}
+
+    def names_in(self, file: Iterable[str]) -> dict[str, str]:
+        """Returns {our tensor: theirs}, with the prefixes that the names in a file have. Published files, those of
+        transformers 4 and those of transformers 5 differ."""
+        parts = {
+            "vit": tensor_names(self.vit, self.vit_names, file),
+            "projector": tensor_names(self.projector, self.projector_names, file),
+            "lm": lm_tensor_names(self.lm, file),
+        }
+        return {f"{part}.{ours}": theirs for part, names in parts.items() for ours, theirs in names.items()}
+
+    @staticmethod
+    def from_config(folder: str | Path) -> "MLLM":
         """The model of a folder on the meta device, from its configs alone. Raises InputError."""
         path = Path(folder) / "config.json"
-        fields = read_mllm_config(path)
-        preprocessing = read_mllm_preprocessing(Path(folder), fields)
+        published = read_json(path)
+        file, name = LAYOUTS[one_of(published, "model_type", LAYOUTS, path)]
+        layout = getattr(import_module(file), name)
+        fields = layout.read_config(published, path)
+        frames = preprocessor_file(Path(folder), video=layout.has_video_file)
+        preprocessing = layout.read_preprocessing(frames, fields["vit"])
+        check_frame_size(preprocessing, fields["vit"], frames)
         with reading(path), torch.device("meta"):
-            parts = {"vit": ViTConfig(**fields["vit"]), "lm": LMConfig(**fields["lm"])}
-            mllm = cls(MLLMConfig(**fields | parts))
+            mllm = layout(MLLMConfig(**fields | {"vit": ViTConfig(**fields["vit"]), "lm": LMConfig(**fields["lm"])}))
         mllm.vit.preprocessing = preprocessing
         return mllm
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "MLLM":
-        """Loads a folder or hub id. Missing, unexpected and misshapen tensors raise an InputError that names them."""
+        """Loads a folder or hub id. Missing, unexpected and misshapen tensors raise an InputError that names them.
+        Those of unused blocks and of an unused pooling head are ignored."""
         folder = hub.resolve(folder, check=cls.from_config)
         mllm = cls.from_config(folder)
-        tensors, path = read_tensors(folder)
-        copy_mllm_tensors(mllm, tensors, path)
+        config, (tensors, path) = mllm.config, read_tensors(folder)
+        names = mllm.names_in(tensors)
+        adapt_tensors(mllm, tensors, names)
+        if config.lm.tied:
+            drop_tied_copy(tensors, names["lm.embed.weight"])
+        prefix = find_prefix(tensors, mllm.vit_names["patch.*"].replace("*", "weight"))
+        blocks = range(config.vit.depth, config.vit.depth + config.unused_blocks)
+        unused = (f"{prefix}head.", *(prefix + mllm.vit_names["N."].replace("N", str(i)) for i in blocks))
+        copy_strict(mllm, {name: x for name, x in tensors.items() if not name.startswith(unused)}, names, path)
         tensors.clear()  # so that each tensor is freed as soon as it has been converted
         return mllm.to(dtype)

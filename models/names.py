@@ -103,9 +103,11 @@ def find_prefix(file: Iterable[str], name: str) -> str:
     return next((found.removesuffix(name) for found in file if found.endswith(name)), "")
 
 
-def tensor_names(module: nn.Module, column: dict[str, str], prefix: str = "") -> dict[str, str]:
-    """Returns {our tensor: theirs} for every tensor of the module that the column of a table has."""
-    names = {}
+def tensor_names(module: nn.Module, column: dict[str, str], file: Iterable[str] = ()) -> dict[str, str]:
+    """Returns {our tensor: theirs} for every tensor of the module that the column of a table has. The names in a file
+    may have a prefix, that of the column's first weights."""
+    first = next(theirs for theirs in column.values() if theirs != column.get("N."))
+    names, prefix = {}, find_prefix(file, first.replace("*", "weight"))
     for ours in module.state_dict():
         block, kind = re.match(r"blocks\.(\d+)\.", ours), ours.rpartition(".")[2]
         general = f"N.{ours[block.end() :]}" if block else ours
@@ -120,6 +122,6 @@ def tensor_names(module: nn.Module, column: dict[str, str], prefix: str = "") ->
 def lm_tensor_names(lm: nn.Module, file: Iterable[str] = ("model.embed_tokens.weight",)) -> dict[str, str]:
     """The same of a `lm.CausalLM`, with the prefixes of a file; a tied head has the name of the embeddings."""
     column = LANGUAGE_MODELS["gemma" if lm.config.gemma else "llama"]
-    names = tensor_names(lm, column, find_prefix(file, "embed_tokens.weight"))
+    names = tensor_names(lm, column, file)
     head = find_prefix(file, "lm_head.weight") + "lm_head.weight"
     return names | {"head.weight": names["embed.weight"] if lm.config.tied else head}

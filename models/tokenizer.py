@@ -10,6 +10,7 @@ References
 [1] https://github.com/google/sentencepiece; `add_dummy_prefix` in its doc/options.md
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
@@ -17,7 +18,7 @@ import sentencepiece
 from common.errors import InputError, reading
 from models import hub
 from models.bpe import BPETokenizer, load_bpe
-from models.mllm_checkpoints import read_text_config
+from models.lm_checkpoints import read_text_config
 
 
 class SentencePieceTokenizer:
@@ -57,11 +58,14 @@ def load_tokenizer(folder_or_id: str | Path) -> Tokenizer:
     """
     folder = hub.resolve(folder_or_id)
     config = read_text_config(folder / "config.json")
+    vocab = config["vocab"]
     if (path := folder / "tokenizer.model").is_file():
         with reading(path):
             tokenizer = SentencePieceTokenizer(sentencepiece.SentencePieceProcessor(model_file=str(path)))
     else:
         tokenizer = load_bpe(path := folder / "tokenizer.json", config["bos_id"])
-    if len(tokenizer) > (vocab := config["vocab"]):
+        # InternVL 3 has no row for its last added token, which no prompt contains.
+        tokenizer = replace(tokenizer, added={token: i for token, i in tokenizer.added.items() if i < vocab})
+    if len(tokenizer) > vocab:
         raise InputError(f"{path}: has {len(tokenizer)} tokens, expected at most the {vocab} of its config.json")
     return tokenizer

@@ -53,7 +53,8 @@ class ViTConfig:
     patch_bias: bool = False
     pre_norm: bool = True  # a norm between the embeddings and the blocks
     layer_scale: bool = False  # a learned factor a channel for the outputs of attention and MLP
-    final_norm: bool = False  # the last hidden state is taken after the final norm
+    post_norm: bool = True  # a norm behind the blocks
+    final_norm: bool = False  # the last hidden state is taken after that norm
     pooling_head: bool = False  # pool by attention to the patches instead of with a class token
 
     def __post_init__(self):
@@ -154,7 +155,7 @@ class ViT(nn.Module):
         self.position = nn.Parameter(torch.randn(positions, width) * 0.02)
         self.pre_norm = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
-        self.post_norm = nn.LayerNorm(width, config.norm_eps)
+        self.post_norm = nn.LayerNorm(width, config.norm_eps) if config.post_norm else nn.Identity()
         self.head = PoolingHead(config) if config.pooling_head else None
 
     def normalize(self, frames: Tensor) -> Tensor:

@@ -9,17 +9,17 @@ weights (.pth).
     DINOv2       dinov2                         LayerScale; trained at 518 pixels, mostly used at 224
     torchvision  -                              ImageNet classifiers, vit_*
 
-Models of type `clip` and `siglip` also contain a text encoder, which is ignored. A fifth family, `idefics3`, exists
-only within multimodal models (`mllm_checkpoints.py`): SigLIP without pooling. Configs are dicts of the fields of
-`vit.ViTConfig`.
+Models of type `clip` and `siglip` also contain a text encoder, which is ignored. Two more families exist only within
+multimodal models: `idefics3` (`smolvlm.py`), SigLIP without pooling, and `internvl` (`internvl.py`), DINOv2 without its
+last norm. Configs are dicts of the fields of `vit.ViTConfig`.
 
 Shapes: P tokens an image, D width.
 
 References
 [1] CLIP, https://arxiv.org/abs/2103.00020; SigLIP, https://arxiv.org/abs/2303.15343; DINOv2,
     https://arxiv.org/abs/2304.07193; ViT, https://arxiv.org/abs/2010.11929.
-[2] Defaults: transformers, models/{clip,siglip,dinov2,idefics3}/configuration_*.py. Shapes and preprocessing of
-    published weights: torchvision, models/vision_transformer.py.
+[2] Defaults: transformers, models/{clip,siglip,dinov2,idefics3,internvl}/configuration_*.py. Shapes and preprocessing
+    of published weights: torchvision, models/vision_transformer.py.
 """
 
 import math
@@ -33,26 +33,27 @@ from torch import Tensor, nn
 from common.errors import InputError, reading
 from common.files import field, one_of, read_json
 from common.preprocessing import HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocessor_file, read_preprocessing
-from models.names import OLD_MLP, VITS, find_prefix, read_columns, read_fields, tensor_names
+from models.names import OLD_MLP, VITS, read_columns, read_fields, tensor_names
 from models.weights import copy_strict
 
 VIT_FIELDS = read_columns("""
-    ours         config.json         clip         siglip              idefics3            dinov2 torchvision
-    image_size   image_size          224          224                 224                 224    224
-    patch_size   patch_size          32           16                  32                  14     16
-    width        hidden_size         768          768                 1152                768    768
-    depth        num_hidden_layers   12           12                  12                  12     12
-    heads        num_attention_heads 12           12                  16                  12     12
-    mlp_width    intermediate_size   3072         3072                3072                -      3072
-    mlp_ratio    mlp_ratio           -            -                   -                   4.0    -
-    activation   hidden_act          'quick_gelu' 'gelu_pytorch_tanh' 'gelu_pytorch_tanh' 'gelu' 'gelu'
-    norm_eps     layer_norm_eps      1e-5         1e-6                1e-6                1e-6   1e-6
-    pooling_head vision_use_head     -            True                -                   -      -
-    class_token  -                   True         False               False               True   True
-    patch_bias   -                   False        True                True                True   True
-    pre_norm     -                   True         False               False               False  False
-    layer_scale  -                   False        False               False               True   False
-    final_norm   -                   False        True                True                True   True
+    ours         config.json         clip         siglip              idefics3            dinov2 internvl torchvision
+    image_size   image_size          224          224                 224                 224    448      224
+    patch_size   patch_size          32           16                  32                  14     14       16
+    width        hidden_size         768          768                 1152                768    1024     768
+    depth        num_hidden_layers   12           12                  12                  12     24       12
+    heads        num_attention_heads 12           12                  16                  12     16       12
+    mlp_width    intermediate_size   3072         3072                3072                -      4096     3072
+    mlp_ratio    mlp_ratio           -            -                   -                   4.0    -        -
+    activation   hidden_act          'quick_gelu' 'gelu_pytorch_tanh' 'gelu_pytorch_tanh' 'gelu' 'gelu'   'gelu'
+    norm_eps     layer_norm_eps      1e-5         1e-6                1e-6                1e-6   1e-6     1e-6
+    pooling_head vision_use_head     -            True                -                   -      -        -
+    class_token  -                   True         False               False               True   True     True
+    patch_bias   -                   False        True                True                True   True     True
+    pre_norm     -                   True         False               False               False  False    False
+    layer_scale  -                   False        False               False               True   True     False
+    post_norm    -                   True         True                True                True   False    True
+    final_norm   -                   False        True                True                True   False    True
 """)  # defaults of [2]
 MODEL_TYPES = ("clip_vision_model", "clip", "siglip_vision_model", "siglip", "dinov2")
 HEADS = {768: 12, 1024: 16, 1280: 16}  # of torchvision's models, for each width
@@ -147,11 +148,16 @@ def check_frame_size(preprocessing: Preprocessing, config: dict[str, Any], path:
 
 
 def copy_vit_tensors(vit: nn.Module, public: PublicViT, tensors: dict[str, Tensor], path: Path) -> None:
-    """Assigns the tensors of the file `path` or views of them: fused query, key and value are split into three, leading
-    dimensions of size 1 that ours do not have are removed. Raises InputError as `copy_strict`."""
-    prefix = find_prefix(tensors, public.names["patch.*"].replace("*", "weight"))
-    names, tensors = tensor_names(vit, public.names, prefix), dict(tensors)
-    for ours, target in vit.state_dict().items():
+    """Assigns the tensors of the file `path` or views of them. Raises InputError as `copy_strict`."""
+    names, tensors = tensor_names(vit, public.names, tensors), dict(tensors)
+    adapt_tensors(vit, tensors, names)
+    copy_strict(vit, tensors, names, path)
+
+
+def adapt_tensors(module: nn.Module, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
+    """Replaces tensors of a file by views: fused query, key and value are split into three, leading dimensions of size
+    1 that ours do not have are removed."""
+    for ours, target in module.state_dict().items():
         theirs = names[ours]
         fused = theirs.removesuffix("[q]")
         if fused != theirs and fused in tensors:
@@ -159,4 +165,3 @@ def copy_vit_tensors(vit: nn.Module, public: PublicViT, tensors: dict[str, Tenso
             tensors |= zip((f"{fused}[{letter}]" for letter in "qkv"), parts, strict=True)
         while theirs in tensors and tensors[theirs].dim() > target.dim() and len(tensors[theirs]) == 1:
             tensors[theirs] = tensors[theirs][0]
-    copy_strict(vit, tensors, names, path)

@@ -6,9 +6,12 @@ import torch
 
 from common.config import Config
 from model import Captioner
+from models.internvl import InternVL
+from models.llava import LLaVA, OneVision
 from models.lm import CausalLM, LMConfig
-from models.mllm import MLLM, MLLMConfig
+from models.mllm import MLLMConfig
 from models.pair import Pair
+from models.smolvlm import SmolVLM
 from models.vit import ViT, ViTConfig
 
 LETTERS, EOS, IGNORE = " abcdefghijklmnopqrstuvwxyz:.", 2, -100
@@ -18,12 +21,14 @@ VIT = ViTConfig(image_size=SIDE, patch_size=4, width=WIDTH, depth=DEPTH, heads=3
 LM = LMConfig(vocab=40, width=LM_WIDTH, depth=2, heads=4, kv_heads=2, head_width=6, mlp_width=28, rope_theta=10000.0,
               norm_eps=1e-5, max_positions=300, tied=False, bos_id=1, eos_ids=(EOS,))
 NO_CLASS_TOKEN = replace(VIT, class_token=False, pre_norm=False, patch_bias=True)
-MLLMS = {  # 16, 4 and 4 visual tokens per frame
-    "llava": MLLMConfig("llava", VIT, LM, "llama"),
-    "llava_onevision": MLLMConfig("llava_onevision", NO_CLASS_TOKEN, LM, "qwen2"),
-    "smolvlm": MLLMConfig("smolvlm", replace(NO_CLASS_TOKEN, final_norm=True), LM, "llama", shuffle=2),
+INTERNVIT = replace(VIT, pre_norm=False, patch_bias=True, layer_scale=True, post_norm=False, activation="gelu")
+MLLMS = {
+    "llava": (LLaVA, MLLMConfig(VIT, LM, "llama")),
+    "llava_onevision": (OneVision, MLLMConfig(NO_CLASS_TOKEN, LM, "qwen2")),
+    "internvl": (InternVL, MLLMConfig(INTERNVIT, LM, "qwen2", shuffle=2)),
+    "smolvlm": (SmolVLM, MLLMConfig(replace(NO_CLASS_TOKEN, final_norm=True), LM, "llama", shuffle=2)),
 }
-TOKENS = {"llava": 16, "llava_onevision": 4, "smolvlm": 4}
+TOKENS = {"llava": 16, "llava_onevision": 4, "internvl": 4, "smolvlm": 4}  # per frame
 SMALL = dict(queries=N, rank=8, frames=T)
 CONFIGS = {
     "no write-back": Config(**SMALL),
@@ -64,8 +69,11 @@ def make(name: str, seed: int = 0, mllm: str | None = None, dtype: torch.dtype =
     """A captioner of a pair or of an MLLM, with some other fields of the Config; its frozen models depend on the seed
     alone. What starts at zero stays there, see `randomize`."""
     torch.manual_seed(seed)
-    backbone = MLLM(MLLMS[mllm]) if mllm else Pair(ViT(VIT), CausalLM(LM))
-    if mllm:
+    if mllm is None:
+        backbone = Pair(ViT(VIT), CausalLM(LM))
+    else:
+        layout, config = MLLMS[mllm]
+        backbone = layout(config)
         backbone.prompt = prompt_of_letters
         with torch.no_grad():
             for parameter in backbone.parameters():

@@ -21,8 +21,11 @@ from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.smolvlm import processing_smolvlm
 
 from models.bpe import BPETokenizer
-from models.mllm import NUMBERS, encode_prompt, prompt_texts
+from models.llava import LLaVA, OneVision
+from models.mllm import MLLM, MLLMConfig
+from models.smolvlm import NUMBERS, Idefics3, SmolVLM
 from models.tokenizer import SentencePieceTokenizer, load_bpe, load_tokenizer
+from tests import tiny
 from tests.common.helpers import ROOT, refused
 
 LLAVA_TEMPLATE = (
@@ -33,6 +36,15 @@ LLAVA_TEMPLATE = (
 )
 TEXT = "Describe the video."
 IMAGE = "<image>"
+
+
+def make(layout: type[MLLM], lm_family: str) -> MLLM:
+    """A model of a layout; the tokens of its prompt depend on neither sizes nor weights."""
+    return layout(MLLMConfig(tiny.VIT, tiny.LM, lm_family))
+
+
+def prompt_text(layout: type[MLLM], lm_family: str, frames: int) -> str:
+    return IMAGE.join(make(layout, lm_family).prompt_texts(frames, TEXT))
 
 
 def render(template: str, frames: int, kind: str = "image") -> str:
@@ -55,25 +67,25 @@ def smolvlm_text(frames: int, monkeypatch) -> str:
 @pytest.mark.parametrize("frames", [2, 8, 32, 64, 99])
 def test_smolvlm2_reads_the_frames_of_a_video_with_their_times(monkeypatch, frames):
     """One frame per second."""
-    assert IMAGE.join(prompt_texts("smolvlm", "llama", frames, TEXT)) == smolvlm_text(frames, monkeypatch)
+    assert prompt_text(SmolVLM, "llama", frames) == smolvlm_text(frames, monkeypatch)
 
 
-@pytest.mark.parametrize("family, frames", [("smolvlm", 1), ("idefics3", 1), ("idefics3", 3)])
-def test_images_of_smolvlm_are_in_a_row(family, frames):
+@pytest.mark.parametrize("layout, frames", [(SmolVLM, 1), (Idefics3, 1), (Idefics3, 3)])
+def test_images_of_smolvlm_are_in_a_row(layout, frames):
     image = processing_smolvlm.get_image_prompt_string(0, 0, 1, "<fake_token_around_image>", IMAGE, "<global-img>")
     expected = render(processing_smolvlm.DEFAULT_CHAT_TEMPLATE, frames).replace(IMAGE, image)
-    assert IMAGE.join(prompt_texts(family, "llama", frames, TEXT)) == expected
+    assert prompt_text(layout, "llama", frames) == expected
 
 
 @pytest.mark.parametrize("frames", [1, 4])
 def test_the_other_prompts(frames):
     """[2] and [3]."""
-    assert IMAGE.join(prompt_texts("llava", "llama", frames, TEXT)) == render(LLAVA_TEMPLATE, frames)
+    assert prompt_text(LLaVA, "llama", frames) == render(LLAVA_TEMPLATE, frames)
     images = "\n".join([IMAGE] * frames)
-    assert IMAGE.join(prompt_texts("llava", "qwen2", frames, TEXT)) == (
+    assert prompt_text(LLaVA, "qwen2", frames) == (
         f"<|im_start|>user\n{images}\nDescribe the video.<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert IMAGE.join(prompt_texts("llava_onevision", "qwen2", frames, TEXT)) == (
+    assert prompt_text(OneVision, "qwen2", frames) == (
         f"<|im_start|>user {IMAGE * frames}\nDescribe the video.<|im_end|><|im_start|>assistant\n"
     )
 
@@ -92,7 +104,7 @@ def qwen(real) -> BPETokenizer:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> SentencePieceTokenizer:
+def tiny_lm() -> SentencePieceTokenizer:
     return load_tokenizer(ROOT / "backbones" / "tiny-lm")
 
 
@@ -100,7 +112,7 @@ def test_ids_of_smolvlm2_equal_those_of_the_whole_text(real, smolvlm2, monkeypat
     """The real tokenizer, in the tokenizers package, on the text of [1]: the image token is where frames come."""
     theirs = tokenizers.Tokenizer.from_file(str(real / "tokenizers" / "smolvlm2" / "tokenizer.json"))
     expected = theirs.encode(smolvlm_text(8, monkeypatch), add_special_tokens=False).ids
-    ids = encode_prompt(smolvlm2, "smolvlm", "llama", 8, TEXT)
+    ids = make(SmolVLM, "llama").prompt(smolvlm2, 8, TEXT)
     assert len(ids) == 9 and ids[0][0] == 1
     found = ids[0]
     for text in ids[1:]:
@@ -124,20 +136,20 @@ def test_ids_of_llava_equal_those_of_the_whole_text():
     theirs.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
     theirs.add_special_tokens([IMAGE])
     expected = theirs.encode(render(LLAVA_TEMPLATE, 2)).ids
-    before, between, after = encode_prompt(ours, "llava", "llama", 2, TEXT)
+    before, between, after = make(LLaVA, "llama").prompt(ours, 2, TEXT)
     image = theirs.token_to_id(IMAGE)
     assert [*before, image, *between, image, *after] == [ours.bos_id(), *expected]
     assert ours.bos_id() == 1 and len(between) == 2
 
 
-def test_prompts_that_cannot_be_encoded_are_refused(tiny, smolvlm2, qwen):
-    with refused("tokenizer", "<|im_start|>", "smolvlm"):
-        encode_prompt(tiny, "smolvlm", "llama", 2, TEXT)
-    with refused("tokenizer", "<fake_token_around_image>", "idefics3"):
-        encode_prompt(qwen, "idefics3", "llama", 2, TEXT)
+def test_prompts_that_cannot_be_encoded_are_refused(tiny_lm, smolvlm2, qwen):
+    with refused("tokenizer", "<|im_start|>"):
+        make(SmolVLM, "llama").prompt(tiny_lm, 2, TEXT)
+    with refused("tokenizer", "<fake_token_around_image>"):
+        make(Idefics3, "llama").prompt(qwen, 2, TEXT)
     with refused("tokenizer", "byte-level", "tokenizer.model"):
-        encode_prompt(qwen, "llava", "llama", 2, TEXT)
+        make(LLaVA, "llama").prompt(qwen, 2, TEXT)
     with refused("instruction", "'<image>'"):
-        encode_prompt(smolvlm2, "smolvlm", "llama", 2, "What is in <image>?")
+        make(SmolVLM, "llama").prompt(smolvlm2, 2, "What is in <image>?")
     with refused("100 frames", "99"):
-        encode_prompt(smolvlm2, "smolvlm", "llama", 100, TEXT)
+        make(SmolVLM, "llama").prompt(smolvlm2, 100, TEXT)

@@ -73,10 +73,14 @@ def test_unusable_models_are_refused(tmp_path):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
-    """A BPE of 406 tokens; the tiny backbone's model of 448, which counts if there are both, also in an MLLM."""
-    assert len(load_tokenizer(write(tmp_path, 406, tokenizer_json=make_tokenizer_json("tiny Qwen")))) == 406
-    with refused("tokenizer.json: has 406 tokens, expected at most the 405 of its config.json"):
-        load_tokenizer(write(tmp_path, 405))
+    """A BPE of 401 tokens and 5 added ones, which may lack a row; the tiny backbone's model of 448, which counts if
+    there are both, also in an MLLM."""
+    tokenizer = load_tokenizer(write(tmp_path, 406, tokenizer_json=make_tokenizer_json("tiny Qwen")))
+    assert len(tokenizer) == 406 and len(tokenizer.encode_with_added("<image><image>")) == 1
+    tokenizer = load_tokenizer(write(tmp_path, 405))
+    assert len(tokenizer) == 405 and tokenizer.encode_with_added("<image><image>") == [404, 404]
+    with refused("tokenizer.json: has 401 tokens, expected at most the 400 of its config.json"):
+        load_tokenizer(write(tmp_path, 400))
     shutil.copy(TINY_LM / "tokenizer.model", tmp_path)
     assert len(load_tokenizer(write(tmp_path, 448))) == 448
     text = LLAMA | {"vocab_size": 447}

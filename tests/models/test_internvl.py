@@ -1,0 +1,260 @@
+"""InternVL, beyond what `test_mllm.py` and `test_mllm_checkpoints.py` compare for every layout.
+
+References
+[1] transformers, models/internvl: the model, its processor, its video processor; on tiny random models and, for
+    prompts, with the tokenizers of Qwen 2.5 and Qwen 3 (with QADAPTER_REAL).
+"""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+
+import evaluate
+import train
+from common.files import read_json
+from common.preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from models.generation import generate
+from models.internvl import InternVL
+from models.mllm import MLLM, MLLMConfig
+from models.tokenizer import load_bpe
+from tests import tiny
+from tests.common.helpers import refused
+from tests.models.helpers import change_json, write_weights
+from tests.models.test_bpe import make_tokenizer_json
+from tests.models.test_mllm import CASES, DYNAMIC, IMAGE, QWEN3, assert_same, internvl, save_model
+from tests.models.test_mllm_checkpoints import INTERNVL, OF_INTERNVL, make_folder
+from tests.models.test_vit import read_weights
+from tests.scripts import TWELVE_STEPS, act_at_call, assert_one_line_error, contents, run_forked
+
+TEXT = "Describe the video."
+# Of published config.json files, with InternVL 3's spelling of rotary embeddings.
+VISION_FIELDS = """model_type hidden_size num_hidden_layers num_attention_heads intermediate_size image_size patch_size
+    attention_bias use_mean_pooling hidden_act norm_type layer_norm_eps""".split()
+TEXT_FIELDS = """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
+    num_key_value_heads max_position_embeddings rms_norm_eps bos_token_id eos_token_id""".split()
+
+
+def publish(folder: Path) -> None:
+    """Cuts config.json to the fields of a published one; theta is said beside rope_scaling."""
+    config = read_json(folder / "config.json")
+    vision, text = ({name: config[part][name] for name in names if name in config[part]}
+                    for part, names in (("vision_config", VISION_FIELDS), ("text_config", TEXT_FIELDS)))
+    rope = config["text_config"]["rope_parameters"]
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": dict(DYNAMIC, type="dynamic") if len(rope) > 2 else None}
+    text["rope_scaling"] and text["rope_scaling"].pop("rope_theta")
+    published = {"model_type": "internvl", "downsample_ratio": 0.5, "image_token_id": IMAGE, "vision_feature_layer": -1}
+    (folder / "config.json").write_text(json.dumps(published | {"vision_config": vision, "text_config": text}))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("case", ["internvl, qwen2", "internvl, qwen3"])
+@torch.no_grad()
+def test_every_stage_equals_the_reference(tmp_path, case, frames):
+    """Weights seed 0, pixels seed 1, a published config: each block's output, the last of which is the vision tower's,
+    visual tokens, logits, greedy and 3-beam ids."""
+    theirs = save_model(tmp_path, CASES[case])
+    theirs.model.language_model.embed_tokens.weight *= 5  # else each generated token is the same
+    theirs.save_pretrained(tmp_path)
+    publish(tmp_path)
+    ours = MLLM.from_pretrained(tmp_path)
+    pixels = torch.randn(frames, 3, 84, 84, generator=torch.Generator().manual_seed(1))
+    z = theirs.model.vision_tower(pixels, output_hidden_states=True)
+    outputs = ours.vit.block_outputs(pixels, 0)
+    for i, expected in enumerate(z.hidden_states[1:]):
+        assert_same(outputs[:, i], expected)
+    assert_same(ours.vit(pixels), z.last_hidden_state)
+    tokens = ours.frame_tokens(outputs[:, -1], 0)
+    assert_same(tokens, theirs.model.get_image_features(pixels).pooler_output)
+    quiet = 3e-3 * pixels[0].flatten()[: 36 * 32].view(1, 36, 32)  # whose variance is near the projector's eps
+    squares = theirs.model.pixel_shuffle(quiet.unflatten(1, (6, 6)), scale_factor=0.5).flatten(1, 2)
+    assert_same(ours.projector(quiet), theirs.model.multi_modal_projector(squares))
+    texts = [[1, 5], *[[7, i + 10] for i in range(frames - 1)], [8, 9]]
+    ids = torch.tensor([sum((text + [IMAGE] * 9 for text in texts[:-1]), []) + texts[-1]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    x = ours.merge([torch.tensor(text) for text in texts], tokens[:, None].unbind(0))
+    assert_same(ours.lm(x), theirs(**inputs).logits)
+    for beams in (1, 3):
+        found = generate(ours.lm, x, beams=beams, max_new_tokens=12)[0]
+        expected = theirs.generate(**inputs, num_beams=beams, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        assert found == [i for i in expected.tolist() if i != 2] and len(set(found)) > 2
+
+
+# ----------------------------------------------------------------------------------------- prompts
+
+
+@pytest.fixture(scope="module", params=[("qwen2.5", 151667), ("qwen3", 151671)])
+def tokenizers(request, real, tmp_path_factory):
+    """InternVL's tokenizer, ours and theirs, and the id of its image token."""
+    name, image = request.param
+    content = read_json(real / "tokenizers" / name / "tokenizer.json")
+    added, template = content["added_tokens"], content["added_tokens"][-1]
+    for token in "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box> <video>".split():
+        added.append(template | {"id": added[-1]["id"] + 1, "content": token, "special": True})
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    names |= {"video_token": "<video>"}
+    return load_bpe(path, None), PreTrainedTokenizerFast(tokenizer_file=str(path), extra_special_tokens=names), image
+
+
+@pytest.mark.parametrize("frames", [1, 2, 8, 12])
+def test_prompts_equal_the_processors(tokenizers, frames):
+    """The whole text of the published template for a video; a single frame is an image, which is not cut up."""
+    ours, theirs, image = tokenizers
+    processors = transformers.GotOcr2ImageProcessor(), theirs, InternVLVideoProcessor()
+    processor, size = transformers.InternVLProcessor(*processors), {"height": 28, "width": 28}
+    pixels = np.zeros((frames, 28, 28, 3), np.uint8)
+    is_image = frames == 1
+    visual = {"images": pixels[0], "images_kwargs": {"size": size, "crop_to_patches": False}} if is_image else {
+        "videos": [pixels], "videos_kwargs": {"size": size, "do_sample_frames": False}}
+    token = "<IMG_CONTEXT>" if is_image else "<video>"
+    text = f"<|im_start|>user\n{token}\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
+    expected = processor(text=text, **visual)["input_ids"][0]
+    texts = InternVL(MLLMConfig(tiny.INTERNVIT, tiny.LM, "qwen2", shuffle=2)).prompt(ours, frames, TEXT)
+    found = sum((ids + [image] * 256 for ids in texts[:-1]), []) + texts[-1]
+    assert found == torch.as_tensor(expected).flatten().tolist()
+    assert is_image or len(found) == 263 * frames + 12 + max(0, frames - 9)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("text", ["qwen2", "qwen3"])
+def test_missing_fields_have_the_defaults_of_transformers(tmp_path, text):
+    """All but the types, attention_bias, of which the default is another one than in published files, and EOS."""
+    path, vision = tmp_path / "config.json", {"model_type": "internvl_vision", "attention_bias": True}
+    change_json(path, model_type="internvl", vision_config=vision, text_config={"model_type": text, "eos_token_id": 2})
+    ours, theirs = InternVL.read_config(read_json(path), path), AutoConfig.from_pretrained(tmp_path)
+    vit, vision = ours["vit"], theirs.vision_config
+    assert [vit["image_size"]] * 2 == list(vision.image_size) and [vit["patch_size"]] * 2 == list(vision.patch_size)
+    assert (vit["width"], vit["depth"], vit["heads"]) == (1024, 24, vision.num_attention_heads)
+    assert (vit["mlp_width"], vit["norm_eps"]) == (vision.intermediate_size, vision.layer_norm_eps)
+    assert (ours["lm"]["width"], ours["lm"]["depth"]) == (theirs.text_config.hidden_size, 32)
+    assert ours["shuffle"] == int(1 / theirs.downsample_ratio)
+
+
+@torch.no_grad()
+def test_the_file_decides_whether_the_head_is_tied(tmp_path):
+    """As transformers loads it: with a head of its own, also where config.json says that it is tied, else tied."""
+    save_model(tmp_path, CASES["internvl, qwen2"])
+    change_json(tmp_path / "config.json", tie_word_embeddings=True)
+    tensors = read_weights(tmp_path)
+    assert "language_model.lm_head.weight" in tensors
+    for _ in range(2):
+        theirs = transformers.InternVLForConditionalGeneration.from_pretrained(tmp_path)
+        ids, ours = torch.tensor([[1, 5, 9]]), MLLM.from_pretrained(tmp_path)
+        assert_same(ours.lm(ours.lm.embed(ids)), theirs(input_ids=ids).logits)
+        tensors.pop("language_model.lm_head.weight", None)
+        write_weights(tmp_path, tensors)
+    assert ours.lm.head.weight is ours.lm.embed.weight
+
+
+def test_loading_is_strict(tmp_path):
+    """A missing LayerScale, a norm behind the blocks, a class token of two rows."""
+    save_model(tmp_path, CASES["internvl, qwen3"])
+    tensors, block = read_weights(tmp_path), "vision_tower.encoder.layer.1"
+    cls = "vision_tower.embeddings.cls_token"
+    for name, tensor, word in ((f"{block}.lambda_2", None, "missing"), (cls, tensors[cls].repeat(1, 2, 1), "[2, 32]"),
+                               ("vision_tower.layernorm.weight", torch.ones(32), "unexpected")):
+        changed = {key: value for key, value in (tensors | {name: tensor}).items() if value is not None}
+        write_weights(tmp_path, changed)
+        with refused("model.safetensors", name, word):
+            MLLM.from_pretrained(tmp_path)
+
+
+REFUSED = [
+    ("vision_config", {"attention_bias": False}), ("vision_config", {"use_qk_norm": True}),
+    ("vision_config", {"norm_type": "rms_norm"}), ("vision_config", {"use_mask_token": True}),
+    ("vision_config", {"use_mean_pooling": False}), ("vision_config", {"use_absolute_position_embeddings": False}),
+    ("vision_config", {"hidden_act": "relu"}), ("vision_config", {"image_size": [448, 336]}),
+    ("vision_config", {"patch_size": [14]}), ("vision_config", {"patch_size": 64}),  # a grid of 7 x 7
+    ("text_config", {"model_type": "llama"}), ("text_config", {"rope_scaling": {"rope_type": "yarn"}}),
+    ("downsample_ratio", 0.25), ("vision_feature_layer", -2), ("vision_feature_select_strategy", "full"),
+    ("projector_hidden_act", "relu"),
+]
+
+
+@pytest.mark.parametrize("part, fields", REFUSED)
+def test_another_model_is_refused(tmp_path, part, fields):
+    """The field is named, or the sides that do not fit together."""
+    make_folder(tmp_path, INTERNVL, **{part: fields})
+    name, value = next(iter(fields.items())) if isinstance(fields, dict) else (part, fields)
+    word = "2 x 2" if value == 64 else next(iter(value)) if isinstance(value, dict) else name
+    with refused(str(tmp_path / "config.json"), word):
+        MLLM.from_config(tmp_path)
+
+
+def test_preprocessing_is_that_of_videos_if_there_is_one(tmp_path):
+    """[1]: a file for videos or a part of processor_config.json, else the file about images; by default CLIP's mean."""
+    usual = Preprocessing(448, 448, True, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
+    image = make_folder(tmp_path, INTERNVL)
+    assert MLLM.from_config(tmp_path).vit.preprocessing == usual
+    image.write_text(json.dumps({"size": OF_INTERNVL["size"]}))
+    assert MLLM.from_config(tmp_path).vit.preprocessing == Preprocessing(448, 448, True, "bicubic", CLIP_MEAN, CLIP_STD)
+    video = OF_INTERNVL | {"image_mean": HALF, "image_std": HALF}
+    expected = Preprocessing(448, 448, True, "bicubic", HALF, HALF)
+    change_json(tmp_path / "video_preprocessor_config.json", **video)
+    assert MLLM.from_config(tmp_path).vit.preprocessing == expected
+    for path in (image, tmp_path / "video_preprocessor_config.json"):
+        path.unlink()
+    change_json(tmp_path / "processor_config.json", image_processor=OF_INTERNVL, video_processor=video)
+    assert MLLM.from_config(tmp_path).vit.preprocessing == expected
+    assert list(InternVLVideoProcessor.from_pretrained(tmp_path).image_mean) == list(HALF)
+    (tmp_path / "processor_config.json").unlink()
+    with refused("preprocessor_config.json", "found none"):
+        MLLM.from_config(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def tiny_internvl(tmp_path_factory) -> Path:
+    """A random model of 56 pixels, 4 visual tokens a frame, with a tokenizer of bytes and the control tokens."""
+    folder = tmp_path_factory.mktemp("internvl")
+    tokenizer = make_tokenizer_json("tiny Qwen")
+    added = tokenizer["added_tokens"]
+    for token in "<img>", "</img>":
+        added.append(added[0] | {"id": added[-1]["id"] + 1, "content": token})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    case = internvl(QWEN3 | {"vocab_size": 408, "max_position_embeddings": 300})
+    case.fields["vision_config"] = case.fields["vision_config"] | {"image_size": [56, 56]}
+    size = {"size": {"height": 56, "width": 56}}
+    save_model(folder, replace(case, preprocessing=("preprocessor_config.json", size)))
+    return folder
+
+
+@pytest.mark.parametrize("words", [["--cache-features"], ["--visual", "frames", "--write-back", "--grid", 1]])
+def test_a_run_resumes_bit_for_bit_and_knows_its_model(tiny_internvl, words, flags, tmp_path, monkeypatch):
+    """Three steps, stopped by a signal in the second. Then with another last byte in the file of weights."""
+    model = shutil.copytree(tiny_internvl, tmp_path / "model")
+    command = [*TWELVE_STEPS, "--mllm", model, "--data", flags[-1], "--frames", 2, "--epochs", 1, *words, "--out"]
+    done = run_forked(train, *command, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    with monkeypatch.context() as patch:
+        act_at_call(patch, torch.optim.AdamW, "step", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run_forked(train, *command, tmp_path / "stopped").returncode == 130
+    done = run_forked(train, "--resume", tmp_path / "stopped")
+    assert done.returncode == 0 and "resuming after step 2" in done.stdout, done.stderr
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    done = run_forked(train, *command, tmp_path / "plan", "--plan")
+    assert done.returncode == 0 and "memory of a step on cpu" in done.stdout, done.stderr
+    clip = next(Path(flags[-1]).rglob("*.mp4"))
+    done = run_forked(evaluate, tmp_path / "whole", "--video", clip, "--device", "cpu")
+    assert done.returncode == 0 and clip.name in done.stdout, done.stderr
+    with open(model / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert_one_line_error(run_forked(train, "--resume", tmp_path / "whole"), "another model", "mllm/model.safetensors")
