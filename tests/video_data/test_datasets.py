@@ -13,6 +13,7 @@ import pickle
 import random
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from unicodedata import normalize
 
@@ -64,10 +65,14 @@ def test_the_csv_of_msvd(real, tmp_path):
     assert sizes(annotated) == [(1200, 0), (100, 4291), (670, 27767)]
 
 
-def test_msrvtt_has_its_published_sizes(real):
-    annotated = annotations.read_msrvtt(real / "msrvtt")
-    assert sizes(annotated) == [(0, 0), (497, 9940), (2990, 59800)]
-    assert annotated.splits["val"][0] == "video6513" and annotated.splits["test"][-1] == "video9999"
+def test_msrvtt_has_its_published_sizes(real, tmp_path):
+    """The two official files."""
+    for name in ("train_val_annotation.zip", "test_videodatainfo.json.zip"):
+        with zipfile.ZipFile(real / "msrvtt-half" / name) as file:
+            file.extractall(tmp_path)
+    annotated = annotations.read_msrvtt(tmp_path)
+    assert sizes(annotated) == [(6513, 130260), (497, 9940), (2990, 59800)]
+    assert [annotated.splits[split][0] for split in SPLITS] == ["video0", "video6513", "video7010"]
 
 
 # -------------------------------------------------------------------------------- generated files
