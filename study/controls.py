@@ -24,9 +24,9 @@ from video_data.datasets import read_dataset
 
 def shuffle(frames: np.ndarray, clip: int) -> np.ndarray:
     """The frames in a random order that is not their own, if there are several."""
-    order = np.arange(len(frames))
+    rng, order = np.random.default_rng(clip), np.arange(len(frames))
     while len(frames) > 1 and (order == np.arange(len(frames))).all():
-        order = np.random.default_rng([clip, len(frames)]).permutation(len(frames))
+        order = rng.permutation(len(frames))
     return frames[order]
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write {control: {id: caption}} as JSON")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     args = parser.parse_args()
-    captioner, _ = load_run(args.run, devices.select_device(args.device), {})
+    captioner, _ = load_run(args.run, devices.select_device(args.device))
     config, captions, ciders = captioner.config, {}, {}
     data = args.data or config.data
     dataset = read_dataset(config.dataset, data, config.shapes_sizes, config.allow_missing, ["test"])
