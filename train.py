@@ -185,7 +185,7 @@ def main() -> int:
     # 3. Optimizer, and the step to start from
     optimizer = make_optimizer(captioner.trained(), config.weight_decay) if steps else None
     run = Run(config.out, group, fingerprints, start_time)  # with --resume, `out` is that folder
-    step, best_cider = 0, -1.0
+    step, best_cider = 0, -1.0  # the untrained weights of step 0 never become the best
     if config.resume:
         step, best_cider = run.resume(captioner, optimizer, steps, device)
         print(f"resuming after step {step}")

@@ -1,4 +1,4 @@
-"""Captions of changed frames. References: the run's own test captions, and `Captioner.caption` of frames changed here."""
+"""Captions of changed frames. References: the run's test captions, and `Captioner.caption` of frames changed here."""
 
 import numpy as np
 import torch
