@@ -211,7 +211,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.",
                         "python evaluate.py RUN [--split test] [--video clip.mp4 ...]")
     parser.add_argument("run", type=Path, metavar="RUN", nargs="?",
-                        help="a folder that train.py made; none: caption --video with --mllm as it is")
+                        help="a folder that train.py made; without it, --mllm captions each --video untrained")
     group = parser.add_argument_group("input")
     group.add_argument("--split", choices=["val", "test"], help="which split of the run's dataset (default: test)")
     group.add_argument("--video", nargs="+", action="extend", metavar="FILE",
@@ -231,7 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("where things are now")
     group.add_argument("--data", type=Path, help="the dataset's folder (default: as in training)")
     for name in MODEL_FLAGS:
-        group.add_argument(f"--{name}", help="this frozen model; another one is refused (default: as in training)")
+        group.add_argument(f"--{name}", help="where this frozen model of the run is; any other model is refused")
     group.add_argument("--device", default="auto", choices=DEVICES, help="auto: CUDA, else MPS, else CPU")
     return parser
 

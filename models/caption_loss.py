@@ -4,8 +4,8 @@ A clip's prefix, its visual tokens and the prompt, is read once for all of its K
 
     prefix (B, P, C) | caption 1 | caption 2 | ... | caption K      each sees the prefix and itself
 
-Captions follow each other without padding; only the row's end is padded, to the longest row. Captions differ in length,
-so padding each would make nearly half of all positions padding.
+Captions follow each other without padding, and each row is padded at its end to the longest row. Padding every caption
+to the longest one would make nearly half of all positions padding.
 
 Shapes: B clips, K captions per clip, P positions of the prefix, L tokens of the longest caption with its EOS, s tokens
 of a row's captions, S = P + s, n tokens of all captions, C width of the language model.
@@ -96,10 +96,10 @@ def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor) -> Tensor:
     # On a CPU the backward pass of fused attention can take 2.7 times as long in bf16 as that of plain attention.
     plain = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-        x = lm.hidden(x, **(packed_attention_inputs(caption, place, prefix_length) if k > 1 else {}))
+        x = lm.hidden(x, **(packed_attention_inputs(caption, place, prefix_length) if k > 1 else {}))  # (B, S, C)
     # The last position of the prefix predicts the first token of each caption.
-    x = torch.cat([x[:, prefix_length - 1 : prefix_length].expand(-1, k, -1), x[:, prefix_length:]], dim=1)
-    x = x.flatten(0, 1)[predicts]  # (B, K + s, C) -> (n, C)
+    first = x[:, prefix_length - 1 : prefix_length].expand(-1, k, -1)  # (B, K, C)
+    x = torch.cat([first, x[:, prefix_length:]], dim=1).flatten(0, 1)[predicts]  # (n, C)
     if lm.head.weight.requires_grad:
         return F.cross_entropy(lm.head(x).float(), targets, reduction="sum")
     return FrozenHeadCrossEntropy.apply(x, targets, lm.head, lm.head.out_features)

@@ -215,7 +215,7 @@ def test_other_data_than_those_of_the_run_are_noticed(change, finished_run, flag
     assert contents(tmp_path / "run") == before
     done = run_forked(evaluate, tmp_path / "run", "--data", data)
     assert done.returncode == 0, done.stderr
-    line = "not the data of the run, 6 clips of SHA-256"
+    line = "not the data of the run, 6 clips with SHA-256"
     assert f"differs: test: {line}" in done.stdout and line in done.stdout.splitlines()[-1]
 
 

@@ -29,7 +29,7 @@ from video_data.annotations import SPLITS, Annotations, Clip, read_folder, read_
 READERS = {"shapes": read_folder, "msvd": read_msvd, "msrvtt": read_msrvtt, "folder": read_folder}
 FOLDER_HELP = {name: inspect.getdoc(reader) for name, reader in READERS.items()}
 
-# Of a caption. The scorers take no more, and the tokenizers no half of a character, as JSON's escapes may write it.
+# Captions: the scorers take no more letters, and half of a surrogate pair, which JSON can write, is not text.
 MAX_LETTERS, SURROGATE = 10_000, re.compile("[\ud800-\udfff]")
 # Clips and captions of each split in published results.
 STANDARD_SIZES = {
@@ -52,7 +52,7 @@ class VideoDataset:
         result = {}
         for split, clips in self.splits.items():
             text = json.dumps([[clip.id, clip.captions, clip.path.stat().st_size] for clip in clips])
-            result[split] = f"{len(clips)} clips of SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            result[split] = f"{len(clips)} clips with SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
         return result
 
     def differences(self) -> list[str]:
