@@ -211,7 +211,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.",
                         "python evaluate.py RUN [--split test] [--video clip.mp4 ...]")
     parser.add_argument("run", type=Path, metavar="RUN", nargs="?",
-                        help="a folder that train.py made; none: caption --video with --mllm as it is")
+                        help="a folder that train.py made; without it, --mllm captions each --video untrained")
     group = parser.add_argument_group("input")
     group.add_argument("--split", choices=["val", "test"], help="which split of the run's dataset (default: test)")
     group.add_argument("--video", nargs="+", action="extend", metavar="FILE",
@@ -231,7 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("where things are now")
     group.add_argument("--data", type=Path, help="the dataset's folder (default: as in training)")
     for name in MODEL_FLAGS:
-        group.add_argument(f"--{name}", help="this frozen model; another one is refused (default: as in training)")
+        group.add_argument(f"--{name}", help="where this frozen model of the run is; any other model is refused")
     group.add_argument("--device", default="auto", choices=DEVICES, help="auto: CUDA, else MPS, else CPU")
     return parser
 
@@ -258,15 +258,18 @@ def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequ
     def file_id(path: Path) -> tuple[int, int]:  # the same for all names of a file, links too
         return path.stat().st_dev, path.stat().st_ino
 
-    of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "lock") if args.run else ()
+    of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "report.html", "lock") if args.run else ()
     read = {file_id(path) for path in (*inputs, *videos, *(args.run / name for name in of_run)) if path.exists()}
+    targets: set[Path] = set()
     for flag in ("save", "report", "show"):
         if not (path := getattr(args, flag)):
             continue
         target = path.resolve()
-        may_be_replaced = target.is_file() and read.isdisjoint(map(file_id, (target, *target.parents)))
-        if (target.exists() and not may_be_replaced) or not os.access(target.parent, os.W_OK):
+        places = [place for place in (target, *target.parents) if place.exists()]
+        is_free = (target.is_file() or not target.exists()) and read.isdisjoint(map(file_id, places))
+        if not is_free or target in targets or not os.access(target.parent, os.W_OK):
             raise InputError(f"--{flag} {path}: expected a file that is not read, in a folder that can be written to")
+        targets.add(target)
         if len(videos) > 1 and (flag == "show" or path.suffix.lower() == ".srt"):
             raise InputError(f"--{flag} {path}: expected one video, found {len(videos)}")
 
@@ -289,7 +292,8 @@ def main() -> int:
     if not config.data.exists():
         raise InputError(f"--data {config.data}: expected the folder of the dataset, found none")
     dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing, [args.split])
-    dataset.notes[args.split].extend(data_differences(args.run, dataset).values())
+    notes = dataset.notes[args.split] + [*data_differences(args.run, dataset).values()]
+    dataset = replace(dataset, notes={args.split: notes})
     print(dataset)
     evaluate_split(captioner, dataset, args, config)
     return 0

@@ -99,7 +99,12 @@ class Captioner(nn.Module):
                              "smaller --queries, --frames or --grid")
 
     def add_trained_parts(self) -> None:
-        """Makes what the method adds to the frozen models, and the connector and frame vectors where it needs them."""
+        """Makes what the method adds to the frozen models, and the connector and frame vectors where it needs them.
+
+        The connector maps what is read to the width C of the language model. A pair always needs it, whatever is
+        trained. An MLLM has a projector: it needs a connector only for queries that this projector cannot map, and for
+        `linear`, where the connector is what is trained, from C to C.
+        """
         config, width, lm_width = self.config, self.vit.config.width, self.lm.config.width
         pair_connector = not self.backbone.trained_together and config.method != "none"
         if config.method == "qadapter":
@@ -231,7 +236,8 @@ class Captioner(nn.Module):
 
     def forward(self, frames: Tensor, labels: Tensor) -> Tensor:
         """The input, and K captions each: ids (B, K, L), padded with -100, on the CPU -> the cross-entropy summed over
-        all caption tokens and EOS. A clip is encoded once for its K captions."""
+        all caption tokens and EOS, from the first one on, which the last position of the prefix predicts. A clip is
+        encoded once for its K captions."""
         return caption_loss(self.lm, self.prefix(frames), labels)
 
     def check_length(self, num_frames: int, beams: int, max_new_tokens: int = MAX_NEW_TOKENS) -> None:

@@ -156,6 +156,9 @@ def main() -> int:
     # 2. Data and model
     with group.first_of_machine():  # one process of each machine makes `shapes`
         dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing)
+    if config.resume and (different := data_differences(config.resume, dataset)):
+        lines = "; ".join(f"{split}: {line}" for split, line in different.items())
+        raise InputError(f"{config.data}: expected the same ids, captions and sizes of videos as the run; {lines}")
     clips = dataset.splits["train"]
     steps = count_steps(config, len(clips))
     print(f"{dataset}\n{format_steps(config, steps, sum(len(clip.captions) for clip in clips))}")
@@ -167,9 +170,6 @@ def main() -> int:
         return group.destroy()
     if config.resume:
         check_models(config.resume, fingerprints)
-        if different := data_differences(config.resume, dataset):
-            lines = [f"{split}: {line}" for split, line in different.items()]
-            raise InputError(f"{config.data}: expected the dataset of the run; {'; '.join(lines)}")
     with group.first_of_machine():  # decodes, and with --cache-features runs the frozen ViT
         inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
     examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, config.frames,
@@ -185,7 +185,7 @@ def main() -> int:
     # 3. Optimizer, and the step to start from
     optimizer = make_optimizer(captioner.trained(), config.weight_decay) if steps else None
     run = Run(config.out, group, fingerprints, start_time)  # with --resume, `out` is that folder
-    step, best_cider = 0, -1.0
+    step, best_cider = 0, -1.0  # the untrained weights of step 0 never become the best
     if config.resume:
         step, best_cider = run.resume(captioner, optimizer, steps, device)
         print(f"resuming after step {step}")

@@ -16,6 +16,7 @@ searched with five beams, as published results are; on `shapes` that lowers CIDE
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,7 +29,7 @@ from common.errors import InputError, error_prefix
 from common.files import field as json_field
 from common.files import read_json
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "prompt", "full")
 INSTRUCTION = "Describe the video."
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -214,6 +215,11 @@ def read_config(run: Path) -> Config:
         if different := values.keys() ^ to_json(Config()).keys():  # a default would be another run
             raise InputError(f"expected just the fields of a run, differs in {min(different)!r:.40}")
         config, _ = parse_words(to_words(values))
+        found = json.loads(json.dumps(to_json(config), default=str))  # null, for one, would become a default
+        is_open = {"data": config.data is None, "lm": not (config.mllm or config.vit and config.lm),
+                   "precision": config.precision == "auto"}
+        if different := [name for name in values if found[name] != values[name] or is_open.get(name)]:
+            raise InputError(f"{different[0]} is {values[different[0]]!r:.40}, expected what train.py stores")
     return replace(config, out=run)
 
 
@@ -226,6 +232,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     if refused := sorted(given - ALLOWED_WITH_RESUME):
         raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; --resume takes only --device, "
                          "--data and --epochs")
-    if "data" in given and not config.data.exists():  # `shapes` would be made there
+    config = replace(read_config(config.resume), **{name: getattr(config, name) for name in given})
+    if not config.data.exists():  # `shapes` would be made there
         raise InputError(f"--data {config.data}: expected the folder of the run's dataset, found none")
-    return replace(read_config(config.resume), **{name: getattr(config, name) for name in given})
+    return config

@@ -220,6 +220,8 @@ def read_added_tokens(entries: list[dict], vocab: dict[str, int]) -> dict[str, i
         is_pair = token and type(i) is int and i >= 0
         if not is_pair or ids.setdefault(token, i) != i or tokens.setdefault(i, token) != token:
             raise InputError(f"token {short(token)}: its id is {short(i)}, expected a text and an id of its own")
+    if not BYTES.keys() >= set("".join(vocab)):
+        raise InputError("model.vocab: expected tokens in the characters of their bytes")
     return dict(added)
 
 

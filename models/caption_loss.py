@@ -4,8 +4,11 @@ A clip's prefix, its visual tokens and the prompt, is read once for all of its K
 
     prefix (B, P, C) | caption 1 | caption 2 | ... | caption K      each sees the prefix and itself
 
-Shapes: B clips, K captions per clip, P positions of the prefix, L tokens of the longest caption with its EOS, s
-positions of a row, n tokens of all captions, C width of the language model.
+Captions follow each other without padding, and each row is padded at its end to the longest row. Padding every caption
+to the longest one would make nearly half of all positions padding.
+
+Shapes: B clips, K captions per clip, P positions of the prefix, L tokens of the longest caption with its EOS, s tokens
+of a row's captions, S = P + s, n tokens of all captions, C width of the language model.
 """
 
 from contextlib import nullcontext
@@ -50,20 +53,30 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
         return ctx.gradient * grad_output, None, None, None
 
 
-def packed_attention_inputs(prefix_length: int, k: int, length: int, device: torch.device) -> dict[str, Tensor]:
-    """Returns arguments of `CausalLM.hidden` for k texts of `length` tokens, packed in one row after a shared prefix.
+def pack_captions(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Puts the tokens that the language model reads, all but each caption's last one, one caption behind the other.
 
-    Each token has the position that it would have in a row of its own, and sees the prefix and its own text:
-    `positions` (s,), `visible` (1, s, s). A single text needs neither.
+    Ids (B, K, L), padded with -100 -> (B, s) each: the ids, those that come next, with -100 behind a row's last token;
+    the number of the caption, and the place in it.
     """
-    if k == 1:
-        return {}
-    prefix_ids = torch.full((prefix_length,), -1, device=device)
-    segment_ids = torch.cat([prefix_ids, torch.arange(k * length, device=device) // length])  # (s,)
-    position_ids = torch.arange(prefix_length + length, device=device)
-    positions = torch.cat([position_ids[:prefix_length], position_ids[prefix_length:].repeat(k)])  # (s,)
-    same_segment = (segment_ids == segment_ids[:, None]) | (segment_ids == -1)  # (s, s)
-    return {"positions": positions, "visible": (same_segment & (positions <= positions[:, None]))[None]}
+    length = labels.shape[2] - 1
+    following = labels[:, :, 1:].flatten(1)  # (B, K(L-1))
+    is_padding = following < 0
+    tokens = is_padding.sort(dim=1, stable=True).indices[:, : int((~is_padding).sum(1).max())]  # (B, s)
+    ids = labels[:, :, :-1].flatten(1).gather(1, tokens).clamp(min=0)
+    return ids, following.gather(1, tokens), tokens // length, tokens % length
+
+
+def packed_attention_inputs(caption: Tensor, place: Tensor, prefix_length: int) -> dict[str, Tensor]:
+    """Returns arguments of `CausalLM.hidden` for captions that are packed behind a prefix: see `pack_captions`.
+
+    Each token has the position that it would have in a row of its own, and sees the prefix and its own caption:
+    `positions` (B, S), `visible` (B, S, S).
+    """
+    prefix = torch.arange(prefix_length, device=place.device).expand(len(place), -1)  # (B, P)
+    caption = torch.cat([torch.full_like(prefix, -1), caption], dim=1)  # (B, S)
+    is_same = (caption[:, None] == caption[:, :, None]) | (caption[:, None] == -1)  # (B, S, S)
+    return {"positions": torch.cat([prefix, prefix_length + place], dim=1), "visible": is_same.tril()}
 
 
 def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor) -> Tensor:
@@ -73,19 +86,20 @@ def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor) -> Tensor:
     without waiting for a GPU. The language model's head runs on caption positions only; if it is frozen, the logits of
     the whole batch never exist at once.
     """
-    (k, length), prefix_length = labels.shape[1:], prefix.shape[1]
-    positions = (labels >= 0).flatten().nonzero().squeeze(1)  # (n,)
-    positions, ids = to_device(positions, prefix.device), to_device(labels, prefix.device)
-    captions = lm.embed(ids[:, :, :-1].clamp(min=0))  # (B, K, L-1, C)
-    x = torch.cat([prefix, captions.flatten(1, 2)], dim=1)  # (B, P + K(L-1), C)
+    k, prefix_length = labels.shape[1], prefix.shape[1]
+    ids, following, caption, place = pack_captions(labels)
+    targets = torch.cat([labels[:, :, 0], following], dim=1).flatten()  # (B(K + s),)
+    predicts = (targets >= 0).nonzero().squeeze(1)  # (n,)
+    ids, caption, place, predicts, targets = (to_device(tensor, prefix.device) for tensor in (
+        ids, caption, place, predicts, targets[predicts]))
+    x = torch.cat([prefix, lm.embed(ids)], dim=1)  # (B, S, C)
     # On a CPU the backward pass of fused attention can take 2.7 times as long in bf16 as that of plain attention.
     plain = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-        x = lm.hidden(x, **packed_attention_inputs(prefix_length, k, length - 1, x.device))
+        x = lm.hidden(x, **(packed_attention_inputs(caption, place, prefix_length) if k > 1 else {}))  # (B, S, C)
     # The last position of the prefix predicts the first token of each caption.
-    first = x[:, None, prefix_length - 1 : prefix_length].expand(-1, k, -1, -1)  # (B, K, 1, C)
-    x = torch.cat([first, x[:, prefix_length:].unflatten(1, (k, length - 1))], dim=2)  # (B, K, L, C)
-    x, ids = x.flatten(0, 2)[positions], ids.flatten()[positions]  # (n, C), (n,)
+    first = x[:, prefix_length - 1 : prefix_length].expand(-1, k, -1)  # (B, K, C)
+    x = torch.cat([first, x[:, prefix_length:]], dim=1).flatten(0, 1)[predicts]  # (n, C)
     if lm.head.weight.requires_grad:
-        return F.cross_entropy(lm.head(x).float(), ids, reduction="sum")
-    return FrozenHeadCrossEntropy.apply(x, ids, lm.head, lm.head.out_features)
+        return F.cross_entropy(lm.head(x).float(), targets, reduction="sum")
+    return FrozenHeadCrossEntropy.apply(x, targets, lm.head, lm.head.out_features)

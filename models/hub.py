@@ -30,7 +30,7 @@ from common.files import acquire_lock, field, format_bytes, parse_object, replac
 from common.preprocessing import IMAGE_PREPROCESSORS, VIDEO_PREPROCESSORS
 from models.weights import WEIGHT_FILE_NAMES, read_index
 
-CACHE = Path(os.environ.get("QADAPTER_CACHE") or os.path.expanduser("~/.cache/qadapter/hub"))
+CACHE = Path(os.path.expanduser(os.environ.get("QADAPTER_CACHE") or "~/.cache/qadapter/hub"))
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder
 
 TIMEOUT = 30  # seconds without a byte
@@ -149,8 +149,8 @@ def resolve(name: str | Path, check: Callable[[Path], object] = lambda folder: N
         return ROOT / name
     if not (match := HUB_ID.fullmatch(str(name))):
         raise InputError(f"{name}: expected a folder, a file or a hub id like owner/name[@revision]")
-    if CACHE.parts[0] == "~":
-        raise InputError("QADAPTER_CACHE: expected a folder for models, since the user has no home folder")
+    if str(CACHE).startswith("~"):
+        raise InputError("QADAPTER_CACHE: expected a folder for models; there is no such home folder")
     repo, revision = match[1], match[2] or "main"
     home = CACHE / repo.replace("/", "--")
     refs = home / "refs"

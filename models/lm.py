@@ -112,8 +112,8 @@ def frequencies(theta: float, d: int, scaling: RopeScaling | None, device: torch
 
 
 def rotary_cos_sin(positions: Tensor, d: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype):
-    """Returns cosine and sine (S, d) of the rotation angles of positions (S,); the sine negated in the first half."""
-    angles = torch.outer(positions.float(), frequencies(theta, d, scaling, positions.device))  # (S, d/2)
+    """Returns cosine and sine (..., S, d) of the angles of positions (..., S); the sine negated in the first half."""
+    angles = positions.float()[..., None] * frequencies(theta, d, scaling, positions.device)  # (..., S, d/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
@@ -126,14 +126,16 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_mask(queries: Tensor, keys: Tensor, visible: Tensor | None, window: int | None, dtype: torch.dtype):
     """Additive attention mask: 0 where a query may attend, else -inf.
 
-    Positions of queries (S,) and keys (slots,) give a causal mask (S, slots); with `visible` (B, S, slots) that decides
-    instead, and the mask is (B, 1, S, slots). A window limits both to the query's position and the window - 1 before.
+    Positions of queries (S,) and keys (slots,) give a causal mask (S, slots). Those of a batch, (B, S) and (B, slots),
+    come with `visible` (B, S, slots), which decides instead, and the mask is (B, 1, S, slots). A window limits both to
+    the query's position and the window - 1 before.
     """
-    distance = queries[:, None] - keys  # (S, slots)
-    allowed = distance >= 0 if visible is None else visible[:, None]
+    distance = queries[..., None] - keys[..., None, :]  # (S, slots) or (B, S, slots)
+    allowed = distance >= 0 if visible is None else visible
     if window is not None:
         allowed = allowed & (distance < window)
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, -torch.inf)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, -torch.inf)
+    return mask if visible is None else mask[:, None]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -226,22 +228,23 @@ class CausalLM(nn.Module):
         """Embeddings (B, S, C) -> last hidden states (B, S, C), for callers that apply the head to some of them.
 
         With a cache, x follows the cached positions: one position a call, after the first call. Attention is causal,
-        unless the caller gives, without a cache, the `positions` (S,) of x and `visible` (B, S, S): True where one
+        unless the caller gives, without a cache, the `positions` (B, S) of x and `visible` (B, S, S): True where one
         attends to another. Without positions, raises InputError beyond config.max_positions.
         """
         config, start = self.config, 0 if cache is None else cache.length
         if (end := start + x.shape[1]) > config.max_positions and positions is None:
             raise InputError(f"language model: {end} positions, it has {config.max_positions}")
         keys = torch.arange(end, device=x.device) if positions is None else positions
-        positions = keys[start:]
+        positions = keys[..., start:]
+        of_heads = positions if visible is None else positions[:, None]  # (S,) or (B, 1, S)
         if cache is not None:
             cache.length = end
         mask = None if visible is None else attention_mask(positions, keys, visible, None, x.dtype)
-        rope = rotary_cos_sin(positions, config.head_width, config.rope_theta, config.rope_scaling, x.dtype)
+        rope = rotary_cos_sin(of_heads, config.head_width, config.rope_theta, config.rope_scaling, x.dtype)
         local_rope, local_mask = rope, mask
         if config.local_theta is not None:
-            local_rope = rotary_cos_sin(positions, config.head_width, config.local_theta, None, x.dtype)
-        if config.window is not None and len(keys) > config.window:
+            local_rope = rotary_cos_sin(of_heads, config.head_width, config.local_theta, None, x.dtype)
+        if config.window is not None and end > config.window:
             local_mask = attention_mask(positions, keys, visible, config.window, x.dtype)
         for block, local in zip(self.blocks, config.local or [False] * config.depth, strict=True):
             x = block(x, *local_rope, local_mask, cache) if local else block(x, *rope, mask, cache)

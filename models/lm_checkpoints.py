@@ -116,6 +116,8 @@ def _read_tokens(published: dict[str, Any], family: str, vocab: int, where: str 
         eos = published["eos_token_id"]
     eos = [field({"eos_token_id": i}, "eos_token_id", int, where, least=0, most=vocab - 1)
            for i in (eos if isinstance(eos, list) else [eos])]
+    if not eos:
+        raise InputError(f"{where}: eos_token_id: expected a token, found none")
     return {"bos_id": bos, "eos_ids": tuple(eos)}
 
 

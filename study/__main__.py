@@ -1,7 +1,7 @@
 """`python -m study TABLE`: prints the commands that train what is missing of a table, for a shell to run:
 
-    .venv/bin/python -m study mllm | sh                             one run after the other
-    .venv/bin/python -m study mllm | xargs -P 2 -I {} sh -c "{}"    two at a time
+    .venv/bin/python -m study mllm | sh                                              one run after the other
+    .venv/bin/python -m study mllm | tr '\\n' '\\0' | xargs -0 -n 1 -P 2 sh -c      two at a time
 
 Before that, it keeps finished runs in results/ and writes docs/study-tables.md. It takes two rounds: a row's other
 seeds get the best learning rate of seed 0. Nothing is printed when a table is complete. A run that was stopped goes on

@@ -5,7 +5,6 @@
 
 import contextlib
 import io
-import os
 import re
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ def run_page(text: str) -> str:
 
 
 def differences(found: str, expected: str) -> list[tuple[str, str]]:
-    """Lines that differ in more than numbers, or in a number by more than 8 % and 0.1: processors round differently."""
+    """Lines that differ in more than a number, or in a number by more than 0.1 and 8%: processors round differently."""
     lines = list(zip(found.splitlines(), expected.splitlines(), strict=False))
     return [(a, b) for a, b in lines if NUMBER.sub("", a) != NUMBER.sub("", b) or any(
         abs(float(x) - float(y)) > max(0.1, 0.08 * abs(float(y)))
@@ -36,6 +35,5 @@ def differences(found: str, expected: str) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    os.environ["COLUMNS"] = "100"
     page = Path(sys.argv[1])
     page.write_text(run_page(page.read_text()))

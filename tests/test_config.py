@@ -32,6 +32,16 @@ NEEDS = {"visual": dict(mllm="m", write_back=True), "grid": dict(method="linear"
 STORED = [name for name in VALUES if name not in NOT_STORED]
 
 
+def resolved(config: Config) -> Config:
+    """The config as a run stores it: nothing is left to be chosen."""
+    models = {} if config.mllm else {"vit": config.vit or "v", "lm": config.lm or "l"}
+    precision = "fp32" if config.precision == "auto" else config.precision
+    return replace(config, data=config.data or Path("d"), precision=precision, **models)
+
+
+RESOLVED = resolved(Config())
+
+
 def write_config(run: Path, config: Config, /, **changes) -> Path:
     run.mkdir(exist_ok=True)
     write_json(run / "config.json", {"version": VERSION, "config": to_json(config)} | changes)
@@ -51,11 +61,11 @@ def test_flags_config_and_file_say_the_same(name, tmp_path):
     config, names = parse_words(words)
     assert names == given.keys() and all(getattr(config, key) == value or list(value) == getattr(config, key)
                                          for key, value in given.items())
-    run = write_config(tmp_path / "run", config)
+    run = write_config(tmp_path / "run", resolved(config))
     again = read_config(run)
-    assert to_json(again) == to_json(config) and again.out == run
+    assert to_json(again) == to_json(resolved(config)) and again.out == run
     stored = read_json(run / "config.json")["config"]
-    assert to_json(parse_words(to_words(stored))[0]) == to_json(config)
+    assert to_json(parse_words(to_words(stored))[0]) == to_json(resolved(config))
     assert parse_args([*words, "--out", "x"]) == replace(config, out=Path("x"), data=config.data or Path(
         f"data/{config.dataset}"))
 
@@ -92,7 +102,7 @@ def test_what_does_not_fit_is_refused(words, message):
 
 
 def test_a_resumed_run_keeps_its_flags(tmp_path):
-    config = Config(dataset="folder", data=tmp_path, out=tmp_path / "run", epochs=3, lr=0.5)
+    config = replace(RESOLVED, dataset="folder", data=tmp_path, out=tmp_path / "run", epochs=3, lr=0.5)
     run = write_config(tmp_path / "run", config)
     assert parse_args(["--resume", str(run)]) == replace(config, resume=run)
     values = {"epochs": 9, "device": "cpu", "data": tmp_path / "run"}
@@ -108,17 +118,18 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
 @pytest.mark.parametrize("name, value", [
     ("frames", 0), ("frames", 10**30), ("frames", {}), ("beams", -1), ("dataset", "x"), ("dataset", []),
     ("shapes_sizes", [1, 2]), ("shapes_sizes", [1, 2, 10**9]), ("epochs", "x"), ("seed", 1.5), ("lr", "nan"),
-    ("precision", "fp8"), ("rank", 6), ("visual", "frames"), ("write_back", "yes"), ("lr", True),
+    ("precision", "fp8"), ("rank", 6), ("visual", "frames"), ("write_back", "yes"), ("lr", True), ("lr", None),
+    ("seed", None), ("dataset", None), ("rank", False), ("data", None), ("lm", None), ("precision", "auto"),
 ])
 def test_a_value_that_was_changed_by_hand_is_named_with_its_file(name, value, tmp_path):
-    """Each is checked like a flag."""
-    run = write_config(tmp_path / "run", Config(), config=to_json(Config()) | {name: value})
+    """Each is checked like a flag, and null, which no flag says, is no default."""
+    run = write_config(tmp_path / "run", RESOLVED, config=to_json(RESOLVED) | {name: value})
     with pytest.raises(InputError, match=f"run/config.json: config: .*{name.replace('_', '.')}"):
         read_config(run)
 
 
 def test_another_version_or_other_fields_are_refused(tmp_path):
-    stored = to_json(Config())
+    stored = to_json(RESOLVED)
     for changes, message in (
             ({"version": "0.12.0"}, f"made by version '0.12.0', this is version {VERSION}"),
             ({"version": None}, "made by version None"), ({"config": []}, "'config': expected an object"),

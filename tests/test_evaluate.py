@@ -210,6 +210,8 @@ def test_real_videos_are_captioned_or_named(finished_run, real):
     ("--video VIDEO VIDEO --window 2 --save a.srt", "a.srt: expected one video, found 2"), ("--beams 0", "--beams"),
     ("--video VIDEO VIDEO --show a.png", "a.png: expected one video"), ("--window 1e-9 --video VIDEO", "--window"),
     ("--save TMP --report TMP", "expected a file that is not read"),
+    ("--save TMP/a --report TMP/a", "--report .*/a: expected a file that is not read"),
+    ("--save DATA/test/new.json", "new.json: expected a file that is not read"),
     ("--save TMP/gone/p.json", "gone/p.json: expected a file that is not read"), ("--data TMP/typo", "--data .*typo"),
     ("--split tset", "--split"), ("--vit TMP/gone", "gone: expected a folder"), ("--mllm TMP", "--mllm"),
 ])

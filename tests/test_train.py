@@ -211,11 +211,11 @@ def test_other_data_than_those_of_the_run_are_noticed(change, finished_run, flag
     shutil.copytree(finished_run, tmp_path / "run")
     before = contents(tmp_path / "run")
     done = run_forked(train, "--resume", tmp_path / "run", "--data", data)
-    assert_one_line_error(done, f"{data}: expected the dataset of the run", "test: not the data of the run, 6 clips")
+    assert_one_line_error(done, f"{data}: expected the same ids, captions", "test: not the data of the run, 6 clips")
     assert contents(tmp_path / "run") == before
     done = run_forked(evaluate, tmp_path / "run", "--data", data)
     assert done.returncode == 0, done.stderr
-    line = "not the data of the run, 6 clips of SHA-256"
+    line = "not the data of the run, 6 clips with SHA-256"
     assert f"differs: test: {line}" in done.stdout and line in done.stdout.splitlines()[-1]
 
 

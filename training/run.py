@@ -48,7 +48,7 @@ def check_models(run: Path, fingerprints: dict[str, str]) -> None:
     """Raises InputError, naming a file, unless the run was made with these frozen models."""
     path = run / "config.json"
     models = field(read_json(path), "models", dict, path)
-    if different := dict(models.items() ^ fingerprints.items()):
+    if different := [name for name in models.keys() | fingerprints if models.get(name) != fingerprints.get(name)]:
         raise InputError(f"{path}: the run was trained with another model: {min(different)} is another file, new or "
                          "gone")
 

@@ -16,6 +16,7 @@ import filecmp
 import hashlib
 import inspect
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,8 @@ from video_data.annotations import SPLITS, Annotations, Clip, read_folder, read_
 READERS = {"shapes": read_folder, "msvd": read_msvd, "msrvtt": read_msrvtt, "folder": read_folder}
 FOLDER_HELP = {name: inspect.getdoc(reader) for name, reader in READERS.items()}
 
-MAX_LETTERS = 10_000  # of a caption: the scorers take no more, and a split is scored after all training
+# Captions: the scorers take no more letters, and half of a surrogate pair, which JSON can write, is not text.
+MAX_LETTERS, SURROGATE = 10_000, re.compile("[\ud800-\udfff]")
 # Clips and captions of each split in published results.
 STANDARD_SIZES = {
     "msvd": {"train": (1200, 48774), "val": (100, 4290), "test": (670, 27763)},
@@ -50,7 +52,7 @@ class VideoDataset:
         result = {}
         for split, clips in self.splits.items():
             text = json.dumps([[clip.id, clip.captions, clip.path.stat().st_size] for clip in clips])
-            result[split] = f"{len(clips)} clips of SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            result[split] = f"{len(clips)} clips with SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
         return result
 
     def differences(self) -> list[str]:
@@ -82,8 +84,9 @@ def select_clips(root: Path, annotated: Annotations, split: str, allow_missing: 
     ids, captions, videos = annotated.splits[split], annotated.captions, annotated.videos
     clips = [Clip(i, videos[i], tuple(captions[i])) for i in ids if i in videos and captions.get(i)]
     missing = [i for i in ids if i not in videos or not captions.get(i)]
-    if long := [clip.id for clip in clips if max(map(len, clip.captions)) > MAX_LETTERS]:
-        raise InputError(f"{root}: {long[0]}: a caption has more than {MAX_LETTERS:,} characters, which are not scored")
+    for clip in clips:
+        if any(len(caption) > MAX_LETTERS or SURROGATE.search(caption) for caption in clip.captions):
+            raise InputError(f"{root}: {clip.id}: expected captions in Unicode, at most {MAX_LETTERS:,} characters")
     if not clips or missing and not allow_missing:
         names = ", ".join(missing[:5] + ["..."] * (len(missing) > 5))
         counts = f"{len(missing)} of {len(ids)} {split} clips have no video or no caption"
@@ -110,7 +113,7 @@ def list_differences(name: str, annotated: Annotations, split: str, clips: list[
     shared = count_shared(annotated, split) if split != "train" else 0
     return [line for is_different, line in (
         (missing, f"{missing} clips are missing"),
-        (shared, f"{shared} videos are in another split, too"),
+        (shared, f"{shared} of {len(clips)} videos are also in another split"),
         (found[0] != standard[0], f"{found[0]:,} clips, {standard[0]:,} are standard"),
         (found[1] != standard[1], f"{found[1]:,} captions, {standard[1]:,} are standard"),
     ) if is_different]

@@ -16,6 +16,7 @@ References
 [4] ISO/IEC 14496-12, track header; FFmpeg, libavutil/display.h
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -47,6 +48,8 @@ Type._missing_ = classmethod(lambda cls, number: Type.PANSCAN)
 def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The file and the video stream that players show: the default one, else the first, but no cover picture. FFmpeg's
     errors become InputErrors."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: expected a file")  # a pipe can be read only once, and one without a writer never
     try:
         # "file:" so that FFmpeg does not take a name with a colon in it for a URL
         with av.open(f"file:{path}", options=LIMITS, metadata_errors="replace") as container:

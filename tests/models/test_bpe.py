@@ -159,7 +159,7 @@ UNSUPPORTED = [  # part of a file like Llama 3's; values of its fields, one at a
     ("model", {"type": "Unigram", "dropout": 0.1, "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}, None),
     ("model", {"continuing_subword_prefix": "##", "end_of_word_suffix": "</w>", "vocab": ...}, None),
     ("model.vocab", {"Ġ": -1, "Ġa": True, "a": 0, "Ċ": 1.5}, "expected a text and an id of its own"),
-    ("model.vocab", {"a b": 9999}, "damaged"),
+    ("model.vocab", {"a b": 9999}, "characters of their bytes"),
     ("model.merges", {0: ["Ġ", "unknown"], 1: ["b", "a"]}, "expected parts of a token"),
     ("model.merges", {0: "Ġ a b", 1: ["Ġ"], 2: [["Ġ"], "a"], 3: None}, "damaged"),
     ("added_tokens.1", {"lstrip": True, "rstrip": True, "normalized": True, "single_word": True}, None),

@@ -165,7 +165,7 @@ def test_branches_are_computed_as_separate_rows(tmp_path, case):
     a, b = random_ids(2, 9, 6), random_ids(2, 9, 7)
     rows = [lm(lm.embed(torch.cat([prefix, branch], dim=1)))[:, 5:] for branch in (a, b)]
     x = lm.embed(torch.cat([prefix, a, b], dim=1))
-    positions = torch.tensor([*range(14), *range(5, 14)])
+    positions = torch.tensor([*range(14), *range(5, 14)]).expand(2, -1)
     visible = torch.ones(23, 23).tril().bool()
     visible[14:, 5:14] = False
     found = lm.head(lm.hidden(x, positions=positions, visible=visible.expand(2, -1, -1)))[:, 5:]

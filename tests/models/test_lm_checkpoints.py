@@ -128,7 +128,7 @@ REFUSED = [
     ("llama", {"qk_layer_norms": True}, "qk_layer_norms"),
     ("llama", {"num_key_value_heads": 3}, "kv_heads=3"),
     ("llama", {"head_dim": 7}, "head_width=7"),
-    ("llama", {"eos_token_id": [2, "3"]}, "'eos_token_id'"),
+    ("llama", {"eos_token_id": [2, "3"]}, "'eos_token_id'"), ("llama", {"eos_token_id": []}, "eos_token_id: expected"),
     ("llama", {"bos_token_id": -1}, "'bos_token_id'"),
     ("llama", {"num_hidden_layers": 2**40}, "'num_hidden_layers'"),
     ("llama", {"rms_norm_eps": -1}, "'rms_norm_eps'"),

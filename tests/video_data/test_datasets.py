@@ -13,6 +13,7 @@ import pickle
 import random
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from unicodedata import normalize
 
@@ -64,10 +65,14 @@ def test_the_csv_of_msvd(real, tmp_path):
     assert sizes(annotated) == [(1200, 0), (100, 4291), (670, 27767)]
 
 
-def test_msrvtt_has_its_published_sizes(real):
-    annotated = annotations.read_msrvtt(real / "msrvtt")
-    assert sizes(annotated) == [(0, 0), (497, 9940), (2990, 59800)]
-    assert annotated.splits["val"][0] == "video6513" and annotated.splits["test"][-1] == "video9999"
+def test_msrvtt_has_its_published_sizes(real, tmp_path):
+    """The two official files."""
+    for name in ("train_val_annotation.zip", "test_videodatainfo.json.zip"):
+        with zipfile.ZipFile(real / "msrvtt-half" / name) as file:
+            file.extractall(tmp_path)
+    annotated = annotations.read_msrvtt(tmp_path)
+    assert sizes(annotated) == [(6513, 130260), (497, 9940), (2990, 59800)]
+    assert [annotated.splits[split][0] for split in SPLITS] == ["video0", "video6513", "video7010"]
 
 
 # -------------------------------------------------------------------------------- generated files
@@ -263,19 +268,19 @@ def test_a_video_in_two_splits_under_two_names_is_said(tmp_path):
     assert datasets.read_dataset("folder", tmp_path).differences() == []
     shutil.copy(tmp_path / "a.mp4", tmp_path / "b.mp4")
     found = datasets.read_dataset("folder", tmp_path, splits=["val", "test"])
-    assert found.differences() == ["val: 1 videos are in another split, too"]
-    assert found.signature("val") == "data:folder val (1 videos are in another split, too)"
+    assert found.differences() == ["val: 1 of 1 videos are also in another split"]
+    assert found.signature("val") == "data:folder val (1 of 1 videos are also in another split)"
 
 
 def test_a_caption_that_the_scorers_refuse_is_found_before_training(tmp_path):
-    """10,001 letters; 10,000 are their limit."""
+    """10,001 letters, of which 10,000 are their limit, and half of a surrogate pair."""
     assert datasets.MAX_LETTERS == MAX_LETTERS
-    for letters in (10_000, 10_001):
-        make_folder(tmp_path, {"train": {"a.mp4": ["x"]}, "val": {"b.mp4": ["x"]}, "test": {"c.mp4": ["x" * letters]}})
-        if letters == 10_000:
+    make_folder(tmp_path, {"train": {"a.mp4": ["x"]}, "val": {"b.mp4": ["x"]}, "test": {"c.mp4": ["x" * 10_000]}})
+    datasets.read_dataset("folder", tmp_path)
+    for caption in ("x" * 10_001, "x \ud800"):
+        make_folder(tmp_path, {"train": {"a.mp4": ["x"]}, "val": {"b.mp4": ["x"]}, "test": {"c.mp4": ["y", caption]}})
+        with refused(f"{tmp_path}: c.mp4: expected captions in Unicode, at most 10,000 characters"):
             datasets.read_dataset("folder", tmp_path)
-    with refused(f"{tmp_path}: c.mp4: a caption has more than 10,000 characters"):
-        datasets.read_dataset("folder", tmp_path)
 
 
 def add_line(path: Path, line: str) -> None:

@@ -1,0 +1,86 @@
+"""What a run's captions owe to the video: `python -m study.controls RUN` captions its test split from changed frames.
+
+If the frames of another clip score as well, the captions say what is usual; if one frame does, no motion is read; if
+frames in another order do, their order is not.
+
+Shapes: T frames, S side in pixels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common import cli
+from common.config import DEVICES
+from common.files import write_json
+from evaluate import BATCH_SIZE, caption_and_score, load_run
+from training import devices
+from training.distributed import ProcessGroup
+from video_data.batches import ClipCache, cache_folder, cached_frames
+from video_data.datasets import read_dataset
+
+
+def shuffle(frames: np.ndarray, clip: int) -> np.ndarray:
+    """The frames in a random order that is not their own, if there are several."""
+    rng, order = np.random.default_rng(clip), np.arange(len(frames))
+    while len(frames) > 1 and (order == np.arange(len(frames))).all():
+        order = rng.permutation(len(frames))
+    return frames[order]
+
+
+# The cache and the index of a clip -> the frames (T, 3, S, S) that are captioned.
+CONTROLS: dict[str, Callable[[ClipCache, int], np.ndarray]] = {
+    "the clip": lambda cache, i: cache[i],
+    "frames of another clip": lambda cache, i: cache[(i + len(cache) // 2) % len(cache)],
+    "the middle frame alone": lambda cache, i: np.repeat(cache[i][[cache.shape[0] // 2]], cache.shape[0], axis=0),
+    "frames shuffled": lambda cache, i: shuffle(cache[i], i),
+    "frames reversed": lambda cache, i: cache[i][::-1],
+}
+
+
+@dataclass(frozen=True)
+class ChangedFrames:
+    """A cache of frames that are changed when they are read."""
+
+    cache: ClipCache
+    change: Callable[[ClipCache, int], np.ndarray]
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.change(self.cache, i)
+
+
+def mean_and_error(values: np.ndarray) -> str:
+    """Per-clip values -> "23.1 ± 0.9": the mean times 100, and its standard error over the clips."""
+    return f"{100 * values.mean():6.1f} ± {100 * values.std(ddof=1) / len(values) ** 0.5:.1f}"
+
+
+def main() -> None:
+    parser = cli.Parser(__doc__.splitlines()[0], "python -m study.controls RUN [--save captions.json]")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
+    parser.add_argument("--data", type=Path, help="the dataset's folder (default: as in training)")
+    parser.add_argument("--beams", type=cli.number(int, 1, 1000), default=1, help="beams of the search (default: 1)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write {control: {id: caption}} as JSON")
+    parser.add_argument("--device", default="auto", choices=DEVICES)
+    args = parser.parse_args()
+    captioner, _ = load_run(args.run, devices.select_device(args.device))
+    config, captions, ciders = captioner.config, {}, {}
+    data = args.data or config.data
+    dataset = read_dataset(config.dataset, data, config.shapes_sizes, config.allow_missing, ["test"])
+    cache = cached_frames(dataset.splits["test"], cache_folder(dataset.name, data), "test", config.frames,
+                          captioner.vit.preprocessing)
+    print(f"{len(cache)} clips{'CIDEr':>31}{'less than the clip':>27}")
+    for name, change in CONTROLS.items():
+        result = caption_and_score(captioner, dataset, "test", ChangedFrames(cache, change), BATCH_SIZE, ProcessGroup(),
+                                   ("CIDEr",), args.beams)
+        captions[name] = result.captions
+        ciders[name] = np.array([result.clip_scores[clip.id]["CIDEr"] for clip in dataset.splits["test"]])
+        less = mean_and_error(ciders["the clip"] - ciders[name]) if len(ciders) > 1 else ""
+        print(f"{name:25}{mean_and_error(ciders[name]):>20}{less:>24}")
+    if args.save:
+        write_json(args.save, captions)
+
+
+if __name__ == "__main__":
+    cli.run(main)
