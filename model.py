@@ -14,10 +14,11 @@ or nothing (`none`).
 
 Shapes: B clips, T frames, S side in pixels, P tokens of the ViT per frame, D ViT width, N queries Q, C width of the
 language model, N' visual tokens per frame, M groups of visual tokens in a prompt, n images, K captions per clip, L
-tokens of the longest caption with its EOS, J blocks from `first_block` on.
+tokens of the longest caption with its EOS, J `read_blocks`, j blocks of DeepStack (Qwen3-VL's; others have none).
 """
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from common.config import Config
 from common.errors import InputError
 from models.baselines import add_adapters, add_lora, add_prompts
-from models.caption_loss import caption_loss
+from models.caption_loss import caption_loss, to_device
 from models.generation import check_length, generate
 from models.lm import CausalLM
 from models.mllm import MLLM
@@ -80,6 +81,8 @@ class Captioner(nn.Module):
         assert config.method != "full" or {self.dtype, self.lm.embed.weight.dtype} == {torch.float32}
         self.requires_grad_(config.method == "full")
         self.adapter = self.time_embed = self.connector = None
+        self.deepstack = () if config.reads_queries else backbone.deepstack
+        self.states_times = backbone.states_times and not config.reads_queries
         # The language model expects inputs as large as its embeddings; the connector need not learn that.
         self.register_buffer("prefix_scale", self.lm.embedding_rms(), persistent=False)
         self.add_trained_parts()
@@ -149,19 +152,24 @@ class Captioner(nn.Module):
         """The first block of the ViT whose output is read by what comes after the ViT."""
         return len(self.vit.blocks) - 1 if self.adapter is None else self.adapter.first
 
+    @property
+    def read_blocks(self) -> list[int]:
+        """The blocks of the frozen ViT whose outputs are read: the adapter's, or DeepStack's and the last one."""
+        return [*(self.deepstack if self.adapter is None else ()), *range(self.first_block, len(self.vit.blocks))]
+
     def block_outputs_shape(self, num_frames: int) -> tuple[int, ...]:
         """The shape of `block_outputs` for one clip: (T, J, P, D)."""
-        return self.vit.num_steps(num_frames), len(self.vit.blocks) - self.first_block, *self.vit.position.shape
+        return self.vit.num_steps(num_frames), len(self.read_blocks), *self.vit.position.shape
 
     def block_outputs(self, frames: Tensor) -> Tensor:
-        """Frames uint8 (B, T, 3, S, S) -> outputs of the frozen blocks from `first_block` on (B, T, J, P, D),
-        without write-back. A cache stores them in bf16."""
+        """Frames uint8 (B, T, 3, S, S) -> outputs of the frozen `read_blocks` (B, T, J, P, D), without write-back. A
+        cache stores them in bf16."""
         pixels = self.vit.normalize(frames).to(self.dtype)
-        return self.vit.block_outputs(pixels.flatten(0, 1), self.first_block).unflatten(0, pixels.shape[:2])
+        return self.vit.block_outputs(pixels.flatten(0, 1), self.read_blocks).unflatten(0, pixels.shape[:2])
 
     def run_encoder(self, frames: Tensor) -> tuple[Tensor | None, Tensor]:
         """The input -> the Q-Adapter's LN(Q) (B, N, D), None for the other methods, and the output of the ViT's last
-        block (B, T, P, D)."""
+        block with those of DeepStack's blocks beside it (B, T, P, D + jD)."""
         if frames.dtype != torch.uint8:
             outputs = frames.to(self.dtype)  # (B, T, J, P, D)
         elif self.config.can_cache_vit:  # no trained weight acts inside the ViT
@@ -169,9 +177,12 @@ class Captioner(nn.Module):
         else:
             pixels = self.vit.normalize(frames).to(self.dtype)
             if self.adapter is not None:
-                return self.adapter.read_and_write(self.vit, pixels)
-            return None, self.vit.run_blocks(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        return None if self.adapter is None else self.adapter.read_outputs(outputs), outputs[:, :, -1]
+                return self.adapter.read_and_write(self.vit, pixels, self.deepstack)
+            return None, self.vit.run_blocks(pixels.flatten(0, 1), self.deepstack).unflatten(0, pixels.shape[:2])
+        *others, z = outputs.unbind(2)  # (B, T, P, D) each
+        if self.adapter is not None:
+            return self.adapter.read_outputs(outputs), z
+        return None, torch.cat([z, *others], dim=-1) if others else z
 
     @torch.no_grad()
     def measure_channels(self, frames: Tensor) -> None:
@@ -182,21 +193,44 @@ class Captioner(nn.Module):
 
     # ------------------------------------------------------------------ what the language model reads
 
-    def texts(self, num_frames: int) -> list[Tensor]:
+    def num_frames(self, frames: Tensor) -> int:
+        """T of the input, in whose block outputs several frames may be one step."""
+        return frames.shape[1] * (1 if frames.dtype == torch.uint8 else self.vit.frames_per_step)
+
+    def prompt(self, num_frames: int, times: list[float] | None = None) -> list[list[int]]:
         """The ids before, between and after the M groups of visual tokens: M + 1 texts for T = `num_frames` frames."""
+        frames = 1 if self.config.reads_queries else num_frames
+        return self.backbone.prompt(self.tokenizer, frames, self.config.instruction, times)
+
+    def texts(self, num_frames: int) -> list[Tensor]:
+        """The same as tensors, with one frame per second where the prompt states times."""
         key = num_frames, self.prefix_scale.device  # kept: copying a list to a GPU waits for the GPU
         if key not in self._texts:
-            images = 1 if self.config.reads_queries else self.backbone.num_images(num_frames)
-            texts = self.backbone.prompt(self.tokenizer, images, self.config.instruction)
+            texts = self.prompt(num_frames)
             self._texts[key] = [torch.tensor(ids, dtype=torch.long, device=key[1]) for ids in texts]
         return self._texts[key]
+
+    def group_by_prompt(self, frames: Tensor, times: Tensor | None) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
+        """The input, and its times -> for each group of clips with equally long texts: their numbers, and the M + 1
+        texts, (clips, any), or (any,) if they are the same for all."""
+        if times is None or not self.states_times:
+            yield range(len(frames)), self.texts(self.num_frames(frames))
+            return
+        groups: dict[tuple, dict[int, list[list[int]]]] = {}
+        for clip, seconds in enumerate(times.tolist()):
+            texts = self.prompt(len(seconds) - 1, seconds)
+            groups.setdefault(tuple(map(len, texts)), {})[clip] = texts
+        for group in groups.values():
+            texts = (torch.tensor(ids, dtype=torch.long) for ids in zip(*group.values(), strict=True))
+            yield list(group), [to_device(ids, self.prefix_scale.device) for ids in texts]
 
     def num_visual_tokens(self, num_frames: int) -> int:
         """Visual tokens of all groups. A pair that nothing connects has none."""
         if self.config.reads_queries:
             return self.config.queries
         connected = self.backbone.trained_together or self.connector is not None
-        return num_frames * self.backbone.num_frame_tokens(self.config.grid) if connected else 0
+        steps = self.vit.num_steps(num_frames)
+        return steps * self.backbone.num_frame_tokens(self.config.grid) if connected else 0
 
     def prefix_length(self, num_frames: int) -> int:
         """Positions before a caption: texts, visual tokens, and OneVision's newline."""
@@ -204,13 +238,15 @@ class Captioner(nn.Module):
         return sum(map(len, self.texts(num_frames))) + self.num_visual_tokens(num_frames) + newline
 
     def frame_tokens(self, z: Tensor) -> Tensor:
-        """Outputs of the last block (B, T, P, D) -> the visual tokens of each frame (B, T, N', C)."""
+        """Outputs of the last block (B, T, P, D + jD) -> the visual tokens of each frame (B, T, N', C + jC)."""
         tokens = self.backbone.frame_tokens(z.flatten(0, 1), self.config.grid).unflatten(0, z.shape[:2])
         if self.connector is None:
             return tokens
         time_embed = interpolate_time_embed(self.time_embed, z.shape[1])[:, None]  # (T, 1, D), of an MLLM (T, 1, C)
         if self.backbone.trained_together:  # the connector adds what it has learned
-            return tokens + self.connector(tokens / self.prefix_scale + time_embed) * self.prefix_scale
+            tokens, deep = tokens[..., : self.lm.config.width], tokens[..., self.lm.config.width :]
+            tokens = tokens + self.connector(tokens / self.prefix_scale + time_embed) * self.prefix_scale
+            return torch.cat([tokens, deep], dim=-1)
         return self.connector(tokens + time_embed) * self.prefix_scale
 
     def query_tokens(self, queries: Tensor) -> Tensor:
@@ -221,34 +257,50 @@ class Captioner(nn.Module):
 
     def encode(self, frames: Tensor) -> list[Tensor]:
         """The input -> M groups of visual tokens: one for the queries (B, N, C), one for a pair (B, T*N', C), one per
-        frame (B, N', C) for an MLLM."""
-        if not self.num_visual_tokens(frames.shape[1]):
+        frame (B, N', C + jC) for an MLLM."""
+        if not self.num_visual_tokens(self.num_frames(frames)):
             return [self.prefix_scale.new_empty(len(frames), 0, self.lm.config.width)]
         queries, z = self.run_encoder(frames)
         if self.config.reads_queries:
             return [self.query_tokens(queries)]
-        tokens = self.frame_tokens(z)  # (B, T, N', C)
-        return list(tokens.unflatten(1, (self.backbone.num_images(z.shape[1]), -1)).flatten(2, 3).unbind(1))
+        tokens = self.frame_tokens(z)  # (B, T, N', C + jC)
+        images = self.backbone.num_images(self.num_frames(frames))
+        return list(tokens.unflatten(1, (images, -1)).flatten(2, 3).unbind(1))
+
+    def prefixes(self, frames: Tensor, times: Tensor | None = None) -> Iterator[tuple]:
+        """The input, and its times -> for each group of clips with equally long texts: their numbers, the embeddings of
+        texts and visual tokens (clips, positions before a caption, C), and the places of the visual tokens."""
+        visual = self.encode(frames)
+        for clips, texts in self.group_by_prompt(frames, times):
+            groups = visual if len(clips) == len(frames) else [tokens[clips] for tokens in visual]
+            yield clips, self.backbone.merge(texts, groups), self.backbone.places(texts, groups)
 
     def prefix(self, frames: Tensor) -> Tensor:
-        """Embeddings of texts and visual tokens (B, positions before a caption, C)."""
-        return self.backbone.merge(self.texts(frames.shape[1]), self.encode(frames))
+        """The embeddings alone (B, positions before a caption, C), of frames without times."""
+        return next(self.prefixes(frames))[1]
 
-    def forward(self, frames: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, labels: Tensor, times: Tensor | None = None) -> Tensor:
         """The input, and K captions each: ids (B, K, L), padded with -100, on the CPU -> the cross-entropy summed over
         all caption tokens and EOS, from the first one on, which the last position of the prefix predicts. A clip is
-        encoded once for its K captions."""
-        return caption_loss(self.lm, self.prefix(frames), labels)
+        encoded once for its K captions. times (B, T + 1), on the CPU: when each frame is shown, and the duration of the
+        video, in seconds; by default one frame per second."""
+        return sum(caption_loss(self.lm, prefix, labels[list(clips)], places)
+                   for clips, prefix, places in self.prefixes(frames, times))
 
     def check_length(self, num_frames: int, beams: int, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
         """Raises InputError, before any work, for a search that the language model has no positions or tokens for."""
         check_length(self.lm.config, self.prefix_length(num_frames), max_new_tokens, beams)
 
     @torch.no_grad()
-    def caption(self, frames: Tensor, beams: int = 1, max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
-        """The input -> one caption per clip; greedy with one beam."""
-        self.check_length(frames.shape[1], beams, max_new_tokens)
-        return self.tokenizer.decode(generate(self.lm, self.prefix(frames), beams=beams, max_new_tokens=max_new_tokens))
+    def caption(self, frames: Tensor, beams: int = 1, max_new_tokens: int = MAX_NEW_TOKENS,
+                times: Tensor | None = None) -> list[str]:
+        """The input, and its times, see `forward` -> one caption per clip; greedy with one beam."""
+        self.check_length(self.num_frames(frames), beams, max_new_tokens)
+        ids: dict[int, list[int]] = {}
+        for clips, prefix, places in self.prefixes(frames, times):
+            found = generate(self.lm, prefix, beams=beams, max_new_tokens=max_new_tokens, places=places)
+            ids |= zip(clips, found, strict=True)
+        return self.tokenizer.decode([ids[clip] for clip in range(len(frames))])
 
     # ---------------------------------------------------------------------------------------- files
 

@@ -241,14 +241,15 @@ class QAdapter(nn.Module):
         self.last_gates = torch.stack(all_gates)
         return self.norm(queries)
 
-    def read_and_write(self, vit: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalized pixels (B, T, 3, S, S) -> LN(Q_J), (B, N, D), and the output of the last block (B, T, P, D).
+    def read_and_write(self, vit: nn.Module, pixels: Tensor, deepstack=()) -> tuple[Tensor, Tensor]:
+        """Normalized pixels (B, T, 3, S, S) -> LN(Q_J), (B, N, D), and the output of the last block (B, T, P, D), with
+        those of the blocks `deepstack` beside it, if there are any.
 
         With write-back: each ViT block works on what the queries wrote before it.
         """
         batch, frames = pixels.shape[:2]
         time_embed = interpolate_time_embed(self.time_embed, frames)  # (T, D)
-        queries, all_gates = self.queries.expand(batch, -1, -1), []  # (B, N, D)
+        queries, all_gates, kept = self.queries.expand(batch, -1, -1), [], []  # (B, N, D)
         z = vit.embed(pixels.flatten(0, 1))  # (B*T, P, D)
         for i, vit_block in enumerate(vit.blocks):
             z = vit_block(z)  # below the first adapted block nothing requires gradients, so no activation is kept
@@ -256,7 +257,10 @@ class QAdapter(nn.Module):
                 queries, gates, z = self.blocks[i - self.first](queries, z.unflatten(0, (batch, frames)), time_embed)
                 z = z.flatten(0, 1)
                 all_gates.append(gates.detach())
+            if i in deepstack:
+                kept.append(z)
         self.last_gates = torch.stack(all_gates)
+        z = torch.cat([z, *kept], dim=-1) if kept else z
         return self.norm(queries), z.unflatten(0, (batch, frames))
 
     def gate_statistics(self) -> dict[str, list[float]]:

@@ -172,7 +172,8 @@ def main() -> int:
         check_models(config.resume, fingerprints)
     with group.first_of_machine():  # decodes, and with --cache-features runs the frozen ViT
         inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
-    examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, config.frames,
+    rows = captioner.vit.num_steps(config.frames) if config.cache_features else config.frames
+    examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, rows,
                                 config.captions_per_clip, config.seed, captioner.lm.config.eos_id, MAX_CAPTION_TOKENS)
 
     def load_batch(batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.lm import CausalLM
+from models.lm import CausalLM, VisualPlaces
 
 LOGITS_PER_CHUNK = 2**25  # of the loss: 128 MB in float32
 
@@ -79,12 +79,12 @@ def packed_attention_inputs(caption: Tensor, place: Tensor, prefix_length: int) 
     return {"positions": torch.cat([prefix, prefix_length + place], dim=1), "visible": is_same.tril()}
 
 
-def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor) -> Tensor:
+def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor, places: VisualPlaces | None = None) -> Tensor:
     """Returns the cross-entropy, summed over all caption tokens and EOS, of K captions of each clip.
 
     They are ids (B, K, L), padded with -100, after the prefix (B, P, C); on the CPU, where their positions are found
     without waiting for a GPU. The language model's head runs on caption positions only; if it is frozen, the logits of
-    the whole batch never exist at once.
+    the whole batch never exist at once. places: of the prefix.
     """
     k, prefix_length = labels.shape[1], prefix.shape[1]
     ids, following, caption, place = pack_captions(labels)
@@ -96,7 +96,8 @@ def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor) -> Tensor:
     # On a CPU the backward pass of fused attention can take 2.7 times as long in bf16 as that of plain attention.
     plain = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-        x = lm.hidden(x, **(packed_attention_inputs(caption, place, prefix_length) if k > 1 else {}))  # (B, S, C)
+        packed = packed_attention_inputs(caption, place, prefix_length) if k > 1 else {}
+        x = lm.hidden(x, **packed, places=places)  # (B, S, C)
     # The last position of the prefix predicts the first token of each caption.
     first = x[:, prefix_length - 1 : prefix_length].expand(-1, k, -1)  # (B, K, C)
     x = torch.cat([first, x[:, prefix_length:]], dim=1).flatten(0, 1)[predicts]  # (n, C)

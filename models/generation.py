@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
-from models.lm import CausalLM, KVCache, LMConfig
+from models.lm import CausalLM, KVCache, LMConfig, VisualPlaces
 
 
 def check_length(lm_config: LMConfig, prefix_length: int, max_new_tokens: int, beams: int) -> None:
@@ -38,11 +38,11 @@ def check_length(lm_config: LMConfig, prefix_length: int, max_new_tokens: int, b
 
 @torch.inference_mode()
 def generate(lm: CausalLM, prefix: Tensor, beams: int = 1, max_new_tokens: int = 30,
-             eos_id: int | None = None) -> list[list[int]]:
+             eos_id: int | None = None, places: VisualPlaces | None = None) -> list[list[int]]:
     """Returns the new token ids of each text after prefix embeddings (B, S, C), without EOS. They equal those of [1].
 
-    With one beam the search is greedy. eos_id None: every EOS of the model's config. Raises InputError for too few
-    positions, before any work, and for logits that are not finite.
+    With one beam the search is greedy. eos_id None: every EOS of the model's config. places: of the prefix. Raises
+    InputError for too few positions, before any work, and for logits that are not finite.
     """
     check_length(lm.config, prefix.shape[1], max_new_tokens, beams)
     if not len(prefix) or max_new_tokens < 1:
@@ -50,8 +50,8 @@ def generate(lm: CausalLM, prefix: Tensor, beams: int = 1, max_new_tokens: int =
     prefix = prefix.to(lm.embed.weight.dtype)
     eos_ids = lm.config.eos_ids if eos_id is None else (eos_id,)
     if beams == 1:
-        return greedy_search(lm, prefix, max_new_tokens, eos_ids)
-    return beam_search(lm, prefix, beams, max_new_tokens, eos_ids)
+        return greedy_search(lm, prefix, max_new_tokens, eos_ids, places)
+    return beam_search(lm, prefix, beams, max_new_tokens, eos_ids, places)
 
 
 def next_logits(lm: CausalLM, x: Tensor, cache: KVCache) -> Tensor:
@@ -62,9 +62,10 @@ def next_logits(lm: CausalLM, x: Tensor, cache: KVCache) -> Tensor:
     return logits
 
 
-def greedy_search(lm: CausalLM, prefix: Tensor, max_new: int, eos_ids: tuple[int, ...]) -> list[list[int]]:
+def greedy_search(lm: CausalLM, prefix: Tensor, max_new: int, eos_ids: tuple[int, ...],
+                  places: VisualPlaces | None) -> list[list[int]]:
     """Takes the most likely token at each step."""
-    cache = KVCache(lm.config, len(prefix), prefix.shape[1] + max_new - 1, prefix)
+    cache = KVCache(lm.config, len(prefix), prefix.shape[1] + max_new - 1, prefix, places)
     texts: list[list[int]] = [[] for _ in prefix]
     running, x = texts, prefix  # the texts of the rows of x
     for length in range(1, max_new + 1):
@@ -87,10 +88,11 @@ class Hypothesis(NamedTuple):
     row: int = 0  # of the cache: where all of its tokens but the last are
 
 
-def beam_search(lm: CausalLM, prefix: Tensor, beams: int, max_new: int, eos_ids: tuple[int, ...]) -> list[list[int]]:
+def beam_search(lm: CausalLM, prefix: Tensor, beams: int, max_new: int, eos_ids: tuple[int, ...],
+                places: VisualPlaces | None) -> list[list[int]]:
     """Returns the best finished hypothesis of each text."""
     start = prefix.shape[1]
-    cache = KVCache(lm.config, len(prefix) * beams, start + max_new - 1, prefix)
+    cache = KVCache(lm.config, len(prefix) * beams, start + max_new - 1, prefix, places)
     running = [[Hypothesis(0.0, [])] for _ in prefix]  # of each text, best first
     finished: list[list[Hypothesis]] = [[] for _ in prefix]
     active, x = list(range(len(prefix))), prefix  # the texts that go on, and what follows the cache

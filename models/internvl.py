@@ -15,7 +15,7 @@ References
     modeling_internvl.py, video_processing_internvl.py, processing_internvl.py and the template of OpenGVLab's models
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -70,7 +70,7 @@ class InternVL(MLLM):
     }
     has_video_file = True
 
-    def prompt_texts(self, frames: int, instruction: str) -> list[str]:
+    def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:
         """Numbers the frames of a video. For a single frame it is the prompt for an image."""
         labels = [f"Frame{i + 1}: <img>" for i in range(frames)] if frames > 1 else ["<img>"]
         end = f"</img>\n{instruction}<|im_end|>\n<|im_start|>assistant\n"

@@ -61,7 +61,7 @@ class LLaVA(MLLM):
     make_projector = MLPProjector
     projector_names = {"linear1.*": "linear_1.*", "linear2.*": "linear_2.*"}
 
-    def prompt_texts(self, frames: int, instruction: str) -> list[str]:
+    def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:
         if self.config.lm_family == "llama":  # [3]
             return ["USER: ", *["\n"] * (frames - 1), f"\n{instruction} ASSISTANT:"]
         return ["<|im_start|>user\n", *["\n"] * (frames - 1), f"\n{instruction}<|im_end|>\n<|im_start|>assistant\n"]
@@ -100,7 +100,7 @@ class OneVision(LLaVA):
     def connect(self, features: Tensor) -> Tensor:
         return halve_grid(super().connect(features))
 
-    def prompt_texts(self, frames: int, instruction: str) -> list[str]:  # [4]
+    def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:  # [4]
         return ["<|im_start|>user ", *[""] * (frames - 1), f"\n{instruction}<|im_end|><|im_start|>assistant\n"]
 
     def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:

@@ -1,11 +1,12 @@
 """The language model: a causal transformer and its key-value cache.
 
-One class for five families. Mistral [4] is a Llama [1] whose blocks attend within a sliding window. Qwen 2 [6] has
+One class for six families. Mistral [4] is a Llama [1] whose blocks attend within a sliding window. Qwen 2 [6] has
 biases in the projections of queries, keys and values; Qwen 3 [7] normalizes queries and keys instead. Gemma 3 [5]
 mixes local blocks, which have a window, with global ones; it also normalizes queries, keys and the outputs of
-attention and MLP, uses GELU instead of SiLU in its gated MLP, and scales its embeddings.
+attention and MLP, uses GELU instead of SiLU in its gated MLP, and scales its embeddings. Qwen3-VL's [8] is a Qwen 3
+that is also told where its visual tokens are, `VisualPlaces`.
 
-Shapes: B rows, S positions, C width, V vocabulary, h heads, g key-value heads, d head width.
+Shapes: B rows, S positions, C width, V vocabulary, h heads, g key-value heads, d head width, P positions of a prefix.
 
 References
 [1] https://arxiv.org/abs/2302.13971; names and order of operations: transformers' modeling_llama.py
@@ -16,11 +17,13 @@ References
 [5] https://arxiv.org/abs/2503.19786; modeling_gemma3.py
 [6] https://arxiv.org/abs/2407.10671; modeling_qwen2.py
 [7] https://arxiv.org/abs/2505.09388; modeling_qwen3.py
+[8] https://arxiv.org/abs/2511.21631; modeling_qwen3_vl.py
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +54,7 @@ class LMConfig:
     bos_id: int | None  # None: texts have no first token of their own
     eos_ids: tuple[int, ...]  # every token that ends a text; the first ends captions in training
     rope_scaling: RopeScaling | None = None
+    mrope: tuple[int, ...] = ()  # pairs of channels that turn with time, row and column; (): with one position
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -70,10 +74,26 @@ class LMConfig:
             raise InputError(f"does not fit together: {self}")
 
 
+class VisualPlaces(NamedTuple):
+    """What Qwen3-VL's language model [8] is told of a prefix with visual tokens, besides its embeddings."""
+
+    positions: Tensor  # (3, P): time, row and column, which are equal in texts
+    shift: int  # from the number of tokens before a text that follows to its position
+    deepstack: list[Tensor]  # (B, P or less, C), added to the outputs of the first blocks; zero in texts
+
+    def rotary_positions(self, positions: Tensor) -> Tensor:
+        """Positions as attention counts them (..., S), of the prefix and of texts behind it -> (3, ..., S)."""
+        length = self.positions.shape[1]
+        texts = (positions[..., length:] + self.shift).expand(3, *positions.shape[:-1], -1)
+        prefix = self.positions.view(3, *[1] * (positions.dim() - 1), length)
+        return torch.cat([prefix.expand(*texts.shape[:-1], -1), texts], dim=-1)
+
+
 class KVCache:
     """Keys and values of every block: `size` slots for each of `rows` rows, with dtype and device of `like`."""
 
-    def __init__(self, config: LMConfig, rows: int, size: int, like: Tensor):
+    def __init__(self, config: LMConfig, rows: int, size: int, like: Tensor, places: VisualPlaces | None = None):
+        self.places = places  # of the prefix, the first call's x
         shape = (config.depth, 2, rows, config.kv_heads, size, config.head_width)
         self.store = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.length = 0  # slots in use, the same in every row
@@ -111,9 +131,18 @@ def frequencies(theta: float, d: int, scaling: RopeScaling | None, device: torch
     return unscaled * (keep + (1 - keep) / scaling.factor)
 
 
-def rotary_cos_sin(positions: Tensor, d: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype):
-    """Returns cosine and sine (..., S, d) of the angles of positions (..., S); the sine negated in the first half."""
-    angles = positions.float()[..., None] * frequencies(theta, d, scaling, positions.device)  # (..., S, d/2)
+def rotary_cos_sin(positions: Tensor, d: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype,
+                   mrope: tuple[int, ...] = ()):
+    """Returns cosine and sine (..., S, d) of the angles of positions (..., S); the sine negated in the first half.
+
+    With mrope, positions are (3, ..., S), and pairs of channels take theirs by turns, time, row, column, time, ... [8].
+    """
+    positions = positions.float()[..., None]
+    if mrope:
+        pairs = torch.arange(d // 2, device=positions.device)
+        row, column = ((pairs % 3 == axis) & (pairs < 3 * mrope[axis]) for axis in (1, 2))
+        positions = torch.where(row, positions[1], torch.where(column, positions[2], positions[0]))  # (..., S, d/2)
+    angles = positions * frequencies(theta, d, scaling, positions.device)  # (..., S, d/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
@@ -224,12 +253,14 @@ class CausalLM(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, x: Tensor, cache: KVCache | None = None, positions=None, visible=None) -> Tensor:
+    def hidden(self, x: Tensor, cache: KVCache | None = None, positions=None, visible=None,
+               places: VisualPlaces | None = None) -> Tensor:
         """Embeddings (B, S, C) -> last hidden states (B, S, C), for callers that apply the head to some of them.
 
         With a cache, x follows the cached positions: one position a call, after the first call. Attention is causal,
         unless the caller gives, without a cache, the `positions` (B, S) of x and `visible` (B, S, S): True where one
-        attends to another. Without positions, raises InputError beyond config.max_positions.
+        attends to another. `places`: of the prefix with which x begins; a cache has its own. Without positions, raises
+        InputError beyond config.max_positions.
         """
         config, start = self.config, 0 if cache is None else cache.length
         if (end := start + x.shape[1]) > config.max_positions and positions is None:
@@ -238,16 +269,23 @@ class CausalLM(nn.Module):
         positions = keys[..., start:]
         of_heads = positions if visible is None else positions[:, None]  # (S,) or (B, 1, S)
         if cache is not None:
-            cache.length = end
+            cache.length, places = end, cache.places
+        mrope, deepstack = (), []
+        if places is not None and start:
+            of_heads = of_heads + places.shift
+        elif places is not None:
+            of_heads, mrope, deepstack = places.rotary_positions(of_heads), config.mrope, places.deepstack
         mask = None if visible is None else attention_mask(positions, keys, visible, None, x.dtype)
-        rope = rotary_cos_sin(of_heads, config.head_width, config.rope_theta, config.rope_scaling, x.dtype)
+        rope = rotary_cos_sin(of_heads, config.head_width, config.rope_theta, config.rope_scaling, x.dtype, mrope)
         local_rope, local_mask = rope, mask
         if config.local_theta is not None:
             local_rope = rotary_cos_sin(of_heads, config.head_width, config.local_theta, None, x.dtype)
         if config.window is not None and end > config.window:
             local_mask = attention_mask(positions, keys, visible, config.window, x.dtype)
-        for block, local in zip(self.blocks, config.local or [False] * config.depth, strict=True):
+        for i, (block, local) in enumerate(zip(self.blocks, config.local or [False] * config.depth, strict=True)):
             x = block(x, *local_rope, local_mask, cache) if local else block(x, *rope, mask, cache)
+            if i < len(deepstack):
+                x = x + F.pad(deepstack[i], (0, 0, 0, x.shape[1] - deepstack[i].shape[1])).to(x.dtype)
         return self.norm(x)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Public language models: their config.json, as `lm.py` needs it.
 
 Six families, in the format of transformers: `llama`, `mistral`, `qwen2`, `qwen3`, the language models of Qwen3-VL,
-`qwen3_vl_text`, which on texts are Qwen 3, and those of Gemma 3, `gemma3_text`. Both spellings of rotary embeddings are
+`qwen3_vl_text`, and those of Gemma 3, `gemma3_text`. Both spellings of rotary embeddings are
 read: transformers 4 writes `rope_theta`, `rope_scaling` and Gemma's `rope_local_base_freq` side by side, transformers 5
 puts all of them into `rope_parameters`.
 
@@ -53,6 +53,7 @@ ROPE_FIELDS = dict.fromkeys(("default", "dynamic", "linear"), ())  # of each kin
 ROPE_FIELDS["llama3"] = LENGTH, "low_freq_factor", "high_freq_factor"
 LAYER_TYPES = ("full_attention", "sliding_attention")
 MOST = 2**24  # positions
+MROPE = "mrope_section", "mrope_interleaved"
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,13 @@ def _read_rope(published: dict[str, Any], config: dict[str, Any], where: str | P
     rope, local = (field(parts, name, dict, where, {}) for name in LAYER_TYPES)
     rope = field(published, "rope_scaling", dict, where, {}) or rope
     found = {"rope_theta": field(rope, "rope_theta", float, where, config["rope_theta"], 1, 1e12)}
+    if published["model_type"] == "qwen3_vl_text":  # Qwen3-VL: positions are time, row and column
+        check_supported(rope, {"mrope_interleaved": True}, where)
+        found["mrope"] = tuple(field(rope, "mrope_section", list, where, [24, 20, 20]))
+        if len(found["mrope"]) != 3 or sum(found["mrope"]) != config["head_width"] // 2:
+            raise InputError(f"{where}: mrope_section is {short(found['mrope'])}, expected three numbers whose sum is "
+                             f"{config['head_width'] // 2}, half of head_dim")
+        rope = {name: value for name, value in rope.items() if name not in MROPE}
     found["rope_scaling"] = _read_scaling(rope, published, config, where, tuple(ROPE_FIELDS))
     if config["gemma"]:
         _read_scaling(local, published, config, f"{where}: sliding_attention", ("default",))
@@ -141,8 +149,6 @@ def _read_scaling(rope: dict, published: dict, config: dict, where: str | Path, 
     """None if frequencies are not scaled. "dynamic" scales them in texts beyond max_positions, which are refused."""
     kind = one_of(rope, "rope_type", kinds, where, rope.get("type", "default"))
     known = {"type", "rope_type", "rope_theta", "factor", *ROPE_FIELDS[kind]}
-    if published["model_type"] == "qwen3_vl_text":  # positions in three dimensions, which are equal in texts
-        known |= {"mrope_section", "mrope_interleaved"}
     check_supported(rope, dict.fromkeys(rope.keys() - known) | WHOLE, f"{where}: rope_type {kind}")
     if kind in ("default", "dynamic"):
         return None

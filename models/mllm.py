@@ -41,7 +41,7 @@ from common.files import field, one_of, read_json
 from common.preprocessing import preprocessor_file
 from models import hub
 from models.bpe import BPETokenizer
-from models.lm import CausalLM, LMConfig
+from models.lm import CausalLM, LMConfig, VisualPlaces
 from models.lm_checkpoints import parse_lm_config
 from models.names import VITS, find_prefix, lm_tensor_names, tensor_names
 from models.tokenizer import Tokenizer
@@ -69,6 +69,7 @@ class MLLMConfig:
     lm_family: str  # model_type of text_config
     unused_blocks: int = 0  # of the published ViT, behind the last one of `vit`
     shuffle: int = 1  # s: squares of s x s neighbouring patches become one visual token
+    deepstack: tuple[int, ...] = ()  # blocks of the ViT whose outputs the first blocks of the language model get too
 
     def __post_init__(self):
         if self.vit.grid % self.shuffle:
@@ -91,10 +92,10 @@ def average_grid(tokens: Tensor, grid: int) -> Tensor:
 
 
 def interleave(lm: CausalLM, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
-    """Ids of one text more than there are groups of visual tokens (B, any, C) -> text, group, text, ..., text as input
-    of the language model (B, L, C)."""
-    x = lm.embed(torch.cat(list(texts))).expand(len(visual[0]), -1, -1)
-    parts = x.split([len(ids) for ids in texts], dim=1)
+    """Ids of one text more than there are groups of visual tokens (B, any, C), (any,) or (B, any) -> text, group, text,
+    ..., text as input of the language model (B, L, C)."""
+    x = lm.embed(torch.cat(list(texts), dim=-1)).expand(len(visual[0]), -1, -1)
+    parts = x.split([ids.shape[-1] for ids in texts], dim=1)
     pairs = zip(parts, [*visual, x[:, :0]], strict=True)
     return torch.cat([part.to(x.dtype) for pair in pairs for part in pair], dim=1)
 
@@ -108,9 +109,9 @@ class MLLM(nn.Module):
         text_types           what model_type of text_config may be
         make_projector       the class of its projector, which is made from an MLLMConfig
         projector_names      {our tensor in the projector: theirs}
-        prompt_texts(frames: int, instruction: str) -> list[str]
+        prompt_texts(frames: int, instruction: str, times: Sequence[float]) -> list[str]
                              the T + 1 texts before, between and after T = `frames` frames, in the format that the
-                             language model was trained with
+                             language model was trained with; times: see `prompt`
         read_preprocessing(path: Path, vit: dict) -> Preprocessing
                              what the folder's file `path` says about frames; `vit` is that of `read_config`
     """
@@ -118,9 +119,9 @@ class MLLM(nn.Module):
     trained_together = True
     projects_vectors = False  # whether the projector maps single vectors, such as queries
     vit_names = VITS["clip"]  # {our tensor in the ViT: theirs}
-    unused_tensors = ("head.",)  # beside the ViT's; how their names begin
     make_vit = ViT
     has_video_file = False  # whether the frames of videos have a file of their own, besides that about images
+    states_times = False  # whether prompts say when the frames of a video are shown
 
     def __init__(self, config: MLLMConfig):
         super().__init__()
@@ -129,6 +130,7 @@ class MLLM(nn.Module):
         self.lm = CausalLM(config.lm)
         self.projector = self.make_projector(config)
         self.newline = None  # a token after the last frame (C,)
+        self.deepstack = config.deepstack
         self.visual_width = config.lm.width
         # The side of the square of P' visual tokens that a frame becomes, row by row.
         self.grid = config.vit.grid // config.shuffle
@@ -144,20 +146,24 @@ class MLLM(nn.Module):
 
     def num_images(self, frames: int) -> int:
         """Groups of visual tokens in a prompt: one per frame."""
-        return frames
+        return self.vit.num_steps(frames)
 
     def connect(self, features: Tensor) -> Tensor:
         """Last hidden states of the ViT (n, P, D) -> visual tokens (n, P', C). A class token becomes none."""
         return self.projector(features[:, 1:] if self.config.vit.class_token else features)
 
-    def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str) -> list[list[int]]:
+    def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str,
+               times: Sequence[float] | None = None) -> list[list[int]]:
         """The ids of `prompt_texts`, T + 1 lists, with BOS where texts begin with one.
 
+        times: of the T frames in seconds, and the duration of the video; by default one frame per second, from 0 on.
         Raises InputError if the tokenizer is of another kind or lacks a control token of the prompt, and if the
         instruction contains a control token of a byte-level BPE.
         """
-        texts, is_bpe = self.prompt_texts(frames, instruction), isinstance(tokenizer, BPETokenizer)
-        needed, added = CONTROL_TOKEN.findall("".join(self.prompt_texts(frames, ""))), tokenizer.added if is_bpe else {}
+        times = range(frames + 1) if times is None else times
+        texts, is_bpe = self.prompt_texts(frames, instruction, times), isinstance(tokenizer, BPETokenizer)
+        needed = CONTROL_TOKEN.findall("".join(self.prompt_texts(frames, "", times)))
+        added = tokenizer.added if is_bpe else {}
         if is_bpe and not needed:  # Llama's first prompt; Llama 3, which has a BPE, was trained with another one
             raise InputError("tokenizer: a byte-level BPE, the model's prompt needs a tokenizer.model")
         if missing := [token for token in needed if token not in added]:
@@ -174,6 +180,10 @@ class MLLM(nn.Module):
         """Ids of T + 1 texts, those of `prompt`, and T groups of visual tokens (B, any, C) -> the language model's
         input (B, L, C): text, group, text, ..., group, text."""
         return interleave(self.lm, texts, visual)
+
+    def places(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> VisualPlaces | None:
+        """What the language model is told besides the result of `merge`."""
+        return None
 
     # ---------------------------------------------------------------------------------------- files
 
@@ -234,8 +244,7 @@ class MLLM(nn.Module):
             drop_tied_copy(tensors, names["lm.embed.weight"])
         prefix = find_prefix(tensors, mllm.vit_names["patch.*"].replace("*", "weight"))
         blocks = range(config.vit.depth, config.vit.depth + config.unused_blocks)
-        unused = (*mllm.unused_tensors, *(mllm.vit_names["N."].replace("N", str(i)) for i in blocks))
-        unused = tuple(prefix + name for name in unused)
+        unused = (f"{prefix}head.", *(prefix + mllm.vit_names["N."].replace("N", str(i)) for i in blocks))
         copy_strict(mllm, {name: x for name, x in tensors.items() if not name.startswith(unused)}, names, path)
         tensors.clear()  # so that each tensor is freed as soon as it has been converted
         return mllm.to(dtype)

@@ -23,8 +23,9 @@ PROMPT = "a video of"
 class Pair(nn.Module):
     """The frozen models of a run without an MLLM."""
 
-    trained_together = False
+    trained_together = states_times = False
     projector = newline = None
+    deepstack = ()
 
     def __init__(self, vit: ViT, lm: CausalLM):
         super().__init__()
@@ -45,10 +46,13 @@ class Pair(nn.Module):
         """Groups of visual tokens in a prompt: one, however many frames."""
         return 1
 
-    def prompt(self, tokenizer, images: int, instruction: str) -> list[list[int]]:
+    def prompt(self, tokenizer, frames: int, instruction: str, times=None) -> list[list[int]]:
         """The ids before and after the visual tokens."""
         bos = tokenizer.bos_id()
         return [[bos] if bos >= 0 else [], tokenizer.encode(PROMPT)]  # Qwen has no BOS
+
+    def places(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> None:
+        """Nothing besides the result of `merge`."""
 
     def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
         """Ids of two texts and the visual tokens between them (B, any, C) -> the language model's input (B, L, C)."""

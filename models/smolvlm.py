@@ -13,6 +13,7 @@ References
     videos
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class Idefics3(MLLM):
     make_projector = ShuffleProjector
     projector_names = {"linear.weight": "modality_projection.proj.weight"}
 
-    def prompt_texts(self, frames: int, instruction: str) -> list[str]:
+    def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:
         end = f"{AFTER}{instruction}<end_of_utterance>\nAssistant:"
         return [f"<|im_start|>User:{BEFORE}", *[AFTER + BEFORE] * (frames - 1), end]
 
@@ -63,14 +64,17 @@ class Idefics3(MLLM):
 
 
 class SmolVLM(Idefics3):
-    def prompt_texts(self, frames: int, instruction: str) -> list[str]:
-        """States the times of frames, here one second per frame. For a single frame it is the prompt for an image."""
+    states_times = True
+
+    def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:
+        """States the times of frames. For a single frame it is the prompt for an image."""
         if frames == 1:
-            return super().prompt_texts(frames, instruction)
+            return super().prompt_texts(frames, instruction, times)
         if frames > 99:
             raise InputError(f"{frames} frames: expected at most 99 for the prompt of smolvlm")
-        labels = [f"\nFrame from {time // 60:02d}:{time % 60:02d}:{BEFORE}" for time in range(frames)]
+        *seconds, duration = map(int, times)
+        labels = [f"\nFrame from {time // 60:02d}:{time % 60:02d}:{BEFORE}" for time in seconds]
         intro = f"<|im_start|>User: You are provided the following series of {NUMBERS[frames]} frames from a "
-        intro += f"{timedelta(seconds=frames)} [H:MM:SS] video.\n"
+        intro += f"{timedelta(seconds=duration)} [H:MM:SS] video.\n"
         end = f"{AFTER}\n\n{instruction}<end_of_utterance>\nAssistant:"
         return [intro + labels[0], *[AFTER + label for label in labels[1:]], end]

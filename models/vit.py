@@ -5,7 +5,7 @@ The families differ before and after the blocks, hardly within them:
     frame -> patches [class token] + position [norm] -> blocks -> norm -> [class token | pooling head]
 
 Shapes: n images, P tokens per image (class token, if any, and patches), D width, h heads, d = D/h, S image side in
-pixels, Q queries, J blocks from a given one on.
+pixels, Q queries, J blocks whose outputs are read.
 
 References
 [1] ViT, https://arxiv.org/abs/2010.11929; CLIP, https://arxiv.org/abs/2103.00020.
@@ -15,6 +15,8 @@ References
 [5] The pooling head: "Scaling Vision Transformers", https://arxiv.org/abs/2106.04560, section 3.2.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,6 +146,8 @@ class ViT(nn.Module):
     last block, for the others that of the final norm. `preprocessing` says how frames are resized and normalized.
     """
 
+    frames_per_step = 1  # each frame is an image of its own
+
     def __init__(self, config: ViTConfig, preprocessing: Preprocessing | None = None):
         super().__init__()
         self.config = config
@@ -159,8 +163,8 @@ class ViT(nn.Module):
         self.head = PoolingHead(config) if config.pooling_head else None
 
     def num_steps(self, frames: int) -> int:
-        """How many images the ViT makes of the frames of a clip: each one is encoded alone."""
-        return frames
+        """How many images the ViT makes of the frames of a clip."""
+        return math.ceil(frames / self.frames_per_step)
 
     def normalize(self, frames: Tensor) -> Tensor:
         """uint8 frames (..., 3, S, S) -> float32, normalized with the model's mean and standard deviation."""
@@ -175,28 +179,31 @@ class ViT(nn.Module):
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)  # (n, P, D)
         return self.pre_norm(x + self.position)
 
-    def run_blocks(self, pixels: Tensor) -> Tensor:
-        """Normalized pixels (n, 3, S, S) -> output of the last block (n, P, D)."""
-        x = self.embed(pixels)
-        for block in self.blocks:
+    def run_blocks(self, pixels: Tensor, deepstack: Sequence[int] = ()) -> Tensor:
+        """Normalized pixels (n, 3, S, S) -> output of the last block (n, P, D), and beside it those of the blocks
+        `deepstack`, of which there are j (n, P, D + jD)."""
+        x, kept = self.embed(pixels), []
+        for i, block in enumerate(self.blocks):
             x = block(x)
-        return x
+            if i in deepstack:
+                kept.append(x)
+        return torch.cat([x, *kept], dim=-1) if kept else x
 
     @torch.no_grad()
-    def block_outputs(self, pixels: Tensor, first: int) -> Tensor:
-        """Normalized pixels (n, 3, S, S) -> the outputs of the blocks from number `first` on (n, J, P, D).
+    def block_outputs(self, pixels: Tensor, numbers: Sequence[int]) -> Tensor:
+        """Normalized pixels (n, 3, S, S) -> the outputs of the J blocks with these numbers (n, J, P, D).
 
         The images pass in chunks: all at once would need more memory and, on a CPU, a quarter more time.
         """
         tokens, width = self.position.shape
-        outputs = pixels.new_empty(len(pixels), len(self.blocks) - first, tokens, width)  # (n, J, P, D)
+        outputs = pixels.new_empty(len(pixels), len(numbers), tokens, width)  # (n, J, P, D)
         chunk_size = max(1, TOKENS_PER_PASS["cpu" if pixels.device.type == "cpu" else "gpu"] // tokens)
         for chunk, out in zip(pixels.split(chunk_size), outputs.split(chunk_size), strict=True):
             z = self.embed(chunk)  # (chunk, P, D)
             for i, block in enumerate(self.blocks):
                 z = block(z)
-                if i >= first:
-                    out[:, i - first] = z
+                for j in (j for j, number in enumerate(numbers) if number == i):
+                    out[:, j] = z
         return outputs
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from models.llava import LLaVA, OneVision
 from models.lm import CausalLM, LMConfig
 from models.mllm import MLLMConfig
 from models.pair import Pair
+from models.qwen3_vl import Qwen3VL
 from models.smolvlm import SmolVLM
 from models.vit import ViT, ViTConfig
 
@@ -26,9 +27,11 @@ MLLMS = {
     "llava": (LLaVA, MLLMConfig(VIT, LM, "llama")),
     "llava_onevision": (OneVision, MLLMConfig(NO_CLASS_TOKEN, LM, "qwen2")),
     "internvl": (InternVL, MLLMConfig(INTERNVIT, LM, "qwen2", shuffle=2)),
+    "qwen3_vl": (Qwen3VL, MLLMConfig(replace(NO_CLASS_TOKEN, post_norm=False), replace(LM, mrope=(1, 1, 1)),
+                                     "qwen3_vl_text", shuffle=2, deepstack=(1,))),
     "smolvlm": (SmolVLM, MLLMConfig(replace(NO_CLASS_TOKEN, final_norm=True), LM, "llama", shuffle=2)),
 }
-TOKENS = {"llava": 16, "llava_onevision": 4, "internvl": 4, "smolvlm": 4}  # per frame
+TOKENS = {"llava": 16, "llava_onevision": 4, "internvl": 4, "qwen3_vl": 4, "smolvlm": 4}  # per frame, or pair
 SMALL = dict(queries=N, rank=8, frames=T)
 CONFIGS = {
     "no write-back": Config(**SMALL),
@@ -42,7 +45,7 @@ MLLM_CONFIGS = {
     "queries": Config(**SMALL, last_blocks=2),
     "queries, write-back": Config(**SMALL, last_blocks=2, write_back=True),
     "frames": Config(**SMALL, last_blocks=2, write_back=True, visual="frames"),
-    **{method: CONFIGS[method] for method in ("linear", "lora", "lora-lm", "adapter", "full")},
+    **{method: CONFIGS[method] for method in ("linear", "lora", "lora-lm", "adapter", "prompt", "full")},
 }
 
 
@@ -74,7 +77,8 @@ def make(name: str, seed: int = 0, mllm: str | None = None, dtype: torch.dtype =
     else:
         layout, config = MLLMS[mllm]
         backbone = layout(config)
-        backbone.prompt = prompt_of_letters
+        backbone.prompt = lambda tokenizer, frames, instruction, times=None: prompt_of_letters(
+            tokenizer, backbone.num_images(frames), instruction)
         with torch.no_grad():
             for parameter in backbone.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape))

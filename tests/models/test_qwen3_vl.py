@@ -1,22 +1,22 @@
-"""Qwen3-VL with queries in the place of an image: its vision encoder and its language model against transformers [1].
+"""Qwen3-VL against transformers [1], every stage from frames to captions.
 
-Tiny random models in real files, seed 0, in the published form: one spelling of names, `rope_theta` beside
-`rope_scaling`. The reference's patches come by squares of 2 x 2, ours row by row.
+Tiny random models in real files, seed 0. The reference's patches come by squares of 2 x 2, ours row by row.
 
 [1] transformers, models/qwen3_vl, and its video processor
 """
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLVideoProcessor
 
 from common.config import Config
-from common.errors import InputError
 from common.files import read_json
 from common.preprocessing import HALF, Preprocessing
 from model import Captioner
@@ -38,8 +38,8 @@ VIDEO = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "patch_size"
          "merge_size": 2, "image_mean": HALF, "image_std": HALF}
 
 
-def make(folder: Path, vocab: int = 99) -> nn.Module:
-    """Saves a random model in the published form; returns it."""
+def make(folder: Path, vocab: int = 99, saved: bool = False) -> nn.Module:
+    """Saves a random model with its config in the published form, or as `saved`; returns it."""
     text = TEXT | {"vocab_size": vocab, "rope_parameters": ROPE | {"rope_theta": 1e4}, "initializer_range": 0.5}
     config = Qwen3VLConfig(text_config=text, vision_config=VISION, image_token_id=96, video_token_id=97,
                            vision_start_token_id=94, vision_end_token_id=95, tie_word_embeddings=True)
@@ -51,18 +51,21 @@ def make(folder: Path, vocab: int = 99) -> nn.Module:
         elif "visual." in name:
             p.normal_(0, 0.02 if "patch_embed" in name else 0.2)
     theirs.save_pretrained(folder)
+    change_json(folder / "video_preprocessor_config.json", **VIDEO)
+    if saved:
+        return theirs
     text = TEXT | {"vocab_size": vocab, "model_type": "qwen3_vl_text", "rope_theta": 1e4, "rope_scaling": ROPE}
     published = {"model_type": "qwen3_vl", "tie_word_embeddings": True, "text_config": text}
     published |= {"vision_config": VISION | {"model_type": "qwen3_vl"}}
     (folder / "config.json").write_text(json.dumps(published))
-    change_json(folder / "video_preprocessor_config.json", **VIDEO)
     return theirs
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> tuple[nn.Module, MLLM, Path]:
+@pytest.fixture(scope="module", params=["published", "saved"])
+def models(request, tmp_path_factory) -> tuple[nn.Module, MLLM, Path]:
+    """The config.json as published, or as transformers 5 writes it; the names of tensors are the same."""
     folder = tmp_path_factory.mktemp("qwen3_vl")
-    theirs = make(folder)
+    theirs = make(folder, saved=request.param == "saved")
     return theirs, MLLM.from_pretrained(folder), folder
 
 
@@ -71,27 +74,75 @@ def by_squares(x: Tensor) -> Tensor:
     return shuffle_pixels(x, 2).unflatten(-1, (4, -1)).flatten(0, 2)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 5])
-@torch.no_grad()
-def test_the_vision_encoder_equals_the_reference(models, frames):
-    """Each block's output and the merger's, of random frames as [1] preprocesses them; an odd number of frames."""
-    theirs, ours, _ = models
+def reference_inputs(frames: int) -> tuple[Tensor, list[list[int]], dict[str, Tensor]]:
+    """Random frames uint8 (T, 3, S, S), texts around their pairs, and both as the reference gets them. A single frame
+    is an image, which it puts in twice."""
     clip = torch.randint(256, (frames, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     processor = Qwen3VLVideoProcessor(patch_size=PATCH, temporal_patch_size=2, merge_size=2, image_mean=HALF,
                                       image_std=HALF, do_resize=False, do_sample_frames=False)
-    doubled = torch.cat([clip, clip]) if frames == 1 else clip  # as [1] does with images
-    inputs = processor([doubled], return_tensors="pt")
+    pixels = processor([torch.cat([clip, clip]) if frames == 1 else clip], return_tensors="pt")
+    pairs, token, kind = (frames + 1) // 2, *((96, 1) if frames == 1 else (97, 2))
+    texts = [[1, 5, 94], *([95, 7, 8 + i, 94] for i in range(pairs - 1)), [95, 11, 12]]
+    ids = torch.tensor([sum((text + [token] * 49 for text in texts[:-1]), []) + texts[-1]])
+    pixels, grid = pixels["pixel_values_videos"], pixels["video_grid_thw"]
+    is_token = ids == token
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": is_token.long() * kind}
+    if frames == 1:
+        return clip, texts, inputs | {"pixel_values": pixels, "image_grid_thw": grid}
+    return clip, texts, inputs | {"pixel_values_videos": pixels, "video_grid_thw": grid}
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 8])
+@torch.no_grad()
+def test_every_stage_equals_the_reference(models, frames):
+    """Each block's output, the merged tokens and those of DeepStack, positions, logits, greedy and 3-beam ids."""
+    theirs, ours, _ = models
+    clip, texts, inputs = reference_inputs(frames)
+    pixels, grid = (value for name, value in inputs.items() if "pixel" in name or "grid" in name)
     outputs: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda _m, _a, y: outputs.append(y)) for block in theirs.model.visual.blocks]
-    merged = theirs.model.visual(inputs["pixel_values_videos"], grid_thw=inputs["video_grid_thw"]).pooler_output
+    expected = theirs.model.visual(pixels, grid_thw=grid)
     for hook in hooks:
         hook.remove()
     steps = ours.vit.normalize(clip)
     assert steps.shape == (ours.vit.num_steps(frames), 6, SIDE, SIDE)
-    found = ours.vit.block_outputs(steps, 0)
-    for i, expected in enumerate(outputs):
-        assert_same(by_squares(found[:, i]), expected)
-    assert_same(ours.connect(found[:, -1]).flatten(0, 1), merged)
+    found = ours.vit.block_outputs(steps, range(3))
+    for i, output in enumerate(outputs):
+        assert_same(by_squares(found[:, i]), output)
+    tokens = ours.frame_tokens(ours.vit.run_blocks(steps, ours.deepstack), 0)  # (pairs, P', 3C)
+    for part, output in zip(tokens.chunk(3, -1), (expected.pooler_output, *expected.deepstack_features), strict=True):
+        assert_same(part.flatten(0, 1), output)
+
+    ids, visual = [torch.tensor(text) for text in texts], list(tokens[:, None])
+    x, places = ours.merge(ids, visual), ours.places(ids, visual)
+    grids = {name: value for name, value in inputs.items() if "grid" in name}
+    positions, delta = theirs.model.get_rope_index(inputs["input_ids"], inputs["mm_token_type_ids"], **grids)
+    found = places.rotary_positions(torch.arange(x.shape[1]))
+    assert found.equal(positions[:, 0]) and places.shift == int(delta) < 0
+    assert_same(ours.lm.head(ours.lm.hidden(x, places=places)), theirs(**inputs).logits)
+    for beams in (1, 3):
+        theirs.model.rope_deltas = None  # else kept from the last call
+        expected = theirs.generate(**inputs, num_beams=beams, max_new_tokens=12, do_sample=False)[0, x.shape[1] :]
+        found = generate(ours.lm, x, beams, 12, places=places)[0]
+        assert found == [i for i in expected.tolist() if i != 2] and len(found) > 3
+
+
+@torch.no_grad()
+def test_losses_of_captions_equal_the_reference(models):
+    """Two captions of different lengths behind one prefix, within 1e-5; one alone."""
+    theirs, ours, _ = models
+    clip, texts, inputs = reference_inputs(4)
+    ours = captioner(models, texts, method="none")
+    captions, losses = [[9, 10, 2], [13, 14, 15, 16, 2]], []
+    for caption in captions:
+        ids = torch.cat([inputs["input_ids"], torch.tensor([caption])], dim=1)
+        kinds = torch.cat([inputs["mm_token_type_ids"], torch.zeros(1, len(caption), dtype=torch.long)], dim=1)
+        changed = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+        logits = theirs(**changed).logits[0, -len(caption) - 1 : -1]
+        losses.append(F.cross_entropy(logits, torch.tensor(caption), reduction="sum"))
+    labels = torch.tensor([[captions[0] + [-100] * 2, captions[1]]])
+    torch.testing.assert_close(ours(clip[None], labels), sum(losses), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours(clip[None], labels[:, 1:]), losses[1], rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
@@ -99,20 +150,17 @@ def test_the_language_model_reads_queries_as_text(models):
     """Random vectors between two texts: logits, greedy and 3-beam ids."""
     theirs, ours, _ = models
     queries = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(2))
-    x = ours.merge([torch.tensor([1, 5, 94]), torch.tensor([95, 7])], [queries])
+    texts = [torch.tensor([1, 5, 94]), torch.tensor([95, 7])]
+    x = ours.merge(texts, [queries])
+    assert ours.places(texts, [queries]) is None
     assert_same(ours.lm(x), theirs(inputs_embeds=x).logits)
-    for beams in (1, 3):
-        options = {"num_beams": beams, "max_new_tokens": 12, "do_sample": False}
-        expected = theirs.generate(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2]).long(), **options)[0]
-        found = generate(ours.lm, x, beams=beams, max_new_tokens=12)[0]
-        assert found == [i for i in expected.tolist() if i != 2] and len(found) > 3
 
 
 def test_the_published_model(tmp_path):
-    """Qwen3-VL-2B on the meta device: 2,127,532,032 parameters, without the three mergers of DeepStack and with a table
-    of 28 x 28 instead of 48 x 48 positions."""
+    """Qwen3-VL-2B on the meta device: 2,127,532,032 parameters, but 28 x 28 instead of 48 x 48 learned positions."""
     vision = VISION | dict(model_type="qwen3_vl", depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096,
-                           patch_size=16, out_hidden_size=2048, num_position_embeddings=2304)
+                           patch_size=16, out_hidden_size=2048, num_position_embeddings=2304,
+                           deepstack_visual_indexes=[5, 11, 17])
     text = TEXT | dict(model_type="qwen3_vl_text", vocab_size=151936, hidden_size=2048, intermediate_size=6144,
                        num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
                        rope_theta=5e6, rope_scaling=ROPE | {"mrope_section": [24, 20, 20]}, eos_token_id=151645)
@@ -120,16 +168,18 @@ def test_the_published_model(tmp_path):
                 vision_config=vision)
     change_json(tmp_path / "video_preprocessor_config.json", **VIDEO | {"patch_size": 16})
     ours = MLLM.from_config(tmp_path)
-    deepstack = 3 * (2 * 4096 + 4096 * 4096 + 4096 + 4096 * 2048 + 2048)
-    count = sum(p.numel() for p in ours.parameters())
-    assert count + deepstack + (48 * 48 - 28 * 28) * 1024 == 2_127_532_032
+    assert sum(p.numel() for p in ours.parameters()) + (48 * 48 - 28 * 28) * 1024 == 2_127_532_032
+    assert (ours.deepstack, ours.lm.config.mrope) == ((5, 11, 17), (24, 20, 20))
     assert ours.vit.preprocessing == Preprocessing(448, 448, True, "bicubic", HALF, HALF)
 
 
 @pytest.mark.parametrize("part, fields", [
     ("vision_config", {"spatial_merge_size": 4}), ("vision_config", {"temporal_patch_size": 1}),
     ("vision_config", {"hidden_act": "relu"}), ("text_config", {"model_type": "qwen3"}),
-    ("text_config", {"rope_scaling": {"rope_type": "yarn"}}),
+    ("vision_config", {"deepstack_visual_indexes": []}), ("vision_config", {"deepstack_visual_indexes": [2, 0]}),
+    ("vision_config", {"deepstack_visual_indexes": [1, 3]}), ("text_config", {"rope_scaling": {"mrope_section": [4]}}),
+    ("text_config", {"rope_scaling": ROPE | {"rope_type": "yarn"}}),
+    ("text_config", {"rope_scaling": {"mrope_interleaved": False}}),
 ])
 def test_another_model_is_refused(models, tmp_path, part, fields):
     config = read_json(models[2] / "config.json")
@@ -150,10 +200,10 @@ class Words:
         return [3 + ord(letter) % 90 for letter in text]
 
 
-def captioner(models, **fields) -> Captioner:
-    backbone = models[1]
-    backbone.prompt = lambda _tokenizer, images, instruction: [[5]] * images + [[7, 8]]
-    return Captioner(backbone, Words(), Config(queries=5, rank=8, frames=4, last_blocks=2, **fields))
+def captioner(models, texts: list[list[int]] | None = None, **fields) -> Captioner:
+    backbone = copy.copy(models[1])
+    backbone.prompt = lambda _tokenizer, frames, _instruction, times=None: texts or [[5]] * (frames + 1)
+    return Captioner(backbone, Words(), Config(**dict(queries=5, rank=8, frames=4, last_blocks=2) | fields))
 
 
 def test_queries_read_pairs_of_frames(models):
@@ -182,12 +232,6 @@ def test_write_back_reads_pairs_too(models):
     clip = torch.randint(256, (1, 4, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(ours.prefix(clip), plain.prefix(clip), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("fields", [dict(method="none"), dict(method="lora"), dict(visual="frames", write_back=True)])
-def test_frames_are_not_passed_on(models, fields):
-    with pytest.raises(InputError, match="expected --method qadapter and --visual queries"):
-        captioner(models, **fields)
 
 
 def test_the_prompt_is_that_of_an_image(models, real):

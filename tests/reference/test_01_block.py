@@ -57,7 +57,8 @@ def run(vit: ViT, adapter: QAdapter, pixels: Tensor) -> Tensor:
     """LN(Q_L) with or without write-back."""
     if adapter.write_back:
         return adapter.read_and_write(vit, pixels)[0]
-    return adapter.read_outputs(vit.block_outputs(pixels.flatten(0, 1), adapter.first).unflatten(0, pixels.shape[:2]))
+    outputs = vit.block_outputs(pixels.flatten(0, 1), range(adapter.first, len(vit.blocks)))
+    return adapter.read_outputs(outputs.unflatten(0, pixels.shape[:2]))
 
 
 # ----------------------------------------------------------------------------------- the equations
