@@ -37,9 +37,9 @@ from training.frozen_models import fingerprint_models, load_models, resolve_mode
 from training.run import check_models, data_differences
 from video_data import shapes
 from video_data.annotations import VIDEO_SUFFIXES
-from video_data.batches import cache_folder, cached_frames, to_tensor
+from video_data.batches import ClipCache, cache_folder, cached_frames, to_tensor
 from video_data.datasets import VideoDataset, read_dataset
-from video_data.video import read_frames
+from video_data.video import read_clip
 from video_data.windows import format_srt, iter_windows
 
 BATCH_SIZE = 64  # clips of a split that are captioned at once
@@ -97,7 +97,7 @@ def score_captions(dataset: VideoDataset, split: str, captions: dict[str, str], 
     return SplitResult(captions, scores, f"{result.signature}|{dataset.signature(split)}", result.per_video)
 
 
-def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, cache: Sequence[np.ndarray],
+def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, cache: ClipCache,
                       batch_size: int, group: ProcessGroup, metric_names=metrics.METRICS,
                       beams: int = 1) -> SplitResult:
     """Captions a split, from a cache of frames (T, 3, S, S) or features, and scores it. Each process captions its
@@ -107,9 +107,11 @@ def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, c
     stride, time_left = max(1, batch_size // group.world_size), cli.TimeLeft("captions", len(indices))
     captioner.eval()
     for start in range(0, len(indices), stride):
-        frames = to_tensor(np.stack([cache[i] for i in indices[start : start + stride]]))  # (B, T, ...)
+        batch = indices[start : start + stride]
+        frames = to_tensor(np.stack([cache[i] for i in batch]))  # (B, T, ...)
+        times = torch.from_numpy(np.stack([cache.times[i] for i in batch])) if cache.times else None  # (B, T + 1)
         with explain_out_of_memory(f"captions of {len(frames)} clips at once"):
-            captions += captioner.caption(frames.to(device), beams)
+            captions += captioner.caption(frames.to(device), beams, times=times)
         time_left.update(len(captions))
     captioner.train(training)
     captions = group.gather({clips[i].id: caption for i, caption in zip(indices, captions, strict=True)})
@@ -124,7 +126,8 @@ def format_scores(scores: dict[str, float]) -> str:
 def evaluate_split(captioner: Captioner, dataset: VideoDataset, args: argparse.Namespace, config: Config) -> None:
     """Captions a split of the run's dataset, prints its scores, and writes --save and --report."""
     root = cache_folder(dataset.name, config.data)
-    cache = cached_frames(dataset.splits[args.split], root, args.split, config.frames, captioner.vit.preprocessing)
+    cache = cached_frames(dataset.splits[args.split], root, args.split, config.frames, captioner.vit.preprocessing,
+                          captioner.states_times)
     batch_size = config.micro_batch_size or BATCH_SIZE
     result = caption_and_score(captioner, dataset, args.split, cache, batch_size, ProcessGroup(), beams=config.beams)
     print(f"{args.split}: {format_scores(result.scores)}\n{result.signature}")
@@ -160,13 +163,13 @@ def caption_videos(captioner: Captioner, paths: list[Path], config: Config,
     device, preprocessing = next(captioner.parameters()).device, captioner.vit.preprocessing
     for path in paths:
         try:
-            for start, end, pixels in (iter_windows(path, window, config.frames, preprocessing) if window else
-                                       [(0, 0, read_frames(path, config.frames, preprocessing))]):
-                times = {"start": round(start, 3), "end": round(end, 3)} if window else {}
-                caption = captioner.caption(pixels[None].to(device), config.beams)[0]
+            for start, end, pixels, times in (iter_windows(path, window, config.frames, preprocessing) if window else
+                                              [(0, 0, *read_clip(path, config.frames, preprocessing))]):
+                caption = captioner.caption(pixels[None].to(device), config.beams, times=torch.tensor([times]))[0]
+                span = {"start": round(start, 3), "end": round(end, 3)} if window else {}
                 when = f" {start:.2f}-{end:.2f} s:" if window else ""
                 print(printable(f"{path}:{when} {caption}"))
-                yield {"video": str(path), **times, "caption": caption}, pixels
+                yield {"video": str(path), **span, "caption": caption}, pixels
         except InputError as error:
             cli.print_error(f"error: {error}")
             yield {"video": str(path), "error": str(error)}, None

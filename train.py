@@ -37,17 +37,18 @@ LOG_EVERY = 20  # steps
 
 
 def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, tokens: int,
-                         micro_batch_size: int | None) -> Tensor:
+                         micro_batch_size: int | None, times: Tensor | None = None) -> Tensor:
     """Adds the gradient of a batch's loss, its sum over all labels / tokens, one micro-batch after another.
 
     Returns the loss, still on the device. Only one micro-batch is in the device's memory at once.
     """
     device, size = next(captioner.parameters()).device, micro_batch_size or len(frames)
     total = torch.zeros((), device=device)
-    for micro_frames, micro_labels in zip(frames.split(size), labels.split(size), strict=True):
+    for i, (micro_frames, micro_labels) in enumerate(zip(frames.split(size), labels.split(size), strict=True)):
+        micro_times = None if times is None else times.split(size)[i]
         with explain_out_of_memory(f"a step on {len(micro_frames)} clips at once, --micro-batch-size may be smaller"):
             # The labels stay on the CPU, where their positions are found without waiting for a GPU.
-            loss = captioner(micro_frames.to(device, non_blocking=True), micro_labels) / tokens
+            loss = captioner(micro_frames.to(device, non_blocking=True), micro_labels, micro_times) / tokens
             loss.backward()
         total += loss.detach()
     return total
@@ -117,7 +118,7 @@ def load_captioner(config: Config, device: torch.device,
 
 
 def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, frames: Tensor, labels: Tensor,
-                      group: distributed.ProcessGroup) -> float:
+                      group: distributed.ProcessGroup, times: Tensor | None = None) -> float:
     """Step number `step` + 1 of training, on this process's share of a batch. Returns the loss of the whole batch.
 
     Raises InputError, before the weights change, if the loss or the norm of its gradient is not finite.
@@ -128,7 +129,7 @@ def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, st
     torch.manual_seed((config.seed * 2**20 + step) * 2**10 + group.rank)
     tokens = group.all_reduce(int((labels >= 0).sum()))  # the loss is a mean over the tokens of all processes
     optimizer.zero_grad(set_to_none=True)
-    loss = accumulate_gradients(captioner, frames, labels, tokens, config.micro_batch_size)
+    loss = accumulate_gradients(captioner, frames, labels, tokens, config.micro_batch_size, times)
     group.all_reduce_gradients(trained)
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
     loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the only time that a step waits for a GPU
@@ -176,12 +177,13 @@ def main() -> int:
     examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, rows,
                                 config.captions_per_clip, config.seed, captioner.lm.config.eos_id, MAX_CAPTION_TOKENS)
 
-    def load_batch(batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """This process's share of a batch of (clip, epoch): frames (B, T, 3, S, S), labels (B, K, L)."""
-        frames, labels = collate([examples[key] for key in group.shard(batch)])
+    def load_batch(batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This process's share of a batch of (clip, epoch): frames (B, T, 3, S, S), labels (B, K, L), times or None."""
+        keys = group.shard(batch)
+        frames, labels = collate([examples[key] for key in keys])
         if device.type == "cuda":
             frames = frames.pin_memory()  # is copied to the GPU while the GPU computes
-        return frames, labels
+        return frames, labels, examples.times(keys)
 
     # 3. Optimizer, and the step to start from
     optimizer = make_optimizer(captioner.trained(), config.weight_decay) if steps else None
@@ -206,10 +208,10 @@ def main() -> int:
         validate(captioner, dataset, inputs["val"], group, run, step)
     progress = Progress(step, steps, config.batch_size)
     with cli.deferred_interrupts(repeatable=group.world_size > 1) as interrupts:
-        for frames, labels in prefetch(load_batch, order):
+        for frames, labels, times in prefetch(load_batch, order):
             lr = learning_rate(step, steps, config.lr)
             set_learning_rate(optimizer, lr)
-            loss = backward_and_step(captioner, optimizer, step, frames, labels, group)
+            loss = backward_and_step(captioner, optimizer, step, frames, labels, group, times)
             step += 1
 
             if step % LOG_EVERY == 0 or step == steps:

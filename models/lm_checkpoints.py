@@ -40,8 +40,8 @@ LM_FIELDS = read_columns("""
     gemma         -                       False False   False  False  False         True
 """)  # defaults of [1]; 0: as many as heads, width / heads
 FAMILIES = tuple(LM_FIELDS)[2:]
-TOKENS = {"llama": (1, 2), "mistral": (1, 2), "qwen2": (None, None), "qwen3": (None, None), "gemma3_text": (2, 1)}
-TOKENS["qwen3_vl_text"] = None, None
+TOKENS = {"llama": (1, 2), "mistral": (1, 2), "gemma3_text": (2, 1)}
+TOKENS |= dict.fromkeys(("qwen2", "qwen3", "qwen3_vl_text"), (None, None))
 # Fields with a single supported value, which is also their default.
 OFF = ("use_resampler", "qk_layer_norms", "rope_interleaved", "use_bidirectional_attention", "use_sliding_window")
 WHOLE = {"partial_rotary_factor": 1.0}

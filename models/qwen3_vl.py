@@ -140,26 +140,15 @@ class Qwen3VL(MLLM):
     text_types = ("qwen3_vl_text",)
     make_vit, make_projector = PairViT, Mergers
     projector_names = {
+        "linear1.*": "merger.linear_fc1.*", "linear2.*": "merger.linear_fc2.*", "norm.*": "merger.norm.*",
         "N.": "deepstack_merger_list.N.",
-        "linear1.*": "merger.linear_fc1.*",
-        "linear2.*": "merger.linear_fc2.*",
-        "norm.*": "merger.norm.*",
-        "N.linear1.*": "N.linear_fc1.*",
-        "N.linear2.*": "N.linear_fc2.*",
-        "N.norm.*": "N.norm.*",
+        "N.linear1.*": "N.linear_fc1.*", "N.linear2.*": "N.linear_fc2.*", "N.norm.*": "N.norm.*",
     }
     vit_names = {
-        "N.": "blocks.N.",
-        "patch.*": "patch_embed.proj.*",
-        "position": "pos_embed.weight",
-        "N.norm1.*": "N.norm1.*",
-        "N.attn.q.*": "N.attn.qkv.*[q]",
-        "N.attn.k.*": "N.attn.qkv.*[k]",
-        "N.attn.v.*": "N.attn.qkv.*[v]",
-        "N.attn.out.*": "N.attn.proj.*",
-        "N.norm2.*": "N.norm2.*",
-        "N.mlp.up.*": "N.mlp.linear_fc1.*",
-        "N.mlp.down.*": "N.mlp.linear_fc2.*",
+        "N.": "blocks.N.", "patch.*": "patch_embed.proj.*", "position": "pos_embed.weight",
+        "N.norm1.*": "N.norm1.*", "N.norm2.*": "N.norm2.*",
+        "N.attn.q.*": "N.attn.qkv.*[q]", "N.attn.k.*": "N.attn.qkv.*[k]", "N.attn.v.*": "N.attn.qkv.*[v]",
+        "N.attn.out.*": "N.attn.proj.*", "N.mlp.up.*": "N.mlp.linear_fc1.*", "N.mlp.down.*": "N.mlp.linear_fc2.*",
     }
     has_video_file = states_times = True
 

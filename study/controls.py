@@ -47,6 +47,10 @@ class ChangedFrames:
     cache: ClipCache
     change: Callable[[ClipCache, int], np.ndarray]
 
+    @property
+    def times(self) -> ClipCache | None:
+        return self.cache.times  # those of the clip, whichever frames are captioned
+
     def __getitem__(self, i: int) -> np.ndarray:
         return self.change(self.cache, i)
 
@@ -69,7 +73,7 @@ def main() -> None:
     data = args.data or config.data
     dataset = read_dataset(config.dataset, data, config.shapes_sizes, config.allow_missing, ["test"])
     cache = cached_frames(dataset.splits["test"], cache_folder(dataset.name, data), "test", config.frames,
-                          captioner.vit.preprocessing)
+                          captioner.vit.preprocessing, captioner.states_times)
     print(f"{len(cache)} clips{'CIDEr':>31}{'less than the clip':>27}")
     for name, change in CONTROLS.items():
         result = caption_and_score(captioner, dataset, "test", ChangedFrames(cache, change), BATCH_SIZE, ProcessGroup(),

@@ -116,7 +116,7 @@ def test_a_long_video_is_captioned_piece_by_piece(finished_run, videos, tmp_path
     assert done.returncode == 0, done.stderr
     expected = [{"video": str(videos[0]), "start": round(start, 3), "end": round(end, 3),
                  "caption": captioner.caption(frames[None])[0]}
-                for start, end, frames in iter_windows(videos[0], 0.5, 8, captioner.vit.preprocessing)]
+                for start, end, frames, _ in iter_windows(videos[0], 0.5, 8, captioner.vit.preprocessing)]
     assert len(expected) > 1 and read_rows(tmp_path / "c.jsonl") == expected
     assert json.dumps(f"{videos[0]}, 0.50 to 1.00 s") in (tmp_path / "r.html").read_text()
     (tmp_path / "c.srt").write_text("old")

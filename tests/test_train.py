@@ -107,7 +107,7 @@ def test_a_batch_is_processed_in_micro_batches(finished_run, flags, tmp_path):
     gradient; a loss of 3 w for each clip. A run: the losses of whole batches within 1e-5."""
     weight, sizes = torch.nn.Parameter(torch.tensor(2.0)), []
 
-    def loss(frames, labels):
+    def loss(frames, labels, times):
         sizes.append((len(frames), len(labels)))
         return 3 * weight * len(frames)
 
@@ -372,7 +372,7 @@ def test_a_run_has_one_writer(finished_run, flags, tmp_path):
 def test_a_loss_that_is_not_finite_changes_no_weight(factor):
     """A loss of `factor` times a weight of 1."""
     weight = torch.nn.Parameter(torch.ones(1))
-    captioner = Mock(side_effect=lambda frames, labels: (factor * weight).sum(), parameters=lambda: iter([weight]))
+    captioner = Mock(side_effect=lambda *inputs: (factor * weight).sum(), parameters=lambda: iter([weight]))
     captioner.config = Config()
     with pytest.raises(InputError, match="step 5: the loss is .*; last/ is unchanged"):
         train.backward_and_step(captioner, torch.optim.SGD([weight], 0.1), 4, torch.zeros(3), torch.zeros(3, 1, 2),

@@ -1,6 +1,7 @@
 """From clips to batches: frames are decoded once and kept on the disk, and each epoch draws its examples from those.
 
     ROOT/train-32x224-1a2b3c4d/KEY                      frames (M, 3, S, S), uint8
+    ROOT/train-32x224-1a2b3c4d-times/KEY                M + 1 seconds, float64, where the model's prompt states times
     ROOT/train-32x224-1a2b3c4d-features-5e6f7a8b/KEY    features (M, ...), bf16: the ViT's hidden states
 
 KEY is a hash of everything that the array depends on. A file is written under a temporary name, flushed and renamed, so
@@ -40,7 +41,7 @@ from common.errors import InputError
 from common.files import check_disk_space, format_bytes, replace_atomically
 from common.preprocessing import Preprocessing
 from video_data.annotations import Clip
-from video_data.video import read_frames, sample_positions
+from video_data.video import read_clip, sample_positions
 
 READER_VERSION = 3  # raise this when `read_frames` chooses or converts frames differently
 DAY = 24 * 3600  # seconds
@@ -111,6 +112,7 @@ class ClipCache:
     keys: list[str]
     shape: tuple[int, ...]  # of one clip's array
     dtype: type
+    times: "ClipCache | None" = None  # when each stored frame is displayed, and the duration of the video (M + 1,)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -122,7 +124,7 @@ class ClipCache:
         """cache[i][indices]: for a training step twice as fast as mapping 64 files. Raises InputError."""
         rows, num_bytes = np.empty((len(indices), *self.shape[1:]), self.dtype), 0
         with suppress(FileNotFoundError), open(self.folder / self.keys[i], "rb", buffering=0) as file:
-            for row, index in zip(rows, indices, strict=True):
+            for row, index in zip(rows[..., None], indices, strict=True):
                 file.seek(int(index) * row.nbytes)
                 num_bytes += file.readinto(row)
         if num_bytes < rows.nbytes:
@@ -134,9 +136,14 @@ class ClipCache:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def missing(self) -> list[int]:
-        """Clips whose file is absent or has the wrong size."""
-        paths = [self.folder / key for key in self.keys]
-        return [i for i, p in enumerate(paths) if not p.is_file() or p.stat().st_size != self.clip_bytes]
+        """Clips whose file is absent or has the wrong size, or that of their times."""
+        paths, untimed = [self.folder / key for key in self.keys], set(self.times.missing() if self.times else ())
+        return [i for i, p in enumerate(paths)
+                if i in untimed or not p.is_file() or p.stat().st_size != self.clip_bytes]
+
+    def select(self, i: int) -> "ClipCache":
+        """The cache of one clip."""
+        return replace(self, keys=[self.keys[i]], times=self.times and self.times.select(i))
 
     def write(self, i: int, array: np.ndarray) -> None:
         """Raises InputError when the disk is full, read-only and so on."""
@@ -146,6 +153,8 @@ class ClipCache:
 
     def make_room(self) -> int:
         """Deletes files that are no longer needed and a day old. Returns the bytes still missing."""
+        if self.times:
+            self.times.make_room()
         if missing := self.missing():
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in set(self.folder.iterdir()) - {self.folder / key for key in self.keys}:
@@ -168,36 +177,42 @@ def check_space(caches: Mapping[str, Sequence[ClipCache]]) -> None:
         check_disk_space(root, total, f"{root}, {sizes}")
 
 
-def frames_cache(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing) -> ClipCache:
+def frames_cache(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing,
+                 with_times: bool = False) -> ClipCache:
     """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S); as it is on the disk now."""
     p, size = preprocessing, preprocessing.size
     settings = [size, p.resize, p.squash, p.interpolation, p.longest_edge]  # what uint8 frames depend on
     files = [[clip.id, stat.st_size, stat.st_mtime_ns] for clip in clips for stat in [clip.path.stat()]]
     keys = [_hash(READER_VERSION, *file, count, *settings) for file in files]
-    return ClipCache(root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}", keys, (count, 3, size, size), np.uint8)
+    folder = root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}"
+    times = ClipCache(folder.with_name(f"{folder.name}-times"), keys, (count + 1,), np.float64) if with_times else None
+    return ClipCache(folder, keys, (count, 3, size, size), np.uint8, times)
 
 
 def _decode_clip(path: Path, cache: ClipCache, preprocessing: Preprocessing) -> str | None:
     """Fills the cache of one clip. Runs in another process: nothing large is sent between processes. Returns what is
     wrong with the video, if anything is."""
     try:
-        frames = read_frames(path, cache.shape[0], preprocessing)
+        frames, times = read_clip(path, cache.shape[0], preprocessing)
     except InputError as error:
         return str(error)
+    if cache.times:
+        cache.times.write(0, np.array(times))
     return cache.write(0, frames.numpy())
 
 
 def fill_frames(cache: ClipCache, clips: list[Clip], preprocessing: Preprocessing) -> None:
     """Decodes the clips that a `frames_cache` lacks. Raises InputError for clips that cannot be decoded, all of them at
     once, and for a process that dies. Clips that are done stay."""
-    tasks = [(clips[i].path, replace(cache, keys=[cache.keys[i]]), preprocessing) for i in cache.missing()]
+    tasks = [(clips[i].path, cache.select(i), preprocessing) for i in cache.missing()]
     if errors := list(filter(None, run_in_processes("frames", _decode_clip, tasks))):
         raise InputError(f"{len(errors)} clips cannot be read: {'; '.join(errors)}")
 
 
-def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing) -> ClipCache:
+def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing,
+                  with_times: bool = False) -> ClipCache:
     """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S). Each clip is decoded only once."""
-    cache = frames_cache(clips, root, split, count, preprocessing)
+    cache = frames_cache(clips, root, split, count, preprocessing, with_times)
     check_space({"frames": [cache]})
     fill_frames(cache, clips, preprocessing)
     return cache
@@ -207,7 +222,7 @@ def features_cache(frames: ClipCache, key: Any, shape: tuple[int, ...]) -> ClipC
     """Features of cached frames, `shape` (M, ...) per clip; as they are on the disk now. `key` (JSON) names all that
     they depend on except the frames."""
     folder = frames.folder.with_name(f"{frames.folder.name}-features-{_hash(key)[:8]}")
-    return ClipCache(folder, [_hash(frames_key, key) for frames_key in frames.keys], shape, np.uint16)
+    return ClipCache(folder, [_hash(frames_key, key) for frames_key in frames.keys], shape, np.uint16, frames.times)
 
 
 def fill_features(cache: ClipCache, frames: ClipCache, encode: Callable[[Tensor], Tensor],
@@ -259,11 +274,24 @@ class TrainingExamples:
             sampled.append(captions[permutation[i]])
         return sampled
 
+    def sample_indices(self, clip: int, epoch: int, stored: int) -> np.ndarray:
+        """Which of `stored` rows are read: the M of the cache, or the frames of M pairs."""
+        rng = np.random.default_rng([self.seed, 2, clip, epoch])
+        return (sample_positions(self.num_frames * stored // self.cache.shape[0], rng) * stored).astype(int)
+
     def __getitem__(self, key: tuple[int, int]) -> Example:
         clip, epoch = key
-        rng = np.random.default_rng([self.seed, 2, clip, epoch])
-        indices = (sample_positions(self.num_frames, rng) * self.cache.shape[0]).astype(int)
+        indices = self.sample_indices(clip, epoch, self.cache.shape[0])
         return self.cache.read(clip, indices), self.sample_captions(clip, epoch)
+
+    def times(self, keys: Sequence[tuple[int, int]]) -> Tensor | None:
+        """When the frames of these examples are displayed, and the durations (B, T + 1); None if that is not stored."""
+        if self.cache.times is None:
+            return None
+        stored = self.cache.times.shape[0] - 1
+        indices = [[*self.sample_indices(*key, stored), stored] for key in keys]
+        rows = [self.cache.times.read(clip, row) for (clip, _), row in zip(keys, indices, strict=True)]
+        return torch.from_numpy(np.stack(rows))
 
 
 def to_tensor(inputs: np.ndarray) -> Tensor:

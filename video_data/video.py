@@ -103,22 +103,25 @@ def sample_positions(count: int, rng: np.random.Generator | None = None) -> np.n
     return (np.arange(count) + offsets) / count
 
 
-def frames_at(times: list[float], positions: np.ndarray) -> list[int]:
-    """Indices of the frames displayed at `positions` in [0, 1) of the clip. `times` are the frames' own, sorted.
+def frames_at(times: list[float], positions: np.ndarray) -> tuple[list[int], list[float]]:
+    """Indices of the frames displayed at `positions` in [0, 1) of the clip, and T + 1 seconds: from the first frame of
+    the clip to each of them, and the duration. `times` are those of all frames, sorted.
 
     The last frame is assumed to be displayed for the mean duration of the others.
     """
-    if times[0] == times[-1]:  # the file has no times
-        times = range(len(times))
+    unit = 1
+    if times[0] == times[-1]:  # the file has no times: 24 frames are taken for a second, as in [3]
+        times, unit = range(len(times)), 24
     span = times[-1] - times[0]
     span += span / max(1, len(times) - 1)
     # 1e-9: a position at the very start of a frame must select this frame, whatever the rounding
-    return [max(0, bisect_right(times, times[0] + p * span + 1e-9) - 1) for p in positions]
+    indices = [max(0, bisect_right(times, times[0] + p * span + 1e-9) - 1) for p in positions]
+    return indices, [*((times[i] - times[0]) / unit for i in indices), span / unit]
 
 
-def select_frames(path: str | Path, positions: np.ndarray) -> list[av.VideoFrame]:
-    """The frames displayed at `positions` of any file, from all of its frames. If these need too much memory, the file
-    is decoded a second time."""
+def select_frames(path: str | Path, positions: np.ndarray) -> tuple[list[av.VideoFrame], list[float]]:
+    """The frames displayed at `positions` of any file, from all of its frames, and the seconds of `frames_at`. If these
+    need too much memory, the file is decoded a second time."""
     times, frames, num_bytes = [], {}, 0
     for i, (time, frame) in enumerate(decode_frames(path)):
         times.append(time)
@@ -127,15 +130,16 @@ def select_frames(path: str | Path, positions: np.ndarray) -> list[av.VideoFrame
         if num_bytes > MAX_BUFFERED_BYTES:
             frames.clear()
     # The k-th frame is displayed at the k-th time. Where times step back, the times are wrong, not the order of frames.
-    selected = frames_at(sorted(times), positions)
+    selected, seconds = frames_at(sorted(times), positions)
     if len(frames) < len(times):
         frames = {i: frame for i, (_, frame) in enumerate(decode_frames(path)) if i in selected}
-    return [frames[i] for i in selected]
+    return [frames[i] for i in selected], seconds
 
 
 def skip_to_frames(container: av.container.InputContainer, stream: av.VideoStream,
-                   positions: np.ndarray) -> list[av.VideoFrame] | None:
-    """The frames displayed at `positions`, decoding as few others as possible, or None where that is not possible.
+                   positions: np.ndarray) -> tuple[list[av.VideoFrame], list[float]] | None:
+    """The frames displayed at `positions`, decoding as few others as possible, and the seconds of `frames_at`, or None
+    where that is not possible.
 
     It is possible where packets carry display times before decoding: H.264 in MP4 or Matroska. Skips frames that no
     other frame refers to, which H.264 marks, and everything after the last selected frame. None if the file has any
@@ -152,7 +156,8 @@ def skip_to_frames(container: av.container.InputContainer, stream: av.VideoStrea
     if not timestamps or None in timestamps:
         return None
     timestamps.sort()
-    selected = [timestamps[i] for i in frames_at([float(t * stream.time_base) for t in timestamps], positions)]
+    indices, seconds = frames_at([float(t * stream.time_base) for t in timestamps], positions)
+    selected = [timestamps[i] for i in indices]
     needed, frames, last = {timestamps[0], *selected}, {}, timestamps[0] - 1
     end = 1 + max(i for i, packet in enumerate(packets[:-1]) if packet.pts in needed)
     try:
@@ -167,7 +172,7 @@ def skip_to_frames(container: av.container.InputContainer, stream: av.VideoStrea
                     frames[last] = frame
     except av.error.FFmpegError:
         return None
-    return [frames[t] for t in selected] if len(frames) == len(needed) else None
+    return ([frames[t] for t in selected], seconds) if len(frames) == len(needed) else None
 
 
 def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessing) -> Tensor:
@@ -176,15 +181,21 @@ def read_frames(path: str | Path, frames: int, preprocessing: int | Preprocessin
     `preprocessing`: a ViT's (`vit.preprocessing`), or S alone: the short side is resized to S, then S x S pixels are
     cropped at the centre. If the clip has fewer frames, some are repeated. Raises InputError, which names the file.
     """
+    return read_clip(path, frames, preprocessing)[0]
+
+
+def read_clip(path: str | Path, frames: int, preprocessing: int | Preprocessing) -> tuple[Tensor, list[float]]:
+    """The same, and T + 1 seconds: when each frame is displayed, counted from the first frame of the file, and the
+    duration of the video."""
     if isinstance(preprocessing, int):
         preprocessing = Preprocessing(size=preprocessing, resize=preprocessing)
     positions, reformatter = sample_positions(frames), VideoReformatter()
     with open_video(path) as (container, stream):
         aspect = stream.sample_aspect_ratio or Fraction(1)
         selected = skip_to_frames(container, stream, positions)
-    selected = selected or select_frames(path, positions)
+    selected, times = selected or select_frames(path, positions)
     with reading(path):
-        return stack_pictures([frame_to_rgb(frame, preprocessing, reformatter, aspect) for frame in selected])
+        return stack_pictures([frame_to_rgb(frame, preprocessing, reformatter, aspect) for frame in selected]), times
 
 
 # -------------------------------------------------------------------------------------- conversion

@@ -76,8 +76,9 @@ def plan_windows(first: float, length: float, file_end: float, count: int) -> It
 
 
 def iter_windows(path: str | Path, length: float, frames: int,
-                 preprocessing: Preprocessing) -> Iterator[tuple[float, float, Tensor]]:
-    """(start, end, frames uint8 (T, 3, S, S)) of one window of `length` seconds after another. One is in memory.
+                 preprocessing: Preprocessing) -> Iterator[tuple[float, float, Tensor, list[float]]]:
+    """(start, end, frames uint8 (T, 3, S, S), T + 1 seconds: when each frame is displayed, and the duration of the
+    video) of one window of `length` seconds after another. One is in memory.
 
     Times are in seconds from the start of the file; the first window begins with the first frame. The last one ends
     with the video, and its T frames are spread over what there is. A video has at least one. Raises InputError.
@@ -88,26 +89,28 @@ def iter_windows(path: str | Path, length: float, frames: int,
         if windows is None:
             first, zero = begin, min(begin, file_start)
             windows = plan_windows(begin, length, file_end, frames)
-            (start, stop, centres), pictures = next(windows), []  # (S, S, 3) each, at the first centres
+            known_end = -math.inf if math.isinf(file_end) else file_end
+            (start, stop, centres), pictures = next(windows), []  # ((S, S, 3), seconds) each, at the first centres
         while start < end:
             # 1e-9: a centre at the very start of a frame must select this frame, whatever the rounding
             if due := int((centres + 1e-9 < end).sum()) - len(pictures):
                 with reading(path):
-                    pictures += [video.frame_to_rgb(frame, preprocessing, reformatter, aspect)] * due
+                    pictures += [(video.frame_to_rgb(frame, preprocessing, reformatter, aspect), begin - zero)] * due
             if stop > end:
                 break
-            yield start - zero, stop - zero, spread(pictures, frames)
+            yield start - zero, stop - zero, *spread(pictures, frames, max(stop, known_end) - zero)
             (start, stop, centres), pictures = next(windows), []
     if start == first and not pictures:  # a video that ends before the first centre
         with reading(path):
-            pictures.append(video.frame_to_rgb(frame, preprocessing, reformatter, aspect))
+            pictures.append((video.frame_to_rgb(frame, preprocessing, reformatter, aspect), begin - zero))
     if pictures:  # the window ends later than the video
-        yield start - zero, min(stop, end) - zero, spread(pictures, frames)
+        yield start - zero, min(stop, end) - zero, *spread(pictures, frames, end - zero)
 
 
-def spread(pictures: list[np.ndarray], count: int) -> Tensor:
-    """uint8 (T, 3, S, S) of T = `count` pictures or fewer, which are repeated evenly."""
-    return video.stack_pictures([pictures[i * len(pictures) // count] for i in range(count)])
+def spread(pictures: list[tuple[np.ndarray, float]], count: int, duration: float) -> tuple[Tensor, list[float]]:
+    """uint8 (T, 3, S, S) of T = `count` pictures or fewer, which are repeated evenly; their times, and the duration."""
+    pictures, times = zip(*(pictures[i * len(pictures) // count] for i in range(count)), strict=True)
+    return video.stack_pictures(pictures), [*times, duration]
 
 
 def format_srt(number: int, start: float, end: float, text: str) -> str:

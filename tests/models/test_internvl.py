@@ -34,7 +34,7 @@ from tests.models.test_bpe import make_tokenizer_json
 from tests.models.test_mllm import CASES, DYNAMIC, IMAGE, QWEN3, assert_same, internvl, save_model
 from tests.models.test_mllm_checkpoints import INTERNVL, OF_INTERNVL, make_folder
 from tests.models.test_vit import read_weights
-from tests.scripts import TWELVE_STEPS, act_at_call, assert_one_line_error, contents, run_forked
+from tests.scripts import TWELVE_STEPS, act_at_call, assert_one_line_error, contents, fork_two, read_log, run_forked
 
 TEXT = "Describe the video."
 # Of published config.json files, with InternVL 3's spelling of rotary embeddings.
@@ -245,9 +245,11 @@ def test_a_run_resumes_bit_for_bit_and_knows_its_model(tiny_internvl, words, fla
 
 
 def check_run(folder: Path, words: list, flags: list, tmp_path: Path, monkeypatch) -> None:
-    """Three steps, stopped by a signal in the second. Then with another last byte in the file of weights."""
+    """Three steps, stopped by a signal in the second; by two processes. Then with another last byte in the file of
+    weights."""
     model = shutil.copytree(folder, tmp_path / "model")
-    command = [*TWELVE_STEPS, "--mllm", model, "--data", flags[-1], "--frames", 2, "--epochs", 1, *words, "--out"]
+    command = [*TWELVE_STEPS, "--mllm", model, "--data", flags[-1], "--frames", 2, "--epochs", 1, "--token-dropout", 0,
+               *words, "--out"]
     done = run_forked(train, *command, tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     with monkeypatch.context() as patch:
@@ -256,6 +258,10 @@ def check_run(folder: Path, words: list, flags: list, tmp_path: Path, monkeypatc
     done = run_forked(train, "--resume", tmp_path / "stopped")
     assert done.returncode == 0 and "resuming after step 2" in done.stdout, done.stderr
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    done = fork_two(*command, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    losses = [[row["loss"] for row in read_log(tmp_path / name) if "loss" in row] for name in ("whole", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5) and len(set(losses[0])) == 3
     done = run_forked(train, *command, tmp_path / "plan", "--plan")
     assert done.returncode == 0 and "memory of a step on cpu" in done.stdout, done.stderr
     clip = next(Path(flags[-1]).rglob("*.mp4"))

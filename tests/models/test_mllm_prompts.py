@@ -9,6 +9,7 @@ References
 """
 
 import io
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ import sentencepiece
 import tokenizers
 import torch
 from jinja2 import Template
-from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokenizers.normalizers import Prepend, Replace
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.smolvlm import processing_smolvlm
 
@@ -43,8 +44,8 @@ def make(layout: type[MLLM], lm_family: str) -> MLLM:
     return layout(MLLMConfig(tiny.VIT, tiny.LM, lm_family))
 
 
-def prompt_text(layout: type[MLLM], lm_family: str, frames: int) -> str:
-    return IMAGE.join(make(layout, lm_family).prompt_texts(frames, TEXT))
+def prompt_text(layout: type[MLLM], lm_family: str, frames: int, times: Sequence[float] | None = None) -> str:
+    return IMAGE.join(make(layout, lm_family).prompt_texts(frames, TEXT, times or range(frames + 1)))
 
 
 def render(template: str, frames: int, kind: str = "image") -> str:
@@ -53,21 +54,23 @@ def render(template: str, frames: int, kind: str = "image") -> str:
     return Template(template, keep_trailing_newline=True).render(messages=messages, add_generation_prompt=True)
 
 
-def smolvlm_text(frames: int, monkeypatch) -> str:
+def smolvlm_text(frames: int, monkeypatch, times: Sequence[float] | None = None) -> str:
     """What [1] makes of the template for a video, with one token for the visual tokens of a frame."""
     monkeypatch.setattr(processing_smolvlm, "num2words", NUMBERS.__getitem__)
     tokens = {"fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"}
     processor = SimpleNamespace(image_seq_len=1, image_token=IMAGE, **tokens)
-    metadata = SimpleNamespace(fps=1, timestamps=range(frames), duration=frames)
+    *seconds, duration = times or range(frames + 1)
+    metadata = SimpleNamespace(fps=1, timestamps=seconds, duration=duration)
     inputs = {"pixel_values": torch.zeros(1, frames), "video_metadata": [metadata]}
     video = processing_smolvlm.SmolVLMProcessor.replace_video_token(processor, inputs, 0)
     return render(processing_smolvlm.DEFAULT_CHAT_TEMPLATE, frames, "video").replace("<video>", video)
 
 
-@pytest.mark.parametrize("frames", [2, 8, 32, 64, 99])
-def test_smolvlm2_reads_the_frames_of_a_video_with_their_times(monkeypatch, frames):
-    """One frame per second."""
-    assert prompt_text(SmolVLM, "llama", frames) == smolvlm_text(frames, monkeypatch)
+@pytest.mark.parametrize("frames, times", [(2, None), (8, None), (32, None), (64, None), (99, None),
+                                           (3, [0.99, 59.96, 3601.5, 3725.2])])
+def test_smolvlm2_reads_the_frames_of_a_video_with_their_times(monkeypatch, frames, times):
+    """One frame per second, and others; seconds are rounded down."""
+    assert prompt_text(SmolVLM, "llama", frames, times) == smolvlm_text(frames, monkeypatch, times)
 
 
 @pytest.mark.parametrize("layout, frames", [(SmolVLM, 1), (Idefics3, 1), (Idefics3, 3)])
@@ -133,7 +136,7 @@ def test_ids_of_llava_equal_those_of_the_whole_text():
     merges = generate_merges(pieces, {piece: ours.processor.get_score(i) for piece, i in pieces.items()})
     bpe = tokenizers.models.BPE(pieces, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     theirs = tokenizers.Tokenizer(bpe)
-    theirs.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    theirs.normalizer = tokenizers.normalizers.Sequence([Prepend("▁"), Replace(" ", "▁")])
     theirs.add_special_tokens([IMAGE])
     expected = theirs.encode(render(LLAVA_TEMPLATE, 2)).ids
     before, between, after = make(LLaVA, "llama").prompt(ours, 2, TEXT)

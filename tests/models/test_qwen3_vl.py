@@ -7,26 +7,33 @@ Tiny random models in real files, seed 0. The reference's patches come by square
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLVideoProcessor
+from transformers.video_utils import VideoMetadata
 
+import evaluate
 from common.config import Config
 from common.files import read_json
 from common.preprocessing import HALF, Preprocessing
 from model import Captioner
 from models.generation import generate
 from models.mllm import MLLM, shuffle_pixels
+from models.qwen3_vl import Qwen3VL
 from models.tokenizer import load_bpe
+from tests import tiny
 from tests.common.helpers import refused
 from tests.models.helpers import change_json
 from tests.models.test_internvl import check_run, write_tokenizer
 from tests.models.test_mllm import assert_same
+from tests.video_data.test_video import write_video
 
 WIDTH, PATCH, SIDE = 32, 32, 448  # 14 x 14 patches
 VISION = dict(depth=3, hidden_size=WIDTH, num_heads=4, intermediate_size=64, patch_size=PATCH, spatial_merge_size=2,
@@ -234,19 +241,49 @@ def test_write_back_reads_pairs_too(models):
         torch.testing.assert_close(ours.prefix(clip), plain.prefix(clip), rtol=0, atol=1e-5)
 
 
-def test_the_prompt_is_that_of_an_image(models, real):
-    """The published template for one image, without a system turn, in Qwen 3's tokenizer of the tokenizers package."""
-    path = real / "tokenizers" / "qwen3" / "tokenizer.json"
+@pytest.mark.parametrize("indices", [[0], [0, 10], [0, 10, 30, 204, 215, 4000], [0, 37, 74, 110, 147, 184, 221]])
+def test_prompts_equal_the_processors(real, indices):
+    """Qwen 3's tokenizer, frames with these numbers at 20 per second: times are rounded as Python does, 0.25 to 0.2; of
+    an odd number of frames the last time counts twice; a single frame is an image. The template's <|video_pad|> is here
+    without the tokens around it, as transformers 4 replaced it; transformers 5 leaves a second pair of them."""
+    path, is_image = real / "tokenizers" / "qwen3" / "tokenizer.json", len(indices) == 1
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Describe the video.<|im_end|>\n"
-    expected = theirs(text + "<|im_start|>assistant\n")["input_ids"]
-    before, after = type(models[1]).prompt(models[1], load_bpe(path, None), 1, "Describe the video.")
-    assert [*before, 151655, *after] == expected
+    pixels = np.zeros((len(indices), 64, 64, 3), np.uint8)
+    visual = "<|vision_start|><|image_pad|><|vision_end|>" if is_image else "<|video_pad|>"
+    text = f"<|im_start|>user\n{visual}Describe the video.<|im_end|>\n<|im_start|>assistant\n"
+    processor = transformers.Qwen3VLProcessor(transformers.Qwen2VLImageProcessor(), theirs, Qwen3VLVideoProcessor())
+    metadata = VideoMetadata(total_num_frames=4001, fps=20, frames_indices=indices)
+    videos = {"videos": [pixels], "video_metadata": [metadata], "do_sample_frames": False, "do_resize": False}
+    expected = processor(text=text, **{"images": pixels[0]} if is_image else videos)["input_ids"][0]
+    layout = Qwen3VL(tiny.MLLMS["qwen3_vl"][1])
+    ids = layout.prompt(load_bpe(path, None), len(indices), "Describe the video.", [*(i / 20 for i in indices), 200.05])
+    count, token = (sum(i in (151655, 151656) for i in expected) // (len(ids) - 1), 151655 if is_image else 151656)
+    assert sum((text + [token] * count for text in ids[:-1]), []) + ids[-1] == list(expected)
 
 
-@pytest.mark.parametrize("words", [["--cache-features"], ["--write-back"]])
-def test_a_run_resumes_bit_for_bit_and_knows_its_model(words, flags, tmp_path, monkeypatch):
-    (folder := tmp_path / "qwen3_vl").mkdir()
-    make(folder, 408)
+@pytest.fixture(scope="module")
+def tiny_qwen3_vl(tmp_path_factory) -> Path:
+    make(folder := tmp_path_factory.mktemp("qwen3_vl"), 408)
     write_tokenizer(folder, "<|vision_start|>", "<|vision_end|>")
-    check_run(folder, ["--visual", "queries", *words], flags, tmp_path, monkeypatch)
+    return folder
+
+
+@pytest.mark.parametrize("words", [["--cache-features"], ["--method", "linear", "--cache-features", "--frames", 3],
+                                   ["--visual", "frames", "--write-back", "--grid", 3, "--frames", 4]])
+def test_a_run_resumes_bit_for_bit_and_knows_its_model(tiny_qwen3_vl, words, flags, tmp_path, monkeypatch):
+    check_run(tiny_qwen3_vl, words, flags, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("window", [None, 0.9])
+def test_captions_of_own_videos_state_the_times_in_the_file(tiny_qwen3_vl, tmp_path, monkeypatch, window):
+    """Without a run, of a whole video and of windows, which count from the start of the file. 20 frames, 0.1 s apart,
+    and the centres of four segments."""
+    path, stated = write_video(tmp_path / "a.mp4", range(0, 200, 10)), []
+    monkeypatch.setattr(Qwen3VL, "prompt_texts", lambda self, frames, instruction, times, real=Qwen3VL.prompt_texts: (
+        stated.append(list(times)) or real(self, frames, instruction, times)))
+    ours, _ = evaluate.load_run(None, torch.device("cpu"), mllm=str(tiny_qwen3_vl))
+    rows = list(evaluate.caption_videos(ours, [path], replace(ours.config, frames=4), window))
+    expected = {None: [[0.2, 0.7, 1.2, 1.7, 2]], 0.9: [[0.1, 0.3, 0.5, 0.7, 2], [1, 1.2, 1.4, 1.6, 2],
+                                                       [1.8, 1.8, 1.9, 1.9, 2]]}[window]
+    found = [times for times in stated if times[-1] == pytest.approx(2)]  # but the default, of lengths: 4 seconds
+    assert found[::2] == [pytest.approx(times) for times in expected] and len(rows) == len(expected)

@@ -152,6 +152,30 @@ def test_the_loss_on_cached_block_outputs_is_that_on_frames(family, name):
     assert captioner.caption(outputs, max_new_tokens=5) == captioner.caption(frames, max_new_tokens=5)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
+@torch.no_grad()
+def test_each_clip_has_its_own_times(family):
+    """Model seed 18, frames seed 19: prompts of two lengths in one batch give each clip the caption that it has alone,
+    and the sum of their losses within 1e-4. Queries are read without times."""
+    captioner, frames = make("none", 18, family), clips(3, T, 19)
+    plain = captioner.backbone.prompt
+
+    def prompt(tokenizer, frames, instruction, times):
+        first, *rest = plain(tokenizer, frames, instruction)
+        stamp = "abcdefghij"[int(times[0])] * (1 + (times[0] > 5)) if times else ""
+        return [first + tokenizer.encode(stamp), *rest]
+
+    captioner.backbone.prompt = prompt
+    times, labels = torch.tensor([[1.0, 2, 3, 4, 9], [8, 9, 10, 11, 12], [4, 5, 6, 7, 9]]), LABELS[[0, 1, 0]]
+    alone = [captioner(frames[i : i + 1], labels[i : i + 1], times[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(captioner(frames, labels, times), sum(alone), rtol=0, atol=1e-4)
+    captions = [captioner.caption(frames[i : i + 1], 2, 5, times[i : i + 1])[0] for i in range(3)]
+    assert captioner.caption(frames, 2, 5, times) == captions
+    assert abs(captioner(frames, labels, times) - captioner(frames, labels)) > 1e-3
+    queries = make("queries", 18, family)
+    assert queries(frames, labels, times) == queries(frames, labels)
+
+
 @pytest.mark.parametrize("family, fields, message", [
     ("llava", dict(grid=5), "--grid 5: expected at most 4, the side"),
     ("llava", dict(frames=200), "3200 visual tokens, .* positions, the language model has 300"),

@@ -25,6 +25,7 @@ from qadapter import HEADS, naive_gated_cross_attention
 from report import curves, page, show
 from report.attention import AttentionMaps, record_attention
 from tests.scripts import ROOT, read_log, run_forked
+from video_data.video import read_frames
 
 TINY_VIT, TINY_LM = ROOT / "backbones/tiny-vit", ROOT / "backbones/tiny-lm"
 MARKUP = "</script><img src=x onerror=alert(1)>\u2028 & \"quoted\" \udcff"
@@ -139,7 +140,7 @@ def test_the_page_of_a_run_is_about_its_test_split(finished_run, flags):
     assert {clip["id"]: clip["caption"] for clip in clips} == test["captions"]
     captioner, _ = evaluate.load_run(finished_run, torch.device("cpu"))
     for clip in clips:
-        frames = evaluate.read_frames(Path(flags[-1]) / clip["id"], 8, captioner.vit.preprocessing)
+        frames = read_frames(Path(flags[-1]) / clip["id"], 8, captioner.vit.preprocessing)
         assert len(clip["references"]) == 6 and list(clip["scores"])[0] == "CIDEr"
         assert (decode_strip(clip["strip"]) - torch.cat(list(frames), 2)).abs().mean() < 12
         maps = record_attention(captioner, frames[None])
@@ -173,7 +174,7 @@ def test_videos_get_a_page_and_a_picture(finished_run, flags, tmp_path):
     assert "2 of 2 captions</title>" in text and f"captioned</th><td>{tmp_path}/bad.mp4</td>" in text
     assert run_forked(evaluate, finished_run, "--video", videos[0], "--show", tmp_path / "c.png").returncode == 0
     captioner, _ = evaluate.load_run(finished_run, torch.device("cpu"))
-    frames = evaluate.read_frames(videos[0], 8, captioner.vit.preprocessing)
+    frames = read_frames(videos[0], 8, captioner.vit.preprocessing)
     expected = show.draw_clip(frames, captioner.caption(frames[None])[0], record_attention(captioner, frames[None]), 1)
     assert torch.equal(decode_image(str(tmp_path / "c.png")), expected)
 

@@ -27,7 +27,7 @@ from tests.video_data.test_video import write_video
 from video_data import batches
 from video_data.annotations import Clip
 from video_data.batches import ClipCache, cached_frames, run_in_processes
-from video_data.video import read_frames
+from video_data.video import read_clip, read_frames
 
 SIZE = Preprocessing(32, 32)
 
@@ -113,14 +113,14 @@ def decoded(tmp_path, monkeypatch) -> Callable[[], list[str]]:
     def logged(path, *args):
         with open(log, "a") as file:
             file.write(f"{path.name}\n")
-        return read_frames(path, *args)
+        return read_clip(path, *args)
 
     def read_log() -> list[str]:
         names = sorted(log.read_text().split()) if log.exists() else []
         log.unlink(missing_ok=True)
         return names
 
-    monkeypatch.setattr(batches, "read_frames", logged)
+    monkeypatch.setattr(batches, "read_clip", logged)
     return read_log
 
 
@@ -315,6 +315,30 @@ def test_randomness_is_the_documented_one(tmp_path):
     assert frames.shape == (2, 3, 3, 2, 2) and labels.shape[:2] == (2, 2)
     for row, ids in zip(labels.flatten(0, 1).tolist(), examples[0, 0][1] + examples[1, 0][1], strict=True):
         assert row == ids + [-100] * (len(row) - len(ids))
+
+
+def test_times_are_stored_beside_frames(tmp_path, decoded):
+    """Of a cache without times, the clips are decoded once more, and never again. A training example has the times of
+    its own frames, also where a row of the cache is a pair."""
+    clips = make_clips(tmp_path, 2)
+    fill(clips, tmp_path, count=6)
+    decoded()
+    caches = [cached_frames(clips, tmp_path / "cache", "train", 6, SIZE, with_times=True) for _ in range(2)]
+    assert decoded() == ["0.mp4", "1.mp4"]
+    times = [read_clip(clip.path, 6, SIZE)[1] for clip in clips]
+    assert [row.tolist() for row in caches[1].times] == times
+    examples = batches.TrainingExamples(clips, caches[1], CharTokenizer(), 3, 1, seed=0, eos_id=7, max_tokens=40)
+    keys = [(0, 3), (1, 0)]
+    for key, found in zip(keys, examples.times(keys).tolist(), strict=True):
+        stored = caches[1][key[0]].astype(int)
+        read = [int(np.abs(stored - frame).sum((1, 2, 3)).argmin()) for frame in examples[key][0]]
+        assert found == [times[key[0]][i] for i in [*read, 6]] and len(set(read)) == 3
+    pairs = batches.features_cache(caches[1], "key", (3, 5))
+    pairs.make_room()
+    for i in range(2):
+        pairs.write(i, np.full((3, 5), i, np.uint16))
+    examples = batches.TrainingExamples(clips, pairs, CharTokenizer(), 3, 1, seed=0, eos_id=7, max_tokens=40)
+    assert examples[1, 0][0].shape == (3, 5) and examples.times(keys).tolist() == times
 
 
 def test_features_become_bf16_and_captions_are_normalized_and_truncated(tmp_path):

@@ -75,6 +75,21 @@ def test_frames_are_those_displayed_at_the_segment_centres(tmp_path, times, coun
     assert frame_indices(frames) == displayed(times, count)
 
 
+@pytest.mark.parametrize("name", ["skip.mp4", "all.mp4", "late.ts", "same.mkv"])
+def test_the_times_of_frames_are_those_of_the_file(tmp_path, name):
+    """From the first frame on, and the duration, within 1e-4 s: with frames skipped and decoded, of a clock that begins
+    later, and 24 frames per second where the file has no times."""
+    times = EVEN if name == "same.mkv" else [0, 1, 2, 3, 40, 41, 90, 95, 96, 97]
+    written = [7] * 20 if name == "same.mkv" else [t + 300 * (name == "late.ts") for t in times]
+    codec = "mpeg4" if name == "all.mp4" else "libx264"
+    path = write_video(tmp_path / name, written, codec=codec, options={"bf": "0"})
+    frames, found = video.read_clip(path, 6, 32)
+    seconds = [i / 24 for i in range(20)] if name == "same.mkv" else [t / 100 for t in times]
+    end = seconds[-1] + seconds[-1] / (len(times) - 1)
+    assert found == pytest.approx([*(seconds[i] for i in displayed(times, 6)), end], abs=1e-4)
+    assert torch.equal(frames, video.read_frames(path, 6, 32))
+
+
 X264 = "bframes=3:b-adapt=0"
 GOP = f"{X264}:open-gop=1:keyint=8:min-keyint=8"
 SKIPPED = {

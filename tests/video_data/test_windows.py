@@ -37,13 +37,17 @@ def test_windows_have_the_frames_displayed_at_their_centres(tmp_path, times, len
     """Windows shorter than a frame to longer than the video. The last one has its frames from what there is."""
     found = list(iter_windows(write_video(tmp_path / "a.mp4", times), length, count, SQUARE))
     expected = expected_windows([t / 100 for t in times], length, count)
-    assert [(start, end) for start, end, _ in found] == [pytest.approx(row[:2]) for row in expected]
-    assert [frame_indices(frames) for _, _, frames in found] == [row[2] for row in expected]
+    assert [(start, end) for start, end, *_ in found] == [pytest.approx(row[:2]) for row in expected]
+    assert [frame_indices(frames) for _, _, frames, _ in found] == [row[2] for row in expected]
+    end = times[-1] / 100 + times[-1] / 100 / (len(times) - 1)
+    for (*_, seconds), (*_, indices) in zip(found, expected, strict=True):  # of the file, not of the window
+        assert seconds == pytest.approx([*(times[i] / 100 for i in indices), end], abs=1e-4)
 
 
 def test_a_video_of_one_frame_has_one_window(tmp_path):
-    ((start, end, frames),) = iter_windows(write_video(tmp_path / "a.mp4", [0]), 2.0, 4, SQUARE)
+    ((start, end, frames, times),) = iter_windows(write_video(tmp_path / "a.mp4", [0]), 2.0, 4, SQUARE)
     assert (start, end) == (0, windows.ONE_FRAME) and frames.shape == (4, 3, 32, 32)
+    assert times == [0, 0, 0, 0, windows.ONE_FRAME]
 
 
 def test_times_count_from_the_start_of_the_file(tmp_path):
@@ -51,8 +55,8 @@ def test_times_count_from_the_start_of_the_file(tmp_path):
     sound that begins before the pictures see test_real_clips."""
     path = write_video(tmp_path / "a.ts", [150 + t for t in EVEN])
     found = list(iter_windows(path, 0.2, 2, SQUARE))
-    assert [start for start, _, _ in found] == pytest.approx([0, 0.2, 0.4, 0.6])
-    assert [frame_indices(frames) for _, _, frames in found] == [[1, 3], [6, 8], [11, 13], [16, 18]]
+    assert [start for start, *_ in found] == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert [frame_indices(frames) for _, _, frames, _ in found] == [[1, 3], [6, 8], [11, 13], [16, 18]]
 
 
 PACKETS = [
@@ -93,8 +97,8 @@ def test_real_clips(real, name):
     times = np.maximum.accumulate([frame.time for frame in decoded]).tolist()
     expected = expected_windows(times, 3.0, 5)
     found = list(iter_windows(real / name, 3.0, 5, SQUARE))
-    assert [(start, end) for start, end, _ in found] == [pytest.approx(row[:2]) for row in expected]
-    for (_, _, frames), (_, _, indices) in zip(found, expected, strict=True):
+    assert [(start, end) for start, end, *_ in found] == [pytest.approx(row[:2]) for row in expected]
+    for (_, _, frames, _), (_, _, indices) in zip(found, expected, strict=True):
         pictures = [frame_to_rgb(decoded[i], SQUARE, VideoReformatter()) for i in indices]
         assert torch.equal(frames, torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2)))
 
