@@ -56,7 +56,6 @@ def record_attention(captioner, frames: Tensor) -> AttentionMaps | None:
 
     with register_module_forward_hook(record):  # of all modules, until the block ends
         captioner.run_encoder(frames.to(next(captioner.parameters()).device))
-    count = frames.shape[1]
-    steps = [t * captioner.vit.num_steps(count) // count for t in range(count)]  # a step may be a pair of frames
+    steps = [t // captioner.vit.frames_per_step for t in range(frames.shape[1])]  # a step may be a pair of frames
     gates = captioner.adapter.last_gates.float().cpu()[..., None].flatten(3)  # (J, B, N, 1 or D)
     return AttentionMaps(torch.stack(weights)[..., steps, :], gates.mean(-1))
