@@ -165,7 +165,8 @@ def caption_videos(captioner: Captioner, paths: list[Path], config: Config,
         try:
             for start, end, pixels, times in (iter_windows(path, window, config.frames, preprocessing) if window else
                                               [(0, 0, *read_clip(path, config.frames, preprocessing))]):
-                caption = captioner.caption(pixels[None].to(device), config.beams, times=torch.tensor([times]))[0]
+                times = torch.tensor([times], dtype=torch.float64)
+                caption = captioner.caption(pixels[None].to(device), config.beams, times=times)[0]
                 span = {"start": round(start, 3), "end": round(end, 3)} if window else {}
                 when = f" {start:.2f}-{end:.2f} s:" if window else ""
                 print(printable(f"{path}:{when} {caption}"))

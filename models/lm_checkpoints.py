@@ -1,9 +1,9 @@
 """Public language models: their config.json, as `lm.py` needs it.
 
 Six families, in the format of transformers: `llama`, `mistral`, `qwen2`, `qwen3`, the language models of Qwen3-VL,
-`qwen3_vl_text`, and those of Gemma 3, `gemma3_text`. Both spellings of rotary embeddings are
-read: transformers 4 writes `rope_theta`, `rope_scaling` and Gemma's `rope_local_base_freq` side by side, transformers 5
-puts all of them into `rope_parameters`.
+`qwen3_vl_text`, and those of Gemma 3, `gemma3_text`. Both spellings of rotary embeddings are read: transformers 4
+writes `rope_theta`, `rope_scaling` and Gemma's `rope_local_base_freq` side by side, transformers 5 puts all of them
+into `rope_parameters`.
 
 References
 [1] transformers: configuration_llama.py, configuration_mistral.py, configuration_qwen2.py, configuration_qwen3.py,

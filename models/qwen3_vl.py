@@ -178,8 +178,7 @@ class Qwen3VL(MLLM):
     @classmethod
     def read_config(cls, published: dict, path: Path) -> dict:
         vision, where = field(published, "vision_config", dict, path), f"{path}: vision_config"
-        sizes = {"spatial_merge_size": SQUARE, "temporal_patch_size": PAIR, "in_channels": 3}
-        check_supported(vision, sizes, where)
+        check_supported(vision, {"spatial_merge_size": SQUARE, "temporal_patch_size": PAIR, "in_channels": 3}, where)
         deepstack = field(vision, "deepstack_visual_indexes", list, where, [8, 16, 24])
         vision = vision | {"num_hidden_layers": vision.get("depth"), "num_attention_heads": vision.get("num_heads")}
         fields = super().read_config(published | {"vision_config": vision | {"image_size": SIDE}}, path)

@@ -9,9 +9,9 @@ weights (.pth).
     DINOv2       dinov2                         LayerScale; trained at 518 pixels, mostly used at 224
     torchvision  -                              ImageNet classifiers, vit_*
 
-Models of type `clip` and `siglip` also contain a text encoder, which is ignored. Two more families exist only within
-multimodal models: `idefics3` (`smolvlm.py`), SigLIP without pooling, and `internvl` (`internvl.py`), DINOv2 without its
-last norm. Configs are dicts of the fields of `vit.ViTConfig`.
+Models of type `clip` and `siglip` also contain a text encoder, which is ignored. Three more families exist only within
+multimodal models: `idefics3` (`smolvlm.py`), SigLIP without pooling, `internvl` (`internvl.py`), DINOv2 without its
+last norm, and `qwen3_vl` (`qwen3_vl.py`), on pairs of frames. Configs are dicts of the fields of `vit.ViTConfig`.
 
 Shapes: P tokens an image, D width.
 

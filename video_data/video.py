@@ -116,7 +116,8 @@ def frames_at(times: list[float], positions: np.ndarray) -> tuple[list[int], lis
     span += span / max(1, len(times) - 1)
     # 1e-9: a position at the very start of a frame must select this frame, whatever the rounding
     indices = [max(0, bisect_right(times, times[0] + p * span + 1e-9) - 1) for p in positions]
-    return indices, [*((times[i] - times[0]) / unit for i in indices), span / unit]
+    # Microseconds: prompts round times down, and a difference of floats may lie just below a whole second.
+    return indices, [round(x / unit, 6) for x in (*(times[i] - times[0] for i in indices), span)]
 
 
 def select_frames(path: str | Path, positions: np.ndarray) -> tuple[list[av.VideoFrame], list[float]]:

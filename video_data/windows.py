@@ -89,7 +89,6 @@ def iter_windows(path: str | Path, length: float, frames: int,
         if windows is None:
             first, zero = begin, min(begin, file_start)
             windows = plan_windows(begin, length, file_end, frames)
-            known_end = -math.inf if math.isinf(file_end) else file_end
             (start, stop, centres), pictures = next(windows), []  # ((S, S, 3), seconds) each, at the first centres
         while start < end:
             # 1e-9: a centre at the very start of a frame must select this frame, whatever the rounding
@@ -98,7 +97,8 @@ def iter_windows(path: str | Path, length: float, frames: int,
                     pictures += [(video.frame_to_rgb(frame, preprocessing, reformatter, aspect), begin - zero)] * due
             if stop > end:
                 break
-            yield start - zero, stop - zero, *spread(pictures, frames, max(stop, known_end) - zero)
+            known_end = stop if math.isinf(file_end) else max(stop, file_end)
+            yield start - zero, stop - zero, *spread(pictures, frames, known_end - zero)
             (start, stop, centres), pictures = next(windows), []
     if start == first and not pictures:  # a video that ends before the first centre
         with reading(path):
@@ -110,7 +110,7 @@ def iter_windows(path: str | Path, length: float, frames: int,
 def spread(pictures: list[tuple[np.ndarray, float]], count: int, duration: float) -> tuple[Tensor, list[float]]:
     """uint8 (T, 3, S, S) of T = `count` pictures or fewer, which are repeated evenly; their times, and the duration."""
     pictures, times = zip(*(pictures[i * len(pictures) // count] for i in range(count)), strict=True)
-    return video.stack_pictures(pictures), [*times, duration]
+    return video.stack_pictures(pictures), [round(x, 6) for x in (*times, duration)]
 
 
 def format_srt(number: int, start: float, end: float, text: str) -> str:
