@@ -64,7 +64,7 @@ def load_run(run: Path | None, device: torch.device, **models: str) -> tuple[Cap
     config, folders = resolve_models(config)
     if run is not None:
         check_models(run, fingerprint_models(folders))
-    backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size)
+    backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size, config.vit_blocks)
     captioner = Captioner(backbone, tokenizer, config)
     if run is not None:
         captioner.load(run / "best/adapter.safetensors")

@@ -245,6 +245,7 @@ class Captioner(nn.Module):
         check_length(self.lm.config, self.prefix_length(num_frames), max_new_tokens, beams)
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # --compile is for steps; a cache that grows would be compiled again
     def caption(self, frames: Tensor, beams: int = 1, max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
         """The input -> one caption per clip; greedy with one beam."""
         self.check_length(frames.shape[1], beams, max_new_tokens)

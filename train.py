@@ -29,6 +29,7 @@ from training.inputs import cached_inputs
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from training.plan import count_steps, format_plan, format_steps
 from training.run import Run, check_models, check_out, data_differences
+from training.words import learn_words
 from video_data.batches import TrainingExamples, collate, epoch_batches, prefetch
 from video_data.datasets import read_dataset
 
@@ -109,10 +110,13 @@ def load_captioner(config: Config, device: torch.device,
     with group.first_of_machine():  # one process of each machine downloads
         config, folders = resolve_models(with_default_models(config, device))
     dtype = devices.DTYPES[config.precision]
-    backbone, tokenizer = load_models(folders, dtype, config.image_size, meta=config.plan)
+    backbone, tokenizer = load_models(folders, dtype, config.image_size, config.vit_blocks, config.plan)
     with backbone.vit.position.device:
         captioner = Captioner(backbone, tokenizer, config)
     captioner.check_length(config.frames, config.beams)  # of the test split, which comes after all training
+    if config.compile and not config.plan:
+        for block in backbone.lm.blocks:
+            block.compile(dynamic=True)
     return (captioner, {}) if config.plan else (captioner.to(device), fingerprint_models(folders))
 
 
@@ -194,6 +198,8 @@ def main() -> int:
             first_batch = next(epoch_batches(len(clips), config.batch_size, 1, config.seed))
             frames, _ = collate([examples[key] for key in first_batch[:MEASURED_CLIPS]])
             captioner.measure_channels(frames.to(device))
+        if config.word_epochs and steps:
+            learn_words(captioner, examples.captions, load_batch, device, group)
         run.create(captioner, optimizer, dataset)
     group.broadcast(captioner.checkpoint_tensors().values())
 

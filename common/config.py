@@ -85,6 +85,8 @@ class Config:
     frames: int = clips(8, "frames per clip", type=count(1, 4096))
     captions_per_clip: int = clips(1, "captions per clip in a step", type=count(1, 1000))
     image_size: int | None = clips(None, "side of the ViT's input in pixels (default: its own)", type=count(1, 4096))
+    vit_blocks: int | None = clips(None, "use the first so many blocks of --vit, and not the last (default: all)",
+                                   type=count(1, 10**4))
     allow_missing: bool = clips(False, "leave out clips without a video or a caption")
     shapes_sizes: tuple[int, ...] | None = clips(None, "clips in each split of shapes, when its folder is made",
                                                  type=count(1, 10**6), nargs=3, metavar=("TRAIN", "VAL", "TEST"))
@@ -104,10 +106,14 @@ class Config:
                           "feature", type=count(0, 256), metavar="G")
     instruction: str = prompting(INSTRUCTION, "what an MLLM is told to do", type=text)
 
+    word_epochs: int = training(0, "epochs before the first step, without the language model: visual tokens learn to "
+                                "point at the words of captions", type=count(0, 10**5))
     lr: float = training(5e-3, "peak learning rate of AdamW", type=cli.number(float, 1e-12, 1e6))
     weight_decay: float = training(0.01, "weight decay of AdamW", type=cli.number(float, 0, 1e6))
     micro_batch_size: int | None = training(None, "clips of a process in memory at once; gradients are summed "
                                             "(default: its whole batch)", type=count(1))
+    compile: bool = training(False, "compile the language model's blocks: faster steps after a minute; CPUs need a C++ "
+                             "compiler")
     seed: int = training(0, "seed of weights, clip order, frames and captions", type=count(0))
     precision: str = training("auto", "of the frozen weights; auto: bf16 where the device has instructions for it",
                               choices=("auto", *DTYPES))
@@ -136,8 +142,8 @@ class Config:
         """Raises InputError for flags that do not fit each other."""
         is_qadapter, reads_frames = self.method == "qadapter", self.visual == "frames"
         for is_refused, message in (
-            (self.mllm and (self.vit or self.lm or self.image_size),
-             "--vit, --lm and --image-size: expected without --mllm, which has both models"),
+            (self.mllm and (self.vit or self.lm or self.image_size or self.vit_blocks),
+             "--vit, --lm, --image-size and --vit-blocks: expected without --mllm, which has both models"),
             (reads_frames and not (self.mllm and is_qadapter and self.write_back),
              "--visual frames: expected --mllm, --method qadapter and --write-back, else nothing reads the queries"),
             ((self.write_back or self.variant) and not is_qadapter,

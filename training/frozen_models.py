@@ -64,9 +64,10 @@ def fingerprint_models(folders: dict[str, Path]) -> dict[str, str]:
 
 
 def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | None = None,
-                meta: bool = False) -> tuple[MLLM | Pair, object]:
-    """The models and their tokenizer. image_size: side of the input of --vit in pixels; None: its own. With `meta` they
-    are on the meta device, and only the configs and the tokenizer are read. Raises InputError."""
+                vit_blocks: int | None = None, meta: bool = False) -> tuple[MLLM | Pair, object]:
+    """The models and their tokenizer. Of --vit: the side of its input in pixels and the number of its first blocks that
+    are used; None: as in its config. With `meta` the models are on the meta device, and only the configs and the
+    tokenizer are read. Raises InputError."""
 
     def load(model, part: str, *options):
         if meta:
@@ -76,4 +77,7 @@ def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | 
     with explain_out_of_memory(f"reading {' and '.join(map(str, folders.values()))}"):
         if "mllm" in folders:
             return load(MLLM, "mllm"), load_tokenizer(folders["mllm"])
-        return Pair(load(ViT, "vit", image_size), load(CausalLM, "lm")), load_tokenizer(folders["lm"])
+        vit = load(ViT, "vit", image_size)
+        if vit_blocks is not None:
+            vit.keep_blocks(vit_blocks)
+        return Pair(vit, load(CausalLM, "lm")), load_tokenizer(folders["lm"])
