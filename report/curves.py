@@ -41,9 +41,11 @@ def make_panels(rows: list[dict], first_block: int) -> list[tuple[str, float, di
 
 
 def draw_run(run_folder: Path, first_block: int) -> str:
-    """The curves of a run for a page of any colour and width, an SVG each; nothing for a run that trained nothing.
-    Raises InputError for a damaged log."""
+    """The curves of a run for a page of any colour and width, an SVG each; nothing for a run that trained nothing, or
+    that comes without its log, as demo/ does. Raises InputError for a damaged log."""
     path = run_folder / "log.jsonl"
+    if not path.exists():
+        return ""
     with reading(path):
         rows = [row for _, row in read_json_lines(path)]
         panels = make_panels(rows, first_block) if {"loss", "val"} <= set().union(*rows) else []

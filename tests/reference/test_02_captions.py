@@ -1,4 +1,4 @@
-"""The captioner on a ViT and a language model that never met, against slower computations of the same.
+"""The captioner on a separate ViT and language model, against slower computations of the same.
 
 References: torch's cross_entropy over all positions, one caption per pass; greedy decoding without a cache; the frozen
 models' own tensors, bit for bit. Models are tiny and random, a letter is a token (`tests/tiny.py`).

@@ -117,6 +117,6 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     stored = (tmp_path / "x.json").read_text()
     assert [(run["flags"].rpartition("--")[2], run["seed"], run["steps"]) for run in json.loads(stored)["runs"]] == [
         ("method none", 0, 0), ("variant no-changes", 0, 12), ("variant no-changes", 1, 12)]
-    assert "| b | 0 | 0.00 % |  | 1 |" in (tmp_path / "page.md").read_text()
+    assert "| b | 0 | 0.00% |  | 1 |" in (tmp_path / "page.md").read_text()
     (tmp_path / "x.json").unlink()
     assert printed() == [] and (tmp_path / "x.json").read_text() == stored
