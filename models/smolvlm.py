@@ -4,7 +4,7 @@
     idefics3     SigLIP: the last output after   Llama            SmolVLM
     smolvlm      its norm, no pooling            Llama            SmolVLM2
 
-Shapes: n images, P tokens of the ViT an image, D their width, P' visual tokens an image, C width of the language model,
+Shapes: n images, P tokens of the ViT per image, D their width, P' visual tokens per image, C width of the language model,
 s the side of a square.
 
 References

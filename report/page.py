@@ -82,7 +82,7 @@ def format_rows(rows: dict[str, object]) -> str:
 def write_page(path: Path, run_folder: Path, title: str, entries: list[dict], first_block: int, settings: dict,
                scores: dict[str, float], signature: str = "", curves: str = "") -> None:
     """Writes a page about a run. entries: see `page_entry`; first_block: number of the first adapted block; settings:
-    beside those of the run; curves: SVGs, or nothing."""
+    rows to add to those of the run; curves: SVGs, or nothing."""
     data = {"clips": entries, "sortable": list(entries[0]["scores"]) if entries else [], "first": first_block}
     template, css, script = (Path(__file__).with_suffix(kind).read_text("utf-8") for kind in (".html", ".css", ".js"))
     page = Template(template).substitute(

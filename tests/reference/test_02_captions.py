@@ -210,7 +210,7 @@ def test_the_trained_share_of_public_models_is_at_most_1_4_percent():
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "full"])
 def test_only_frozen_weights_are_bf16(name):
-    """Model seed 14, frames seed 15: loss within 2 % of fp32's, gradients of the trained fp32 tensors point the same
+    """Model seed 14, frames seed 15: loss within 2% of fp32's, gradients of the trained fp32 tensors point the same
     way (cosine above 0.95 for those whose gradient is not rounding alone)."""
     full, half, frames = randomized(name, 14), make(name, 14, dtype=torch.bfloat16), clips(2, T, 15)
     half.load_state_dict(full.state_dict())
