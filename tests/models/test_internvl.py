@@ -220,7 +220,7 @@ def test_preprocessing_is_that_of_videos_if_there_is_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny_internvl(tmp_path_factory) -> Path:
-    """A random model of 56 pixels, 4 visual tokens per frame, with a tokenizer of bytes and the control tokens."""
+    """A random model of 56 pixels, 4 visual tokens a frame, with a tokenizer of bytes and the control tokens."""
     folder = tmp_path_factory.mktemp("internvl")
     tokenizer = make_tokenizer_json("tiny Qwen")
     added = tokenizer["added_tokens"]
