@@ -118,7 +118,7 @@ def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, c
 
 def format_scores(scores: dict[str, float]) -> str:
     """Scores times 100, as papers print them; accuracies in %."""
-    return "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
+    return "  ".join(f"{metrics.printed_name(name)} {100 * value:.1f}" for name, value in scores.items())
 
 
 def evaluate_split(captioner: Captioner, dataset: VideoDataset, args: argparse.Namespace, config: Config) -> None:

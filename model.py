@@ -2,7 +2,7 @@
 
     frames -> ViT -> visual tokens in a prompt -> language model -> caption
 
-The frozen models are an MLLM (`models/mllm.py`), or a ViT and a language model that never met (`models/pair.py`). Both
+The frozen models are an MLLM (`models/mllm.py`), or a separate ViT and language model (`models/pair.py`). Both
 answer the same questions: what is read of a frame, how wide it is, which texts surround it. The visual tokens are
 either the N queries of the Q-Adapter (`--visual queries`) or tokens of each frame (`--visual frames`, and every other
 method). A pair needs a trained connector to the language model; an MLLM has a projector of its own, and a connector

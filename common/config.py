@@ -73,7 +73,7 @@ class Config:
     mllm: str | None = daily(None, "adapt this multimodal language model: a folder or a hub id", type=text)
     vit: str | None = daily(None, "or this ViT: a folder, a .pth file or a hub id", type=text)
     lm: str | None = daily(None, "with this language model: a folder or a hub id", type=text)
-    method: str = daily("qadapter", "what is trained", choices=METHODS)
+    method: str = daily("qadapter", "what is trained; docs/design.md describes each", choices=METHODS)
     epochs: int = daily(8, "passes over the training clips", type=count(1, 10**5))
     batch_size: int = daily(16, "clips per step, over all processes", type=count(1))
     cache_features: bool = daily(False, "run the frozen ViT once per frame and store its outputs on the disk, in bf16")
@@ -175,7 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
         name, words = options.pop("group"), options.pop("help")
         if option.default not in (None, False, 0) or any(option.name in preset for preset in PRESETS.values()):
             presets = [f"{preset[option.name]} on {dataset}" for dataset, preset in PRESETS.items()
-                       if option.name in preset]
+                       if preset.get(option.name, option.default) != option.default]
             words += f" (default: {', '.join([str(option.default), *presets])})"
         if option.type is bool:
             options["action"] = "store_true"
