@@ -178,6 +178,8 @@ def main() -> int:
         inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
     examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, config.frames,
                                 config.captions_per_clip, config.seed, captioner.lm.config.eos_id, MAX_CAPTION_TOKENS)
+    if examples.num_truncated:
+        print(f"captions longer than {MAX_CAPTION_TOKENS} tokens, which are truncated: {examples.num_truncated}")
 
     def load_batch(batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """This process's share of a batch of (clip, epoch): frames (B, T, 3, S, S), labels (B, K, L)."""
