@@ -7,8 +7,8 @@ The defaults of a dataset override those of the fields:
 |---|---|
 | shapes | small models: large batches are cheap; the six captions of a clip say the same, so one of them is enough;
            weight decay and token dropout keep the adapter from memorizing the clips (docs/log.md) |
-| msvd   | 41 captions per clip: five share one encoding of the clip; 8 frames, since clips last 10 seconds; an MLLM's
-           ViT has 1,024 patches or more per frame: 8 clips at once keep a GPU busy and fit into 8 GB |
+| msvd   | 41 captions per clip: five share one encoding of the clip; 8 frames, since clips last 10 seconds; 8 at once,
+           since an MLLM's ViT has 1,024 patches per frame |
 | msrvtt | 20 captions per clip, four of them share an encoding; 12 frames, since clips last 15 seconds and have cuts |
 | folder | nothing is known: a clip may have one caption only, and a small dataset needs more epochs |
 

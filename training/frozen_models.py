@@ -23,8 +23,8 @@ from models.weights import weight_files
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
-# Both saw videos in training and are under Apache-2.0. SmolVLM2 256M is the smallest: 1.0 GB to download, 214 GFLOP per
-# frame in the ViT. InternVL3.5 1B, larger, has 2.1 GB and 724. docs/models.md compares them with others.
+# The MLLMs of msvd and msrvtt, on a CPU and elsewhere. Both read videos and are under Apache-2.0. SmolVLM2 256M is the
+# smallest: 1.0 GB to download, 214 GFLOP per frame in the ViT; InternVL3.5 1B has 2.1 GB and 724 (docs/models.md).
 SMOLVLM2, INTERNVL = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "OpenGVLab/InternVL3_5-1B-HF"
 
 
