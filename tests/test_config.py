@@ -83,6 +83,7 @@ def test_the_defaults_of_a_dataset(dataset):
     ("--mllm m --vit v", "--vit, --lm and --image-size: expected without --mllm"),
     ("--mllm m --image-size 32", "--image-size"), ("--visual frames --write-back", "--visual frames: expected --mllm"),
     ("--mllm m --visual frames", "--visual frames: expected .* --write-back"),
+    ("--dataset msvd --lm l --visual frames --write-back", "--visual frames: expected --mllm"),
     ("--method lora --write-back", "--write-back and --variant"), ("--method lora --variant v", "--variant"),
     ("--instruction x", "--instruction: expected --mllm"), ("--grid 2", "--grid: expected --visual frames"),
     ("--rank 6", "--rank: expected a multiple of 4"), ("--cache-features --write-back", "--cache-features"),

@@ -260,12 +260,26 @@ def test_the_committed_models_load_and_stay_small():
 
 
 def test_default_models_and_pinned_commits(monkeypatch):
-    """TinyLlama where there is a GPU. A run stores the commit of a hub id."""
-    for device, lm in ((CPU, "JackFram/llama-160m"), (torch.device("cuda"), frozen_models.TINYLLAMA)):
-        for dataset in ("msvd", "msrvtt", "folder"):
-            config = frozen_models.with_default_models(Config(dataset=dataset), device)
-            assert (config.vit, config.lm) == ("openai/clip-vit-base-patch16", lm)
-        assert frozen_models.with_default_models(Config(), device).vit == "backbones/tiny-vit"
+    """An MLLM, of the device, on msvd and msrvtt; a flag about a ViT or a language model asks for a pair, which is the
+    default of the others. A run stores the commit of a hub id."""
+    clip = "openai/clip-vit-base-patch16"
+    for device, lm, mllm in ((CPU, "JackFram/llama-160m", "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"),
+                             (torch.device("cuda"), frozen_models.TINYLLAMA, "OpenGVLab/InternVL3_5-1B-HF")):
+
+        def models(*words: str, device: torch.device = device) -> tuple:
+            config = frozen_models.with_default_models(parse_args(["--dataset", *words]), device)
+            return config.mllm, config.vit, config.lm
+
+        for dataset in ("msvd", "msrvtt"):
+            assert models(dataset) == models(dataset, "--visual", "frames", "--write-back") == (mllm, None, None)
+            assert models(dataset, "--mllm", "m") == ("m", None, None)
+            assert models(dataset, "--vit", "v") == (None, "v", lm)
+            assert models(dataset, "--lm", "l") == (None, clip, "l")
+            for flag, value in (("--image-size", "336"), ("--vit-blocks", "9")):
+                assert models(dataset, flag, value) == (None, clip, lm)
+        assert models("folder") == (None, clip, lm)
+        assert models("shapes") == (None, "backbones/tiny-vit", "backbones/tiny-lm")
+    config = frozen_models.with_default_models(Config(dataset="folder"), device)
     checks = {}
     monkeypatch.setattr(hub, "resolve", lambda name, check: checks.update({name: check}) or Path("/cache") / name)
     monkeypatch.setattr(hub, "pin_revision", lambda name, folder: f"{name}@abc")

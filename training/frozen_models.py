@@ -23,12 +23,15 @@ from models.weights import weight_files
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
+# The MLLMs of msvd and msrvtt, on a CPU and elsewhere. Both read videos and are under Apache-2.0. SmolVLM2 256M is the
+# smallest: 1.0 GB to download, 214 GFLOP per frame in the ViT; InternVL3.5 1B has 2.1 GB and 724 (docs/models.md).
+SMOLVLM2, INTERNVL = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "OpenGVLab/InternVL3_5-1B-HF"
 
 
 def with_default_models(config: Config, device: torch.device) -> Config:
-    """The config with a ViT and a language model where no flag names them."""
-    if config.mllm is not None:
-        return config
+    """The config with an MLLM, or with what a pair lacks, where no flag names them."""
+    if not config.is_pair:
+        return replace(config, mllm=config.mllm or (SMOLVLM2 if device.type == "cpu" else INTERNVL))
     vit, lm = TINY if config.dataset == "shapes" else (CLIP, LLAMA_160M if device.type == "cpu" else TINYLLAMA)
     return replace(config, vit=config.vit or vit, lm=config.lm or lm)
 
