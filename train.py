@@ -34,7 +34,7 @@ from video_data.batches import TrainingExamples, collate, epoch_batches, prefetc
 from video_data.datasets import read_dataset
 
 MEASURED_CLIPS = 16  # at most, of the first batch, give the adapter's channel statistics
-LOG_EVERY = 20  # steps
+LOG_EVERY, SAVE_EVERY = 20, 200  # steps
 
 
 def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, tokens: int,
@@ -228,7 +228,7 @@ def main() -> int:
                     best_cider = cider
                     run.save("best", captioner, step)
             stop = group.all_reduce(len(interrupts)) > 0
-            if step in validation_steps or stop or step % config.save_every == 0:
+            if step in validation_steps or stop or step % SAVE_EVERY == 0:
                 run.save("last", captioner, step, optimizer, best_cider)
             if stop:
                 group.barrier()  # torchrun ends all processes when one has ended

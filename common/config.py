@@ -121,7 +121,6 @@ class Config:
                               choices=("auto", *DTYPES))
 
     eval_every: int = saving(4, "epochs between validations", type=count(1))
-    save_every: int = saving(200, "steps between checkpoints", type=count(1))
     beams: int = saving(5, "beams of the search on the test split", type=count(1, 1000))
 
     @property
