@@ -26,7 +26,8 @@ VALUES = dict(  # of every field, none of them the default
     dataset="msvd", data=Path("-odd name"), mllm="m", vit="v", lm="l", method="linear", epochs=3, batch_size=5,
     cache_features=True, out=Path("o"), resume=Path("r"), plan=True, device="cuda", frames=7, captions_per_clip=2,
     image_size=32, vit_blocks=2, allow_missing=True, shapes_sizes=(5, 6, 7), queries=9, rank=12, last_blocks=0,
-    gate="none", word_epochs=3, compile=True, write_back=True, token_dropout=0.25, variant="v", visual="frames", grid=2, instruction="Name it: -x 'é'", lr=0.5,
+    gate="none", word_epochs=3, compile=True, write_back=True,
+    token_dropout=0.25, variant="v", visual="frames", grid=2, instruction="Name it: -x 'é'", lr=0.5,
     weight_decay=1e-7, micro_batch_size=2, seed=8, precision="bf16", eval_every=2, beams=4)
 NEEDS = {"visual": dict(mllm="m", write_back=True), "grid": dict(method="linear"), "instruction": dict(mllm="m")}
 STORED = [name for name in VALUES if name not in NOT_STORED]
