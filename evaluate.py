@@ -64,7 +64,7 @@ def load_run(run: Path | None, device: torch.device, **models: str) -> tuple[Cap
     config, folders = resolve_models(config)
     if run is not None:
         check_models(run, fingerprint_models(folders))
-    backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size)
+    backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size, config.vit_blocks)
     captioner = Captioner(backbone, tokenizer, config)
     if run is not None:
         captioner.load(run / "best/adapter.safetensors")
@@ -120,7 +120,7 @@ def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, c
 
 def format_scores(scores: dict[str, float]) -> str:
     """Scores times 100, as papers print them; accuracies in %."""
-    return "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
+    return "  ".join(f"{metrics.printed_name(name)} {100 * value:.1f}" for name, value in scores.items())
 
 
 def evaluate_split(captioner: Captioner, dataset: VideoDataset, args: argparse.Namespace, config: Config) -> None:

@@ -2,7 +2,7 @@
 
     frames -> ViT -> visual tokens in a prompt -> language model -> caption
 
-The frozen models are an MLLM (`models/mllm.py`), or a ViT and a language model that never met (`models/pair.py`). Both
+The frozen models are an MLLM (`models/mllm.py`), or a separate ViT and language model (`models/pair.py`). Both
 answer the same questions: what is read of a frame, how wide it is, which texts surround it. The visual tokens are
 either the N queries of the Q-Adapter (`--visual queries`) or tokens of each frame (`--visual frames`, and every other
 method). A pair needs a trained connector to the language model; an MLLM has a projector of its own, and a connector
@@ -292,6 +292,7 @@ class Captioner(nn.Module):
         check_length(self.lm.config, self.prefix_length(num_frames), max_new_tokens, beams)
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # --compile is for steps; a cache that grows would be compiled again
     def caption(self, frames: Tensor, beams: int = 1, max_new_tokens: int = MAX_NEW_TOKENS,
                 times: Tensor | None = None) -> list[str]:
         """The input, and its times, see `forward` -> one caption per clip; greedy with one beam."""

@@ -29,11 +29,12 @@ from training.inputs import cached_inputs
 from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from training.plan import count_steps, format_plan, format_steps
 from training.run import Run, check_models, check_out, data_differences
+from training.words import learn_words
 from video_data.batches import TrainingExamples, collate, epoch_batches, prefetch
 from video_data.datasets import read_dataset
 
 MEASURED_CLIPS = 16  # at most, of the first batch, give the adapter's channel statistics
-LOG_EVERY = 20  # steps
+LOG_EVERY, SAVE_EVERY = 20, 200  # steps
 
 
 def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, tokens: int,
@@ -110,10 +111,13 @@ def load_captioner(config: Config, device: torch.device,
     with group.first_of_machine():  # one process of each machine downloads
         config, folders = resolve_models(with_default_models(config, device))
     dtype = devices.DTYPES[config.precision]
-    backbone, tokenizer = load_models(folders, dtype, config.image_size, meta=config.plan)
+    backbone, tokenizer = load_models(folders, dtype, config.image_size, config.vit_blocks, config.plan)
     with backbone.vit.position.device:
         captioner = Captioner(backbone, tokenizer, config)
     captioner.check_length(config.frames, config.beams)  # of the test split, which comes after all training
+    if config.compile and not config.plan:
+        for block in backbone.lm.blocks:
+            block.compile(dynamic=True)
     return (captioner, {}) if config.plan else (captioner.to(device), fingerprint_models(folders))
 
 
@@ -176,6 +180,8 @@ def main() -> int:
     rows = captioner.vit.num_steps(config.frames) if config.cache_features else config.frames
     examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, rows,
                                 config.captions_per_clip, config.seed, captioner.lm.config.eos_id, MAX_CAPTION_TOKENS)
+    if examples.num_truncated:
+        print(f"captions longer than {MAX_CAPTION_TOKENS} tokens, which are truncated: {examples.num_truncated}")
 
     def load_batch(batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor | None]:
         """This process's share of a batch of (clip, epoch): frames (B, T, 3, S, S), labels (B, K, L), times or None."""
@@ -197,6 +203,8 @@ def main() -> int:
             first_batch = next(epoch_batches(len(clips), config.batch_size, 1, config.seed))
             frames, _ = collate([examples[key] for key in first_batch[:MEASURED_CLIPS]])
             captioner.measure_channels(frames.to(device))
+        if config.word_epochs and steps:
+            learn_words(captioner, examples.captions, load_batch, device, group)
         run.create(captioner, optimizer, dataset)
     group.broadcast(captioner.checkpoint_tensors().values())
 
@@ -223,7 +231,7 @@ def main() -> int:
                     best_cider = cider
                     run.save("best", captioner, step)
             stop = group.all_reduce(len(interrupts)) > 0
-            if step in validation_steps or stop or step % config.save_every == 0:
+            if step in validation_steps or stop or step % SAVE_EVERY == 0:
                 run.save("last", captioner, step, optimizer, best_cider)
             if stop:
                 group.barrier()  # torchrun ends all processes when one has ended

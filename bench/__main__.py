@@ -1,4 +1,4 @@
-"""`python -m bench`: speed and memory of this project beside other libraries that do the same work.
+"""`python -m bench`: speed and memory of this project against other libraries that do the same work.
 
 The output is a JSON object for the machine and one for each comparison, with medians and ratios, theirs / ours: the
 median, the lowest, the highest. Above 1, ours needs less.
@@ -18,7 +18,7 @@ REPEATS = 3  # turns of each side
 
 
 def main() -> None:
-    parser = cli.Parser("Measures this project beside libraries that do the same.", "python -m bench [--only train]")
+    parser = cli.Parser("Measures this project against libraries that do the same.", "python -m bench [--only train]")
     names = list(dict.fromkeys(name for name, *_ in BENCHMARKS))
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names,
                         help=f"what to measure: {', '.join(names)} (default: all)")

@@ -1,4 +1,4 @@
-"""Time and memory of a work of ours beside the same work of another library, each in a process of its own. Linux only.
+"""Time and memory of our work against the same work of another library, each in a process of its own. Linux only.
 """
 
 import os

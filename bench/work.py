@@ -110,7 +110,7 @@ class PeftCaptioner(nn.Module):
 
 
 def step(method: str, adapted: str, side: str) -> Work:
-    """A training step in bf16 on B clips with K captions each: a method of ours beside LoRA in the adapted model. The
+    """A training step in bf16 on B clips with K captions each: a method of ours against LoRA in the adapted model. The
     result is the connector's gradient. `lora` is the same model as LoRA in the ViT."""
     vit, lm = load(ViT, side, "bf16"), load(CausalLM, side, "bf16")
     frames, labels = (255 * random_tensor(B, T, 3, S, S).sigmoid()).byte(), random_ids(B, K, L)
@@ -167,9 +167,9 @@ def score(videos: int, count: int, side: str) -> Work:
 
 INF = math.inf  # for different works, and for beams in bf16, which may part
 BENCHMARKS = [  # the name for --only, what it is, how far the results may differ, the work of a side
-    ("train", "a step of the Q-Adapter beside LoRA in the ViT", INF, partial(step, "qadapter", "ViT")),
-    ("train", "a step of lora beside LoRA in the ViT", 0.1, partial(step, "lora", "ViT")),
-    ("train", "a step of the Q-Adapter beside LoRA in the LM", INF, partial(step, "qadapter", "language model")),
+    ("train", "a step of the Q-Adapter against LoRA in the ViT", INF, partial(step, "qadapter", "ViT")),
+    ("train", "a step of lora against LoRA in the ViT", 0.1, partial(step, "lora", "ViT")),
+    ("train", "a step of the Q-Adapter against LoRA in the LM", INF, partial(step, "qadapter", "language model")),
     ("vit", "ViT-B/16, 16 frames, fp32", 2e-5, partial(run_vit, "fp32")),
     ("vit", "ViT-B/16, 16 frames, bf16", 0.05, partial(run_vit, "bf16")),
     ("lm", "Llama-160m, logits of 8 x 64 tokens, fp32", 2e-5, partial(run_lm, "fp32")),

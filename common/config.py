@@ -7,7 +7,8 @@ The defaults of a dataset override those of the fields:
 |---|---|
 | shapes | small models: large batches are cheap; the six captions of a clip say the same, so one of them is enough;
            weight decay and token dropout keep the adapter from memorizing the clips (docs/log.md) |
-| msvd   | 41 captions per clip: five share one encoding of the clip; 8 frames, since clips last 10 seconds |
+| msvd   | 41 captions per clip: five share one encoding of the clip; 8 frames, since clips last 10 seconds; 8 at once,
+           since an MLLM's ViT has 1,024 patches per frame |
 | msrvtt | 20 captions per clip, four of them share an encoding; 12 frames, since clips last 15 seconds and have cuts |
 | folder | nothing is known: a clip may have one caption only, and a small dataset needs more epochs |
 
@@ -29,7 +30,7 @@ from common.errors import InputError, error_prefix
 from common.files import field as json_field
 from common.files import read_json
 
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "prompt", "full")
 INSTRUCTION = "Describe the video."
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -37,8 +38,8 @@ DTYPES = ("fp32", "bf16")
 HEADS = 4  # of the attention in qadapter.py; the rank is a multiple of them
 PRESETS = {
     "shapes": dict(captions_per_clip=1, batch_size=64, epochs=8, weight_decay=0.2, token_dropout=0.3, beams=1),
-    "msvd": dict(captions_per_clip=5, batch_size=32, epochs=49),
-    "msrvtt": dict(frames=12, captions_per_clip=4, batch_size=64, epochs=20),
+    "msvd": dict(captions_per_clip=5, batch_size=32, micro_batch_size=8, epochs=49),
+    "msrvtt": dict(frames=12, captions_per_clip=4, batch_size=64, micro_batch_size=8, epochs=20),
     "folder": dict(captions_per_clip=1, batch_size=16, epochs=20),
 }
 ALLOWED_WITH_RESUME = {"resume", "device", "data", "epochs"}
@@ -70,10 +71,11 @@ class Config:
 
     dataset: str = daily("shapes", "what to train on", choices=tuple(PRESETS))
     data: Path | None = daily(None, "the dataset's folder (default: data/DATASET)", type=Path)
-    mllm: str | None = daily(None, "adapt this multimodal language model: a folder or a hub id", type=text)
+    mllm: str | None = daily(None, "adapt this multimodal language model: a folder or a hub id (default on msvd and "
+                             "msrvtt: SmolVLM2 256M on a CPU, else InternVL3.5 1B)", type=text)
     vit: str | None = daily(None, "or this ViT: a folder, a .pth file or a hub id", type=text)
     lm: str | None = daily(None, "with this language model: a folder or a hub id", type=text)
-    method: str = daily("qadapter", "what is trained", choices=METHODS)
+    method: str = daily("qadapter", "what is trained; docs/design.md describes each", choices=METHODS)
     epochs: int = daily(8, "passes over the training clips", type=count(1, 10**5))
     batch_size: int = daily(16, "clips per step, over all processes", type=count(1))
     cache_features: bool = daily(False, "run the frozen ViT once per frame and store its outputs on the disk, in bf16")
@@ -85,6 +87,8 @@ class Config:
     frames: int = clips(8, "frames per clip", type=count(1, 4096))
     captions_per_clip: int = clips(1, "captions per clip in a step", type=count(1, 1000))
     image_size: int | None = clips(None, "side of the ViT's input in pixels (default: its own)", type=count(1, 4096))
+    vit_blocks: int | None = clips(None, "use the first so many blocks of --vit, and not the last (default: all)",
+                                   type=count(1, 10**4))
     allow_missing: bool = clips(False, "leave out clips without a video or a caption")
     shapes_sizes: tuple[int, ...] | None = clips(None, "clips in each split of shapes, when its folder is made",
                                                  type=count(1, 10**6), nargs=3, metavar=("TRAIN", "VAL", "TEST"))
@@ -104,17 +108,27 @@ class Config:
                           "feature", type=count(0, 256), metavar="G")
     instruction: str = prompting(INSTRUCTION, "what an MLLM is told to do", type=text)
 
+    word_epochs: int = training(0, "epochs before the first step, without the language model: visual tokens learn to "
+                                "point at the words of captions", type=count(0, 10**5))
     lr: float = training(5e-3, "peak learning rate of AdamW", type=cli.number(float, 1e-12, 1e6))
     weight_decay: float = training(0.01, "weight decay of AdamW", type=cli.number(float, 0, 1e6))
-    micro_batch_size: int | None = training(None, "clips of a process in memory at once; gradients are summed "
-                                            "(default: its whole batch)", type=count(1))
+    micro_batch_size: int | None = training(None, "clips of a process in memory at once; gradients are summed; "
+                                            "None: its whole batch", type=count(1))
+    compile: bool = training(False, "compile the language model's blocks: faster steps after a minute; CPUs need a C++ "
+                             "compiler")
     seed: int = training(0, "seed of weights, clip order, frames and captions", type=count(0))
     precision: str = training("auto", "of the frozen weights; auto: bf16 where the device has instructions for it",
                               choices=("auto", *DTYPES))
 
     eval_every: int = saving(4, "epochs between validations", type=count(1))
-    save_every: int = saving(200, "steps between checkpoints", type=count(1))
     beams: int = saving(5, "beams of the search on the test split", type=count(1, 1000))
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether a ViT and a language model are joined, not an MLLM adapted: where a flag is about one of the two, and
+        by default on shapes and folder."""
+        has_flag = self.vit or self.lm or self.image_size or self.vit_blocks
+        return self.mllm is None and bool(has_flag or self.dataset in ("shapes", "folder"))
 
     @property
     def reads_queries(self) -> bool:
@@ -136,13 +150,13 @@ class Config:
         """Raises InputError for flags that do not fit each other."""
         is_qadapter, reads_frames = self.method == "qadapter", self.visual == "frames"
         for is_refused, message in (
-            (self.mllm and (self.vit or self.lm or self.image_size),
-             "--vit, --lm and --image-size: expected without --mllm, which has both models"),
-            (reads_frames and not (self.mllm and is_qadapter and self.write_back),
+            (self.mllm and (self.vit or self.lm or self.image_size or self.vit_blocks),
+             "--vit, --lm, --image-size and --vit-blocks: expected without --mllm, which has both models"),
+            (reads_frames and (self.is_pair or not (is_qadapter and self.write_back)),
              "--visual frames: expected --mllm, --method qadapter and --write-back, else nothing reads the queries"),
             ((self.write_back or self.variant) and not is_qadapter,
              "--write-back and --variant: expected --method qadapter"),
-            (self.instruction != INSTRUCTION and not self.mllm,
+            (self.instruction != INSTRUCTION and self.is_pair,
              "--instruction: expected --mllm; the prompt of a ViT and a language model is fixed"),
             (self.grid and self.reads_queries,
              "--grid: expected --visual frames or another method; queries have no grid"),
@@ -169,7 +183,7 @@ def make_parser() -> argparse.ArgumentParser:
         name, words = options.pop("group"), options.pop("help")
         if option.default not in (None, False, 0) or any(option.name in preset for preset in PRESETS.values()):
             presets = [f"{preset[option.name]} on {dataset}" for dataset, preset in PRESETS.items()
-                       if option.name in preset]
+                       if preset.get(option.name, option.default) != option.default]
             words += f" (default: {', '.join([str(option.default), *presets])})"
         if option.type is bool:
             options["action"] = "store_true"

@@ -23,7 +23,7 @@ from . import bleu, cider, inputs, meteor, ngrams, ptb, rouge
 from .inputs import InputError
 from .meteor_data import load as load_meteor_tables
 
-__all__ = ["METRICS", "VERSION", "InputError", "Scores", "score"]
+__all__ = ["METRICS", "VERSION", "InputError", "Scores", "printed_name", "score"]
 
 VERSION = "1.0"
 METRICS = ("BLEU", "METEOR", "ROUGE_L", "CIDEr")
@@ -44,6 +44,11 @@ class Scores:
     per_video: dict
     signature: str
     notes: tuple = ()
+
+
+def printed_name(name):
+    """A score's name as papers write it: "BLEU-4" for "Bleu_4", which is pycocoevalcap's name."""
+    return name.replace("Bleu_", "BLEU-").replace("ROUGE_L", "ROUGE-L")
 
 
 def check_options(tokenizer, metrics):

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from . import METRICS, TOKENIZERS, InputError, inputs, score
+from . import METRICS, TOKENIZERS, InputError, inputs, printed_name, score
 
 
 def warn(text, end="\n"):
@@ -39,8 +39,9 @@ class Progress:
 
 def format_table(scores):
     """Scores x100, one per line, and the signature."""
-    width = max(map(len, scores.corpus))
-    lines = [f"{name:<{width}}  {100 * value:6.2f}" for name, value in scores.corpus.items()]
+    rows = {printed_name(name): value for name, value in scores.corpus.items()}
+    width = max(map(len, rows))
+    lines = [f"{name:<{width}}  {100 * value:6.2f}" for name, value in rows.items()]
     return "\n".join([*lines, scores.signature])
 
 
@@ -72,17 +73,19 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     text = "BLEU, METEOR, ROUGE-L and CIDEr of captions, equal to pycocoevalcap's scores; no Java."
-    parser = Parser(prog="python -m metrics", allow_abbrev=False, description=text)
+    example = "python -m metrics --references refs.json --hypotheses predictions.json"
+    parser = Parser(prog="python -m metrics", usage=example, allow_abbrev=False, description=text)
     flag = parser.add_argument
     flag("--references", required=True, help="JSON: {id: [caption, ...]} or COCO annotations")
     flag("--hypotheses", required=True, help="JSON: {id: caption}, {id: [caption]} or COCO results")
-    flag("--tokenizer", choices=TOKENIZERS, default="ptb", help="ptb (as papers), none (already tokenized)")
-    flag("--json", action="store_true", help="print one JSON object, unscaled")
-    flag("--per-video", metavar="FILE", help="write each video's scores as CSV")
+    flag("--tokenizer", choices=TOKENIZERS, default="ptb",
+         help="ptb: as papers do; none: the captions are tokenized already (default: ptb)")
+    flag("--json", action="store_true", help="print one JSON object, with scores from 0 to 1 (CIDEr: 0 to 10)")
+    flag("--per-video", metavar="FILE", help="write the scores of each video as CSV, unscaled")
     flag("--subset", action="store_true", help="score only the videos that have a hypothesis")
     flag("--strict", action="store_true", help="fail if METEOR's tables are missing")
     flag("--meteor-data", metavar="DIR", help="folder of meteor-1.5.jar and paraphrase-en.gz")
-    flag("--metrics", nargs="+", choices=METRICS, default=METRICS, help="which to compute (all)")
+    flag("--metrics", nargs="+", choices=METRICS, default=METRICS, help="which to compute (default: all)")
     return parser
 
 

@@ -8,7 +8,7 @@ Trained weights are float32 and are cast to the dtype of the frozen model. LoRA 
 0 is the frozen model; prompts change it from the start. The frozen tensors keep their names. There is no dropout, and
 LoRA's A starts with a standard deviation of 1 / sqrt(inputs).
 
-Shapes: n images, P tokens of the ViT an image, D width, r rank, N prompts.
+Shapes: n images, P tokens of the ViT per image, D width, r rank, N prompts.
 
 References
 [1] LoRA, https://arxiv.org/abs/2106.09685, eq. 3.

@@ -26,7 +26,15 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from common.errors import InputError, reading
-from common.files import acquire_lock, field, format_bytes, parse_object, replace_atomically, sha256_of
+from common.files import (
+    acquire_lock,
+    check_disk_space,
+    field,
+    format_bytes,
+    parse_object,
+    replace_atomically,
+    sha256_of,
+)
 from common.preprocessing import IMAGE_PREPROCESSORS, VIDEO_PREPROCESSORS
 from models.weights import WEIGHT_FILE_NAMES, read_index
 
@@ -129,8 +137,9 @@ def _download_model(repo: str, revision: str, home: Path, check: Callable[[Path]
         weights += read_index(folder / weights[0])
         if missing := [name for name in weights if name not in files]:
             raise InputError(f"{folder / weights[0]}: names {missing[0]}, which {base_url} does not have")
-    total = format_bytes(sum(files[name][0] for name in configs + weights))
-    print(f"downloading {len(configs + weights)} files, {total}, from {base_url} into {folder}")
+    total = sum(files[name][0] for name in configs + weights)
+    print(f"downloading {repo}: {len(configs + weights)} files, {format_bytes(total)}, from {endpoint} into {folder}")
+    check_disk_space(home, total - sum(path.stat().st_size for path in folder.rglob("*.*")), str(folder))
     download(configs)
     check(folder)
     download(weights)

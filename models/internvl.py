@@ -7,8 +7,8 @@
 The other repositories of the same models have other names and another model_type, internvl_chat. Each frame is one
 image of 448 x 448 pixels, never cut into tiles, and 256 visual tokens.
 
-Shapes: n images, P tokens of the ViT an image, D their width, P' visual tokens an image, C width of the language model,
-s the side of a square.
+Shapes: n images, P tokens of the ViT per image, D their width, P' visual tokens per image, C width of the language
+model, s the side of a square.
 
 References
 [1] https://arxiv.org/abs/2504.10479, https://arxiv.org/abs/2508.18265; transformers' configuration_internvl.py,

@@ -7,7 +7,7 @@
 The output of any block may be taken. OneVision also shrinks the grid of each frame to half its side, and puts one
 learned token after the last frame.
 
-Shapes: n images, P tokens of the ViT an image, P' visual tokens an image, C width of the language model.
+Shapes: n images, P tokens of the ViT per image, P' visual tokens per image, C width of the language model.
 
 References
 [1] https://arxiv.org/abs/2310.03744; transformers' modeling_llava.py

@@ -16,8 +16,8 @@ A config.json [1] has a vision_config and a text_config. They leave out what is 
 a lot: LLaVA 1.5 states three fields of its Llama. Blocks of the ViT behind the one whose output is taken change
 nothing: our model does not have them, and their tensors are ignored.
 
-Shapes: B clips, T frames a clip, n images, P tokens of the ViT an image, D their width,
-P' visual tokens an image, C width of the language model, L its positions, s the side of a square.
+Shapes: B clips, T frames per clip, n images, P tokens of the ViT per image, D their width,
+P' visual tokens per image, C width of the language model, L its positions, s the side of a square.
 
 References
 [1] transformers, models/*/configuration_*.py for defaults and tying, modeling_*.py for the order of operations and the

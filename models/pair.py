@@ -1,4 +1,4 @@
-"""A ViT and a language model that never met, behind the interface of an MLLM (`mllm.py`).
+"""A separate ViT and language model, behind the interface of an MLLM (`mllm.py`).
 
     BOS | visual tokens | "a video of" | caption | EOS
 

@@ -228,6 +228,13 @@ class ViT(nn.Module):
         x = x.mean(1) if self.cls is None else x[:, 0]
         return x if self.config.final_norm else self.post_norm(x)
 
+    def keep_blocks(self, count: int) -> None:
+        """Drops all blocks but the first `count`: what comes after the ViT reads the last that is left. The last blocks
+        of a ViT serve its own training task; an earlier one can tell more. Raises InputError if there are fewer."""
+        if count > self.config.depth:
+            raise InputError(f"--vit-blocks {count}: the ViT has {self.config.depth}")
+        self.blocks, self.config = self.blocks[:count], replace(self.config, depth=count)
+
     def resize(self, image_size: int, align_corners: bool = False) -> None:
         """Changes S to `image_size`: the grid of position embeddings is interpolated, bicubic.
 

@@ -13,7 +13,7 @@ Models of type `clip` and `siglip` also contain a text encoder, which is ignored
 multimodal models: `idefics3` (`smolvlm.py`), SigLIP without pooling, `internvl` (`internvl.py`), DINOv2 without its
 last norm, and `qwen3_vl` (`qwen3_vl.py`), on pairs of frames. Configs are dicts of the fields of `vit.ViTConfig`.
 
-Shapes: P tokens an image, D width.
+Shapes: P tokens per image, D width.
 
 References
 [1] CLIP, https://arxiv.org/abs/2103.00020; SigLIP, https://arxiv.org/abs/2303.15343; DINOv2,

@@ -31,19 +31,21 @@ def make_panels(rows: list[dict], first_block: int) -> list[tuple[str, float, di
     captions; what the rows of the log have of it. first_block: the number of the first adapted block."""
     train, val = ([row for row in rows if name in row] for name in ("loss", "val"))
     panels = [("training loss", 1, {"": [(row["step"], row["loss"]) for row in train]})]
-    for title, name in ("mean gate of each adapted block", "gates"), ("saturated share of its gates", "saturated"):
+    for title, name in ("mean gate after block", "gates"), ("saturated gates after block", "saturated"):
         panels.append((title, 1, {str(first_block + i): [(row["step"], row[name][i]) for row in train]
                                   for i in range(len(train[0].get(name, ())))}))
-    for title, unit, names in ("validation", 50, ["CIDEr"]), ("validation, %", 100, RIGHT):
-        panels.append((title, unit, {name: [(row["step"], 100 * row["val"][name]) for row in val]
+    for title, unit, names in ("validation", 50, ["CIDEr"]), ("validation, % right", 100, RIGHT):
+        panels.append((title, unit, {name.removesuffix(" right"): [(row["step"], 100 * row["val"][name]) for row in val]
                                      for name in names if name in val[0]["val"]}))
     return [panel for panel in panels if panel[2]]
 
 
 def draw_run(run_folder: Path, first_block: int) -> str:
-    """The curves of a run for a page of any colour and width, an SVG each; nothing for a run that trained nothing.
-    Raises InputError for a damaged log."""
+    """The curves of a run for a page of any colour and width, an SVG each; nothing for a run that trained nothing, or
+    that comes without its log, as demo/ does. Raises InputError for a damaged log."""
     path = run_folder / "log.jsonl"
+    if not path.exists():
+        return ""
     with reading(path):
         rows = [row for _, row in read_json_lines(path)]
         panels = make_panels(rows, first_block) if {"loss", "val"} <= set().union(*rows) else []

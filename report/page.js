@@ -12,7 +12,7 @@ function element(tag, className, text) {
   return node;
 }
 
-// The attention of one query over the frames: light where it reads, dark elsewhere; each query by its own maximum.
+// The attention of one query over the frames: white over what it does not read; each query by its own maximum.
 function draw(canvas, clip, block, query) {
   const [, queries, frames, side] = clip.shape;
   if (!clip.bytes) clip.bytes = Uint8Array.from(atob(clip.attention), (letter) => letter.charCodeAt(0));
@@ -24,7 +24,7 @@ function draw(canvas, clip, block, query) {
     for (let y = 0; y < side; y++)
       for (let x = 0; x < side; x++) {
         const value = clip.bytes[start + (frame * side + y) * side + x];
-        image.data[4 * (y * canvas.width + frame * side + x) + 3] = 0.85 * (255 - value);
+        image.data.set([255, 255, 255, 0.75 * (255 - value)], 4 * (y * canvas.width + frame * side + x));
       }
   context.putImageData(image, 0, 0);
 }

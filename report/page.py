@@ -18,6 +18,7 @@ from string import Template
 import torch
 
 from common.files import read_json, replace_atomically
+from metrics import printed_name
 from report.attention import AttentionMaps, record_attention
 from report.curves import draw_run
 from report.show import film_strip, shown_frames
@@ -81,13 +82,13 @@ def format_rows(rows: dict[str, object]) -> str:
 def write_page(path: Path, run_folder: Path, title: str, entries: list[dict], first_block: int, settings: dict,
                scores: dict[str, float], signature: str = "", curves: str = "") -> None:
     """Writes a page about a run. entries: see `page_entry`; first_block: number of the first adapted block; settings:
-    beside those of the run; curves: SVGs, or nothing."""
+    rows to add to those of the run; curves: SVGs, or nothing."""
     data = {"clips": entries, "sortable": list(entries[0]["scores"]) if entries else [], "first": first_block}
     template, css, script = (Path(__file__).with_suffix(kind).read_text("utf-8") for kind in (".html", ".css", ".js"))
     page = Template(template).substitute(
         title=html.escape(f"{run_folder.resolve().name}: {title}"), css=css, script=script, curves=curves,
         settings=format_rows(read_settings(run_folder) | settings), signature=html.escape(signature),
-        scores=format_rows({name: f"{100 * value:.1f}" for name, value in scores.items()}),
+        scores=format_rows({printed_name(name): f"{100 * value:.1f}" for name, value in scores.items()}),
         data=json.dumps(data).replace("<", "\\u003c"))
     with replace_atomically(path) as file:
         file.write(page.encode(errors="backslashreplace"))  # names of files need not be UTF-8

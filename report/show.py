@@ -20,7 +20,7 @@ from report.attention import AttentionMaps, record_attention
 MAX_FRAMES = 64  # that are shown: a JPEG is at most 65,500 pixels wide
 STRIP_HEIGHT, QUALITY = 96, 75  # of a page's strip: pixels at most, JPEG's 1 to 100
 HEIGHT, LINE, LETTER, MARGIN = 160, 32, 12, 12  # of the PNG, in pixels: H, a line of text, a wide letter, margins
-DARK = 0.15  # how bright that is which is not read
+FADED = 0.25  # opacity of a patch that is not read, over white
 
 
 def shown_frames(count: int) -> list[int]:
@@ -51,10 +51,10 @@ def draw_text(words: str, width: int) -> Tensor:
     return torch.cat(pictures, dim=1)
 
 
-def brightness(maps: AttentionMaps) -> Tensor:
-    """How brightly each patch is shown (J, T, side, side), DARK to 1: what all queries read of it, by their gates."""
+def opacity(maps: AttentionMaps) -> Tensor:
+    """How opaque each patch is drawn (J, T, side, side), FADED to 1: what all queries read of it, by their gates."""
     read = (maps.gates[:, 0, :, None, None, None] * maps.patches()).sum(1)  # (J, T, side, side)
-    return DARK + (1 - DARK) * read / read.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    return FADED + (1 - FADED) * read / read.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 
 def draw_clip(frames: Tensor, caption: str, maps: AttentionMaps | None, first_block: int) -> Tensor:
@@ -63,10 +63,10 @@ def draw_clip(frames: Tensor, caption: str, maps: AttentionMaps | None, first_bl
     shown = shown_frames(len(frames))
     frames, width = frames[shown], HEIGHT * len(shown)
     parts = [side_by_side(frames, HEIGHT), draw_text(caption, width)]  # (3, H, W), (3, lines * LINE, W)
-    for i, row in enumerate(brightness(maps) if maps is not None else ()):
-        bright = F.interpolate(row[shown, None], frames.shape[-2:], mode="nearest")  # (T, 1, S, S)
+    for i, row in enumerate(opacity(maps) if maps is not None else ()):
+        opaque = F.interpolate(row[shown, None], frames.shape[-2:], mode="nearest")  # (T, 1, S, S)
         label = f"read after block {first_block + i}, mean gate {maps.gates[i, 0].mean():.2f}"
-        parts += [side_by_side(frames * bright, HEIGHT), draw_text(label, width)]
+        parts += [side_by_side(frames * opaque + 255 * (1 - opaque), HEIGHT), draw_text(label, width)]
     return F.pad(torch.cat(parts, dim=1), (MARGIN,) * 4, value=255)
 
 

@@ -106,14 +106,14 @@ def format_table(name: str) -> str:
     """One comparison as two tables of Markdown: scores; differences from the reference row, costs and flags."""
     table = CONTENT["tables"][name]
     upper = [["trained", "parameters", "share", "`--lr`", "seeds", *SCORES]]
-    lower = [[f"beside {table['reference']}", *COMPARED, *COSTS, "flags of the row", "of version 0.12.0"]]
+    lower = [[f"compared with {table['reference']}", *COMPARED, *COSTS, "flags of the row", "of version 0.12.0"]]
     rows = [row for row in read_rows(name) if row.best_runs]
     reference = next((row.best_runs for row in rows if row.label == table["reference"]), None)
     for row in rows:
         runs = row.best_runs
         compared = reference and row.label != table["reference"]
         costs = [[run[key] / unit for run in runs if run.get(key)] for key, unit in COSTS.values()]
-        upper.append([row.label, f"{runs[0]['trained']:,}", f"{100 * runs[0]['trained'] / runs[0]['total']:.2f} %",
+        upper.append([row.label, f"{runs[0]['trained']:,}", f"{100 * runs[0]['trained'] / runs[0]['total']:.2f}%",
                       format_rate(row, runs[0]["lr"]), str(len(runs)),
                       *(mean_and_spread(scores(runs, column)) for column in SCORES)])
         lower.append([row.label,

@@ -60,7 +60,7 @@ def test_links_lead_to_files_and_headings(page):
 
 @pytest.mark.parametrize("name", ["README.md", "docs/tour.md"])
 def test_the_python_of_a_page_prints_what_the_page_says(name, tmp_path, monkeypatch):
-    """In a folder that holds the demo only; numbers within 8 % or 0.1."""
+    """In a folder that holds the demo only; numbers within 8% or 0.1."""
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     monkeypatch.chdir(tmp_path)
     page = (ROOT / name).read_text()

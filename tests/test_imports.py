@@ -19,7 +19,7 @@ ALLOWED = {
     "video_data": {"common"},
     "model": {"common", "models", "qadapter"},
     "training": {"common", "models", "video_data"},
-    "report": {"common", "qadapter"},
+    "report": {"common", "metrics", "qadapter"},
     "evaluate": EVERYTHING - {"train", "bench", "backbones", "study"},
     "train": EVERYTHING - {"bench", "backbones", "study"},
     "bench": EVERYTHING,

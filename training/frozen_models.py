@@ -23,12 +23,15 @@ from models.weights import weight_files
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
+# The MLLMs of msvd and msrvtt, on a CPU and elsewhere. Both read videos and are under Apache-2.0. SmolVLM2 256M is the
+# smallest: 1.0 GB to download, 214 GFLOP per frame in the ViT; InternVL3.5 1B has 2.1 GB and 724 (docs/models.md).
+SMOLVLM2, INTERNVL = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "OpenGVLab/InternVL3_5-1B-HF"
 
 
 def with_default_models(config: Config, device: torch.device) -> Config:
-    """The config with a ViT and a language model where no flag names them."""
-    if config.mllm is not None:
-        return config
+    """The config with an MLLM, or with what a pair lacks, where no flag names them."""
+    if not config.is_pair:
+        return replace(config, mllm=config.mllm or (SMOLVLM2 if device.type == "cpu" else INTERNVL))
     vit, lm = TINY if config.dataset == "shapes" else (CLIP, LLAMA_160M if device.type == "cpu" else TINYLLAMA)
     return replace(config, vit=config.vit or vit, lm=config.lm or lm)
 
@@ -64,9 +67,10 @@ def fingerprint_models(folders: dict[str, Path]) -> dict[str, str]:
 
 
 def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | None = None,
-                meta: bool = False) -> tuple[MLLM | Pair, object]:
-    """The models and their tokenizer. image_size: side of the input of --vit in pixels; None: its own. With `meta` they
-    are on the meta device, and only the configs and the tokenizer are read. Raises InputError."""
+                vit_blocks: int | None = None, meta: bool = False) -> tuple[MLLM | Pair, object]:
+    """The models and their tokenizer. Of --vit: the side of its input in pixels and the number of its first blocks that
+    are used; None: as in its config. With `meta` the models are on the meta device, and only the configs and the
+    tokenizer are read. Raises InputError."""
 
     def load(model, part: str, *options):
         if meta:
@@ -76,4 +80,7 @@ def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | 
     with explain_out_of_memory(f"reading {' and '.join(map(str, folders.values()))}"):
         if "mllm" in folders:
             return load(MLLM, "mllm"), load_tokenizer(folders["mllm"])
-        return Pair(load(ViT, "vit", image_size), load(CausalLM, "lm")), load_tokenizer(folders["lm"])
+        vit = load(ViT, "vit", image_size)
+        if vit_blocks is not None:
+            vit.keep_blocks(vit_blocks)
+        return Pair(vit, load(CausalLM, "lm")), load_tokenizer(folders["lm"])

@@ -23,7 +23,7 @@ def plan_caches(config: Config, dataset: VideoDataset, captioner,
                                             captioner.states_times)
               for split, count in counts.items()}
     feature_splits = ("train", "val") if config.cache_features else ()  # the test split is read once
-    key = [fingerprints, config.precision, captioner.first_block, *captioner.deepstack]
+    key = [fingerprints, config.precision, captioner.first_block, len(captioner.vit.blocks), *captioner.deepstack]
     return {"frames": frames, "features": {
         split: batches.features_cache(frames[split], key, captioner.block_outputs_shape(counts[split]))
         for split in feature_splits}}

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: steps, passes over the captions, disk space, memory.
+"""What a run will take, before it starts: steps, passes over the captions, the ViT's work, disk space, memory.
 
 The memory is not computed with a formula for each layer. A step of the real model runs on PyTorch's meta device, whose
 tensors have a shape and no numbers. That takes a few seconds. Every new tensor counts until it is freed. Not counted:
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.config import Config
 from common.errors import InputError
@@ -148,9 +149,24 @@ def step_memory(captioner, config: Config, device: torch.device, caption_tokens:
     }
 
 
+def format_vit(config: Config, captioner, clips: int) -> str:
+    """The line about the ViT, which takes most of the time of training, on so many training clips. Hours depend on the
+    device, of which nothing is measured here."""
+    size = captioner.vit.config.image_size
+    with FlopCounterMode(display=False) as counter:  # a multiplication and an addition are 2 FLOP
+        captioner.vit.run_blocks(torch.empty(1, 3, size, size, dtype=captioner.dtype, device=META))
+    flop = counter.get_total_flops()
+    line = f"ViT: {flop / 1e9:,.0f} GFLOP per frame, {clips * config.frames * flop / 1e15:.3g} PFLOP per epoch"
+    if not config.can_cache_vit:
+        return f"{line} without its gradients"
+    features = 2 * math.prod(captioner.block_outputs_shape(config.frames))  # bf16
+    return f"{line}, or once with --cache-features, which stores {format_bytes(features)} per clip"
+
+
 def format_plan(config: Config, dataset: VideoDataset, captioner, device: torch.device, max_caption_tokens: int,
                 processes: int = 1) -> str:
-    """Caches and memory of a run as aligned lines, of a Captioner on the meta device and of one of so many processes.
+    """The ViT's work, caches and memory of a run as aligned lines, of a Captioner on the meta device and of one of so
+    many processes.
 
     max_caption_tokens: the longest L that training allows, whose memory is given too.
     """
@@ -164,7 +180,7 @@ def format_plan(config: Config, dataset: VideoDataset, captioner, device: torch.
             f"sum, with {CAPTION_TOKENS} tokens per caption": sum(memory.values()),
             f"sum, with {max_caption_tokens} tokens, the longest": sum(longest.values())},
     }
-    lines = []
+    lines = [format_vit(config, captioner, len(dataset.splits["train"]))]
     for title, rows in tables.items():
         lines += [f"{title}:", *(f"  {name:40}{format_bytes(size):>10}" for name, size in rows.items() if size)]
     return "\n".join(lines)

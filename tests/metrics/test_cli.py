@@ -55,7 +55,9 @@ def test_table_is_scaled_by_100_and_json_is_not(files, capsys):
     expected = metrics.score(REFS, HYPS)
     *rows, signature = out.splitlines()
     assert code == 0 and signature == expected.signature == SIGNATURE
-    assert [row.split() for row in rows] == [[name, f"{100 * x:.2f}"] for name, x in expected.corpus.items()]
+    names = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]  # pycocoevalcap's are Bleu_1, ...
+    expected_rows = [[name, f"{100 * x:.2f}"] for name, x in zip(names, expected.corpus.values(), strict=True)]
+    assert [row.split() for row in rows] == expected_rows
     assert len(rows) == 7 and len(err.splitlines()) == 1 and "compiling METEOR's paraphrases" in err
     code, out, err = run_main(capsys, *files[0], "--json")
     assert (code, err) == (0, "") and json.loads(out) == expected.corpus | {"signature": SIGNATURE}
@@ -151,12 +153,12 @@ def test_streams(files, tmp_path):
     assert done.returncode == 2 and "No space left on device" in done.stderr
     assert (tmp_path / "rows.csv").read_text().startswith("id,")
     done = run_shell([*flags[:-1], "/dev/full"])
-    assert done.returncode == 2 and "Bleu_4" in done.stdout
+    assert done.returncode == 2 and "BLEU-4" in done.stdout
     assert done.stderr == "error: --per-video /dev/full: No space left on device\n"
     assert run_shell(["--references", "gone", "--hypotheses", "gone"], "2>/dev/full").returncode == 2
     for closed, has_output in ((">&-", False), ("2>&-", True), ("<&-", True)):
         done = run_shell(flags, closed)
-        assert (done.returncode, done.stderr) == (0, "") and ("Bleu_4" in done.stdout) == has_output
+        assert (done.returncode, done.stderr) == (0, "") and ("BLEU-4" in done.stdout) == has_output
     done = run_shell(flags, "| true; exit ${PIPESTATUS[0]}")
     assert done.returncode in (0, 141) and done.stderr == ""
 
@@ -171,4 +173,4 @@ def test_folder_works_alone(files, tmp_path):
     done = run_shell(files[0], **options)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     done = run_shell(["--help"], **options)
-    assert done.returncode == 0 and done.stdout.startswith("usage: python -m metrics [-h] --references")
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m metrics --references")

@@ -143,7 +143,19 @@ def test_the_files_of_a_model_are_downloaded_and_no_others(server, capsys):
     expected = [LISTING + "?blobs=true"] * 2 + [f"/{REPO}/resolve/{COMMIT}/{name}" for name in files]
     assert sorted(path for path, _ in server.requests) == sorted(expected)  # each file once
     line = capsys.readouterr().out.splitlines()[0]
-    assert all(word in line for word in (REPO, COMMIT, f"{len(files)} files", "300.0 kB"))
+    assert line == f"downloading {REPO}: {len(files)} files, 300.0 kB, from {server.url} into {model_folder()}"
+
+
+def test_a_disk_without_space_is_an_error_before_the_first_file(server, monkeypatch):
+    """One byte less than the model has, then just as much; what an earlier call left need not be stored again."""
+    usage, size = type(hub.shutil.disk_usage(".")), sum(map(len, MODEL.values()))
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: usage(0, 0, size - 1))
+    with refused(str(model_folder()), "needs 300.0 kB", "has 300.0 kB free"):
+        hub.resolve(REPO)
+    assert len(server.requests) == 1 and not model_folder().exists()
+    model_folder().mkdir()
+    (model_folder() / "model.safetensors.part").write_bytes(CONTENT[:1])
+    assert_downloaded()
 
 
 def test_a_complete_model_needs_no_network_and_keeps_its_commit(server, tmp_path):

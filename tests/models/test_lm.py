@@ -190,7 +190,7 @@ def test_select_rows_of_the_cache(tmp_path):
 def test_half_precision(tmp_path, case, dtype):
     """Model seed 10, token ids seed 9. A half-precision file computes in float32 within 1e-5 of the reference; a model
     in half precision rounds where the reference does: embeddings are equal to the bit (Gemma's scale, here the root of
-    40, must be rounded), logits, with the same attention kernel, within 0.1 % of their standard deviation."""
+    40, must be rounded), logits, with the same attention kernel, within 0.1% of their standard deviation."""
     theirs = make(tmp_path, CASES[case] | {"hidden_size": 40, "num_attention_heads": 4}, 10, dtype)
     ours = CausalLM.from_pretrained(tmp_path)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}

@@ -107,7 +107,7 @@ def test_the_default_q_adapter_trains_less_than_1_4_percent_of_public_backbones(
         captioner = Captioner(Pair(vit, lm), load_tokenizer(ROOT / "backbones" / "tiny-lm"), Config())
     trained = sum(p.numel() for p in captioner.trained().values())
     assert count_parameters(captioner) == count_parameters(vit) + count_parameters(lm) + trained
-    assert trained == 2_046_467 and trained <= 0.014 * count_parameters(captioner)  # as in the README
+    assert trained == 2_046_467 and trained <= 0.014 * count_parameters(captioner)  # as in docs/design.md
 
 
 def rope(**fields) -> dict:

@@ -32,7 +32,7 @@ from video_data.video import VideoReformatter, frame_to_rgb
 
 LLAVA, INTERLEAVE, ONEVISION = "llava-1.5-7b", "llava-interleave-qwen-0.5b", "llava-onevision-qwen2-0.5b"
 SMOLVLM, INTERNVL = "smolvlm2-256m", "internvl3-1b"
-PUBLISHED = {  # name: parameters, tensors, visual tokens an image
+PUBLISHED = {  # name: parameters, tensors, visual tokens per image
     LLAVA: (7_063_427_072, 686, 576),
     INTERLEAVE: (864_031_264, 715, 729),
     SMOLVLM: (256_484_928, 471, 64),

@@ -19,6 +19,7 @@ from torch import nn
 from torchvision.models import vision_transformer as torchvision_vit
 from transformers import AutoConfig, Dinov2Model
 
+from common.errors import InputError
 from common.preprocessing import CLIP_MEAN, CLIP_STD
 from models.vit import ViT
 from tests.common.helpers import refused
@@ -239,3 +240,18 @@ def test_frames_are_normalized_by_the_published_formula(tmp_path, mean, std):
     for channel in range(3):
         m, s = (mean or CLIP_MEAN)[channel], (std or CLIP_STD)[channel]
         assert_near(found[:, :, channel].double(), (frames[:, :, channel].double() / 255 - m) / s)
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_the_last_blocks_can_be_left_out(kind, tmp_path):
+    """Two of three blocks. Reference: transformers' hidden states after the second, within 1e-5, and the norm that
+    follows the last block; a ViT of three has no fourth."""
+    reference = make_transformers(tmp_path, kind)
+    vit, pixels = ViT.from_pretrained(tmp_path), torch.rand(2, 3, 24, 24)
+    with pytest.raises(InputError, match="--vit-blocks 4: the ViT has 3"):
+        vit.keep_blocks(4)
+    vit.keep_blocks(2)
+    hidden = reference(pixels, output_hidden_states=True).hidden_states[2]
+    assert_near(vit.run_blocks(pixels), hidden, 1e-5)
+    assert_near(vit(pixels), reference.layernorm(hidden) if kind == "dinov2" else hidden, 1e-5)
+    assert vit.config.depth == 2

@@ -134,8 +134,8 @@ def test_hidden_tokens_are_not_read():
 
 
 def test_the_share_of_hidden_tokens_is_the_dropout():
-    """Seed 9: of 2.1e5 tokens 30 % are hidden, within 4 standard errors (0.4 %), alike at each place (4 %). A frame
-    never loses all, also with 2 tokens and 0.9, where 81 % would."""
+    """Seed 9: of 2.1e5 tokens 30% are hidden, within 4 standard errors (0.4%), alike at each place (4%). A frame
+    never loses all, also with 2 tokens and 0.9, where 81% would."""
     torch.manual_seed(9)
     visible = random_visibility(1000, 10, 21, 0.3, torch.device("cpu")).view(10000, 21).float()
     assert abs(visible.mean() - 0.7) < 0.004 and (visible.mean(0) - 0.7).abs().max() < 0.04

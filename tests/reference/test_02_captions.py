@@ -1,4 +1,4 @@
-"""The captioner on a ViT and a language model that never met, against slower computations of the same.
+"""The captioner on a separate ViT and language model, against slower computations of the same.
 
 References: torch's cross_entropy over all positions, one caption per pass; greedy decoding without a cache; the frozen
 models' own tensors, bit for bit. Models are tiny and random, a letter is a token (`tests/tiny.py`).
@@ -210,7 +210,7 @@ def test_the_trained_share_of_public_models_is_at_most_1_4_percent():
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "full"])
 def test_only_frozen_weights_are_bf16(name):
-    """Model seed 14, frames seed 15: loss within 2 % of fp32's, gradients of the trained fp32 tensors point the same
+    """Model seed 14, frames seed 15: loss within 2% of fp32's, gradients of the trained fp32 tensors point the same
     way (cosine above 0.95 for those whose gradient is not rounding alone)."""
     full, half, frames = randomized(name, 14), make(name, 14, dtype=torch.bfloat16), clips(2, T, 15)
     half.load_state_dict(full.state_dict())

@@ -13,7 +13,7 @@ import train
 from tests.scripts import act_at_call, assert_one_line_error, contents, run_forked
 from training.run import Run
 
-SAVE_OFTEN = ["--save-every", 2, "--token-dropout", 0.5]  # of 12 steps; validations are after 0, 6 and 12
+DROPOUT = ["--token-dropout", 0.5]
 KILLS = {  # where, and in which call
     "before the run has a config.json": (os, "replace", 3),
     "in a step": (torch.optim.AdamW, "step", 6),
@@ -23,10 +23,18 @@ KILLS = {  # where, and in which call
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def save_often():
+    """Every second of the 12 steps; validations are after 0, 6 and 12."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "SAVE_EVERY", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(flags, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = run_forked(train, *flags, *SAVE_OFTEN, "--out", out)
+    done = run_forked(train, *flags, *DROPOUT, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -34,7 +42,7 @@ def uninterrupted(flags, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("where", KILLS)
 def test_a_killed_run_resumes_bit_for_bit(where, flags, uninterrupted, tmp_path, monkeypatch):
     """SIGKILL; `--resume` where there is a run, else the first command again."""
-    out, new_run = tmp_path / "run", [*flags, *SAVE_OFTEN, "--out", tmp_path / "run"]
+    out, new_run = tmp_path / "run", [*flags, *DROPOUT, "--out", tmp_path / "run"]
     with monkeypatch.context() as patch:
         act_at_call(patch, *KILLS[where], lambda: os.kill(os.getpid(), signal.SIGKILL))
         assert run_forked(train, *new_run).returncode == -signal.SIGKILL
@@ -53,7 +61,7 @@ def test_a_signal_stops_after_the_step(number, flags, uninterrupted, tmp_path, m
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         act_at_call(patch, torch.optim.AdamW, "step", 3, lambda: os.kill(os.getpid(), number))
-        done = run_forked(train, *flags, *SAVE_OFTEN, "--out", out)
+        done = run_forked(train, *flags, *DROPOUT, "--out", out)
     assert (done.returncode, done.stderr) == (130, "stopped\n") and f"--resume {out} continues" in done.stdout
     assert torch.load(out / "last/state.pt", weights_only=True)["step"] == 3
     done = run_forked(train, "--resume", out)

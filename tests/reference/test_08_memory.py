@@ -1,6 +1,6 @@
 """The memory of a training step as `--plan` computes it on the meta device, against a real step on the CPU.
 
-References: the tensors of that step, counted, within 1 %; numbers by hand; the published sizes of models.
+References: the tensors of that step, counted, within 1%; numbers by hand; the published sizes of models.
 """
 
 import math

@@ -153,7 +153,8 @@ def test_the_page_of_a_run_is_about_its_test_split(finished_run, flags):
 
 
 def test_the_curves_are_those_of_the_log(finished_run, tmp_path):
-    """A point for each row; losses at their heights, to 1e-4; a damaged row is one line."""
+    """A point for each row; losses at their heights, to 1e-4; a damaged row is one line; demo/ has no
+    log."""
     svg = ElementTree.fromstring(f"<a>{curves.draw_run(finished_run, 5)}</a>")
     lines = [element.get("points").split() for element in svg.iter() if "polyline" in element.tag]
     losses = np.array([row["loss"] for row in read_log(finished_run) if "loss" in row])
@@ -163,6 +164,7 @@ def test_the_curves_are_those_of_the_log(finished_run, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 1, "val": 3}\n')
     with pytest.raises(InputError, match="log.jsonl"):
         curves.draw_run(tmp_path, 4)
+    assert curves.draw_run(ROOT / "demo", 4) == ""
 
 
 def test_videos_get_a_page_and_a_picture(finished_run, flags, tmp_path):
@@ -183,9 +185,9 @@ def test_videos_get_a_page_and_a_picture(finished_run, flags, tmp_path):
 
 
 @pytest.mark.parametrize("gate", [0.0, 1.0])
-def test_what_is_read_is_bright(gate):
-    """Attention by hand: a query reads one patch, by its gate; one with gate 0 another, which stays dark. The long
-    caption has two lines."""
+def test_what_is_not_read_fades(gate):
+    """Attention by hand: a query reads one patch, by its gate; one with gate 0 another, fades to white by three
+    quarters. The long caption has two lines."""
     weights = torch.zeros(1, 1, 4, 2, 3, 5)  # a class token and 2 x 2 patches
     weights[:, :, :, 0, 1, 2] = weights[:, :, :, 1, 2, 4] = 1
     maps, frames = AttentionMaps(weights, torch.tensor([[[gate, 0.0]]])), torch.full((3, 3, 8, 8), 200).byte()
@@ -193,4 +195,4 @@ def test_what_is_read_is_bright(gate):
     side, top = show.HEIGHT, show.MARGIN + show.HEIGHT + 2 * show.LINE
     row = picture[0, top : top + side, show.MARGIN : -show.MARGIN]
     assert picture.shape == (3, 2 * show.MARGIN + 2 * side + 3 * show.LINE, 2 * show.MARGIN + 3 * side)
-    assert row[side // 4, side + 3 * side // 4] == (200 if gate else 30) and row[side // 4, side // 4] == 30
+    assert row[side // 4, side + 3 * side // 4] == (200 if gate else 241) and row[side // 4, side // 4] == 241

@@ -42,7 +42,7 @@ def test_every_published_run_is_in_a_table():
         results = json.loads((tables.RESULTS / f"{store}.json").read_text())["runs"]
         found = [run for (name, _), row in ROWS.items() for run in row.runs.values()
                  if tables.CONTENT["tables"][name]["store"] == store]
-        assert all(run["version"] == "0.12.0" and run in found for run in results)
+        assert all(run in found for run in results)
     assert all(len(row.best_runs) == (3 if row.trains else 1) for row in ROWS.values())
     assert study.missing_runs(list(ROWS.values()), [0, 1, 2]) == []
 
@@ -117,6 +117,6 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     stored = (tmp_path / "x.json").read_text()
     assert [(run["flags"].rpartition("--")[2], run["seed"], run["steps"]) for run in json.loads(stored)["runs"]] == [
         ("method none", 0, 0), ("variant no-changes", 0, 12), ("variant no-changes", 1, 12)]
-    assert "| b | 0 | 0.00 % |  | 1 |" in (tmp_path / "page.md").read_text()
+    assert "| b | 0 | 0.00% |  | 1 |" in (tmp_path / "page.md").read_text()
     (tmp_path / "x.json").unlink()
     assert printed() == [] and (tmp_path / "x.json").read_text() == stored

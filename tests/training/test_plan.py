@@ -1,6 +1,7 @@
 """What a run will take, and the cached inputs of a run. References: the batches and cache files of real runs, and the
 captioner on the cached frames. The plan's memory is in tests/reference/test_08_memory.py."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config import Config
+from common.config import Config, parse_args
 from common.errors import InputError
+from model import MAX_CAPTION_TOKENS, MLLM, Captioner
+from tests.models.test_mllm_checkpoints import make_folder
 from tests.reference.test_08_memory import make_captioner
+from tests.tiny import Letters, prompt_of_letters
 from training import plan
 from training.inputs import cached_inputs, plan_caches
 from video_data.batches import epoch_batches
@@ -90,3 +94,31 @@ def test_a_disk_without_space_is_an_error_before_the_first_clip_is_decoded(datas
     assert not [path for path in (tmp_path / "shapes/.cache").rglob("*") if path.is_file()]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
     cached_inputs(config, dataset, captioner, {}, CPU)
+
+
+# ------------------------------------------------------------------------- the models of the presets
+
+
+@pytest.mark.parametrize("dataset_name, device, name, count, gflop, features", [
+    # Of a frame: 24 P D^2 + 4 P^2 D per block of P tokens, 2 P 3 p^2 D for the patches; the last three blocks' outputs.
+    ("msvd", CPU, "smolvlm2-256m", 256_484_928, 213.8, 3 * 1024 * 768 * 2),
+    ("msrvtt", torch.device("cuda"), "internvl3.5-1b", 1_060_897_792, 723.6, 3 * 1025 * 1024 * 2)])
+def test_the_default_models_fit_at_their_presets(tmp_path, dataset, dataset_name, device, name, count,
+                                                 gflop, features):
+    """References: the size of the published file; FLOP and features by hand; 16 GB of memory, or 24 GB of a GPU, with
+    the longest captions."""
+    make_folder(tmp_path, name)
+    config = parse_args(["--dataset", dataset_name, "--data", str(tmp_path)])
+    mllm = MLLM.from_config(tmp_path).to(torch.bfloat16)
+    assert sum(parameter.numel() for parameter in mllm.parameters()) == count
+    mllm.prompt = prompt_of_letters
+    with torch.device("meta"):
+        captioner = Captioner(mllm, Letters(), config)
+    lines = plan.format_plan(config, dataset, captioner, device, MAX_CAPTION_TOKENS + 1).splitlines()
+    per_clip = plan.format_bytes(config.frames * features)
+    pflop = 3 * config.frames * gflop / 1e6
+    found = re.fullmatch(r"ViT: ([\d,]+) GFLOP per frame, (\S+) PFLOP per epoch, or once with --cache-features, which "
+                         rf"stores {per_clip} per clip", lines[0])
+    assert float(found[1]) == pytest.approx(gflop, abs=1) and float(found[2]) == pytest.approx(pflop, rel=0.01)
+    assert float(re.search(r"([\d.]+) GB", lines[-1])[1]) < (16 if device == CPU else 24)
+    assert "without its gradients" in plan.format_vit(replace(config, write_back=True), captioner, 3)

@@ -42,7 +42,7 @@ def masks(kind: str, radius: float, *angles: float) -> tuple[np.ndarray, list[np
 
 @pytest.mark.parametrize("kind", AREAS)
 def test_coverage_has_the_area_the_centre_and_the_symmetry_of_the_shape(kind):
-    """Within 2 % at radius 20 pixels and several angles; the centre of mass within 0.1 pixel. A rotation by 360/n
+    """Within 2% at radius 20 pixels and several angles; the centre of mass within 0.1 pixel. A rotation by 360/n
     degrees keeps the coverage of each pixel within 1e-6. Half of that rotation does not."""
     places, found = masks(kind, 20.0, 0.0, 0.4, 1.9)
     for mask in found:
