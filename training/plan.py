@@ -152,10 +152,10 @@ def step_memory(captioner, config: Config, device: torch.device, caption_tokens:
 def format_vit(config: Config, captioner, clips: int) -> str:
     """The line about the ViT, which takes most of the time of training, on so many training clips. Hours depend on the
     device, of which nothing is measured here."""
-    size = captioner.vit.config.image_size
+    size, step = captioner.vit.config.image_size, captioner.vit.frames_per_step  # frames that are one image
     with FlopCounterMode(display=False) as counter:  # a multiplication and an addition are 2 FLOP
-        captioner.vit.run_blocks(torch.empty(1, 3, size, size, dtype=captioner.dtype, device=META))
-    flop = counter.get_total_flops()
+        captioner.vit.run_blocks(torch.empty(1, 3 * step, size, size, dtype=captioner.dtype, device=META))
+    flop = counter.get_total_flops() / step
     line = f"ViT: {flop / 1e9:,.0f} GFLOP per frame, {clips * config.frames * flop / 1e15:.3g} PFLOP per epoch"
     if not config.can_cache_vit:
         return f"{line} without its gradients"
