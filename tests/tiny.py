@@ -62,7 +62,7 @@ class Letters:
         return ["".join(LETTERS[i - 3] if 3 <= i < 3 + len(LETTERS) else "?" for i in row) for row in rows]
 
 
-def prompt_of_letters(tokenizer: Letters, images: int, instruction: str) -> list[list[int]]:
+def prompt_of_letters(tokenizer: Letters, images: int, instruction: str, times=None) -> list[list[int]]:
     """An MLLM's prompt without the special tokens that the stub lacks: one text more than images, all different."""
     return [tokenizer.encode(text) for text in ("user:", *(f"{'a' * i}." for i in range(images - 1)), instruction)]
 
