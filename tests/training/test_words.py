@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train
+from common.errors import InputError
 from tests.reference.test_07_processes import losses
 from tests.scripts import fork_two, run_forked
 from training import words
@@ -20,6 +21,8 @@ def test_words_and_their_shares(monkeypatch):
     assert ids.tolist() == [5, 7]
     # idf of both is log(4 / 2): the first clip has 7 in two captions and 5 in one; the last has none.
     torch.testing.assert_close(targets, torch.tensor([[1 / 3, 2 / 3], [0, 1], [1, 0], [0, 0]]))
+    with pytest.raises(InputError, match="--word-epochs: expected tokens .* found none"):
+        words.count_words(captions[2:])
 
 
 def test_scores_are_those_of_a_loop():
