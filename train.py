@@ -11,6 +11,7 @@ caption with its EOS.
 import math
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -30,7 +31,8 @@ from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from training.plan import count_steps, format_plan, format_steps
 from training.run import Run, check_models, check_out, data_differences
 from training.words import learn_words
-from video_data.batches import TrainingExamples, collate, epoch_batches, prefetch
+from video_data.annotations import Clip
+from video_data.batches import ClipCache, TrainingExamples, collate, epoch_batches, prefetch
 from video_data.datasets import read_dataset
 
 MEASURED_CLIPS = 16  # at most, of the first batch, give the adapter's channel statistics
@@ -144,6 +146,29 @@ def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, st
     return loss
 
 
+def make_examples(captioner: Captioner, clips: list[Clip], cache: ClipCache | None) -> TrainingExamples:
+    """The training examples of a run; says how many captions are truncated."""
+    config, eos_id = captioner.config, captioner.lm.config.eos_id
+    rows = captioner.vit.num_steps(config.frames) if config.cache_features else config.frames
+    examples = TrainingExamples(clips, cache, captioner.tokenizer, rows, config.captions_per_clip, config.seed, eos_id,
+                                MAX_CAPTION_TOKENS)
+    if examples.num_truncated:
+        print(f"captions longer than {MAX_CAPTION_TOKENS} tokens, which are truncated: {examples.num_truncated}")
+    return examples
+
+
+def prepare(captioner: Captioner, examples: TrainingExamples, load_batch: Callable, device: torch.device,
+            group: distributed.ProcessGroup) -> None:
+    """What comes before the first step: the adapter's channel statistics, and --word-epochs."""
+    config = captioner.config
+    if captioner.adapter is not None:  # from the same clips in every process
+        first_batch = next(epoch_batches(len(examples.captions), config.batch_size, 1, config.seed))
+        frames, _ = collate([examples[key] for key in first_batch[:MEASURED_CLIPS]])
+        captioner.measure_channels(frames.to(device))
+    if config.word_epochs and config.method != "none":
+        learn_words(captioner, examples.captions, load_batch, device, group)
+
+
 def main() -> int:
     # 1. Flags, processes, device
     start_time = time.monotonic()
@@ -177,11 +202,7 @@ def main() -> int:
         check_models(config.resume, fingerprints)
     with group.first_of_machine():  # decodes, and with --cache-features runs the frozen ViT
         inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
-    rows = captioner.vit.num_steps(config.frames) if config.cache_features else config.frames
-    examples = TrainingExamples(clips, inputs.get("train"), captioner.tokenizer, rows,
-                                config.captions_per_clip, config.seed, captioner.lm.config.eos_id, MAX_CAPTION_TOKENS)
-    if examples.num_truncated:
-        print(f"captions longer than {MAX_CAPTION_TOKENS} tokens, which are truncated: {examples.num_truncated}")
+    examples = make_examples(captioner, clips, inputs.get("train"))
 
     def load_batch(batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor | None]:
         """This process's share of a batch of (clip, epoch): frames (B, T, 3, S, S), labels (B, K, L), times or None."""
@@ -199,12 +220,7 @@ def main() -> int:
         step, best_cider = run.resume(captioner, optimizer, steps, device)
         print(f"resuming after step {step}")
     else:
-        if captioner.adapter is not None:  # from the same clips in every process
-            first_batch = next(epoch_batches(len(clips), config.batch_size, 1, config.seed))
-            frames, _ = collate([examples[key] for key in first_batch[:MEASURED_CLIPS]])
-            captioner.measure_channels(frames.to(device))
-        if config.word_epochs and steps:
-            learn_words(captioner, examples.captions, load_batch, device, group)
+        prepare(captioner, examples, load_batch, device, group)
         run.create(captioner, optimizer, dataset)
     group.broadcast(captioner.checkpoint_tensors().values())
 

@@ -30,14 +30,14 @@ SHARPNESS = 34.0  # a
 
 
 def count_words(captions: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
-    """Token ids of the captions of each clip -> the words (W,), and p of each clip (clips, W). Raises InputError if
-    there are no words."""
+    """Token ids of the captions of each clip -> the words (W,), and p of each clip (clips, W). Raises InputError if no
+    token is a word."""
     counts = [Counter(token for caption in clip for token in set(caption)) for clip in captions]
     clips_with = Counter(token for count in counts for token in count)
     words = sorted(token for token, n in clips_with.items() if MIN_CLIPS <= n < MAX_SHARE * len(captions))
     if not words:
-        raise InputError(f"--word-epochs: expected tokens that are in the captions of {MIN_CLIPS} clips or more, and in "
-                         f"those of less than {MAX_SHARE:.0%} of the {len(captions)}, found none")
+        raise InputError(f"--word-epochs: expected tokens in the captions of {MIN_CLIPS} clips or more, and of less than "
+                         f"{MAX_SHARE:.0%} of the {len(captions)}, found none")
     idf = torch.tensor([math.log(len(captions) / clips_with[word]) for word in words])
     shares = torch.tensor([[count[word] for word in words] for count in counts], dtype=torch.float32) * idf
     return torch.tensor(words), F.normalize(shares, p=1, dim=1)
