@@ -36,7 +36,7 @@ def count_words(captions: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
     clips_with = Counter(token for count in counts for token in count)
     words = sorted(token for token, n in clips_with.items() if MIN_CLIPS <= n < MAX_SHARE * len(captions))
     if not words:
-        raise InputError(f"--word-epochs: expected tokens in the captions of {MIN_CLIPS} clips or more, and of less than "
+        raise InputError(f"--word-epochs: expected tokens in captions of {MIN_CLIPS} clips or more, and of less than "
                          f"{MAX_SHARE:.0%} of the {len(captions)}, found none")
     idf = torch.tensor([math.log(len(captions) / clips_with[word]) for word in words])
     shares = torch.tensor([[count[word] for word in words] for count in counts], dtype=torch.float32) * idf
