@@ -29,8 +29,9 @@ from common.config import Config
 from common.errors import InputError
 from models.baselines import add_adapters, add_lora, add_prompts
 from models.caption_loss import caption_loss, to_device
+from models.deep import TEXT, DeepQueries
 from models.generation import check_length, generate
-from models.lm import CausalLM
+from models.lm import CausalLM, VisualPlaces
 from models.mllm import MLLM
 from models.pair import Pair
 from models.safetensors import read_metadata, read_safetensors, write_safetensors
@@ -80,13 +81,13 @@ class Captioner(nn.Module):
         self.dtype = self.vit.position.dtype
         assert config.method != "full" or {self.dtype, self.lm.embed.weight.dtype} == {torch.float32}
         self.requires_grad_(config.method == "full")
-        self.adapter = self.time_embed = self.connector = None
+        self.adapter = self.time_embed = self.connector = self.deep = None
         self.deepstack = () if config.reads_queries else backbone.deepstack
         self.states_times = backbone.states_times and not config.reads_queries
         # The language model expects inputs as large as its embeddings; the connector need not learn that.
         self.register_buffer("prefix_scale", self.lm.embedding_rms(), persistent=False)
-        self.add_trained_parts()
         self._texts: dict[tuple, list[Tensor]] = {}
+        self.add_trained_parts()
         self.check_fit()
         self.train()
 
@@ -129,6 +130,8 @@ class Captioner(nn.Module):
             self.connector = nn.Linear(lm_width, lm_width)
             nn.init.zeros_(self.connector.weight)
             nn.init.zeros_(self.connector.bias)
+        if config.deep_rank:
+            self.deep = DeepQueries(width, self.lm, config.deep_rank, self.prefix_length(config.frames))
 
     def train(self, mode: bool = True) -> "Captioner":
         super().train(mode)
@@ -141,9 +144,10 @@ class Captioner(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint, by name: those that are trained, and the adapter's channel statistics."""
-        buffers = {} if self.adapter is None else self.adapter.named_buffers("adapter")
-        return self.trained() | dict(buffers)
+        """The tensors of a checkpoint, by name: those that are trained, and the statistics that were measured."""
+        parts = {"adapter": self.adapter, "deep": self.deep}
+        return self.trained() | {name: buffer for part, module in parts.items() if module is not None
+                                 for name, buffer in module.named_buffers(part)}
 
     # -------------------------------------------------------------------------------- what the ViT sees
 
@@ -186,10 +190,14 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def measure_channels(self, frames: Tensor) -> None:
-        """Gives the adapter the channel statistics of frames uint8 (B, T, 3, S, S), or of their `block_outputs`."""
+        """Gives the adapter the channel statistics of frames uint8 (B, T, 3, S, S), or of their `block_outputs`, and
+        `deep` the sizes of the language model's vectors."""
         if frames.dtype == torch.uint8:
             frames = self.block_outputs(frames).bfloat16()  # as from a cache
         self.adapter.measure_channels(frames)
+        if self.deep is not None:
+            ids = self.tokenizer.encode(TEXT)
+            self.deep.measure_sizes(self.lm, torch.tensor(ids, device=frames.device))
 
     # ------------------------------------------------------------------ what the language model reads
 
@@ -256,13 +264,14 @@ class Captioner(nn.Module):
         return self.connector(queries) * self.prefix_scale
 
     def encode(self, frames: Tensor) -> list[Tensor]:
-        """The input -> M groups of visual tokens: one for the queries (B, N, C), one for a pair (B, T*N', C), one per
-        frame (B, N', C + jC) for an MLLM."""
+        """The input -> M groups of visual tokens: one for the queries (B, N, C), with LN(Q) beside them for `deep`, one
+        for a pair (B, T*N', C), one per frame (B, N', C + jC) for an MLLM."""
         if not self.num_visual_tokens(self.num_frames(frames)):
             return [self.prefix_scale.new_empty(len(frames), 0, self.lm.config.width)]
         queries, z = self.run_encoder(frames)
         if self.config.reads_queries:
-            return [self.query_tokens(queries)]
+            tokens = self.query_tokens(queries)
+            return [tokens if self.deep is None else torch.cat([tokens, queries], dim=-1)]  # (B, N, C + D)
         tokens = self.frame_tokens(z)  # (B, T, N', C + jC)
         images = self.backbone.num_images(self.num_frames(frames))
         return list(tokens.unflatten(1, (images, -1)).flatten(2, 3).unbind(1))
@@ -273,7 +282,12 @@ class Captioner(nn.Module):
         visual = self.encode(frames)
         for clips, texts in self.group_by_prompt(frames, times):
             groups = visual if len(clips) == len(frames) else [tokens[clips] for tokens in visual]
-            yield clips, self.backbone.merge(texts, groups), self.backbone.places(texts, groups)
+            if self.deep is None:
+                places = self.backbone.places(texts, groups)
+            else:
+                tokens, queries = groups[0].split([self.lm.config.width, self.vit.config.width], dim=-1)
+                groups, places = [tokens], VisualPlaces(None, 0, self.deep(queries, len(texts[0])))
+            yield clips, self.backbone.merge(texts, groups), places
 
     def prefix(self, frames: Tensor) -> Tensor:
         """The embeddings alone (B, positions before a caption, C), of frames without times."""

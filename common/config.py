@@ -96,6 +96,8 @@ class Config:
     queries: int = adapting(16, "query tokens of the Q-Adapter; prompts per block", type=count(1, 4096))
     rank: int = adapting(32, "rank of the Q-Adapter's projections, of LoRA, of adapters", type=count(1, 8192))
     last_blocks: int = adapting(3, "adapt only the last so many blocks of the ViT; 0: all", type=count(0, 10**4))
+    deep_rank: int = adapting(0, "rank of what queries add to each block of the language model; 0: it reads them at "
+                              "its input alone", type=count(0, 8192))
     gate: str = adapting("normed", "the gating layer: one number per query, or none", choices=("normed", "none"))
     write_back: bool = adapting(False, "the ViT's patches read the queries too")
     token_dropout: float = adapting(0.0, "hide this share of the ViT's tokens from the queries in training",
@@ -160,6 +162,7 @@ class Config:
              "--instruction: expected --mllm; the prompt of a ViT and a language model is fixed"),
             (self.grid and self.reads_queries,
              "--grid: expected --visual frames or another method; queries have no grid"),
+            (self.deep_rank and not self.reads_queries, "--deep-rank: expected --method qadapter and --visual queries"),
             (is_qadapter and self.rank % HEADS, f"--rank: expected a multiple of {HEADS}"),
             (self.cache_features and (self.method == "none" or not self.can_cache_vit),
              "--cache-features: expected --method linear, lora-lm, or qadapter without --write-back"),

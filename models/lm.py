@@ -75,9 +75,10 @@ class LMConfig:
 
 
 class VisualPlaces(NamedTuple):
-    """What Qwen3-VL's language model [8] is told of a prefix with visual tokens, besides its embeddings."""
+    """What a language model is told of a prefix with visual tokens besides its embeddings: Qwen3-VL's [8], or of
+    `--deep-rank` (models/deep.py)."""
 
-    positions: Tensor  # (3, P): time, row and column, which are equal in texts
+    positions: Tensor | None  # (3, P): time, row and column, which are equal in texts; None: those of a text
     shift: int  # from the number of tokens before a text that follows to its position
     deepstack: list[Tensor]  # (B, P or less, C), added to the outputs of the first blocks; zero in texts
 
@@ -274,7 +275,9 @@ class CausalLM(nn.Module):
         if places is not None and start:
             of_heads = of_heads + places.shift
         elif places is not None:
-            of_heads, mrope, deepstack = places.rotary_positions(of_heads), config.mrope, places.deepstack
+            deepstack = places.deepstack
+            if places.positions is not None:
+                of_heads, mrope = places.rotary_positions(of_heads), config.mrope
         mask = None if visible is None else attention_mask(positions, keys, visible, None, x.dtype)
         rope = rotary_cos_sin(of_heads, config.head_width, config.rope_theta, config.rope_scaling, x.dtype, mrope)
         local_rope, local_mask = rope, mask
