@@ -36,7 +36,7 @@ from training.distributed import ProcessGroup
 from training.frozen_models import fingerprint_models, load_models, resolve_models
 from training.run import check_models, data_differences
 from video_data import shapes
-from video_data.annotations import VIDEO_SUFFIXES
+from video_data.annotations import SPLITS, VIDEO_SUFFIXES
 from video_data.batches import ClipCache, cache_folder, cached_frames, to_tensor
 from video_data.datasets import VideoDataset, read_dataset
 from video_data.video import read_clip
@@ -69,6 +69,18 @@ def load_run(run: Path | None, device: torch.device, **models: str) -> tuple[Cap
     if run is not None:
         captioner.load(run / "best/adapter.safetensors")
     return captioner.eval().to(device), folders
+
+
+def read_run_dataset(run: Path, config: Config, splits: Sequence[str] = SPLITS) -> VideoDataset:
+    """Some splits of a run's dataset, or all, in config.data. What differs from the data of the run is in their notes.
+    Raises InputError."""
+    if not config.data.exists():  # `shapes` would be made there
+        raise InputError(f"--data {config.data}: expected the folder of the dataset, found none")
+    dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing, splits)
+    different = data_differences(run, dataset)
+    notes = {split: [*notes, *([different[split]] if split in different else [])]
+             for split, notes in dataset.notes.items()}
+    return replace(dataset, notes=notes)
 
 
 # --------------------------------------------------------------------------- captions and scores
@@ -266,7 +278,7 @@ def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequ
     read = {file_id(path) for path in (*inputs, *videos, *(args.run / name for name in of_run)) if path.exists()}
     targets: set[Path] = set()
     for flag in ("save", "report", "show"):
-        if not (path := getattr(args, flag)):
+        if not (path := getattr(args, flag, None)):
             continue
         target = path.resolve()
         places = [place for place in (target, *target.parents) if place.exists()]
@@ -293,11 +305,7 @@ def main() -> int:
     captioner.check_length(config.frames, config.beams)
     if args.video:
         return evaluate_videos(captioner, videos, args, config)
-    if not config.data.exists():
-        raise InputError(f"--data {config.data}: expected the folder of the dataset, found none")
-    dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing, [args.split])
-    notes = dataset.notes[args.split] + [*data_differences(args.run, dataset).values()]
-    dataset = replace(dataset, notes={args.split: notes})
+    dataset = read_run_dataset(args.run, config, [args.split])
     print(dataset)
     evaluate_split(captioner, dataset, args, config)
     return 0

@@ -265,7 +265,7 @@ class Captioner(nn.Module):
 
     def encode(self, frames: Tensor) -> list[Tensor]:
         """The input -> M groups of visual tokens: one for the queries (B, N, C), with LN(Q) beside them for `deep`, one
-        for a pair (B, T*N', C), one per frame (B, N', C + jC) for an MLLM."""
+        for a pair (B, T*N', C), one per frame or pair of frames (B, N', C + jC) for an MLLM."""
         if not self.num_visual_tokens(self.num_frames(frames)):
             return [self.prefix_scale.new_empty(len(frames), 0, self.lm.config.width)]
         queries, z = self.run_encoder(frames)

@@ -23,6 +23,7 @@ from common.config import Config, parse_args
 from common.errors import InputError, explain_out_of_memory
 from evaluate import caption_and_score, format_scores
 from model import MAX_CAPTION_TOKENS, Captioner
+from models.lm import CausalLM
 from report.page import report_split
 from training import devices, distributed
 from training.frozen_models import fingerprint_models, load_models, resolve_models, with_default_models
@@ -106,6 +107,18 @@ def score_test(captioner: Captioner, dataset, cache, group: distributed.ProcessG
         print(f"train it longer:       python train.py --resume {words} --epochs {2 * config.epochs}")
 
 
+def compile_blocks(lm: CausalLM, device: torch.device) -> None:
+    """Compiles the blocks of the language model when they first run. Raises InputError if nothing can be compiled."""
+    probe = torch.nn.SiLU()
+    for module in (probe, *lm.blocks):
+        module.compile(dynamic=True)
+    try:
+        probe(torch.zeros(8, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--compile: expected a compiler that PyTorch can use; {reason}") from error
+
+
 def load_captioner(config: Config, device: torch.device,
                    group: distributed.ProcessGroup) -> tuple[Captioner, dict[str, str]]:
     """The captioner of a config on its device, and the fingerprints of its frozen models' files. Its `config` names the
@@ -118,8 +131,7 @@ def load_captioner(config: Config, device: torch.device,
         captioner = Captioner(backbone, tokenizer, config)
     captioner.check_length(config.frames, config.beams)  # of the test split, which comes after all training
     if config.compile and not config.plan:
-        for block in backbone.lm.blocks:
-            block.compile(dynamic=True)
+        compile_blocks(backbone.lm, device)
     return (captioner, {}) if config.plan else (captioner.to(device), fingerprint_models(folders))
 
 

@@ -87,7 +87,7 @@ class Config:
     frames: int = clips(8, "frames per clip", type=count(1, 4096))
     captions_per_clip: int = clips(1, "captions per clip in a step", type=count(1, 1000))
     image_size: int | None = clips(None, "side of the ViT's input in pixels (default: its own)", type=count(1, 4096))
-    vit_blocks: int | None = clips(None, "use the first so many blocks of --vit, and not the last (default: all)",
+    vit_blocks: int | None = clips(None, "leave out all but the first so many blocks of the ViT",
                                    type=count(1, 10**4))
     allow_missing: bool = clips(False, "leave out clips without a video or a caption")
     shapes_sizes: tuple[int, ...] | None = clips(None, "clips in each split of shapes, when its folder is made",
@@ -155,13 +155,17 @@ class Config:
             (self.mllm and (self.vit or self.lm or self.image_size or self.vit_blocks),
              "--vit, --lm, --image-size and --vit-blocks: expected without --mllm, which has both models"),
             (reads_frames and (self.is_pair or not (is_qadapter and self.write_back)),
-             "--visual frames: expected --mllm, --method qadapter and --write-back, else nothing reads the queries"),
+             "--visual frames: expected an MLLM, not --vit, --lm, --image-size or --vit-blocks, and --method qadapter "
+             "with --write-back, else nothing reads the queries"),
             ((self.write_back or self.variant) and not is_qadapter,
              "--write-back and --variant: expected --method qadapter"),
             (self.instruction != INSTRUCTION and self.is_pair,
-             "--instruction: expected --mllm; the prompt of a ViT and a language model is fixed"),
+             "--instruction: expected an MLLM, not --vit, --lm, --image-size or --vit-blocks: the prompt of a pair is "
+             "fixed"),
             (self.grid and self.reads_queries,
              "--grid: expected --visual frames or another method; queries have no grid"),
+            (self.word_epochs and (self.method == "none" or (self.method == "lora-lm" and not self.is_pair)),
+             "--word-epochs: expected a method that trains something before the language model"),
             (self.deep_rank and not self.reads_queries, "--deep-rank: expected --method qadapter and --visual queries"),
             (is_qadapter and self.rank % HEADS, f"--rank: expected a multiple of {HEADS}"),
             (self.cache_features and (self.method == "none" or not self.can_cache_vit),

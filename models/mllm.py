@@ -110,8 +110,8 @@ class MLLM(nn.Module):
         make_projector       the class of its projector, which is made from an MLLMConfig
         projector_names      {our tensor in the projector: theirs}
         prompt_texts(frames: int, instruction: str, times: Sequence[float]) -> list[str]
-                             the T + 1 texts before, between and after T = `frames` frames, in the format that the
-                             language model was trained with; times: see `prompt`
+                             the M + 1 texts before, between and after the M groups of visual tokens of `frames`
+                             frames, in the format that the language model was trained with; times: see `prompt`
         read_preprocessing(path: Path, vit: dict) -> Preprocessing
                              what the folder's file `path` says about frames; `vit` is that of `read_config`
     """
@@ -145,7 +145,7 @@ class MLLM(nn.Module):
         return (grid or self.grid) ** 2
 
     def num_images(self, frames: int) -> int:
-        """Groups of visual tokens in a prompt: one per frame."""
+        """M, the groups of visual tokens in a prompt: one per frame, or per pair of frames."""
         return self.vit.num_steps(frames)
 
     def connect(self, features: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class MLLM(nn.Module):
 
     def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str,
                times: Sequence[float] | None = None) -> list[list[int]]:
-        """The ids of `prompt_texts`, T + 1 lists, with BOS where texts begin with one.
+        """The ids of `prompt_texts`, M + 1 lists, with BOS where texts begin with one.
 
         times: of the T frames in seconds, and the duration of the video; by default one frame per second, from 0 on.
         Raises InputError if the tokenizer is of another kind or lacks a control token of the prompt, and if the
@@ -177,7 +177,7 @@ class MLLM(nn.Module):
         return [bos + ids[0], *ids[1:]]
 
     def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
-        """Ids of T + 1 texts, those of `prompt`, and T groups of visual tokens (B, any, C) -> the language model's
+        """Ids of M + 1 texts, those of `prompt`, and M groups of visual tokens (B, any, C) -> the language model's
         input (B, L, C): text, group, text, ..., group, text."""
         return interleave(self.lm, texts, visual)
 

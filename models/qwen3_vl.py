@@ -9,9 +9,9 @@ motion within a pair. Frame vectors are interpolated to the steps. Of an odd num
 A table of learned positions is resampled to the grid of patches; besides, queries and keys are rotated by their row and
 column.
 
-The language model's positions are time, row and column. A text goes on by one in all three, also from one pair to the
-next, whose time stamp comes between them; a visual token stands in its row and column from there on; what follows a
-grid of s x s tokens has the positions from s on. How many seconds lie between two pairs is said by the stamps alone.
+The language model's positions are time, row and column. Each token of a text, such as the time stamp of a pair, is one
+further in all three; a visual token stands in its row and column from there on; what follows a grid of s x s tokens has
+the positions from s on. How many seconds lie between two pairs is said by the stamps alone.
 
 Queries in the place of an image (`--visual queries`) pass through no merger, and are a text to the language model.
 Frames are squashed to `SIDE` pixels; the published processor keeps their aspect ratio.

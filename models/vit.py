@@ -232,7 +232,7 @@ class ViT(nn.Module):
         """Drops all blocks but the first `count`: what comes after the ViT reads the last that is left. The last blocks
         of a ViT serve its own training task; an earlier one can tell more. Raises InputError if there are fewer."""
         if count > self.config.depth:
-            raise InputError(f"--vit-blocks {count}: the ViT has {self.config.depth}")
+            raise InputError(f"--vit-blocks {count}: the ViT has {self.config.depth} blocks")
         self.blocks, self.config = self.blocks[:count], replace(self.config, depth=count)
 
     def resize(self, image_size: int, align_corners: bool = False) -> None:

@@ -7,19 +7,19 @@ Shapes: T frames, S side in pixels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from common import cli
 from common.config import DEVICES
+from common.errors import InputError
 from common.files import write_json
-from evaluate import BATCH_SIZE, caption_and_score, load_run
+from evaluate import BATCH_SIZE, caption_and_score, check_outputs, load_run, read_run_dataset
 from training import devices
 from training.distributed import ProcessGroup
 from video_data.batches import ClipCache, cache_folder, cached_frames
-from video_data.datasets import read_dataset
 
 
 def shuffle(frames: np.ndarray, clip: int) -> np.ndarray:
@@ -68,11 +68,14 @@ def main() -> None:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write {control: {id: caption}} as JSON")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     args = parser.parse_args()
-    captioner, _ = load_run(args.run, devices.select_device(args.device))
-    config, captions, ciders = captioner.config, {}, {}
-    data = args.data or config.data
-    dataset = read_dataset(config.dataset, data, config.shapes_sizes, config.allow_missing, ["test"])
-    cache = cached_frames(dataset.splits["test"], cache_folder(dataset.name, data), "test", config.frames,
+    captioner, folders = load_run(args.run, devices.select_device(args.device))
+    config, captions, ciders = replace(captioner.config, data=args.data or captioner.config.data), {}, {}
+    check_outputs(args, [*folders.values(), config.data], [])
+    dataset = read_run_dataset(args.run, config, ["test"])
+    if len(dataset.splits["test"]) < 2:
+        raise InputError(f"{config.data}: expected two test clips or more, since each gets the frames of another one")
+    print(dataset)
+    cache = cached_frames(dataset.splits["test"], cache_folder(dataset.name, config.data), "test", config.frames,
                           captioner.vit.preprocessing, captioner.states_times)
     print(f"{len(cache)} clips{'CIDEr':>31}{'less than the clip':>27}")
     for name, change in CONTROLS.items():

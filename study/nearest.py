@@ -1,7 +1,7 @@
 """A floor that trains nothing: `python -m study.nearest RUN` takes captions from similar clips of the training split.
 
-A clip is one vector: the class token and the mean patch of the blocks that the run's adapter reads, averaged over
-frames, in the principal directions of the training clips. All captions of the K most similar training clips are
+A clip is one vector: the class token, if any, and the mean patch of the blocks that the run's adapter reads, averaged
+over frames, in the principal directions of the training clips. All captions of the K most similar training clips are
 candidates, and the one that agrees most with the others is the clip's caption [1]. They agree as far as CIDEr's vectors
 of n-grams have the same direction, each weighted by its clip's similarity. A captioner that scores less has learned
 less from the frozen features than can be looked up.
@@ -14,6 +14,7 @@ References
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,13 +22,13 @@ from torch import Tensor
 
 from common import cli
 from common.config import DEVICES
+from common.errors import InputError
 from common.files import write_json
-from evaluate import format_scores, load_run, score_captions
+from evaluate import check_outputs, format_scores, load_run, read_run_dataset, score_captions
 from training import devices
 from training.frozen_models import fingerprint_models
 from training.inputs import cached_inputs
 from video_data.batches import normalize_caption, to_tensor
-from video_data.datasets import read_dataset
 
 # Chosen on 744 validation clips of MSR-VTT.
 SIMILAR, SHARPNESS, DIRECTIONS = 100, 10.0, 256  # S; a weight is exp(SHARPNESS cos); principal directions
@@ -35,22 +36,25 @@ SIMILAR, SHARPNESS, DIRECTIONS = 100, 10.0, 256  # S; a weight is exp(SHARPNESS 
 
 def pooled(captioner, cache) -> Tensor:
     """The clips of a cache of frames or features, one vector each (V, F)."""
-    vectors, device = [], next(captioner.parameters()).device
+    vectors, device, has_class = [], next(captioner.parameters()).device, int(captioner.vit.config.class_token)
     for i in range(len(cache)):
         outputs = to_tensor(cache[i])[None].to(device)
         outputs = captioner.block_outputs(outputs) if outputs.dtype == torch.uint8 else outputs  # (1, T, J, P, D)
         outputs = outputs[0].float().mean(0)  # (J, P, D)
-        vectors.append(torch.cat([outputs[:, 0], outputs[:, 1:].mean(1)], dim=-1).flatten().cpu())
+        parts = outputs.split([has_class, outputs.shape[1] - has_class], dim=1)
+        vectors.append(torch.cat([part.mean(1) for part in parts if part.shape[1]], dim=-1).flatten().cpu())
     return torch.stack(vectors)
 
 
 def similarities(clips: Tensor, training: Tensor) -> Tensor:
     """Cosines of clips (V, F) and training clips (V', F) -> (V, V'), in principal directions of the standardized
     training clips. A direction's values are divided by the square root of their standard deviation."""
-    mean, std = training.mean(0), training.std(0) + 1e-6
+    mean, std = training.mean(0), training.std(0, correction=0) + 1e-6
     training, clips = (training - mean) / std, (clips - mean) / std
     _, singular, directions = torch.linalg.svd(training, full_matrices=False)
-    basis = directions[:DIRECTIONS].T / singular[:DIRECTIONS].sqrt()
+    used = singular > 1e-3 * singular.max().clamp(min=1e-3)  # in the others training clips have rounding errors alone
+    used[DIRECTIONS:] = False
+    basis = directions[used].T / singular[used].sqrt()
     training, clips = (torch.nn.functional.normalize(x @ basis, dim=-1) for x in (training, clips))
     return clips @ training.T
 
@@ -68,7 +72,10 @@ def caption_vector(caption: str, idf: dict[tuple, float]) -> dict[tuple, float]:
 
 
 def most_agreed(captions: list[list[str]], vectors: list[list[dict]], similar: Tensor, indices: Tensor) -> str:
-    """The caption of the clips `indices` (S,) that agrees most with all of theirs; their similarities are (S,)."""
+    """Of the captions of the clips `indices` (S,) the one that agrees most with all of them.
+
+    captions, vectors: of all training clips, a list for each; similar: cosines (S,).
+    """
     total: Counter = Counter()
     for weight, i in zip((SHARPNESS * (similar - similar.max())).exp().tolist(), indices.tolist(), strict=True):
         for vector in vectors[i]:
@@ -88,8 +95,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=DEVICES)
     args = parser.parse_args()
     captioner, folders = load_run(args.run, device := devices.select_device(args.device))
-    config = captioner.config
-    dataset = read_dataset(config.dataset, args.data or config.data, config.shapes_sizes, config.allow_missing)
+    config = replace(captioner.config, data=args.data or captioner.config.data)
+    if config.method in ("lora", "adapter", "prompt", "full"):
+        raise InputError(f"{args.run}: expected a run with a frozen ViT, --method {config.method} changes it")
+    if config.method == "none":  # of which training clips are not cached
+        config = replace(config, method="linear")
+    check_outputs(args, [*folders.values(), config.data], [])
+    dataset = read_run_dataset(args.run, config)
+    print(dataset)
     inputs = cached_inputs(config, dataset, captioner, fingerprint_models(folders), device)
     cosines = similarities(pooled(captioner, inputs[args.split]), pooled(captioner, inputs["train"]))
     captions = [list(clip.captions) for clip in dataset.splits["train"]]

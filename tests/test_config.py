@@ -82,11 +82,12 @@ def test_the_defaults_of_a_dataset(dataset):
 
 @pytest.mark.parametrize("words, message", [
     ("--mllm m --vit v", "--vit, --lm, --image-size and --vit-blocks: expected without --mllm"),
-    ("--mllm m --image-size 32", "--image-size"), ("--visual frames --write-back", "--visual frames: expected --mllm"),
-    ("--mllm m --visual frames", "--visual frames: expected .* --write-back"),
-    ("--dataset msvd --lm l --visual frames --write-back", "--visual frames: expected --mllm"),
+    ("--mllm m --image-size 32", "--image-size"), ("--visual frames --write-back", "--visual frames: expected an MLLM"),
+    ("--mllm m --visual frames", "--visual frames: expected .*--write-back"),
+    ("--dataset msvd --lm l --visual frames --write-back", "--visual frames: expected an MLLM"),
     ("--method lora --write-back", "--write-back and --variant"), ("--method lora --variant v", "--variant"),
-    ("--instruction x", "--instruction: expected --mllm"), ("--grid 2", "--grid: expected --visual frames"),
+    ("--instruction x", "--instruction: expected an MLLM"), ("--grid 2", "--grid: expected --visual frames"),
+    ("--word-epochs 1 --method none", "--word-epochs"), ("--word-epochs 1 --mllm m --method lora-lm", "--word-epochs"),
     ("--deep-rank 4 --method lora", "--deep-rank: expected"),
     ("--rank 6", "--rank: expected a multiple of 4"), ("--cache-features --write-back", "--cache-features"),
     ("--cache-features --method lora", "--cache-features"), ("--cache-features --method none", "--cache-features"),

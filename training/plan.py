@@ -156,7 +156,7 @@ def format_vit(config: Config, captioner, clips: int) -> str:
     with FlopCounterMode(display=False) as counter:  # a multiplication and an addition are 2 FLOP
         captioner.vit.run_blocks(torch.empty(1, 3 * step, size, size, dtype=captioner.dtype, device=META))
     flop = counter.get_total_flops() / step
-    line = f"ViT: {flop / 1e9:,.0f} GFLOP per frame, {clips * config.frames * flop / 1e15:.3g} PFLOP per epoch"
+    line = f"ViT: {flop / 1e9:,.3g} GFLOP per frame, {clips * config.frames * flop / 1e15:.3g} PFLOP per epoch"
     if not config.can_cache_vit:
         return f"{line} without its gradients"
     features = 2 * math.prod(captioner.block_outputs_shape(config.frames))  # bf16

@@ -8,7 +8,7 @@ has a word if any of its tokens points there:
     s_w = log f_w + log sum_n exp(a cos(v_n, e_w - e))    e: mean embedding of all words, f_w: mean of p_w over clips
     loss = - sum_w p_w log softmax(s)_w                   p_w: how often the clip's captions have w, times its idf
 
-Only what the method trains changes, and nothing is added to it. A step costs a tenth of one with the language model.
+Only what the method trains changes, and nothing is added to it.
 
 Shapes: B clips, N visual tokens, C width of the language model, W words: tokens neither too rare nor too usual.
 """
@@ -44,7 +44,7 @@ def count_words(captions: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
 
 
 def word_scores(visual: Tensor, words: Tensor, prior: Tensor) -> Tensor:
-    """Visual tokens (B, N, C or more), embeddings of the words (W, C), f (W,) -> s (B, W)."""
+    """Visual tokens (B, N, C, or more: what deeper blocks read), embeddings of the words (W, C), f (W,) -> s (B, W)."""
     directions = F.normalize(words - words.mean(0), dim=-1)
     cosines = F.normalize(visual[..., : words.shape[1]].float(), dim=-1) @ directions.T  # (B, N, W)
     return (SHARPNESS * cosines).logsumexp(1) + prior.clamp(min=1e-6).log()
@@ -73,7 +73,9 @@ def learn_words(captioner, captions, load_batch, device: torch.device, group) ->
             total += loss.detach()
         losses.append(group.all_reduce(total.item()))
         group.all_reduce_gradients(trained)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+        if not math.isfinite(losses[-1] + grad_norm):
+            raise InputError(f"words, step {step + 1}: the loss is {losses[-1]}, its gradient's norm {grad_norm}")
         optimizer.step()
         time_left.update((step + 1) * config.batch_size)
     epoch = len(keys) // config.word_epochs

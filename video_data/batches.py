@@ -129,6 +129,8 @@ class ClipCache:
                 num_bytes += file.readinto(row)
         if num_bytes < rows.nbytes:
             raise InputError(f"{self.folder / self.keys[i]}: was deleted or cut short; start again to make it anew")
+        if self.dtype is np.float64 and not ((rows >= 0) & (rows < 1e9)).all():  # seconds
+            raise InputError(f"{self.folder / self.keys[i]}: is damaged, delete it and start again")
         return rows
 
     @property

@@ -248,7 +248,7 @@ def test_the_last_blocks_can_be_left_out(kind, tmp_path):
     follows the last block; a ViT of three has no fourth."""
     reference = make_transformers(tmp_path, kind)
     vit, pixels = ViT.from_pretrained(tmp_path), torch.rand(2, 3, 24, 24)
-    with pytest.raises(InputError, match="--vit-blocks 4: the ViT has 3"):
+    with pytest.raises(InputError, match="--vit-blocks 4: the ViT has 3 blocks"):
         vit.keep_blocks(4)
     vit.keep_blocks(2)
     hidden = reference(pixels, output_hidden_states=True).hidden_states[2]

@@ -36,15 +36,21 @@ def test_the_caption_that_agrees_with_similar_clips_wins():
 
 
 def test_a_clip_is_most_similar_to_itself():
-    """30 random clips of 8 numbers, seed 0, whitened: each clip's cosine with itself is 1, and with no other."""
+    """30 random clips, seed 0, of 8 numbers, and of 50, in which centred clips have no component in one direction: each
+    clip's cosine with itself is 1, with one that differs by 1% above 0.9, and with no other above 0.999. One training
+    clip has no direction at all."""
     torch.manual_seed(0)
-    clips = torch.randn(30, 8) * torch.tensor([100.0, 10, 1, 1, 1, 1, 1, 0.1])
-    cosines = nearest.similarities(clips, clips)
-    torch.testing.assert_close(cosines.diagonal(), torch.ones(30), rtol=0, atol=1e-5)
-    assert (cosines.argmax(1) == torch.arange(30)).all() and cosines.fill_diagonal_(0).max() < 0.999
+    for width in (8, 50):
+        clips = torch.randn(30, width) * torch.logspace(2, -1, width)
+        cosines = nearest.similarities(clips, clips)
+        torch.testing.assert_close(cosines.diagonal(), torch.ones(30), rtol=0, atol=1e-5)
+        assert (cosines.argmax(1) == torch.arange(30)).all() and cosines.fill_diagonal_(0).max() < 0.999
+        noisy = clips * (1 + 0.01 * torch.randn_like(clips))
+        assert nearest.similarities(noisy, clips).diagonal().min() > 0.9
+    assert nearest.similarities(clips, clips[:1]).tolist() == [[0.0]] * 30
 
 
 def test_a_run_s_split_is_captioned_from_its_training_clips(finished_run, tmp_path):
     done = run_forked(nearest, finished_run, "--split", "val", "--save", tmp_path / "c.json")
-    assert done.returncode == 0 and "val: Bleu_1" in done.stdout, done.stderr
+    assert done.returncode == 0 and "val: BLEU-1" in done.stdout, done.stderr
     assert len((tmp_path / "c.json").read_text().splitlines()) >= 4
