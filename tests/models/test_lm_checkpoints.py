@@ -115,7 +115,7 @@ def rope(**fields) -> dict:
 
 
 REFUSED = [
-    ("llama", {"model_type": "gemma3"}, "llama or mistral or qwen2 or qwen3 or gemma3_text"),
+    ("llama", {"model_type": "gemma3"}, "llama or mistral or qwen2 or qwen3 or qwen3_vl_text or gemma3_text"),
     ("llama", rope(type="yarn", factor=4.0), "'yarn'"),
     ("llama", rope(type="linear", factor=0.5), "'factor'"),
     ("llama", rope(type="linear", factor=2.0, mscale=0.7), "mscale"),

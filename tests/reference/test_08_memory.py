@@ -93,12 +93,12 @@ def test_what_a_step_consists_of(backbones):
     assert step(processes=3) == step(batch_size=math.ceil(B / 3))
 
 
-@pytest.mark.parametrize("image_size", [None, 32])
-def test_models_without_weights_have_the_shapes_of_loaded_ones(backbones, image_size):
+@pytest.mark.parametrize("image_size, vit_blocks", [(None, None), (32, 1)])
+def test_models_without_weights_have_the_shapes_of_loaded_ones(backbones, image_size, vit_blocks):
     """References: both models as training loads them; tied heads are one tensor in both."""
     folders, shapes = {"vit": backbones / "vit", "lm": backbones / "lm"}, []
     for meta in (True, False):
-        pair, _ = load_models(folders, torch.bfloat16, image_size, meta)
+        pair, _ = load_models(folders, torch.bfloat16, image_size, vit_blocks, meta)
         shapes.append({name: (tensor.shape, tensor.dtype) for name, tensor in pair.named_parameters()})
         assert all(tensor.is_meta == meta for tensor in pair.parameters())
     assert shapes[0] == shapes[1]
