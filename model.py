@@ -17,7 +17,6 @@ language model, N' visual tokens per frame, M groups of visual tokens in a promp
 tokens of the longest caption with its EOS, J `read_blocks`, j blocks of DeepStack (Qwen3-VL's; others have none).
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -34,7 +33,7 @@ from models.generation import check_length, generate
 from models.lm import CausalLM, VisualPlaces
 from models.mllm import MLLM
 from models.pair import Pair
-from models.safetensors import read_metadata, read_safetensors, write_safetensors
+from models.safetensors import checksum, read_metadata, read_safetensors, write_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from qadapter import QAdapter, init_time_embed, interpolate_time_embed
@@ -56,15 +55,6 @@ def make_adapter(vit: ViT, config: Config) -> QAdapter:
     if config.variant not in variants:
         raise InputError(f"--variant {config.variant}: expected one of {', '.join(variants)}")
     return variants[config.variant](vit.config.width, vit.config.depth, config)
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """The SHA-256 of the names, shapes and bytes of tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)}".encode(errors="replace"))
-        digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class Captioner(nn.Module):

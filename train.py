@@ -161,7 +161,7 @@ def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, st
 def make_examples(captioner: Captioner, clips: list[Clip], cache: ClipCache | None) -> TrainingExamples:
     """The training examples of a run; says how many captions are truncated."""
     config, eos_id = captioner.config, captioner.lm.config.eos_id
-    rows = captioner.vit.num_steps(config.frames) if config.cache_features else config.frames
+    rows = captioner.vit.num_steps(config.frames) if config.cache_features else config.frames  # of a clip in the cache
     examples = TrainingExamples(clips, cache, captioner.tokenizer, rows, config.captions_per_clip, config.seed, eos_id,
                                 MAX_CAPTION_TOKENS)
     if examples.num_truncated:
@@ -177,7 +177,7 @@ def prepare(captioner: Captioner, examples: TrainingExamples, load_batch: Callab
         first_batch = next(epoch_batches(len(examples.captions), config.batch_size, 1, config.seed))
         frames, _ = collate([examples[key] for key in first_batch[:MEASURED_CLIPS]])
         captioner.measure_channels(frames.to(device))
-    if config.word_epochs and config.method != "none":
+    if config.word_epochs:
         learn_words(captioner, examples.captions, load_batch, device, group)
 
 

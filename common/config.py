@@ -87,8 +87,7 @@ class Config:
     frames: int = clips(8, "frames per clip", type=count(1, 4096))
     captions_per_clip: int = clips(1, "captions per clip in a step", type=count(1, 1000))
     image_size: int | None = clips(None, "side of the ViT's input in pixels (default: its own)", type=count(1, 4096))
-    vit_blocks: int | None = clips(None, "leave out all but the first so many blocks of the ViT",
-                                   type=count(1, 10**4))
+    vit_blocks: int | None = clips(None, "use only the first so many blocks of the ViT", type=count(1, 10**4))
     allow_missing: bool = clips(False, "leave out clips without a video or a caption")
     shapes_sizes: tuple[int, ...] | None = clips(None, "clips in each split of shapes, when its folder is made",
                                                  type=count(1, 10**6), nargs=3, metavar=("TRAIN", "VAL", "TEST"))
@@ -116,8 +115,8 @@ class Config:
     weight_decay: float = training(0.01, "weight decay of AdamW", type=cli.number(float, 0, 1e6))
     micro_batch_size: int | None = training(None, "clips of a process in memory at once; gradients are summed; "
                                             "None: its whole batch", type=count(1))
-    compile: bool = training(False, "compile the language model's blocks: faster steps after a minute; CPUs need a C++ "
-                             "compiler")
+    compile: bool = training(False, "compile the language model's blocks: faster steps after two minutes; CPUs need a "
+                             "C++ compiler")
     seed: int = training(0, "seed of weights, clip order, frames and captions", type=count(0))
     precision: str = training("auto", "of the frozen weights; auto: bf16 where the device has instructions for it",
                               choices=("auto", *DTYPES))

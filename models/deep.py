@@ -28,6 +28,8 @@ STEP = 0.2  # u: U starts at zero, so this is the size of its steps
 
 
 class DeepQueries(nn.Module):
+    """D, U, e and s of all blocks of a language model but the first, for a prefix of `positions`."""
+
     def __init__(self, width: int, lm: CausalLM, rank: int, positions: int):
         super().__init__()
         blocks, lm_width = lm.config.depth - 1, lm.config.width

@@ -11,6 +11,7 @@ after the last tensor.
 [1] The section "Format" of the README at https://github.com/huggingface/safetensors
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -101,3 +102,12 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy())
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """The SHA-256 of the names, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode(errors="replace"))
+        digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

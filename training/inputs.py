@@ -20,7 +20,7 @@ def plan_caches(config: Config, dataset: VideoDataset, captioner,
     if config.method == "none":
         del counts["train"]
     frames = {split: batches.frames_cache(dataset.splits[split], root, split, count, preprocessing,
-                                            captioner.states_times)
+                                          captioner.states_times)
               for split, count in counts.items()}
     feature_splits = ("train", "val") if config.cache_features else ()  # the test split is read once
     key = [fingerprints, config.precision, captioner.first_block, len(captioner.vit.blocks), *captioner.deepstack]

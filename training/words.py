@@ -8,7 +8,7 @@ has a word if any of its tokens points there:
     s_w = log f_w + log sum_n exp(a cos(v_n, e_w - e))    e: mean embedding of all words, f_w: mean of p_w over clips
     loss = - sum_w p_w log softmax(s)_w                   p_w: how often the clip's captions have w, times its idf
 
-Only what the method trains changes, and nothing is added to it.
+Only what the method trains anyway is trained; nothing is added to it.
 
 Shapes: B clips, N visual tokens, C width of the language model, W words: tokens neither too rare nor too usual.
 """
@@ -26,7 +26,7 @@ from training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from video_data.batches import epoch_batches, prefetch
 
 MIN_CLIPS, MAX_SHARE = 8, 0.6  # a word is in so many clips at least, and in less than this share of all
-SHARPNESS = 34.0  # a
+SHARPNESS = 34.0  # a: where it ended when it was learnt, too
 
 
 def count_words(captions: list[list[list[int]]]) -> tuple[Tensor, Tensor]:

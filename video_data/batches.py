@@ -124,7 +124,7 @@ class ClipCache:
         """cache[i][indices]: for a training step twice as fast as mapping 64 files. Raises InputError."""
         rows, num_bytes = np.empty((len(indices), *self.shape[1:]), self.dtype), 0
         with suppress(FileNotFoundError), open(self.folder / self.keys[i], "rb", buffering=0) as file:
-            for row, index in zip(rows[..., None], indices, strict=True):
+            for row, index in zip(rows[..., None], indices, strict=True):  # a row of times is a number, not an array
                 file.seek(int(index) * row.nbytes)
                 num_bytes += file.readinto(row)
         if num_bytes < rows.nbytes:
@@ -139,7 +139,8 @@ class ClipCache:
 
     def missing(self) -> list[int]:
         """Clips whose file is absent or has the wrong size, or that of their times."""
-        paths, untimed = [self.folder / key for key in self.keys], set(self.times.missing() if self.times else ())
+        paths = [self.folder / key for key in self.keys]
+        untimed = set(() if self.times is None else self.times.missing())
         return [i for i, p in enumerate(paths)
                 if i in untimed or not p.is_file() or p.stat().st_size != self.clip_bytes]
 
@@ -155,7 +156,7 @@ class ClipCache:
 
     def make_room(self) -> int:
         """Deletes files that are no longer needed and a day old. Returns the bytes still missing."""
-        if self.times:
+        if self.times is not None:
             self.times.make_room()
         if missing := self.missing():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,7 @@ def _decode_clip(path: Path, cache: ClipCache, preprocessing: Preprocessing) -> 
         frames, times = read_clip(path, cache.shape[0], preprocessing)
     except InputError as error:
         return str(error)
-    if cache.times:
+    if cache.times is not None:
         cache.times.write(0, np.array(times))
     return cache.write(0, frames.numpy())
 

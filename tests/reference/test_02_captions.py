@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from common.config import METHODS, Config
 from common.errors import InputError
 from common.files import sha256_of
-from model import Captioner, checksum
+from model import Captioner
 from models import caption_loss
 from models.generation import naive_generate
 from models.lm import CausalLM, LMConfig
 from models.pair import PROMPT, Pair
-from models.safetensors import read_safetensors, write_safetensors
+from models.safetensors import checksum, read_safetensors, write_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT, ViTConfig
 from tests.tiny import (
