@@ -28,7 +28,7 @@ from common.config import Config
 from common.errors import InputError
 from models.baselines import add_adapters, add_lora, add_prompts
 from models.caption_loss import caption_loss, to_device
-from models.deep import TEXT, DeepQueries
+from models.deep import TEXT, DeepVectors
 from models.generation import check_length, generate
 from models.lm import CausalLM, VisualPlaces
 from models.mllm import MLLM
@@ -121,7 +121,8 @@ class Captioner(nn.Module):
             nn.init.zeros_(self.connector.weight)
             nn.init.zeros_(self.connector.bias)
         if config.deep_rank:
-            self.deep = DeepQueries(width, self.lm, config.deep_rank, self.prefix_length(config.frames))
+            text = torch.tensor(self.tokenizer.encode(TEXT), device=self.lm.embed.weight.device)
+            self.deep = DeepVectors(width, self.lm, config.deep_rank, self.prefix_length(config.frames), text)
 
     def train(self, mode: bool = True) -> "Captioner":
         super().train(mode)
@@ -180,14 +181,10 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def measure_channels(self, frames: Tensor) -> None:
-        """Gives the adapter the channel statistics of frames uint8 (B, T, 3, S, S), or of their `block_outputs`, and
-        `deep` the sizes of the language model's vectors."""
+        """Gives the adapter the channel statistics of frames uint8 (B, T, 3, S, S), or of their `block_outputs`."""
         if frames.dtype == torch.uint8:
             frames = self.block_outputs(frames).bfloat16()  # as from a cache
         self.adapter.measure_channels(frames)
-        if self.deep is not None:
-            ids = self.tokenizer.encode(TEXT)
-            self.deep.measure_sizes(self.lm, torch.tensor(ids, device=frames.device))
 
     # ------------------------------------------------------------------ what the language model reads
 
@@ -245,24 +242,26 @@ class Captioner(nn.Module):
             tokens, deep = tokens[..., : self.lm.config.width], tokens[..., self.lm.config.width :]
             tokens = tokens + self.connector(tokens / self.prefix_scale + time_embed) * self.prefix_scale
             return torch.cat([tokens, deep], dim=-1)
-        return self.connector(tokens + time_embed) * self.prefix_scale
+        return self.connect(tokens + time_embed)
 
-    def query_tokens(self, queries: Tensor) -> Tensor:
-        """LN(Q) (B, N, D) -> visual tokens (B, N, C)."""
+    def connect(self, vectors: Tensor) -> Tensor:
+        """LN(Q) (B, N, D), or what a pair reads of frames (B, T, N', D) -> visual tokens (..., C), with the vectors
+        beside them (..., C + D) for `deep`."""
         if self.connector is None:
-            return self.backbone.projector(queries.to(self.dtype))
-        return self.connector(queries) * self.prefix_scale
+            tokens = self.backbone.projector(vectors.to(self.dtype))
+        else:
+            tokens = self.connector(vectors) * self.prefix_scale
+        return tokens if self.deep is None else torch.cat([tokens, vectors], dim=-1)
 
     def encode(self, frames: Tensor) -> list[Tensor]:
-        """The input -> M groups of visual tokens: one for the queries (B, N, C), with LN(Q) beside them for `deep`, one
-        for a pair (B, T*N', C), one per frame or pair of frames (B, N', C + jC) for an MLLM."""
+        """The input -> M groups of visual tokens and what is beside them: one for the queries (B, N, C), one for a pair
+        (B, T*N', C), one per frame or pair of frames (B, N', C + jC) for an MLLM."""
         if not self.num_visual_tokens(self.num_frames(frames)):
             return [self.prefix_scale.new_empty(len(frames), 0, self.lm.config.width)]
         queries, z = self.run_encoder(frames)
         if self.config.reads_queries:
-            tokens = self.query_tokens(queries)
-            return [tokens if self.deep is None else torch.cat([tokens, queries], dim=-1)]  # (B, N, C + D)
-        tokens = self.frame_tokens(z)  # (B, T, N', C + jC)
+            return [self.connect(queries)]
+        tokens = self.frame_tokens(z)  # (B, T, N', C), (B, T, N', C + D) or (B, T, N', C + jC)
         images = self.backbone.num_images(self.num_frames(frames))
         return list(tokens.unflatten(1, (images, -1)).flatten(2, 3).unbind(1))
 
@@ -275,8 +274,8 @@ class Captioner(nn.Module):
             if self.deep is None:
                 places = self.backbone.places(texts, groups)
             else:
-                tokens, queries = groups[0].split([self.lm.config.width, self.vit.config.width], dim=-1)
-                groups, places = [tokens], VisualPlaces(None, 0, self.deep(queries, len(texts[0])))
+                tokens, vectors = groups[0].split([self.lm.config.width, self.vit.config.width], dim=-1)
+                groups, places = [tokens], VisualPlaces(None, 0, self.deep(vectors, len(texts[0])))
             yield clips, self.backbone.merge(texts, groups), places
 
     def prefix(self, frames: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ class Config:
     queries: int = adapting(16, "query tokens of the Q-Adapter; prompts per block", type=count(1, 4096))
     rank: int = adapting(32, "rank of the Q-Adapter's projections, of LoRA, of adapters", type=count(1, 8192))
     last_blocks: int = adapting(3, "adapt only the last so many blocks of the ViT; 0: all", type=count(0, 10**4))
-    deep_rank: int = adapting(0, "rank of what queries add to each block of the language model; 0: it reads them at "
-                              "its input alone", type=count(0, 8192))
+    deep_rank: int = adapting(0, "rank of what visual tokens add to each block of the language model; 0: it reads them "
+                              "at its input alone", type=count(0, 8192))
     gate: str = adapting("normed", "the gating layer: one number per query, or none", choices=("normed", "none"))
     write_back: bool = adapting(False, "the ViT's patches read the queries too")
     token_dropout: float = adapting(0.0, "hide this share of the ViT's tokens from the queries in training",
@@ -165,7 +165,8 @@ class Config:
              "--grid: expected --visual frames or another method; queries have no grid"),
             (self.word_epochs and (self.method == "none" or (self.method == "lora-lm" and not self.is_pair)),
              "--word-epochs: expected a method that trains something before the language model"),
-            (self.deep_rank and not self.reads_queries, "--deep-rank: expected --method qadapter and --visual queries"),
+            (self.deep_rank and not (self.reads_queries or (self.is_pair and self.method != "none")),
+             "--deep-rank: expected queries, or a ViT with a language model and a method that trains"),
             (is_qadapter and self.rank % HEADS, f"--rank: expected a multiple of {HEADS}"),
             (self.cache_features and (self.method == "none" or not self.can_cache_vit),
              "--cache-features: expected --method linear, lora-lm, or qadapter without --write-back"),

@@ -140,6 +140,13 @@ class RawChannels(QAdapter):
         pass
 
 
+class Blind(QAdapter):
+    """Every token is zero: what a captioner learns without the video."""
+
+    def read_outputs(self, outputs: Tensor) -> Tensor:
+        return super().read_outputs(torch.zeros_like(outputs))
+
+
 def with_block(block: type[GatedCrossAttention]) -> type[QAdapter]:
     """The Q-Adapter with another block."""
     return type(block.__name__, (QAdapter,), {"Block": block})
@@ -157,4 +164,5 @@ VARIANTS = {
     "no-time": NoTime,
     "no-time-no-changes": NoTimeNoChanges,
     "raw-channels": RawChannels,
+    "blind": Blind,
 }

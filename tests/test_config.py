@@ -88,7 +88,7 @@ def test_the_defaults_of_a_dataset(dataset):
     ("--method lora --write-back", "--write-back and --variant"), ("--method lora --variant v", "--variant"),
     ("--instruction x", "--instruction: expected an MLLM"), ("--grid 2", "--grid: expected --visual frames"),
     ("--word-epochs 1 --method none", "--word-epochs"), ("--word-epochs 1 --mllm m --method lora-lm", "--word-epochs"),
-    ("--deep-rank 4 --method lora", "--deep-rank: expected"),
+    ("--deep-rank 4 --method none", "--deep-rank: expected"),
     ("--rank 6", "--rank: expected a multiple of 4"), ("--cache-features --write-back", "--cache-features"),
     ("--cache-features --method lora", "--cache-features"), ("--cache-features --method none", "--cache-features"),
     ("--plan --method none", "--plan"), ("--precision bf16 --method full", "--precision bf16"),

@@ -1,5 +1,5 @@
-"""Queries in every block of the language model. Reference: hooks that add the equation's terms to the inputs of blocks,
-for one clip and one caption; seeds 0 and 1, float32, within 1e-5."""
+"""Visual vectors in every block of the language model. Reference: hooks that add the equation's terms to the inputs of
+blocks, for one clip and one caption; seeds 0 and 1, float32, within 1e-5."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from models.generation import generate
 from tests.tiny import EOS, T, clips, labels, make, randomized
 
 
-def reference_hidden(captioner, prefix: torch.Tensor, queries: torch.Tensor, start: int) -> torch.Tensor:
-    """Last hidden states (1, S, C) of embeddings that begin with a prefix; its queries (N, D) stand at `start`."""
+def reference_hidden(captioner, prefix: torch.Tensor, vectors: torch.Tensor, start: int) -> torch.Tensor:
+    """Last hidden states (1, S, C) of embeddings that begin with a prefix; its vectors (N, D) stand at `start`."""
     deep, hooks = captioner.deep, []
     rank = deep.up.shape[1]
     for i, block in enumerate(captioner.lm.blocks[1:]):
@@ -20,8 +20,8 @@ def reference_hidden(captioner, prefix: torch.Tensor, queries: torch.Tensor, sta
             x = inputs[0].clone()
             for p in range(deep.prefix.shape[1]):
                 x[0, p] += deep.sizes[i] * deep.prefix[i, p]
-            for n, query in enumerate(queries):
-                x[0, start + n] += deep.sizes[i] * STEP * (down @ query) @ deep.up[i]
+            for n, vector in enumerate(vectors):
+                x[0, start + n] += deep.sizes[i] * STEP * (down @ vector) @ deep.up[i]
             return x, *inputs[1:]
 
         hooks.append(block.register_forward_pre_hook(add))
@@ -31,11 +31,18 @@ def reference_hidden(captioner, prefix: torch.Tensor, queries: torch.Tensor, sta
     return hidden
 
 
-@pytest.fixture(scope="module")
-def captioner():
-    captioner = randomized("no write-back", 0, deep_rank=3)
-    captioner.measure_channels(clips(2, T, 1))
+@pytest.fixture(scope="module", params=["no write-back", "linear"])
+def captioner(request):
+    captioner = randomized(request.param, 0, deep_rank=3)
+    if captioner.adapter is not None:
+        captioner.measure_channels(clips(2, T, 1))
     return captioner.eval()
+
+
+def visual_vectors(captioner, frames: torch.Tensor) -> torch.Tensor:
+    """LN(Q) of a clip (N, D), or its pooled features with their frame vectors (T, D)."""
+    queries, z = captioner.run_encoder(frames)
+    return captioner.vit.pool(z[0]) + captioner.time_embed if queries is None else queries[0]
 
 
 @torch.no_grad()
@@ -45,17 +52,17 @@ def test_the_loss_and_the_captions_are_those_of_hooks(captioner):
     expected = torch.zeros(())
     found = generate_ids(captioner, frames)
     for clip in range(2):
-        queries = captioner.run_encoder(frames[clip : clip + 1])[0][0]
+        vectors = visual_vectors(captioner, frames[clip : clip + 1])
         prefix, start = captioner.prefix(frames[clip : clip + 1]), len(captioner.texts(T)[0])
         for caption in ids[clip]:
             caption = caption[caption >= 0]
             x = torch.cat([prefix, captioner.lm.embed(caption[:-1])[None]], dim=1)
-            hidden = reference_hidden(captioner, x, queries, start)[0, prefix.shape[1] - 1 :]
+            hidden = reference_hidden(captioner, x, vectors, start)[0, prefix.shape[1] - 1 :]
             expected += torch.nn.functional.cross_entropy(captioner.lm.head(hidden), caption, reduction="sum")
         written: list[int] = []
         for _ in range(6):
             x = torch.cat([prefix, captioner.lm.embed(torch.tensor([written], dtype=torch.long))], dim=1)
-            token = int(captioner.lm.head(reference_hidden(captioner, x, queries, start)[0, -1]).argmax())
+            token = int(captioner.lm.head(reference_hidden(captioner, x, vectors, start)[0, -1]).argmax())
             if token == EOS:
                 break
             written.append(token)

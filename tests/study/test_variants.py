@@ -34,6 +34,7 @@ def make(name: str | None) -> QAdapter:
 def naive(name: str | None, adapter: QAdapter, z: Tensor) -> Tensor:
     """The last block's output of a clip (T, P, D) -> LN(Q) (N, D) by the equations in qadapter.py and the variant's."""
     block, zero = adapter.blocks[0], torch.zeros(P, D, dtype=torch.float64)
+    z = torch.zeros_like(z) if name == "blind" else z
     mean, std = (0, 1) if name == "raw-channels" else (block.mean, block.std)
     y = (F.layer_norm(z, (D,)) - mean) / std  # (T, P, D)
     rows = []
