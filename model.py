@@ -17,7 +17,8 @@ language model, N' visual tokens per frame, M groups of visual tokens in a promp
 tokens of the longest caption with its EOS, J `read_blocks`, j blocks of DeepStack (Qwen3-VL's; others have none).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -95,10 +96,8 @@ class Captioner(nn.Module):
     def add_trained_parts(self) -> None:
         """Makes what the method adds to the frozen models, and the connector and frame vectors where it needs them.
 
-        The connector maps what is read to the width C of the language model. A pair always needs it, whatever is
-        trained. An MLLM has a projector: it needs a connector only for queries that this projector cannot map, and for
-        `linear`, where the connector is what is trained, from C to C.
-        """
+        The connector maps what is read to the width C of the language model. A pair always needs it. An MLLM has a
+        projector: it needs one only for queries that this projector cannot map, and for `linear`, from C to C."""
         config, width, lm_width = self.config, self.vit.config.width, self.lm.config.width
         pair_connector = not self.backbone.trained_together and config.method != "none"
         if config.method == "qadapter":
@@ -282,12 +281,14 @@ class Captioner(nn.Module):
         """The embeddings alone (B, positions before a caption, C), of frames without times."""
         return next(self.prefixes(frames))[1]
 
-    def forward(self, frames: Tensor, labels: Tensor, times: Tensor | None = None) -> Tensor:
+    def forward(self, frames: Tensor, labels: Tensor, times: Tensor | None = None,
+                weights: Tensor | None = None) -> Tensor:
         """The input, and K captions each: ids (B, K, L), padded with -100, on the CPU -> the cross-entropy summed over
         all caption tokens and EOS, from the first one on, which the last position of the prefix predicts. A clip is
         encoded once for its K captions. times (B, T + 1), on the CPU: when each frame is shown, and the duration of the
-        video, in seconds; by default one frame per second."""
-        return sum(caption_loss(self.lm, prefix, labels[list(clips)], places)
+        video, in seconds; by default one frame per second. weights (B, K): see `caption_loss`."""
+        return sum(caption_loss(self.lm, prefix, labels[list(clips)], places,
+                                None if weights is None else weights[list(clips)])
                    for clips, prefix, places in self.prefixes(frames, times))
 
     def check_length(self, num_frames: int, beams: int, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
@@ -296,15 +297,19 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # --compile is for steps; a cache that grows would be compiled again
+    def write(self, frames: Tensor, times: Tensor | None, search: Callable) -> list:
+        """The input, and its times, see `forward` -> what a function of models/generation.py returns for each clip."""
+        found: dict[int, list] = {}
+        for clips, prefix, places in self.prefixes(frames, times):
+            found |= zip(clips, search(self.lm, prefix, places=places), strict=True)
+        return [found[clip] for clip in range(len(frames))]
+
     def caption(self, frames: Tensor, beams: int = 1, max_new_tokens: int = MAX_NEW_TOKENS,
                 times: Tensor | None = None) -> list[str]:
         """The input, and its times, see `forward` -> one caption per clip; greedy with one beam."""
         self.check_length(self.num_frames(frames), beams, max_new_tokens)
-        ids: dict[int, list[int]] = {}
-        for clips, prefix, places in self.prefixes(frames, times):
-            found = generate(self.lm, prefix, beams=beams, max_new_tokens=max_new_tokens, places=places)
-            ids |= zip(clips, found, strict=True)
-        return self.tokenizer.decode([ids[clip] for clip in range(len(frames))])
+        search = partial(generate, beams=beams, max_new_tokens=max_new_tokens)
+        return self.tokenizer.decode(self.write(frames, times, search))
 
     # ---------------------------------------------------------------------------------------- files
 

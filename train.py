@@ -28,34 +28,35 @@ from report.page import report_split
 from training import devices, distributed
 from training.frozen_models import fingerprint_models, load_models, resolve_models, with_default_models
 from training.inputs import cached_inputs
-from training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from training.optimizer import make_optimizer, set_learning_rate
+from training.phases import make_phases
 from training.plan import count_steps, format_plan, format_steps
 from training.run import Run, check_models, check_out, data_differences
-from training.words import learn_words
 from video_data.annotations import Clip
-from video_data.batches import ClipCache, TrainingExamples, collate, epoch_batches, prefetch
+from video_data.batches import Batch, ClipCache, TrainingExamples, collate, epoch_batches, prefetch
 from video_data.datasets import read_dataset
 
 MEASURED_CLIPS = 16  # at most, of the first batch, give the adapter's channel statistics
 LOG_EVERY, SAVE_EVERY = 20, 200  # steps
 
 
-def accumulate_gradients(captioner: Captioner, frames: Tensor, labels: Tensor, tokens: int,
-                         micro_batch_size: int | None, times: Tensor | None = None) -> Tensor:
-    """Adds the gradient of a batch's loss, its sum over all labels / tokens, one micro-batch after another.
+def accumulate_gradients(captioner: Captioner, batch: Batch, compute_loss: Callable, total: int,
+                         micro_batch_size: int | None) -> Tensor:
+    """Adds the gradient of a batch's loss, its sum / total, one micro-batch after another.
 
     Returns the loss, still on the device. Only one micro-batch is in the device's memory at once.
     """
-    device, size = next(captioner.parameters()).device, micro_batch_size or len(frames)
-    total = torch.zeros((), device=device)
-    for i, (micro_frames, micro_labels) in enumerate(zip(frames.split(size), labels.split(size), strict=True)):
-        micro_times = None if times is None else times.split(size)[i]
-        with explain_out_of_memory(f"a step on {len(micro_frames)} clips at once, --micro-batch-size may be smaller"):
-            # The labels stay on the CPU, where their positions are found without waiting for a GPU.
-            loss = captioner(micro_frames.to(device, non_blocking=True), micro_labels, micro_times) / tokens
+    device, size = next(captioner.parameters()).device, micro_batch_size or len(batch.frames)
+    value = torch.zeros((), device=device)
+    for i in range(0, len(batch.frames), size):
+        # The labels stay on the CPU, where their positions are found without waiting for a GPU.
+        part = Batch(*(x if x is None else x[i : i + size] for x in batch))
+        with explain_out_of_memory(f"a step on {len(part.frames)} clips at once, --micro-batch-size may be smaller"):
+            part = part._replace(frames=part.frames.to(device, non_blocking=True))
+            loss = compute_loss(captioner, part) / total
             loss.backward()
-        total += loss.detach()
-    return total
+        value += loss.detach()
+    return value
 
 
 def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, loss: float, lr: float) -> None:
@@ -135,19 +136,19 @@ def load_captioner(config: Config, device: torch.device,
     return (captioner, {}) if config.plan else (captioner.to(device), fingerprint_models(folders))
 
 
-def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, frames: Tensor, labels: Tensor,
-                      group: distributed.ProcessGroup, times: Tensor | None = None) -> float:
+def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, batch: Batch,
+                      compute_loss: Callable, group: distributed.ProcessGroup) -> float:
     """Step number `step` + 1 of training, on this process's share of a batch. Returns the loss of the whole batch.
 
     Raises InputError, before the weights change, if the loss or the norm of its gradient is not finite.
     """
     config = captioner.config
     trained = [parameter for param_group in optimizer.param_groups for parameter in param_group["params"]]
-    # Seeds --token-dropout: each step and process hides other tokens, a resumed run the same ones.
+    # Seeds --token-dropout and samples: each step and process draws others, a resumed run the same ones.
     torch.manual_seed((config.seed * 2**20 + step) * 2**10 + group.rank)
-    tokens = group.all_reduce(int((labels >= 0).sum()))  # the loss is a mean over the tokens of all processes
+    total = group.all_reduce(compute_loss.terms(batch))  # the loss is a mean over the terms of all processes
     optimizer.zero_grad(set_to_none=True)
-    loss = accumulate_gradients(captioner, frames, labels, tokens, config.micro_batch_size, times)
+    loss = accumulate_gradients(captioner, batch, compute_loss, total, config.micro_batch_size)
     group.all_reduce_gradients(trained)
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
     loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the only time that a step waits for a GPU
@@ -169,16 +170,13 @@ def make_examples(captioner: Captioner, clips: list[Clip], cache: ClipCache | No
     return examples
 
 
-def prepare(captioner: Captioner, examples: TrainingExamples, load_batch: Callable, device: torch.device,
-            group: distributed.ProcessGroup) -> None:
-    """What comes before the first step: the adapter's channel statistics, and --word-epochs."""
+def measure_channels(captioner: Captioner, examples: TrainingExamples) -> None:
+    """Gives the adapter, if there is one, its channel statistics, from the same clips in every process."""
     config = captioner.config
-    if captioner.adapter is not None:  # from the same clips in every process
+    if captioner.adapter is not None:
         first_batch = next(epoch_batches(len(examples.captions), config.batch_size, 1, config.seed))
         frames, _ = collate([examples[key] for key in first_batch[:MEASURED_CLIPS]])
-        captioner.measure_channels(frames.to(device))
-    if config.word_epochs:
-        learn_words(captioner, examples.captions, load_batch, device, group)
+        captioner.measure_channels(frames.to(captioner.prefix_scale.device))
 
 
 def main() -> int:
@@ -216,13 +214,13 @@ def main() -> int:
         inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
     examples = make_examples(captioner, clips, inputs.get("train"))
 
-    def load_batch(batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """This process's share of a batch of (clip, epoch): frames (B, T, 3, S, S), labels (B, K, L), times or None."""
-        keys = group.shard(batch)
+    def load_batch(keys: list[tuple[int, int]]) -> Batch:
+        """This process's share of a batch of (clip, epoch)."""
+        keys = group.shard(keys)
         frames, labels = collate([examples[key] for key in keys])
         if device.type == "cuda":
             frames = frames.pin_memory()  # is copied to the GPU while the GPU computes
-        return frames, labels, examples.times(keys)
+        return Batch(frames, labels, examples.times(keys), [clip for clip, _ in keys])
 
     # 3. Optimizer, and the step to start from
     optimizer = make_optimizer(captioner.trained(), config.weight_decay) if steps else None
@@ -232,22 +230,26 @@ def main() -> int:
         step, best_cider = run.resume(captioner, optimizer, steps, device)
         print(f"resuming after step {step}")
     else:
-        prepare(captioner, examples, load_batch, device, group)
+        measure_channels(captioner, examples)
         run.create(captioner, optimizer, dataset)
     group.broadcast(captioner.checkpoint_tensors().values())
 
     # 4. The loop
-    order = epoch_batches(len(clips), config.batch_size, config.epochs, config.seed, step) if steps else ()
-    steps_between = steps // config.epochs * config.eval_every  # validations; the last one is after the last step
-    validation_steps = [*range(steps_between, steps, max(1, steps_between)), steps]
+    epochs = config.word_epochs + config.epochs
+    order = epoch_batches(len(clips), config.batch_size, epochs, config.seed, step) if steps else ()
+    phases = make_phases(config, steps, captioner, clips, examples.captions) if steps else ()
+    per_epoch = max(1, steps // epochs)
+    validation_steps = [*range(per_epoch * (config.word_epochs + config.eval_every), steps,
+                               per_epoch * config.eval_every), steps]  # the last one is after the last step
     if step == 0:
         validate(captioner, dataset, inputs["val"], group, run, step)
     progress = Progress(step, steps, config.batch_size)
     with cli.deferred_interrupts(repeatable=group.world_size > 1) as interrupts:
-        for frames, labels, times in prefetch(load_batch, order):
-            lr = learning_rate(step, steps, config.lr)
+        for batch in prefetch(load_batch, order):
+            phase = next(phase for phase in phases if step < phase.last)
+            lr = phase.learning_rate(step)
             set_learning_rate(optimizer, lr)
-            loss = backward_and_step(captioner, optimizer, step, frames, labels, group, times)
+            loss = backward_and_step(captioner, optimizer, step, batch, phase.loss, group)
             step += 1
 
             if step % LOG_EVERY == 0 or step == steps:

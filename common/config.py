@@ -109,8 +109,10 @@ class Config:
                           "feature", type=count(0, 256), metavar="G")
     instruction: str = prompting(INSTRUCTION, "what an MLLM is told to do", type=text)
 
-    word_epochs: int = training(0, "epochs before the first step, without the language model: visual tokens learn to "
-                                "point at the words of captions", type=count(0, 10**5))
+    word_epochs: int = training(0, "epochs before the others, without the language model: visual tokens learn to point "
+                                "at the words of captions", type=count(0, 10**5))
+    cider_epochs: int = training(0, "so many of the epochs, the last ones, learn from the CIDEr of captions that the "
+                                 "captioner draws at random", type=count(0, 10**5))
     lr: float = training(5e-3, "peak learning rate of AdamW", type=cli.number(float, 1e-12, 1e6))
     weight_decay: float = training(0.01, "weight decay of AdamW", type=cli.number(float, 0, 1e6))
     micro_batch_size: int | None = training(None, "clips of a process in memory at once; gradients are summed; "
@@ -165,6 +167,7 @@ class Config:
              "--grid: expected --visual frames or another method; queries have no grid"),
             (self.word_epochs and (self.method == "none" or (self.method == "lora-lm" and not self.is_pair)),
              "--word-epochs: expected a method that trains something before the language model"),
+            (self.cider_epochs > self.epochs, f"--cider-epochs: expected at most the {self.epochs} of --epochs"),
             (self.deep_rank and not (self.reads_queries or (self.is_pair and self.method != "none")),
              "--deep-rank: expected queries, or a ViT with a language model and a method that trains"),
             (is_qadapter and self.rank % HEADS, f"--rank: expected a multiple of {HEADS}"),

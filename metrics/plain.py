@@ -13,7 +13,7 @@ References
 """
 
 from collections import Counter
-from math import exp, log, sqrt
+from math import exp, hypot, log
 
 ORDERS = (1, 2, 3, 4)  # n of the n-grams
 SMALL, TINY = 1e-9, 1e-15  # BLEU: added to every divisor and to every dividend
@@ -85,27 +85,34 @@ def tf_idf(caption, n, frequencies, num_videos):
     return {ngram: count * (log(num_videos) - log(max(1, frequencies[ngram]))) for ngram, count in counts.items()}
 
 
-def norm(vector):
-    return sqrt(sum(value**2 for value in vector.values()))
+def similarity(hypothesis, reference):
+    """Clipped cosine of two vectors: (min(h, s) . s) / (|h| |s|), 0 if one is empty."""
+    dot = sum(min(value, reference[ngram]) * reference[ngram] for ngram, value in hypothesis.items()
+              if ngram in reference)
+    norms = hypot(*hypothesis.values()) * hypot(*reference.values())
+    return dot / norms if norms else 0.0
 
 
-def plain_cider(references, hypotheses):
-    """CIDEr-D (0..10): (mean over videos, list over videos). One video alone scores 0, because every idf is ln 1.
+def cider_of_video(references, hypothesis, frequencies, num_videos):
+    """CIDEr-D (0..10) of a video in a set of `num_videos`, whose document frequencies are given.
 
     [2] For a hypothesis h, CIDEr-D_n = 10/m * sum over its m references s of
         exp(-(l(h) - l(s))^2 / (2 sigma^2)) * (min(g^n(h), g^n(s)) . g^n(s)) / (|g^n(h)| |g^n(s)|)
     and CIDEr-D is its mean over n = 1..4. In pycocoevalcap the length l is the number of bigrams.
     """
-    frequencies, scores = document_frequencies(references), []
-    for group, hypothesis in zip(references, hypotheses, strict=True):
-        total = 0.0
-        for reference in group:
-            bigrams = [max(len(caption.split()) - 1, 0) for caption in (hypothesis, reference)]
-            length_penalty = exp(-((bigrams[0] - bigrams[1]) ** 2) / (2 * SIGMA**2))
-            for n in ORDERS:
-                h, s = (tf_idf(caption, n, frequencies, len(references)) for caption in (hypothesis, reference))
-                clipped_dot = sum(min(h[ngram], s[ngram]) * s[ngram] for ngram in h if ngram in s)
-                norms = norm(h) * norm(s)
-                total += length_penalty * clipped_dot / norms if norms else 0.0
-        scores.append(10 * total / (len(group) * len(ORDERS)))
+    total = 0.0
+    for reference in references:
+        bigrams = [max(len(caption.split()) - 1, 0) for caption in (hypothesis, reference)]
+        length_penalty = exp(-((bigrams[0] - bigrams[1]) ** 2) / (2 * SIGMA**2))
+        for n in ORDERS:
+            vectors = (tf_idf(caption, n, frequencies, num_videos) for caption in (hypothesis, reference))
+            total += length_penalty * similarity(*vectors)
+    return 10 * total / (len(references) * len(ORDERS))
+
+
+def plain_cider(references, hypotheses):
+    """CIDEr-D (0..10): (mean over videos, list over videos). One video alone scores 0, because every idf is ln 1."""
+    frequencies = document_frequencies(references)
+    scores = [cider_of_video(*video, frequencies, len(references))
+              for video in zip(references, hypotheses, strict=True)]
     return sum(scores) / len(scores), scores

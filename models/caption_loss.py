@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models.generation import TEMPERATURE
 from models.lm import CausalLM, VisualPlaces
 
 LOGITS_PER_CHUNK = 2**25  # of the loss: 128 MB in float32
@@ -28,20 +29,29 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def cross_entropy(logits: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:
+    """Logits (n, V) and ids (n,) -> the sum of their cross-entropies; with weights (n,), of samples, that of each times
+    its weight, at the temperature of `sample`."""
+    if weights is None:
+        return F.cross_entropy(logits, ids, reduction="sum")
+    return weights @ F.cross_entropy(logits / TEMPERATURE, ids, reduction="none")
+
+
 class FrozenHeadCrossEntropy(torch.autograd.Function):
-    """Cross-entropy behind a frozen head, summed: hidden states (n, C) and ids (n,) -> float32 ().
+    """`cross_entropy` behind a frozen head: hidden states (n, C), ids and weights (n,) -> float32 ().
 
     The logits of all n tokens never exist at once: with 262,144 words they take 1 MB a token. They are computed in
     chunks, and the gradient with respect to the hidden states in the same pass, so that no chunk is computed twice.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, ids: Tensor, head: nn.Module, vocab: int) -> Tensor:
-        chunk_size, total, gradients = max(1, LOGITS_PER_CHUNK // vocab), x.new_zeros((), dtype=torch.float32), []
-        for chunk, chunk_ids in zip(x.split(chunk_size), ids.split(chunk_size), strict=True):
+    def forward(ctx, x: Tensor, ids: Tensor, head: nn.Linear, weights: Tensor | None) -> Tensor:
+        size, total, gradients = max(1, LOGITS_PER_CHUNK // head.out_features), x.new_zeros((), dtype=torch.float32), []
+        for i in range(0, len(x), size):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
-                loss = F.cross_entropy(head(chunk).float(), chunk_ids, reduction="sum")
+                chunk = x[i : i + size].detach().requires_grad_(ctx.needs_input_grad[0])
+                chunk_weights = None if weights is None else weights[i : i + size]
+                loss = cross_entropy(head(chunk).float(), ids[i : i + size], chunk_weights)
             if ctx.needs_input_grad[0]:
                 gradients += torch.autograd.grad(loss, chunk)
             total += loss.detach()
@@ -79,8 +89,10 @@ def packed_attention_inputs(caption: Tensor, place: Tensor, prefix_length: int) 
     return {"positions": torch.cat([prefix, prefix_length + place], dim=1), "visible": is_same.tril()}
 
 
-def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor, places: VisualPlaces | None = None) -> Tensor:
-    """Returns the cross-entropy, summed over all caption tokens and EOS, of K captions of each clip.
+def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor, places: VisualPlaces | None = None,
+                 weights: Tensor | None = None) -> Tensor:
+    """Returns the cross-entropy, summed over all caption tokens and EOS, of K captions of each clip, each times its
+    weight (B, K) if there are weights.
 
     They are ids (B, K, L), padded with -100, after the prefix (B, P, C); on the CPU, where their positions are found
     without waiting for a GPU. The language model's head runs on caption positions only; if it is frozen, the logits of
@@ -90,6 +102,9 @@ def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor, places: VisualPla
     ids, following, caption, place = pack_captions(labels)
     targets = torch.cat([labels[:, :, 0], following], dim=1).flatten()  # (B(K + s),)
     predicts = (targets >= 0).nonzero().squeeze(1)  # (n,)
+    if weights is not None:  # of each token
+        number = torch.cat([torch.arange(k).expand(len(labels), -1), caption], dim=1)  # (B, K + s)
+        weights = to_device(weights.gather(1, number).flatten()[predicts], prefix.device)  # (n,)
     ids, caption, place, predicts, targets = (to_device(tensor, prefix.device) for tensor in (
         ids, caption, place, predicts, targets[predicts]))
     x = torch.cat([prefix, lm.embed(ids)], dim=1)  # (B, S, C)
@@ -102,5 +117,5 @@ def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor, places: VisualPla
     first = x[:, prefix_length - 1 : prefix_length].expand(-1, k, -1)  # (B, K, C)
     x = torch.cat([first, x[:, prefix_length:]], dim=1).flatten(0, 1)[predicts]  # (n, C)
     if lm.head.weight.requires_grad:
-        return F.cross_entropy(lm.head(x).float(), targets, reduction="sum")
-    return FrozenHeadCrossEntropy.apply(x, targets, lm.head, lm.head.out_features)
+        return cross_entropy(lm.head(x).float(), targets, weights)
+    return FrozenHeadCrossEntropy.apply(x, targets, lm.head, weights)

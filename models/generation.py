@@ -1,4 +1,4 @@
-"""Text generation after a prefix of embeddings: greedy search and beam search.
+"""Text generation after a prefix of embeddings: greedy search, beam search and samples.
 
 Beam search keeps the n most likely hypotheses of each text, extends each by every token and keeps the n most likely
 again. A hypothesis that ends in EOS is finished and frees its place. The best finished one wins: its score is the sum
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from common.errors import InputError
 from models.lm import CausalLM, KVCache, LMConfig, VisualPlaces
+
+TEMPERATURE = 0.7  # of `sample`: at 1, a small frozen language model hardly writes a sentence
 
 
 def check_length(lm_config: LMConfig, prefix_length: int, max_new_tokens: int, beams: int) -> None:
@@ -80,6 +82,32 @@ def greedy_search(lm: CausalLM, prefix: Tensor, max_new: int, eos_ids: tuple[int
             cache.select_rows(torch.tensor(active, device=x.device))
         x = lm.embed(torch.tensor([[text[-1]] for text in running], device=x.device))  # (R, 1, C)
     return texts
+
+
+@torch.no_grad()
+def sample(lm: CausalLM, prefix: Tensor, count: int, max_new: int = 30,
+           places: VisualPlaces | None = None) -> list[list[list[int]]]:
+    """Draws `count` texts after each prefix (B, S, C), token by token, from softmax(logits / TEMPERATURE). Returns
+    their ids, with the EOS of those that end."""
+    prefix = prefix.to(lm.embed.weight.dtype)
+    cache = KVCache(lm.config, len(prefix) * count, prefix.shape[1] + max_new - 1, prefix, places)
+    rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(count)
+    logits = next_logits(lm, prefix, cache)[rows]  # (R, V), R = B count at first
+    cache.select_rows(rows)
+    texts: list[list[int]] = [[] for _ in rows]
+    running = texts  # the texts of the rows
+    for length in range(1, max_new + 1):
+        tokens = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1)[:, 0].tolist()
+        for text, token in zip(running, tokens, strict=True):
+            text.append(token)
+        active = [row for row, token in enumerate(tokens) if token not in lm.config.eos_ids]
+        if not active or length == max_new:
+            break
+        running = [running[row] for row in active]
+        cache.select_rows(torch.tensor(active, device=prefix.device))
+        last = torch.tensor([[text[-1]] for text in running], device=prefix.device)
+        logits = next_logits(lm, lm.embed(last), cache)
+    return [texts[i : i + count] for i in range(0, len(texts), count)]
 
 
 class Hypothesis(NamedTuple):

@@ -41,7 +41,9 @@ from tests.scripts import (
 )
 from training import frozen_models
 from training.distributed import ProcessGroup
+from training.phases import CaptionLoss
 from video_data import shapes
+from video_data.batches import Batch
 
 CPU = torch.device("cpu")
 
@@ -106,17 +108,17 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished_run,
 def test_a_batch_is_processed_in_micro_batches(finished_run, flags, tmp_path):
     """5 clips in micro-batches of 2: three passes. Reference: the sum of the passes' losses, by 10 tokens, and its
     gradient; a loss of 3 w for each clip. A run: the losses of whole batches within 1e-5."""
-    weight, sizes = torch.nn.Parameter(torch.tensor(2.0)), []
+    weight, parts = torch.nn.Parameter(torch.tensor(2.0)), []
 
-    def loss(frames, labels, times):
-        sizes.append((len(frames), len(labels)))
-        return 3 * weight * len(frames)
+    def loss(captioner, batch):
+        parts.append((len(batch.frames), len(batch.labels), batch.clips))
+        return 3 * weight * len(batch.frames)
 
-    captioner = Mock(side_effect=loss, parameters=lambda: iter([weight]))
-    frames, labels = torch.zeros(5, 1), torch.zeros(5, 1, 4)
-    assert train.accumulate_gradients(captioner, frames, labels, 10, 2) == 5 * 3 * 2 / 10
-    assert sizes == [(2, 2), (2, 2), (1, 1)] and weight.grad == 5 * 3 / 10
-    assert train.accumulate_gradients(captioner, frames, labels, 10, None) == 3 and sizes[3:] == [(5, 5)]
+    captioner = torch.nn.ParameterList([weight])
+    batch = Batch(torch.zeros(5, 1), torch.zeros(5, 1, 4), None, [*"abcde"])
+    assert train.accumulate_gradients(captioner, batch, loss, 10, 2) == 5 * 3 * 2 / 10
+    assert parts == [(2, 2, [*"ab"]), (2, 2, [*"cd"]), (1, 1, [*"e"])] and weight.grad == 5 * 3 / 10
+    assert train.accumulate_gradients(captioner, batch, loss, 10, None) == 3 and parts[3:] == [(5, 5, [*"abcde"])]
     assert run_forked(train, *flags, "--out", tmp_path / "r", "--micro-batch-size", 3).returncode == 0
     assert losses(tmp_path / "r") == pytest.approx(losses(finished_run), rel=0, abs=1e-5)
 
@@ -389,10 +391,9 @@ def test_a_loss_that_is_not_finite_changes_no_weight(factor):
     """A loss of `factor` times a weight of 1."""
     weight = torch.nn.Parameter(torch.ones(1))
     captioner = Mock(side_effect=lambda *inputs: (factor * weight).sum(), parameters=lambda: iter([weight]))
-    captioner.config = Config()
+    captioner.config, batch = Config(), Batch(torch.zeros(3), torch.zeros(3, 1, 2), None, [0, 1, 2])
     with pytest.raises(InputError, match="step 5: the loss is .*; last/ is unchanged"):
-        train.backward_and_step(captioner, torch.optim.SGD([weight], 0.1), 4, torch.zeros(3), torch.zeros(3, 1, 2),
-                                ProcessGroup())
+        train.backward_and_step(captioner, torch.optim.SGD([weight], 0.1), 4, batch, CaptionLoss(), ProcessGroup())
     assert weight == 1
 
 

@@ -45,7 +45,7 @@ def count_steps(config: Config, clips: int) -> int:
         return 0
     if clips < config.batch_size:
         raise InputError(f"--batch-size {config.batch_size}: the dataset has only {clips} training clips")
-    return config.epochs * (clips // config.batch_size)
+    return (config.word_epochs + config.epochs) * (clips // config.batch_size)
 
 
 def format_steps(config: Config, steps: int, captions: int) -> str:

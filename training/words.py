@@ -20,10 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.cli import TimeLeft
 from common.errors import InputError
-from training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from video_data.batches import epoch_batches, prefetch
+from video_data.batches import Batch
 
 MIN_CLIPS, MAX_SHARE = 8, 0.6  # a word is in so many clips at least, and in less than this share of all
 SHARPNESS = 34.0  # a: where it ended when it was learnt, too
@@ -50,34 +48,20 @@ def word_scores(visual: Tensor, words: Tensor, prior: Tensor) -> Tensor:
     return (SHARPNESS * cosines).logsumexp(1) + prior.clamp(min=1e-6).log()
 
 
-def learn_words(captioner, captions, load_batch, device: torch.device, group) -> None:
-    """Trains the captioner for config.word_epochs. `captions`: token ids of each clip; `load_batch`: as in train.py."""
-    config = captioner.config
-    words, targets = count_words(captions)
-    embeddings, prior = captioner.lm.embed(words.to(device)).detach().float(), targets.mean(0).to(device)
-    keys = list(epoch_batches(len(captions), config.batch_size, config.word_epochs, config.seed))
-    optimizer = make_optimizer(captioner.trained(), config.weight_decay)
-    time_left = TimeLeft("words", len(keys) * config.batch_size)
-    trained, losses = list(captioner.trained().values()), []
-    for step, (frames, *_) in enumerate(prefetch(load_batch, keys)):
-        set_learning_rate(optimizer, learning_rate(step, len(keys), config.lr))
-        torch.manual_seed((config.seed * 2**20 + step) * 2**10 + group.rank)  # as in train.py
-        clips, size = [clip for clip, _ in group.shard(keys[step])], config.micro_batch_size or len(frames)
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=device)
-        for micro_frames, micro_clips in zip(frames.split(size), torch.tensor(clips).split(size), strict=True):
-            visual = torch.cat(captioner.encode(micro_frames.to(device)), dim=1)  # (B, N, C)
-            log_p = word_scores(visual, embeddings, prior).log_softmax(-1)  # (B, W)
-            loss = -(targets[micro_clips].to(device) * log_p).sum() / config.batch_size
-            loss.backward()
-            total += loss.detach()
-        losses.append(group.all_reduce(total.item()))
-        group.all_reduce_gradients(trained)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
-        if not math.isfinite(losses[-1] + grad_norm):
-            raise InputError(f"words, step {step + 1}: the loss is {losses[-1]}, its gradient's norm {grad_norm}")
-        optimizer.step()
-        time_left.update((step + 1) * config.batch_size)
-    epoch = len(keys) // config.word_epochs
-    print(f"words: {len(words)}, loss {sum(losses[:epoch]) / epoch:.3f} in the first epoch, "
-          f"{sum(losses[-epoch:]) / epoch:.3f} in the last")
+class WordLoss:
+    """The loss of batches of training clips, whose captions are given as token ids."""
+
+    def __init__(self, captioner, captions: list[list[list[int]]]):
+        words, self.targets = count_words(captions)
+        device = captioner.prefix_scale.device
+        self.embeddings, self.prior = (x.to(device) for x in (captioner.lm.embed(words.to(device)).detach().float(),
+                                                              self.targets.mean(0)))
+
+    def terms(self, batch: Batch) -> int:
+        return len(batch.clips)
+
+    def __call__(self, captioner, batch: Batch) -> Tensor:
+        """The loss, summed over the clips."""
+        visual = torch.cat(captioner.encode(batch.frames), dim=1)  # (B, N, C)
+        log_p = word_scores(visual, self.embeddings, self.prior).log_softmax(-1)  # (B, W)
+        return -(self.targets[batch.clips].to(log_p.device) * log_p).sum()

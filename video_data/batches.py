@@ -30,7 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -309,6 +309,15 @@ def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
     labels = [[ids + [IGNORE_INDEX] * (length - len(ids)) for ids in captions] for _, captions in examples]
     # Not torch.stack: in the thread of `prefetch` it starts threads of its own, and a step takes twice as long.
     return to_tensor(np.stack([frames for frames, _ in examples])), torch.tensor(labels)
+
+
+class Batch(NamedTuple):
+    """A process's share of the clips of a step."""
+
+    frames: Tensor  # (B, T, 3, S, S) uint8 or features (B, T, ...) bf16
+    labels: Tensor  # (B, K, L)
+    times: Tensor | None  # (B, T + 1), see `TrainingExamples.times`
+    clips: list[int]  # their numbers
 
 
 def prefetch(load: Callable, keys: Iterable) -> Iterator:

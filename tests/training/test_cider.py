@@ -1,0 +1,103 @@
+"""Training on the CIDEr of the captioner's own captions. References: `plain_cider` of all training clips,
+log-probabilities of each caption by itself, a search without a cache, and runs."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from metrics.plain import plain_cider
+from models import generation
+from models.generation import TEMPERATURE
+from tests.reference.test_07_processes import losses
+from tests.scripts import act_at_call, contents, run_forked
+from tests.tiny import EOS, LETTERS, T, clips, randomized
+from training import cider, words
+from video_data.annotations import Clip
+from video_data.batches import Batch
+
+CAPTIONS = ("A cat sleeps.", "the cat is asleep"), ("two dogs run", "dogs run fast"), ("a red ball",)
+CLIPS = [Clip(name, Path(name), captions) for name, captions in zip("abc", CAPTIONS, strict=True)]
+DRAWN = [["a cat sleeps", "the dogs", "the cat is red", "a", "cat"],
+         ["dogs run", "two dogs run", "a cat", "run", "ball"]]
+
+
+def ids_of(text: str) -> list[int]:
+    return [3 + LETTERS.find(letter) for letter in text] + [EOS]
+
+
+@pytest.fixture
+def captioner():
+    return randomized("no write-back", 0)
+
+
+def test_the_loss_is_minus_the_cider_of_the_samples(captioner, monkeypatch):
+    """Five captions of clips b and a. The gradient: that of -(r - mean of the other r) log p, within 1e-4."""
+    frames, found = clips(2, T, 1), [[ids_of(text) for text in row] for row in DRAWN[::-1]]
+    monkeypatch.setattr(cider, "sample", lambda *args, **kwargs: found)
+    references = [[text.lower().strip(".") for text in clip.captions] for clip in CLIPS]
+    expected, value = 0, 0
+    for row, clip, texts in ((0, 1, DRAWN[1]), (1, 0, DRAWN[0])):
+        ciders = []
+        for text in texts:
+            hypotheses = ["x"] * 3
+            hypotheses[clip] = text
+            ciders.append(plain_cider(references, hypotheses)[1][clip])
+        for m, text in enumerate(texts):
+            prefix = captioner.prefix(frames[row : row + 1])
+            ids = torch.tensor(ids_of(text))
+            x = torch.cat([prefix, captioner.lm.embed(ids[:-1])[None]], dim=1)
+            log_p = (captioner.lm(x)[0, prefix.shape[1] - 1 :] / TEMPERATURE).log_softmax(-1)
+            baseline = (sum(ciders) - ciders[m]) / 4
+            expected = expected - (ciders[m] - baseline) * log_p.gather(1, ids[:, None]).sum()
+        value -= sum(ciders)
+    gradients = torch.autograd.grad(expected, list(captioner.trained().values()))
+    loss = cider.CiderLoss(CLIPS)(captioner, Batch(frames, None, None, [1, 0]))
+    assert loss.item() == pytest.approx(value, rel=1e-5) and value < -3
+    loss.backward()
+    for parameter, gradient in zip(captioner.trained().values(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
+
+
+@torch.no_grad()
+def test_samples_are_those_without_a_cache(captioner):
+    """Two prefixes, three texts of each, seed 0: the draws of whole texts, one step of all texts after another."""
+    prefix = captioner.prefix(clips(2, T, 1))
+    torch.manual_seed(0)
+    found = generation.sample(captioner.lm, prefix, 3, 8)
+    torch.manual_seed(0)
+    texts: list[list[int]] = [[] for _ in range(6)]
+    for _ in range(8):
+        running = [i for i, text in enumerate(texts) if EOS not in text]
+        logits = []
+        for i in running:
+            ids = torch.tensor([texts[i]], dtype=torch.long)
+            logits.append(captioner.lm(torch.cat([prefix[i // 3][None], captioner.lm.embed(ids)], dim=1))[0, -1])
+        if not running:
+            break
+        tokens = torch.multinomial((torch.stack(logits) / TEMPERATURE).softmax(-1), 1)[:, 0].tolist()
+        for i, token in zip(running, tokens, strict=True):
+            texts[i].append(token)
+    assert found == [texts[:3], texts[3:]] and len({tuple(text) for text in texts}) == 6
+
+
+def test_a_run_learns_from_its_own_captions(flags, tmp_path, monkeypatch):
+    """An epoch of words, 5 of captions, 25 of CIDEr, which rises; killed in each, the run goes on to the same bits."""
+    monkeypatch.setattr(words, "MIN_CLIPS", 1)
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    base = [*flags, "--token-dropout", 0.5, "--lr", 0.05, "--word-epochs", 1, "--epochs", 30, "--cider-epochs", 25,
+            "--eval-every", 30]
+    done = run_forked(train, *base, "--out", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    found, words_next = losses(tmp_path / "whole"), [*base, "--out", tmp_path / "killed"]
+    assert len(found) == 3 * 31 and found[-20:].mean() < 1.2 * found[18:38].mean() < 0
+    for step in (2, 10, 20):  # of the process
+        with monkeypatch.context() as patch:
+            act_at_call(patch, torch.optim.AdamW, "step", step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            assert run_forked(train, *words_next).returncode == -signal.SIGKILL
+        words_next = ["--resume", tmp_path / "killed"]
+    assert run_forked(train, *words_next).returncode == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

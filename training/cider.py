@@ -1,0 +1,57 @@
+"""Captions that people would agree with: training on the CIDEr of the captioner's own captions (`--cider-epochs`).
+
+Cross-entropy asks for every caption that people wrote. What an unsure captioner then writes is the safe one, "a man
+is talking", which scores little. So in the last epochs it draws M captions c_1, ..., c_M of each clip itself, each gets
+its CIDEr r_m against what people wrote, and those that beat the others of their clip become more likely:
+
+    loss = - mean of r_m      d loss = - mean of (r_m - b_m) d log p(c_m)      b_m: mean of the others' r
+
+This is the policy gradient of [1] with the baseline of [2]. p is the distribution that the captions are drawn from, and
+nothing is hidden from the queries while they are drawn.
+
+Shapes: B clips, M samples of each, L tokens of the longest one.
+
+References
+[1] Self-critical sequence training, https://arxiv.org/abs/1612.00563
+[2] A better variant of self-critical sequence training, https://arxiv.org/abs/2003.09971
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from metrics.plain import cider_of_video, document_frequencies
+from models.generation import sample
+from video_data.annotations import Clip
+from video_data.batches import IGNORE_INDEX, Batch, normalize_caption
+
+SAMPLES = 5  # M
+
+
+class CiderLoss:
+    """The loss of captions that are drawn for training clips. The idf of CIDEr is that of their captions."""
+
+    def __init__(self, clips: Sequence[Clip]):
+        self.references = [[normalize_caption(caption) for caption in clip.captions] for clip in clips]
+        self.frequencies = document_frequencies(self.references)
+
+    def cider(self, clip: int, caption: str) -> float:
+        return cider_of_video(self.references[clip], normalize_caption(caption), self.frequencies, len(self.references))
+
+    def terms(self, batch: Batch) -> int:
+        return SAMPLES * len(batch.clips)
+
+    def __call__(self, captioner, batch: Batch) -> Tensor:
+        """The loss, summed over clips and samples."""
+        drawn = captioner.write(batch.frames, batch.times, partial(sample, count=SAMPLES))  # ids: B lists of M texts
+        eos_ids = captioner.lm.config.eos_ids
+        texts = [captioner.tokenizer.decode([[i for i in ids if i not in eos_ids] for ids in rows]) for rows in drawn]
+        ciders = torch.tensor([[self.cider(clip, text) for text in rows]
+                               for clip, rows in zip(batch.clips, texts, strict=True)])  # (B, M)
+        gains = (ciders - ciders.mean(1, keepdim=True)) * SAMPLES / (SAMPLES - 1)  # r - b
+        rows = [torch.tensor(ids) for group in drawn for ids in group]
+        labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
+        loss = captioner(batch.frames, labels.unflatten(0, ciders.shape), batch.times, gains)  # -sum of gain log p
+        return loss - loss.detach() - ciders.sum()
