@@ -80,7 +80,7 @@ def validate(captioner: Captioner, dataset, cache, group: distributed.ProcessGro
     result = caption_and_score(captioner, dataset, "val", cache, eval_batch_size(captioner.config, group), group,
                                ("BLEU", "ROUGE_L", "CIDEr"))
     run.log({"step": step, "val": result.scores})
-    run.save_captions(f"val/{step}.json", result.captions, result.scores, result.signature)
+    run.save_captions(f"val/{step}.json", result)
     print(f"val at step {step}: {format_scores(result.scores)}")
     for clip in dataset.splits["val"][:2]:
         print(f"  {clip.id}: {result.captions[clip.id]}")
@@ -94,7 +94,7 @@ def score_test(captioner: Captioner, dataset, cache, group: distributed.ProcessG
     result = caption_and_score(captioner, dataset, "test", cache, eval_batch_size(config, group), group,
                                beams=config.beams)
     run.log({"step": step, "test": result.scores})
-    run.save_captions("test.json", result.captions, result.scores, result.signature)
+    run.save_captions("test.json", result)
     for clip in dataset.splits["test"][:5]:
         print(f"\n{clip.path}\n  caption    {result.captions[clip.id]}\n  reference  {clip.captions[0]}")
     print(f"\ntest: {format_scores(result.scores)}\n{result.signature}")

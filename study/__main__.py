@@ -19,7 +19,7 @@ from statistics import median
 from bench.measure import cpu_name
 from common import cli
 from common.files import read_json, read_json_lines
-from study.tables import CONTENT, PAGE, Row, add_run, format_page, read_rows
+from study.tables import CONTENT, PAGE, Row, add_clips, add_run, format_page, read_rows
 from video_data.shapes import make_dataset
 
 RUNS = Path("runs/study")
@@ -31,7 +31,7 @@ def missing_runs(rows: list[Row], seeds: list[int]) -> list[Key]:
     """What to train next: all rates at seed 0, and once they are there the best one at the other seeds."""
     missing = []
     for row in (row for row in rows if row.command):
-        firsts, later = [(lr, 0) for lr in row.lrs], [(row.best_lr, seed) for seed in seeds if row.trains]
+        firsts, later = [(lr, 0) for lr in row.lrs], [(row.best_lr, seed) for seed in seeds[: row.seeds] if row.trains]
         missing += [(row, *key) for key in (firsts if row.best_lr is None else later) if key not in row.runs]
     return missing
 
@@ -59,10 +59,17 @@ def read_run(folder: Path, key: Key) -> dict:
     return {"version": config["version"], "flags": row.command, "lr": lr, "seed": seed,
             "date": time.strftime("%Y-%m-%d"), "machine": cpu_name(), "versions": config["versions"],
             "steps": rows[-1]["step"], "best step": best["step"], "val CIDEr": best["val"]["CIDEr"],
-            "test": rows[-1]["test"], "seconds": rows[-1]["elapsed"] - validations[0]["elapsed"],
+            "models": config["models"], "test": rows[-1]["test"],
+            "seconds": rows[-1]["elapsed"] - validations[0]["elapsed"],
             "seconds per step": config["config"]["batch_size"] / median(speeds) if speeds else None,
             "adapter bytes": (folder / "best/adapter.safetensors").stat().st_size,
             "trained": config["trained"], "total": config["total"]}
+
+
+def read_clip_results(folder: Path) -> dict:
+    """What results/ keeps of the test clips of a finished run."""
+    test = read_json(folder / "test.json")
+    return {"captions": test["captions"], "CIDEr": [round(100 * test["CIDEr"][clip], 1) for clip in test["captions"]]}
 
 
 def main() -> None:
@@ -75,7 +82,10 @@ def main() -> None:
     while keys := missing_runs(read_rows(args.table), seeds):
         finished = [key for key in keys if (folder_of(store, key) / "test.json").exists()]
         for key in finished:
-            add_run(store, read_run(folder_of(store, key), key))
+            folder = folder_of(store, key)
+            add_run(store, run := read_run(folder, key))
+            if CONTENT["stores"][store].get("clips"):
+                add_clips(store, run, read_clip_results(folder))
         if not finished:
             break
     PAGE.write_text(format_page(), "utf-8")

@@ -1,16 +1,21 @@
 """The tables of `tables.toml`, their runs in results/, and the page docs/study-tables.md that is written from both.
 
 A run is a JSON object: its flags, learning rate and seed, its scores and costs, and when, where and by which version it
-was made. Tables of one store share their runs: rows with the same flags are trained once.
+was made. Tables of one store share their runs: rows with the same flags are trained once. Beside results/STORE.json,
+results/STORE.clips.json.gz has what each run says of each test clip, and the CIDEr of that.
 """
 
+import gzip
+import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev, variance
 
-from common.files import read_json, write_json
+import numpy as np
+
+from common.files import read_json, replace_atomically, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs/study-tables.md", ROOT / "results"
@@ -31,6 +36,7 @@ class Row:
     published: str  # of version 0.12.0
     command: str | None  # the store's flags and the row's
     lrs: Sequence[float]
+    seeds: int  # how many of them it gets at most
     runs: dict[tuple[float, int], dict]  # those that are done, by learning rate and seed
 
     @property
@@ -62,16 +68,36 @@ def add_run(store: str, run: dict) -> None:
     write_json(RESULTS / f"{store}.json", {"runs": runs})
 
 
+def clips_path(store: str) -> Path:
+    return RESULTS / f"{store}.clips.json.gz"
+
+
+def read_clips(store: str) -> dict[str, dict]:
+    """What runs say of test clips, by `key_of` a run: {"captions": {id: caption}, "CIDEr": [of each, times 100]}."""
+    path = clips_path(store)
+    return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
+
+
+def add_clips(store: str, run: dict, clips: dict) -> None:
+    content = json.dumps(dict(sorted((read_clips(store) | {key_of(run): clips}).items())))
+    with replace_atomically(clips_path(store)) as file:
+        file.write(gzip.compress(content.encode(), mtime=0))
+
+
+def key_of(run: dict) -> str:
+    return f"{run['flags']} --lr {run['lr']:g} --seed {run['seed']}"
+
+
 def read_rows(name: str) -> list[Row]:
     """The rows of a table, with their runs."""
     table = CONTENT["tables"][name]
     store, results, rows = CONTENT["stores"][table["store"]], read_runs(table["store"]), []
     for row in table["rows"]:
         flags, published = row.get("flags"), row.get("published", row.get("flags"))
-        command, old_command = flags and f"{store['flags']} {flags}", f"{store['published']} {published}"
+        command, old_command = flags and f"{store['flags']} {flags}", f"{store.get('published')} {published}"
         runs = {(run["lr"], run["seed"]): run for run in results if run["flags"] in (command, old_command)}
         lrs = row.get("lrs") or table.get("lrs") or CONTENT["lrs"]
-        rows.append(Row(row["label"], flags, published, command, lrs, runs))
+        rows.append(Row(row["label"], flags, published, command, lrs, row.get("seeds", 3), runs))
     return rows
 
 
@@ -95,6 +121,13 @@ def scores(runs: Sequence[dict], column: str) -> list[float]:
             for run in runs]
 
 
+def error_over_clips(clips: dict[str, dict], a: Sequence[dict], b: Sequence[dict]) -> str:
+    """"1.2": the standard error, over the clips, of the difference of CIDEr between two rows' means over seeds."""
+    means = [np.mean([clips[key_of(run)]["CIDEr"] for run in runs], axis=0) for runs in (a, b)]
+    difference = means[0] - means[1]
+    return f"{difference.std(ddof=1) / len(difference) ** 0.5:.1f}"
+
+
 def format_rate(row: Row, lr: float) -> str:
     """"0.002 ↓": the arrow says that no lower rate was tried."""
     if len(row.lrs) == 1:
@@ -105,26 +138,33 @@ def format_rate(row: Row, lr: float) -> str:
 def format_table(name: str) -> str:
     """One comparison as two tables of Markdown: scores; differences from the reference row, costs and flags."""
     table = CONTENT["tables"][name]
-    upper = [["trained", "parameters", "share", "`--lr`", "seeds", *SCORES]]
-    lower = [[f"compared with {table['reference']}", *COMPARED, *COSTS, "flags of the row", "of version 0.12.0"]]
+    store, clips = CONTENT["stores"][table["store"]], read_clips(table["store"])
     rows = [row for row in read_rows(name) if row.best_runs]
+    if not rows:
+        return "No run of it is done yet."
+    measured = {name.partition("[")[0] for name in rows[0].best_runs[0]["test"]}
+    columns, compared = ([name for name in names if SCORES[name] in measured] for names in (SCORES, COMPARED))
+    upper = [["trained", "parameters", "share", "`--lr`", "seeds", *columns]]
+    lower = [[f"compared with {table['reference']}", *compared, *(["± over clips"] if clips else []), *COSTS,
+              "flags of the row", *(["of version 0.12.0"] if "published" in store else [])]]
     reference = next((row.best_runs for row in rows if row.label == table["reference"]), None)
     for row in rows:
-        runs = row.best_runs
-        compared = reference and row.label != table["reference"]
+        runs, is_compared = row.best_runs, reference and row.label != table["reference"]
         costs = [[run[key] / unit for run in runs if run.get(key)] for key, unit in COSTS.values()]
         upper.append([row.label, f"{runs[0]['trained']:,}", f"{100 * runs[0]['trained'] / runs[0]['total']:.2f}%",
                       format_rate(row, runs[0]["lr"]), str(len(runs)),
-                      *(mean_and_spread(scores(runs, column)) for column in SCORES)])
+                      *(mean_and_spread(scores(runs, column)) for column in columns)])
         lower.append([row.label,
-                      *(difference(scores(runs, x), scores(reference, x)) if compared else "" for x in COMPARED),
+                      *(difference(scores(runs, x), scores(reference, x)) if is_compared else "" for x in compared),
+                      *([error_over_clips(clips, runs, reference) if is_compared else ""] if clips else []),
                       *(mean_and_spread(values, 2) if values else "" for values in costs),
-                      f"`{row.flags}`" if row.flags else "by the tag", f"`{row.published}`"])
+                      f"`{row.flags}`" if row.flags else "by the tag",
+                      *([f"`{row.published}`"] if "published" in store else [])])
     for lines in (upper, lower):
         lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     made = sorted({f"{run['machine']}, {run['date']}" for row in rows for run in row.best_runs})
-    store = CONTENT["stores"][table["store"]]
-    head = f"Flags of every row: `{store['flags']}`, of version 0.12.0: `{store['published']}`. {'; '.join(made)}."
+    old = f", of version 0.12.0: `{store['published']}`" if "published" in store else ""
+    head = f"Flags of every row: `{store['flags']}`{old}. {'; '.join(made)}."
     return "\n\n".join([head, *("\n".join(f"| {' | '.join(line)} |" for line in lines) for lines in (upper, lower))])
 
 

@@ -6,7 +6,7 @@
     best/         adapter.safetensors: the trained tensors of the best validation so far
     last/         adapter.safetensors, and state.pt: the same tensors, the optimizer, the step, the best score so far
     val/STEP.json captions and scores of the validation split after so many steps
-    test.json     captions and scores of the test split
+    test.json     captions and scores of the test split, and the CIDEr of each clip
     report.html   the same as a page, with frames and attention
     lock          held by the process that trains; the system releases it however the process ends
 
@@ -185,9 +185,12 @@ class Run:
             captioner.load(self.folder / "best/adapter.safetensors")
         self.group.broadcast(captioner.checkpoint_tensors().values())
 
-    def save_captions(self, name: str, captions: dict[str, str], scores: dict[str, float], signature: str) -> None:
-        """Writes the captions and scores of a split into the file `name`: test.json, or val/STEP.json."""
+    def save_captions(self, name: str, result) -> None:
+        """Writes an `evaluate.SplitResult` into the file `name`: test.json, or val/STEP.json. CIDEr is that of each
+        clip, rounded."""
         if self.group.rank == 0:
             path = self.folder / name
             path.parent.mkdir(exist_ok=True)
-            write_json(path, {"scores": scores, "signature": signature, "captions": captions})
+            ciders = {clip: round(scores["CIDEr"], 5) for clip, scores in result.clip_scores.items()}
+            write_json(path, {"scores": result.scores, "signature": result.signature, "captions": result.captions,
+                              "CIDEr": ciders})

@@ -24,7 +24,7 @@ ROWS = {(name, row.label): row for name in tables.CONTENT["tables"] for row in t
 def row_of(*runs: tuple[float, int, float], **changes) -> tables.Row:
     """A row with three learning rates and some runs: rate, seed, validation CIDEr."""
     done = {(lr, seed): {"val CIDEr": cider} for lr, seed, cider in runs}
-    row = tables.Row("a", "--rank 8", "--rank 8", "--dataset shapes --rank 8", (0.1, 0.2, 0.4), done)
+    row = tables.Row("a", "--rank 8", "--rank 8", "--dataset shapes --rank 8", (0.1, 0.2, 0.4), 3, done)
     return replace(row, **changes)
 
 
@@ -74,7 +74,7 @@ def test_what_is_kept_of_a_run(tmp_path):
             *({"step": i, "clips/s": speed} for i, speed in ((1, 10), (2, 40), (3, 20))),
             {"step": 3, "val": {"CIDEr": 0.9}}, {"step": 6, "val": {"CIDEr": 0.5}},
             {"step": 6, "test": {"CIDEr": 0.3}, "elapsed": 7.0}]
-    config = {"version": "1", "versions": {"torch": "2"}, "config": {"batch_size": 5}, "trained": 1, "total": 2}
+    config = {"version": "1", "versions": {"torch": "2"}, "models": {"vit": "1"}, "config": {"batch_size": 5}, "trained": 1, "total": 2}
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "best").mkdir()
