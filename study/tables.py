@@ -129,10 +129,11 @@ def error_over_clips(clips: dict[str, dict], a: Sequence[dict], b: Sequence[dict
 
 
 def format_rate(row: Row, lr: float) -> str:
-    """"0.002 ↓": the arrow says that no lower rate was tried."""
+    """"0.002 ↓": the arrow says that no lower rate was worse at seed 0, in this table or another with the same runs."""
     if len(row.lrs) == 1:
         return f"{lr:g}" if row.trains else ""
-    return f"{lr:g}{' ↓' if lr == min(row.lrs) else ' ↑' if lr == max(row.lrs) else ''}"
+    worse = [x for x, seed in row.runs if seed == 0 and row.runs[x, 0]["val CIDEr"] < row.runs[lr, 0]["val CIDEr"]]
+    return f"{lr:g}{'' if any(x < lr for x in worse) else ' ↓'}{'' if any(x > lr for x in worse) else ' ↑'}"
 
 
 def format_table(name: str) -> str:

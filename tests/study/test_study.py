@@ -56,8 +56,16 @@ def test_the_best_rate_of_seed_0_gets_the_other_seeds():
     assert study.missing_runs([begun], [0, 1]) == [(begun, 0.1, 0)]
     assert study.missing_runs([ready], [0, 1, 5]) == [(ready, 0.2, 1), (ready, 0.2, 5)]
     assert study.missing_runs([row_of(command=None)], [0, 1]) == []  # by the tag
-    assert [tables.format_rate(ready, lr) for lr in (*ready.lrs, 0.3)] == ["0.1 ↓", "0.2", "0.4 ↑", "0.3"]
     assert tables.format_rate(row_of(lrs=(0.1,)), 0.1) == "0.1"
+
+
+@pytest.mark.parametrize("rate, scores, expected", [
+    (0.2, {0.1: 1, 0.2: 3, 0.4: 2}, "0.2"), (0.1, {0.1: 3, 0.2: 2, 0.4: 1}, "0.1 ↓"),
+    (0.4, {0.1: 1, 0.2: 2, 0.4: 3}, "0.4 ↑"), (0.4, {0.1: 1, 0.2: 2, 0.4: 3, 0.8: 2}, "0.4"),
+    (0.4, {0.1: 1, 0.2: 2, 0.4: 3, 0.8: 4}, "0.4 ↑")])
+def test_an_arrow_marks_a_rate_that_no_worse_one_bounds(rate, scores, expected):
+    """0.8 was tried in another table."""
+    assert tables.format_rate(row_of(*((lr, 0, score) for lr, score in scores.items())), rate) == expected
 
 
 def test_means_and_differences():
