@@ -26,7 +26,7 @@ VALUES = dict(  # of every field, none of them the default
     dataset="msvd", data=Path("-odd name"), mllm="m", vit="v", lm="l", method="linear", epochs=3, batch_size=5,
     cache_features=True, out=Path("o"), resume=Path("r"), plan=True, device="cuda", frames=7, captions_per_clip=2,
     image_size=32, vit_blocks=2, allow_missing=True, shapes_sizes=(5, 6, 7), queries=9, rank=12, last_blocks=0,
-    deep_rank=2, gate="none", word_epochs=3, compile=True, write_back=True,
+    deep_rank=2, gate="none", word_epochs=3, cider_epochs=2, compile=True, write_back=True,
     token_dropout=0.25, variant="v", visual="frames", grid=2, instruction="Name it: -x 'é'", lr=0.5,
     weight_decay=1e-7, micro_batch_size=2, seed=8, precision="bf16", eval_every=2, beams=4)
 NEEDS = {"visual": dict(mllm="m", write_back=True), "grid": dict(method="linear"), "instruction": dict(mllm="m")}
@@ -88,6 +88,7 @@ def test_the_defaults_of_a_dataset(dataset):
     ("--method lora --write-back", "--write-back and --variant"), ("--method lora --variant v", "--variant"),
     ("--instruction x", "--instruction: expected an MLLM"), ("--grid 2", "--grid: expected --visual frames"),
     ("--word-epochs 1 --method none", "--word-epochs"), ("--word-epochs 1 --mllm m --method lora-lm", "--word-epochs"),
+    ("--epochs 2 --cider-epochs 3", "--cider-epochs: expected at most the 2"),
     ("--deep-rank 4 --method none", "--deep-rank: expected"),
     ("--rank 6", "--rank: expected a multiple of 4"), ("--cache-features --write-back", "--cache-features"),
     ("--cache-features --method lora", "--cache-features"), ("--cache-features --method none", "--cache-features"),
@@ -149,7 +150,7 @@ def test_another_version_or_other_fields_are_refused(tmp_path):
         read_config(tmp_path / "run")
 
 
-@pytest.mark.parametrize("parser, most", [(make_parser(), 39), (evaluate.make_parser(), 14)])
+@pytest.mark.parametrize("parser, most", [(make_parser(), 40), (evaluate.make_parser(), 14)])
 def test_there_are_not_too_many_flags(parser, most):
     """Without --help; each says what it is for."""
     actions = [action for action in parser._actions if action.option_strings and action.dest != "help"]

@@ -13,7 +13,7 @@ from common.errors import InputError
 from common.files import sha256_of
 from model import Captioner
 from models import caption_loss
-from models.generation import naive_generate
+from models.generation import TEMPERATURE, naive_generate
 from models.lm import CausalLM, LMConfig
 from models.pair import PROMPT, Pair
 from models.safetensors import checksum, read_safetensors, write_safetensors
@@ -85,19 +85,22 @@ def test_k_captions_in_one_pass_are_k_passes(name):
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 10, 11])
 def test_cross_entropy_in_chunks_is_that_of_all_logits(chunk_size, monkeypatch):
-    """Reference: F.cross_entropy of all logits. 10 tokens, 7 words, seed 4: loss and gradient within a relative 1e-6.
-    No more than chunk_size rows go through the head at once."""
+    """Reference: F.cross_entropy of all logits, of samples with weights and a temperature. 10 tokens, 7 words, seed 4:
+    loss and gradient within a relative 1e-6. No more than chunk_size rows go through the head at once."""
     monkeypatch.setattr(caption_loss, "LOGITS_PER_CHUNK", 7 * chunk_size)
     torch.manual_seed(4)
     head, ids, rows = torch.nn.Linear(5, 7, bias=False).requires_grad_(False), torch.randint(7, (10,)), []
     x = torch.randn(10, 5, requires_grad=True)
-    expected = F.cross_entropy(head(x), ids, reduction="sum")
+    weights = torch.randn(10)
+    expected = (F.cross_entropy(head(x), ids, reduction="sum"),
+                weights @ F.cross_entropy(head(x) / TEMPERATURE, ids, reduction="none"))
     head.register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))
-    found = caption_loss.FrozenHeadCrossEntropy.apply(x, ids, head, 7)
-    assert sum(rows) == 10 and max(rows) == min(chunk_size, 10)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    gradients = [torch.autograd.grad(3 * loss, x)[0] for loss in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+    for total, of_tokens in zip(expected, (None, weights), strict=True):
+        found = caption_loss.FrozenHeadCrossEntropy.apply(x, ids, head, of_tokens)
+        torch.testing.assert_close(found, total, rtol=1e-6, atol=1e-6)
+        gradients = [torch.autograd.grad(3 * loss, x)[0] for loss in (found, total)]
+        torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+    assert sum(rows) == 20 and max(rows) == min(chunk_size, 10)
 
 
 @pytest.mark.parametrize("name", ["no write-back", "write-back"])
