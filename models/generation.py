@@ -97,7 +97,9 @@ def sample(lm: CausalLM, prefix: Tensor, count: int, max_new: int = 30,
     texts: list[list[int]] = [[] for _ in rows]
     running = texts  # the texts of the rows
     for length in range(1, max_new + 1):
-        tokens = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1)[:, 0].tolist()
+        cumulative = (logits / TEMPERATURE).softmax(-1).cumsum(-1)  # (R, V)
+        drawn = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, drawn)[:, 0].tolist()  # torch.multinomial takes ten times as long
         for text, token in zip(running, tokens, strict=True):
             text.append(token)
         active = [row for row, token in enumerate(tokens) if token not in lm.config.eos_ids]
