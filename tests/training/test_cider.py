@@ -86,8 +86,8 @@ def test_samples_are_those_without_a_cache(captioner):
 
 
 def test_what_is_rewarded_becomes_likely(monkeypatch):
-    """The share of "a" among a caption's letters as its reward, LoRA in the language model, seed 0: thrice as much after
-    60 steps."""
+    """The share of "a" among a caption's letters as its reward, LoRA in the language model, seed 0: three times as much
+    after 60 steps."""
     captioner = randomized("lora-lm", 0)
     monkeypatch.setattr(cider.CiderLoss, "cider", lambda _self, _clip, text: text.count("a") / max(1, len(text)))
     compute_loss, batch = cider.CiderLoss(CLIPS), Batch(clips(2, T, 1), None, None, [0, 1])
