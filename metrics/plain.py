@@ -87,8 +87,7 @@ def tf_idf(caption, n, frequencies, num_videos):
 
 def similarity(hypothesis, reference):
     """Clipped cosine of two vectors: (min(h, s) . s) / (|h| |s|), 0 if one is empty."""
-    dot = sum(min(value, reference[ngram]) * reference[ngram] for ngram, value in hypothesis.items()
-              if ngram in reference)
+    dot = sum(min(x, reference[ngram]) * reference[ngram] for ngram, x in hypothesis.items() if ngram in reference)
     norms = hypot(*hypothesis.values()) * hypot(*reference.values())
     return dot / norms if norms else 0.0
 
@@ -105,14 +104,13 @@ def cider_of_video(references, hypothesis, frequencies, num_videos):
         bigrams = [max(len(caption.split()) - 1, 0) for caption in (hypothesis, reference)]
         length_penalty = exp(-((bigrams[0] - bigrams[1]) ** 2) / (2 * SIGMA**2))
         for n in ORDERS:
-            vectors = (tf_idf(caption, n, frequencies, num_videos) for caption in (hypothesis, reference))
-            total += length_penalty * similarity(*vectors)
+            h, s = (tf_idf(caption, n, frequencies, num_videos) for caption in (hypothesis, reference))
+            total += length_penalty * similarity(h, s)
     return 10 * total / (len(references) * len(ORDERS))
 
 
 def plain_cider(references, hypotheses):
     """CIDEr-D (0..10): (mean over videos, list over videos). One video alone scores 0, because every idf is ln 1."""
     frequencies = document_frequencies(references)
-    scores = [cider_of_video(*video, frequencies, len(references))
-              for video in zip(references, hypotheses, strict=True)]
+    scores = [cider_of_video(s, h, frequencies, len(references)) for s, h in zip(references, hypotheses, strict=True)]
     return sum(scores) / len(scores), scores

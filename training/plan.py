@@ -50,9 +50,12 @@ def count_steps(config: Config, clips: int) -> int:
 
 def format_steps(config: Config, steps: int, captions: int) -> str:
     """The line about its steps that a run with so many training captions prints."""
-    passes = steps * config.batch_size * config.captions_per_clip / captions
-    return (f"training: {steps:,} steps of {config.batch_size} clips, {config.epochs} epochs, {passes:.2f} passes over "
-            f"the captions ({config.captions_per_clip} per clip and epoch)")
+    epochs = {"words": config.word_epochs, "captions": config.epochs - config.cider_epochs, "CIDEr": config.cider_epochs}
+    clips = steps // sum(epochs.values()) * config.batch_size  # of an epoch
+    passes = epochs["captions"] * clips * config.captions_per_clip / captions
+    phases = ", ".join(f"{count} epochs of {what}" for what, count in epochs.items() if count)
+    return (f"training: {steps:,} steps of {config.batch_size} clips, {phases}; {passes:.2f} passes over the captions "
+            f"({config.captions_per_clip} per clip and epoch)")
 
 
 # -------------------------------------------------------------------------------- the meta device
