@@ -50,7 +50,8 @@ def count_steps(config: Config, clips: int) -> int:
 
 def format_steps(config: Config, steps: int, captions: int) -> str:
     """The line about its steps that a run with so many training captions prints."""
-    epochs = {"words": config.word_epochs, "captions": config.epochs - config.cider_epochs, "CIDEr": config.cider_epochs}
+    of_cider = config.cider_epochs
+    epochs = {"words": config.word_epochs, "captions": config.epochs - of_cider, "CIDEr": of_cider}
     clips = steps // sum(epochs.values()) * config.batch_size  # of an epoch
     passes = epochs["captions"] * clips * config.captions_per_clip / captions
     phases = ", ".join(f"{count} epochs of {what}" for what, count in epochs.items() if count)

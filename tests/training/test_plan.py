@@ -31,7 +31,7 @@ def test_steps_are_those_of_the_batches(clips, batch_size, epochs):
     steps = plan.count_steps(config, clips)
     assert steps == len(batches)
     passes = 3 * sum(map(len, batches)) / (2 * clips)
-    assert f"{steps} steps of {batch_size} clips, {epochs} epochs of captions; {passes:.2f} passes" in plan.format_steps(
+    assert f"{steps} steps of {batch_size} clips, {epochs} epochs of captions; {passes:.2f} " in plan.format_steps(
         config, steps, 2 * clips)
     assert plan.count_steps(replace(config, method="none"), clips) == 0
     with pytest.raises(InputError, match="--batch-size"):
