@@ -247,6 +247,8 @@ def main() -> int:
     with cli.deferred_interrupts(repeatable=group.world_size > 1) as interrupts:
         for batch in prefetch(load_batch, order):
             phase = next(phase for phase in phases if step < phase.last)
+            if progress.steps != phase.last:  # the time left is that of a phase: a step takes longer in the next one
+                progress = Progress(step, phase.last, config.batch_size)
             lr = phase.learning_rate(step)
             set_learning_rate(optimizer, lr)
             loss = backward_and_step(captioner, optimizer, step, batch, phase.loss, group)

@@ -129,8 +129,8 @@ class TimeLeft:
 
 
 class Progress:
-    """Speed and time left of a training run. The time left is that of all steps and validations to come, at the mean
-    pace since the start; it does not include the test split."""
+    """Speed and time left of a phase of training. The time left is that of all its steps and validations to come, at the
+    mean pace since its start."""
 
     def __init__(self, step: int, steps: int, batch_size: int):
         self.first_step, self.steps, self.batch_size = step, steps, batch_size
@@ -142,7 +142,7 @@ class Progress:
         self.last_step, self.last_time = step, time.monotonic()
 
     def update(self, step: int) -> tuple[float, float]:
-        """Clips per second since the last call, and the seconds that the rest of the run takes."""
+        """Clips per second since the last call, and the seconds that the rest of the phase takes."""
         now = time.monotonic()
         speed = (step - self.last_step) * self.batch_size / (now - self.last_time)
         self.restart(step)
