@@ -129,8 +129,8 @@ class TimeLeft:
 
 
 class Progress:
-    """Speed and time left of a phase of training. The time left is that of all its steps and validations to come, at the
-    mean pace since its start."""
+    """Speed and time left of a phase of training. The time left is that of all its steps and validations to come, at
+    the mean pace since its start."""
 
     def __init__(self, step: int, steps: int, batch_size: int):
         self.first_step, self.steps, self.batch_size = step, steps, batch_size

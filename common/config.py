@@ -30,7 +30,7 @@ from common.errors import InputError, error_prefix
 from common.files import field as json_field
 from common.files import read_json
 
-VERSION = "1.2.0"
+VERSION = "1.3.0"
 METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "prompt", "full")
 INSTRUCTION = "Describe the video."
 DEVICES = ("auto", "cuda", "mps", "cpu")
