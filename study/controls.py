@@ -1,7 +1,7 @@
 """What a run's captions owe to the video: `python -m study.controls RUN` captions its test split from changed frames.
 
 If the frames of another clip score as well, the captions say what is usual; if one frame does, no motion is read; if
-frames in another order do, their order is not.
+frames in another order do, their order is not. On `shapes`, reversed frames also have a reversed truth.
 
 Shapes: T frames, S side in pixels.
 """
@@ -19,6 +19,7 @@ from common.files import write_json
 from evaluate import BATCH_SIZE, caption_and_score, check_outputs, load_run, read_run_dataset
 from training import devices
 from training.distributed import ProcessGroup
+from video_data import shapes
 from video_data.batches import ClipCache, cache_folder, cached_frames
 
 
@@ -77,14 +78,17 @@ def main() -> None:
     print(dataset)
     cache = cached_frames(dataset.splits["test"], cache_folder(dataset.name, config.data), "test", config.frames,
                           captioner.vit.preprocessing, captioner.states_times)
-    print(f"{len(cache)} clips{'CIDEr':>31}{'less than the clip':>27}")
+    is_shapes, references = dataset.name == "shapes", {clip.id: clip.captions for clip in dataset.splits["test"]}
+    print(f"{len(cache)} clips{'CIDEr':>31}{'less than the clip':>27}{'motion right' if is_shapes else '':>16}")
     for name, change in CONTROLS.items():
         result = caption_and_score(captioner, dataset, "test", ChangedFrames(cache, change), BATCH_SIZE, ProcessGroup(),
                                    ("CIDEr",), args.beams)
         captions[name] = result.captions
         ciders[name] = np.array([result.clip_scores[clip.id]["CIDEr"] for clip in dataset.splits["test"]])
         less = mean_and_error(ciders["the clip"] - ciders[name]) if len(ciders) > 1 else ""
-        print(f"{name:25}{mean_and_error(ciders[name]):>20}{less:>24}")
+        print(f"{name:25}{mean_and_error(ciders[name]):>20}{less:>24}", end="")
+        right = shapes.attribute_accuracy(references, result.captions, "reversed" in name) if is_shapes else {}
+        print(f"{right['motion']:>19.1%}" if is_shapes else "")
     if args.save:
         write_json(args.save, captions)
 

@@ -52,6 +52,7 @@ MOTIONS = {
     "still": "stays still/staying still, does not move/not moving, rests in place/resting in place",
 }
 MOTIONS = {motion: [phrase.split("/") for phrase in phrases.split(", ")] for motion, phrases in MOTIONS.items()}
+REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow"}
 # The range of a motion's speed, see Shape. Spinning goes either way, standing still has none.
 SPEEDS = dict.fromkeys(("left", "right", "up", "down"), (12, 28))
 SPEEDS |= {"grow": (0.6, 1.1), "shrink": (0.6, 1.1), "blink": (1.5, 4)}
@@ -210,8 +211,9 @@ def parse_claims(caption: str) -> list[tuple[str, str]]:
     return sorted(claims)
 
 
-def attribute_accuracy(references: dict[str, list[str]], captions: dict[str, str]) -> dict[str, float]:
-    """Fractions of captions, 0 to 1, with correct attributes.
+def attribute_accuracy(references: dict[str, list[str]], captions: dict[str, str],
+                       is_reversed: bool = False) -> dict[str, float]:
+    """Fractions of captions, 0 to 1, with correct attributes; of clips that were shown backwards, if is_reversed.
 
     `shapes`: exactly the clip's colours and kinds. `motion`: in addition, the right motion for each shape.
     `motion_one`, `motion_two`: `motion` among the clips with one and with two shapes.
@@ -219,6 +221,8 @@ def attribute_accuracy(references: dict[str, list[str]], captions: dict[str, str
     rows = []
     for key, caption in captions.items():
         expected, claimed = parse_claims(references[key][0]), parse_claims(caption)
+        if is_reversed:
+            expected = sorted((noun, REVERSED.get(motion, motion)) for noun, motion in expected)
         same_nouns = [noun for noun, _ in expected] == [noun for noun, _ in claimed]
         rows.append((same_nouns, expected == claimed, len(expected) == 2))
     shapes, motion, two = np.array(rows).T

@@ -111,6 +111,8 @@ def test_attribute_accuracy_binds_motions_to_shapes():
     }
     expected = {"shapes": 3 / 5, "motion": 1 / 5, "motion_one": 0.0, "motion_two": 1 / 4}
     assert shapes.attribute_accuracy(references, captions) == expected
+    backwards = {"0": "a blue square spins and a red circle drifts rightward", "4": "a red circle moves left"}
+    assert shapes.attribute_accuracy(references, backwards, is_reversed=True)["motion"] == 1 / 2
 
 
 def frame_hashes(folder, split):
