@@ -2,15 +2,13 @@
 
     frames -> ViT -> visual tokens in a prompt -> language model -> caption
 
-The frozen models are an MLLM (`models/mllm.py`), or a separate ViT and language model (`models/pair.py`). Both
-answer the same questions: what is read of a frame, how wide it is, which texts surround it. The visual tokens are
-either the N queries of the Q-Adapter (`--visual queries`) or tokens of each frame (`--visual frames`, and every other
-method). A pair needs a trained connector to the language model; an MLLM has a projector of its own, and a connector
-only for queries that this projector cannot map, or for `linear`.
+The frozen models are an MLLM (`models/mllm.py`), or a pair, that is a separate ViT and language model
+(`models/pair.py`). Both answer the same questions: what is read of a frame, how wide it is, which texts surround it.
+The visual tokens are the N queries of the Q-Adapter (`--visual queries`) or tokens of each frame.
 
 What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer (`linear`), one of the baselines in
 `models/baselines.py` (`lora`, `adapter` and `prompt` in the ViT, `lora-lm` in the language model), everything (`full`)
-or nothing (`none`).
+or nothing (`none`); and a connector to the language model where it needs one, see `add_trained_parts`.
 
 Shapes: B clips, T frames, S side in pixels, P tokens of the ViT per frame, D ViT width, N queries Q, C width of the
 language model, N' visual tokens per frame, M groups of visual tokens in a prompt, n images, K captions per clip, L
@@ -39,7 +37,6 @@ from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from qadapter import QAdapter, init_time_embed, interpolate_time_embed
 
-# For users: the parts can be imported from here, too.
 __all__ = ["MLLM", "Captioner", "CausalLM", "Pair", "ViT", "generate", "load_tokenizer"]
 
 MAX_CAPTION_TOKENS = 40  # longer training captions are truncated
@@ -75,7 +72,7 @@ class Captioner(nn.Module):
         self.adapter = self.time_embed = self.connector = self.deep = None
         self.deepstack = () if config.reads_queries else backbone.deepstack
         self.states_times = backbone.states_times and not config.reads_queries
-        # The language model expects inputs as large as its embeddings; the connector need not learn that.
+        # The language model expects inputs as large as its embeddings.
         self.register_buffer("prefix_scale", self.lm.embedding_rms(), persistent=False)
         self._texts: dict[tuple, list[Tensor]] = {}
         self.add_trained_parts()
@@ -89,9 +86,8 @@ class Captioner(nn.Module):
             raise InputError(f"--grid {config.grid}: expected at most {largest}, the side of a frame's grid of tokens")
         positions = self.prefix_length(config.frames) + MAX_CAPTION_TOKENS  # EOS is not fed back
         if positions > self.lm.config.max_positions:
-            raise InputError(f"{visual} visual tokens, the prompt and {MAX_CAPTION_TOKENS} tokens of a caption need "
-                             f"{positions} positions, the language model has {self.lm.config.max_positions}: expected "
-                             "smaller --queries, --frames or --grid")
+            raise InputError(f"--queries, --frames or --grid: expected {self.lm.config.max_positions} positions at most, "
+                             f"found {positions}: {visual} visual tokens, the prompt and a caption")
 
     def add_trained_parts(self) -> None:
         """Makes what the method adds to the frozen models, and the connector and frame vectors where it needs them.
@@ -274,7 +270,7 @@ class Captioner(nn.Module):
                 places = self.backbone.places(texts, groups)
             else:
                 tokens, vectors = groups[0].split([self.lm.config.width, self.vit.config.width], dim=-1)
-                groups, places = [tokens], VisualPlaces(None, 0, self.deep(vectors, len(texts[0])))
+                groups, places = [tokens], VisualPlaces(None, 0, self.deep(vectors, texts[0].shape[-1]))
             yield clips, self.backbone.merge(texts, groups), places
 
     def prefix(self, frames: Tensor) -> Tensor:
@@ -286,30 +282,34 @@ class Captioner(nn.Module):
         """The input, and K captions each: ids (B, K, L), padded with -100, on the CPU -> the cross-entropy summed over
         all caption tokens and EOS, from the first one on, which the last position of the prefix predicts. A clip is
         encoded once for its K captions. times (B, T + 1), on the CPU: when each frame is shown, and the duration of the
-        video, in seconds; by default one frame per second. weights (B, K): see `caption_loss`."""
+        video, in seconds; by default one frame per second. weights (B, K), of samples: see `caption_loss`."""
         return sum(caption_loss(self.lm, prefix, labels[list(clips)], places,
-                                None if weights is None else weights[list(clips)])
+                                weights if weights is None else weights[list(clips)])
                    for clips, prefix, places in self.prefixes(frames, times))
 
     def check_length(self, num_frames: int, beams: int, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
-        """Raises InputError, before any work, for a search that the language model has no positions or tokens for."""
-        check_length(self.lm.config, self.prefix_length(num_frames), max_new_tokens, beams)
+        """Raises InputError, before any work, for a search that the language model has no positions or tokens for, or
+        --deep-rank no vectors."""
+        length = self.prefix_length(num_frames)
+        if self.deep is not None and length != self.deep.prefix.shape[1]:
+            raise InputError(f"--frames {num_frames}: expected {self.config.frames}, as in training with --deep-rank")
+        check_length(self.lm.config, length, max_new_tokens, beams)
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # --compile is for steps; a cache that grows would be compiled again
-    def write(self, frames: Tensor, times: Tensor | None, search: Callable) -> list:
+    @torch.compiler.set_stance("force_eager")  # --compile is for losses; a cache that grows would be compiled again
+    def generate_ids(self, frames: Tensor, times: Tensor | None, method: Callable) -> list:
         """The input, and its times, see `forward` -> what a function of models/generation.py returns for each clip."""
         found: dict[int, list] = {}
         for clips, prefix, places in self.prefixes(frames, times):
-            found |= zip(clips, search(self.lm, prefix, places=places), strict=True)
-        return [found[clip] for clip in range(len(frames))]
+            found |= zip(clips, method(self.lm, prefix, places=places), strict=True)
+        return [found[i] for i in range(len(frames))]
 
     def caption(self, frames: Tensor, beams: int = 1, max_new_tokens: int = MAX_NEW_TOKENS,
                 times: Tensor | None = None) -> list[str]:
         """The input, and its times, see `forward` -> one caption per clip; greedy with one beam."""
         self.check_length(self.num_frames(frames), beams, max_new_tokens)
-        search = partial(generate, beams=beams, max_new_tokens=max_new_tokens)
-        return self.tokenizer.decode(self.write(frames, times, search))
+        method = partial(generate, beams=beams, max_new_tokens=max_new_tokens)
+        return self.tokenizer.decode(self.generate_ids(frames, times, method))
 
     # ---------------------------------------------------------------------------------------- files
 

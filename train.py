@@ -11,7 +11,6 @@ caption with its EOS.
 import math
 import shlex
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -29,7 +28,7 @@ from training import devices, distributed
 from training.frozen_models import fingerprint_models, load_models, resolve_models, with_default_models
 from training.inputs import cached_inputs
 from training.optimizer import make_optimizer, set_learning_rate
-from training.phases import make_phases
+from training.phases import Loss, Phase, make_phases
 from training.plan import count_steps, format_plan, format_steps
 from training.run import Run, check_models, check_out, data_differences
 from video_data.annotations import Clip
@@ -40,7 +39,7 @@ MEASURED_CLIPS = 16  # at most, of the first batch, give the adapter's channel s
 LOG_EVERY, SAVE_EVERY = 20, 200  # steps
 
 
-def accumulate_gradients(captioner: Captioner, batch: Batch, compute_loss: Callable, total: int,
+def accumulate_gradients(captioner: Captioner, batch: Batch, compute_loss: Loss, total: int,
                          micro_batch_size: int | None) -> Tensor:
     """Adds the gradient of a batch's loss, its sum / total, one micro-batch after another.
 
@@ -59,15 +58,16 @@ def accumulate_gradients(captioner: Captioner, batch: Batch, compute_loss: Calla
     return value
 
 
-def log_step(run: Run, captioner: Captioner, progress: Progress, step: int, loss: float, lr: float) -> None:
+def log_step(run: Run, captioner: Captioner, progress: Progress, phase: Phase, step: int, loss: float,
+             lr: float) -> None:
     """A row of the log and a line on the console."""
     speed, left = progress.update(step)
     has_gates = captioner.adapter is not None and captioner.config.gate != "none"
     gates = captioner.adapter.gate_statistics() if has_gates else {}
-    run.log({"step": step, "loss": loss, "lr": lr, "clips/s": speed} | gates)
-    means = " ".join(f"{mean:.2f}" for mean in gates.get("gates", ()))
-    print(f"step {step}/{progress.steps}  loss {loss:.3f}  lr {lr:.1e}  {'gates ' * bool(gates)}{means}  {speed:.2f} "
-          f"clips/s  elapsed {cli.format_seconds(run.elapsed())}  left {cli.format_seconds(left)}")
+    run.log({"step": step, "phase": phase.name, "loss": loss, "lr": lr, "clips/s": speed} | gates)
+    gates = "gates " * bool(gates) + " ".join(f"{mean:.2f}" for mean in gates.get("gates", ()))
+    print(f"{phase.name}: step {step}/{phase.end}  loss {loss:.3f}  lr {lr:.1e}  {gates}  {speed:.2f} clips/s  "
+          f"elapsed {cli.format_seconds(run.elapsed())}  left {cli.format_seconds(left)}")
 
 
 def eval_batch_size(config: Config, group: distributed.ProcessGroup) -> int:
@@ -137,7 +137,7 @@ def load_captioner(config: Config, device: torch.device,
 
 
 def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, step: int, batch: Batch,
-                      compute_loss: Callable, group: distributed.ProcessGroup) -> float:
+                      compute_loss: Loss, group: distributed.ProcessGroup) -> float:
     """Step number `step` + 1 of training, on this process's share of a batch. Returns the loss of the whole batch.
 
     Raises InputError, before the weights change, if the loss or the norm of its gradient is not finite.
@@ -213,6 +213,7 @@ def main() -> int:
     with group.first_of_machine():  # decodes, and with --cache-features runs the frozen ViT
         inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
     examples = make_examples(captioner, clips, inputs.get("train"))
+    phases = make_phases(config, steps, captioner, clips, examples.captions) if steps else []
 
     def load_batch(keys: list[tuple[int, int]]) -> Batch:
         """This process's share of a batch of (clip, epoch)."""
@@ -235,27 +236,26 @@ def main() -> int:
     group.broadcast(captioner.checkpoint_tensors().values())
 
     # 4. The loop
-    epochs = config.word_epochs + config.epochs
-    order = epoch_batches(len(clips), config.batch_size, epochs, config.seed, step) if steps else ()
-    phases = make_phases(config, steps, captioner, clips, examples.captions) if steps else ()
-    per_epoch = max(1, steps // epochs)
-    validation_steps = [*range(per_epoch * (config.word_epochs + config.eval_every), steps,
-                               per_epoch * config.eval_every), steps]  # the last one is after the last step
+    order = epoch_batches(len(clips), config.batch_size, config.all_epochs, config.seed, step) if steps else ()
+    per_epoch = max(1, steps // config.all_epochs)
+    validation_steps = {steps, *(phase.end for phase in phases if phase.name == "captions"),
+                        *range(per_epoch * (config.word_epochs + config.eval_every), steps,
+                               per_epoch * config.eval_every)}
     if step == 0:
         validate(captioner, dataset, inputs["val"], group, run, step)
     progress = Progress(step, steps, config.batch_size)
     with cli.deferred_interrupts(repeatable=group.world_size > 1) as interrupts:
         for batch in prefetch(load_batch, order):
-            phase = next(phase for phase in phases if step < phase.last)
-            if progress.steps != phase.last:  # the time left is that of a phase: a step takes longer in the next one
-                progress = Progress(step, phase.last, config.batch_size)
+            phase = next(phase for phase in phases if step < phase.end)
+            if progress.steps != phase.end:  # the time left is that of a phase: a step takes longer in the next one
+                progress = Progress(step, phase.end, config.batch_size)
             lr = phase.learning_rate(step)
             set_learning_rate(optimizer, lr)
             loss = backward_and_step(captioner, optimizer, step, batch, phase.loss, group)
             step += 1
 
             if step % LOG_EVERY == 0 or step == steps:
-                log_step(run, captioner, progress, step, loss, lr)
+                log_step(run, captioner, progress, phase, step, loss, lr)
             if step in validation_steps:
                 cider = validate(captioner, dataset, inputs["val"], group, run, step)
                 progress.restart(step)

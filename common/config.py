@@ -76,7 +76,7 @@ class Config:
     vit: str | None = daily(None, "or this ViT: a folder, a .pth file or a hub id", type=text)
     lm: str | None = daily(None, "with this language model: a folder or a hub id", type=text)
     method: str = daily("qadapter", "what is trained; docs/design.md describes each", choices=METHODS)
-    epochs: int = daily(8, "passes over the training clips", type=count(1, 10**5))
+    epochs: int = daily(8, "passes over the training clips, those of --cider-epochs among them", type=count(1, 10**5))
     batch_size: int = daily(16, "clips per step, over all processes", type=count(1))
     cache_features: bool = daily(False, "run the frozen ViT once per frame and store its outputs on the disk, in bf16")
     out: Path | None = daily(None, "the folder of the run (default: runs/DATASET-METHOD)", type=Path)
@@ -119,7 +119,7 @@ class Config:
                                             "None: its whole batch", type=count(1))
     compile: bool = training(False, "compile the language model's blocks: faster steps after two minutes; CPUs need a "
                              "C++ compiler")
-    seed: int = training(0, "seed of weights, clip order, frames and captions", type=count(0))
+    seed: int = training(0, "seed of weights, clip order, frames and captions", type=count(0, 2**32))
     precision: str = training("auto", "of the frozen weights; auto: bf16 where the device has instructions for it",
                               choices=("auto", *DTYPES))
 
@@ -142,6 +142,11 @@ class Config:
     def can_cache_vit(self) -> bool:
         """Whether the outputs of the ViT's blocks are those of the frozen ViT, and can be stored."""
         return self.method in ("none", "linear", "lora-lm") or (self.method == "qadapter" and not self.write_back)
+
+    @property
+    def all_epochs(self) -> int:
+        """Passes over the training clips, with those of --word-epochs."""
+        return self.word_epochs + self.epochs
 
     @property
     def stored_frames(self) -> int:
@@ -168,6 +173,7 @@ class Config:
             (self.word_epochs and (self.method == "none" or (self.method == "lora-lm" and not self.is_pair)),
              "--word-epochs: expected a method that trains something before the language model"),
             (self.cider_epochs > self.epochs, f"--cider-epochs: expected at most the {self.epochs} of --epochs"),
+            (self.cider_epochs and self.method == "none", "--cider-epochs: expected a method that trains"),
             (self.deep_rank and not (self.reads_queries or (self.is_pair and self.method != "none")),
              "--deep-rank: expected queries, or a ViT with a language model and a method that trains"),
             (is_qadapter and self.rank % HEADS, f"--rank: expected a multiple of {HEADS}"),
@@ -257,6 +263,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; --resume takes only --device, "
                          "--data and --epochs")
     config = replace(read_config(config.resume), **{name: getattr(config, name) for name in given})
+    config.check()
     if not config.data.exists():  # `shapes` would be made there
         raise InputError(f"--data {config.data}: expected the folder of the run's dataset, found none")
     return config

@@ -99,13 +99,12 @@ def cider_of_video(references, hypothesis, frequencies, num_videos):
         exp(-(l(h) - l(s))^2 / (2 sigma^2)) * (min(g^n(h), g^n(s)) . g^n(s)) / (|g^n(h)| |g^n(s)|)
     and CIDEr-D is its mean over n = 1..4. In pycocoevalcap the length l is the number of bigrams.
     """
-    total = 0.0
+    total, vectors = 0.0, [tf_idf(hypothesis, n, frequencies, num_videos) for n in ORDERS]
     for reference in references:
         bigrams = [max(len(caption.split()) - 1, 0) for caption in (hypothesis, reference)]
         length_penalty = exp(-((bigrams[0] - bigrams[1]) ** 2) / (2 * SIGMA**2))
-        for n in ORDERS:
-            h, s = (tf_idf(caption, n, frequencies, num_videos) for caption in (hypothesis, reference))
-            total += length_penalty * similarity(h, s)
+        for n, h in zip(ORDERS, vectors, strict=True):
+            total += length_penalty * similarity(h, tf_idf(reference, n, frequencies, num_videos))
     return 10 * total / (len(references) * len(ORDERS))
 
 

@@ -91,8 +91,8 @@ def packed_attention_inputs(caption: Tensor, place: Tensor, prefix_length: int) 
 
 def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor, places: VisualPlaces | None = None,
                  weights: Tensor | None = None) -> Tensor:
-    """Returns the cross-entropy, summed over all caption tokens and EOS, of K captions of each clip, each times its
-    weight (B, K) if there are weights.
+    """Returns the cross-entropy, summed over all caption tokens and EOS, of K captions of each clip; with weights
+    (B, K), of samples, each caption's at the temperature of `sample`, times its weight.
 
     They are ids (B, K, L), padded with -100, after the prefix (B, P, C); on the CPU, where their positions are found
     without waiting for a GPU. The language model's head runs on caption positions only; if it is frozen, the logits of

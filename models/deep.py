@@ -53,7 +53,8 @@ class DeepVectors(nn.Module):
         self.register_buffer("sizes", measure_sizes(lm, text))  # s
 
     def forward(self, vectors: Tensor, start: int) -> list[Tensor]:
-        """V (B, N, D), which stand from position `start` on -> what is added for each block (B, P, C)."""
+        """V (B, N, D), which stand from position `start` on -> what is added to the output of each block, which is the
+        input of the next one (B, P, C)."""
         h = self.down(vectors).unflatten(-1, (len(self.sizes), -1))  # (B, N, L, r)
         added = STEP * torch.einsum("bnlr,lrc->lbnc", h, self.up)  # (L, B, N, C)
         behind = self.prefix.shape[1] - start - vectors.shape[1]

@@ -94,7 +94,7 @@ def sample(lm: CausalLM, prefix: Tensor, count: int, max_new: int = 30,
     rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(count)
     logits = next_logits(lm, prefix, cache)[rows]  # (R, V), R = B count at first
     cache.select_rows(rows)
-    texts: list[list[int]] = [[] for _ in rows]
+    texts: list[list[int]] = [[] for _ in range(len(rows))]
     running = texts  # the texts of the rows
     for length in range(1, max_new + 1):
         cumulative = (logits / TEMPERATURE).softmax(-1).cumsum(-1)  # (R, V)

@@ -80,7 +80,7 @@ class VisualPlaces(NamedTuple):
 
     positions: Tensor | None  # (3, P): time, row and column, which are equal in texts; None: those of a text
     shift: int  # from the number of tokens before a text that follows to its position
-    deepstack: list[Tensor]  # (B, P or less, C), added to the outputs of the first blocks; zero in texts
+    deepstack: list[Tensor]  # (B, P or less, C), added to the outputs of the first blocks
 
     def rotary_positions(self, positions: Tensor) -> Tensor:
         """Positions as attention counts them (..., S), of the prefix and of texts behind it -> (3, ..., S)."""

@@ -54,7 +54,10 @@ def read_run(folder: Path, key: Key) -> dict:
     """What results/ keeps of a finished run, from the files in its folder."""
     row, lr, seed = key
     config, rows = read_json(folder / "config.json"), [row for _, row in read_json_lines(folder / "log.jsonl")]
-    speeds, validations = [row["clips/s"] for row in rows if "clips/s" in row], [row for row in rows if "val" in row]
+    words, epochs = config["config"].get("word_epochs", 0), config["config"].get("epochs", 1)
+    first = rows[-1]["step"] * words // (words + epochs)  # step of captions: those of words are faster
+    speeds = [row["clips/s"] for row in rows if "clips/s" in row and row["step"] > first]
+    validations = [row for row in rows if "val" in row]
     best = max(validations[1:] or validations, key=lambda row: row["val"]["CIDEr"])  # step 0's weights are not kept
     return {"version": config["version"], "flags": row.command, "lr": lr, "seed": seed,
             "date": time.strftime("%Y-%m-%d"), "machine": cpu_name(), "versions": config["versions"],
@@ -83,9 +86,10 @@ def main() -> None:
         finished = [key for key in keys if (folder_of(store, key) / "test.json").exists()]
         for key in finished:
             folder = folder_of(store, key)
-            add_run(store, run := read_run(folder, key))
+            run = read_run(folder, key)
             if CONTENT["stores"][store].get("clips"):
                 add_clips(store, run, read_clip_results(folder))
+            add_run(store, run)
         if not finished:
             break
     PAGE.write_text(format_page(), "utf-8")

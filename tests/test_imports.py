@@ -18,7 +18,7 @@ ALLOWED = {
     "models": {"common"},
     "video_data": {"common"},
     "model": {"common", "models", "qadapter"},
-    "training": {"common", "models", "video_data"},
+    "training": {"common", "metrics", "models", "video_data"},
     "report": {"common", "metrics", "qadapter"},
     "evaluate": EVERYTHING - {"train", "bench", "backbones", "study"},
     "train": EVERYTHING - {"bench", "backbones", "study"},

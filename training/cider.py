@@ -6,8 +6,9 @@ its CIDEr r_m against what people wrote, and those that beat the others of their
 
     loss = - mean of r_m      d loss = - mean of (r_m - b_m) d log p(c_m)      b_m: mean of the others' r
 
-This is the policy gradient of [1] with the baseline of [2]. p is the distribution that the captions are drawn from, and
-nothing is hidden from the queries while they are drawn.
+This is the policy gradient of [1] with the baseline of [2]. p is the distribution that the captions are drawn from, at
+the temperature of `sample`. Nothing is hidden from the queries while they are drawn; in the gradient `--token-dropout`
+hides tokens as in other steps.
 
 Shapes: B clips, M samples of each, L tokens of the longest one.
 
@@ -21,7 +22,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from common.errors import InputError
 from metrics.plain import cider_of_video, document_frequencies
 from models.generation import sample
 from video_data.annotations import Clip
@@ -34,6 +37,9 @@ class CiderLoss:
     """The loss of captions that are drawn for training clips. The idf of CIDEr is that of their captions."""
 
     def __init__(self, clips: Sequence[Clip]):
+        """Raises InputError for a single clip, whose idf are all zero."""
+        if len(clips) < 2:
+            raise InputError("--cider-epochs: expected two training clips or more, found one")
         self.references = [[normalize_caption(caption) for caption in clip.captions] for clip in clips]
         self.frequencies = document_frequencies(self.references)
 
@@ -45,13 +51,12 @@ class CiderLoss:
 
     def __call__(self, captioner, batch: Batch) -> Tensor:
         """The loss, summed over clips and samples."""
-        drawn = captioner.write(batch.frames, batch.times, partial(sample, count=SAMPLES))  # ids: B lists of M texts
-        eos_ids = captioner.lm.config.eos_ids
-        texts = [captioner.tokenizer.decode([[i for i in ids if i not in eos_ids] for ids in rows]) for rows in drawn]
-        ciders = torch.tensor([[self.cider(clip, text) for text in rows]
-                               for clip, rows in zip(batch.clips, texts, strict=True)])  # (B, M)
+        drawn = captioner.generate_ids(batch.frames, batch.times, partial(sample, count=SAMPLES))
+        rows, eos_ids = [ids for of_clip in drawn for ids in of_clip], captioner.lm.config.eos_ids  # B M of them
+        texts = captioner.tokenizer.decode([[i for i in ids if i not in eos_ids] for ids in rows])
+        ciders = torch.tensor([self.cider(batch.clips[i // SAMPLES], text) for i, text in enumerate(texts)])
+        ciders = ciders.unflatten(0, (-1, SAMPLES))  # (B, M)
         gains = (ciders - ciders.mean(1, keepdim=True)) * SAMPLES / (SAMPLES - 1)  # r - b
-        rows = [torch.tensor(ids) for group in drawn for ids in group]
-        labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
-        loss = captioner(batch.frames, labels.unflatten(0, ciders.shape), batch.times, gains)  # -sum of gain log p
-        return loss - loss.detach() - ciders.sum()
+        labels = pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=IGNORE_INDEX)
+        loss = captioner(batch.frames, labels.unflatten(0, ciders.shape), batch.times, gains)  # -sum of (r - b) log p
+        return loss - loss.detach() - ciders.sum()  # its value is -sum of r, its gradient that of the line above

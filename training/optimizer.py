@@ -35,7 +35,7 @@ def make_optimizer(trained: dict[str, nn.Parameter], weight_decay: float) -> tor
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, the peak until half of all steps, then half a cosine down to zero."""
+    """Linear warm-up, the peak until half of the phase's steps, then half a cosine down to zero."""
     if step < WARMUP:
         return peak * (step + 1) / WARMUP
     return peak * 0.5 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1)))

@@ -1,14 +1,12 @@
 """The phases of a run. Each has a loss, and the learning rate rises and falls once in each:
 
-    --word-epochs     visual tokens learn the words of captions, without the language model    words.py
-    the other epochs  captions that people wrote become likely                                 CaptionLoss
-    --cider-epochs    captions that the captioner draws learn from their CIDEr                 cider.py
-
-A loss is called with the captioner and a batch, or a part of one, and returns a sum; `terms` says of how many.
+    --word-epochs W        visual tokens learn the words of captions, without the language model    words.py
+    --epochs E, E - C      captions that people wrote become likely                                 CaptionLoss
+    --cider-epochs C       captions that the captioner draws learn from their CIDEr                 cider.py
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -20,6 +18,16 @@ from video_data.annotations import Clip
 from video_data.batches import Batch
 
 CIDER_LR = 0.2  # the peak of the rate in --cider-epochs, as a share of --lr
+
+
+class Loss(Protocol):
+    """What a phase learns from."""
+
+    def terms(self, batch: Batch) -> int:
+        """Of how many terms the loss of a batch is the sum."""
+
+    def __call__(self, captioner, batch: Batch) -> Tensor:
+        """The loss of a batch or of a part of one, summed."""
 
 
 class CaptionLoss:
@@ -34,25 +42,26 @@ class CaptionLoss:
 
 @dataclass(frozen=True)
 class Phase:
-    """The steps from `first` to `last`, which is not one of them."""
+    """The steps first, ..., end - 1."""
 
+    name: str
     first: int
-    last: int
+    end: int
     peak: float  # of the learning rate
-    loss: Callable
+    loss: Loss
 
     def learning_rate(self, step: int) -> float:
-        return learning_rate(step - self.first, self.last - self.first, self.peak)
+        return learning_rate(step - self.first, self.end - self.first, self.peak)
 
 
 def make_phases(config: Config, steps: int, captioner, clips: list[Clip],
                 captions: list[list[list[int]]]) -> list[Phase]:
     """The phases of a run of so many steps, in their order. `captions`: token ids of the captions of each clip."""
-    per_epoch = steps // (config.word_epochs + config.epochs)
-    first, last = config.word_epochs * per_epoch, steps - config.cider_epochs * per_epoch
-    phases = [Phase(first, last, config.lr, CaptionLoss())]
+    per_epoch = steps // config.all_epochs
+    first, end = config.word_epochs * per_epoch, steps - config.cider_epochs * per_epoch
+    phases = [Phase("captions", first, end, config.lr, CaptionLoss())]
     if config.word_epochs:
-        phases.insert(0, Phase(0, first, config.lr, WordLoss(captioner, captions)))
+        phases.insert(0, Phase("words", 0, first, config.lr, WordLoss(captioner, captions)))
     if config.cider_epochs:
-        phases.append(Phase(last, steps, CIDER_LR * config.lr, CiderLoss(clips)))
+        phases.append(Phase("CIDEr", end, steps, CIDER_LR * config.lr, CiderLoss(clips)))
     return phases

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.config import Config
 from common.errors import InputError
 from common.files import format_bytes
+from training.cider import SAMPLES
 from training.inputs import plan_caches
 from video_data.datasets import VideoDataset
 
@@ -45,14 +46,14 @@ def count_steps(config: Config, clips: int) -> int:
         return 0
     if clips < config.batch_size:
         raise InputError(f"--batch-size {config.batch_size}: the dataset has only {clips} training clips")
-    return (config.word_epochs + config.epochs) * (clips // config.batch_size)
+    return config.all_epochs * (clips // config.batch_size)
 
 
 def format_steps(config: Config, steps: int, captions: int) -> str:
     """The line about its steps that a run with so many training captions prints."""
     of_cider = config.cider_epochs
     epochs = {"words": config.word_epochs, "captions": config.epochs - of_cider, "CIDEr": of_cider}
-    clips = steps // sum(epochs.values()) * config.batch_size  # of an epoch
+    clips = steps // config.all_epochs * config.batch_size  # of an epoch
     passes = epochs["captions"] * clips * config.captions_per_clip / captions
     phases = ", ".join(f"{count} epochs of {what}" for what, count in epochs.items() if count)
     return (f"training: {steps:,} steps of {config.batch_size} clips, {phases}; {passes:.2f} passes over the captions "
@@ -135,7 +136,8 @@ def step_memory(captioner, config: Config, device: torch.device, caption_tokens:
     frames = torch.empty(clips, config.frames, 3, size, size, dtype=torch.uint8, device=META)
     if config.cache_features:
         frames = torch.empty(clips, *captioner.block_outputs_shape(config.frames), dtype=torch.bfloat16, device=META)
-    labels = torch.zeros(clips, config.captions_per_clip, caption_tokens, dtype=torch.long)
+    captions = max(config.captions_per_clip, SAMPLES if config.cider_epochs else 0)
+    labels = torch.zeros(clips, captions, caption_tokens, dtype=torch.long)
     trained = captioner.trained().values()
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)

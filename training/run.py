@@ -12,7 +12,7 @@
 
 A resumed run reads state.pt alone, which is replaced atomically, so it is complete whenever the program or the machine
 stops. Nothing else is needed to resume bit for bit: the clips, frames and captions of a step are drawn from (seed,
-epoch, clip) alone, hidden tokens from (seed, step, process), and the learning rate follows from the step.
+epoch, clip) alone, hidden tokens and samples from (seed, step, process); the learning rate follows from the step.
 """
 
 import io

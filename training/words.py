@@ -6,7 +6,8 @@ out of it. A visual token v_n points at a word w as far as it has the direction 
 has a word if any of its tokens points there:
 
     s_w = log f_w + log sum_n exp(a cos(v_n, e_w - e))    e: mean embedding of all words, f_w: mean of p_w over clips
-    loss = - sum_w p_w log softmax(s)_w                   p_w: how often the clip's captions have w, times its idf
+    loss = - sum_w p_w log softmax(s)_w                   p_w: in how many captions of the clip w is, times its idf,
+                                                          divided by the sum of that over all words
 
 Only what the method trains anyway is trained; nothing is added to it.
 
@@ -24,7 +25,7 @@ from common.errors import InputError
 from video_data.batches import Batch
 
 MIN_CLIPS, MAX_SHARE = 8, 0.6  # a word is in so many clips at least, and in less than this share of all
-SHARPNESS = 34.0  # a: where it ended when it was learnt, too
+SHARPNESS = 34.0  # a: when it was trained as well, it ended here
 
 
 def count_words(captions: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
@@ -33,9 +34,9 @@ def count_words(captions: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
     counts = [Counter(token for caption in clip for token in set(caption)) for clip in captions]
     clips_with = Counter(token for count in counts for token in count)
     words = sorted(token for token, n in clips_with.items() if MIN_CLIPS <= n < MAX_SHARE * len(captions))
-    if not words:
+    if len(words) < 2:
         raise InputError(f"--word-epochs: expected tokens in captions of {MIN_CLIPS} clips or more, and of less than "
-                         f"{MAX_SHARE:.0%} of the {len(captions)}, found none")
+                         f"{MAX_SHARE:.0%} of the {len(captions)}, found {len(words)}")
     idf = torch.tensor([math.log(len(captions) / clips_with[word]) for word in words])
     shares = torch.tensor([[count[word] for word in words] for count in counts], dtype=torch.float32) * idf
     return torch.tensor(words), F.normalize(shares, p=1, dim=1)
@@ -54,8 +55,8 @@ class WordLoss:
     def __init__(self, captioner, captions: list[list[list[int]]]):
         words, self.targets = count_words(captions)
         device = captioner.prefix_scale.device
-        self.embeddings, self.prior = (x.to(device) for x in (captioner.lm.embed(words.to(device)).detach().float(),
-                                                              self.targets.mean(0)))
+        self.embeddings = captioner.lm.embed(words.to(device)).detach().float()
+        self.prior = self.targets.mean(0).to(device)
 
     def terms(self, batch: Batch) -> int:
         return len(batch.clips)

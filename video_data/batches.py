@@ -312,12 +312,12 @@ def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
 
 
 class Batch(NamedTuple):
-    """A process's share of the clips of a step."""
+    """A process's share of the clips of a step, on the CPU."""
 
     frames: Tensor  # (B, T, 3, S, S) uint8 or features (B, T, ...) bf16
     labels: Tensor  # (B, K, L)
     times: Tensor | None  # (B, T + 1), see `TrainingExamples.times`
-    clips: list[int]  # their numbers
+    clips: list[int]  # their places in the training split
 
 
 def prefetch(load: Callable, keys: Iterable) -> Iterator:

@@ -20,7 +20,7 @@ def test_words_and_their_shares(monkeypatch):
     assert ids.tolist() == [5, 7]
     # idf of both is log(4 / 2): the first clip has 7 in two captions and 5 in one; the last has none.
     torch.testing.assert_close(targets, torch.tensor([[1 / 3, 2 / 3], [0, 1], [1, 0], [0, 0]]))
-    with pytest.raises(InputError, match="--word-epochs: expected tokens .* found none"):
+    with pytest.raises(InputError, match="--word-epochs: expected tokens .* found 0"):
         words.count_words(captions[2:])
 
 
