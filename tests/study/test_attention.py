@@ -94,38 +94,48 @@ def test_what_is_measured_of_each_block(fields):
                 q = new
 
 
-def test_a_run_is_measured_with_and_without_each_block(finished_run, flags, monkeypatch):
-    """A run of twelve steps, on its 6 test clips. References: captions of the same captioner whose W_o of a block is
-    zero; gates and areas computed here, within half of the last printed digit."""
+def test_a_run_is_measured_with_and_without_each_block(finished_run, flags, monkeypatch, tmp_path):
+    """A run of twelve steps with other gates, seed 0, on its 6 test clips. References: captions of the same captioner
+    whose W_o of a block is zero, or whose gates are a bias alone; means computed here, within half of a printed digit.
+    """
+    run, captioner = shutil.copytree(finished_run, tmp_path / "run"), load_run(finished_run, torch.device("cpu"))[0]
+    adapter, generator = captioner.adapter, torch.manual_seed(0)
+    for block in adapter.blocks:
+        block.gate.weight.data.normal_(generator=generator)
+        block.gate.bias.data.fill_(-3)
+    captioner.save(run / "best/adapter.safetensors", {})
     monkeypatch.setattr(shapes, "attribute_accuracy", lambda references, captions: print(json.dumps(captions)) or
                         {"shapes": 0.25, "motion": 0.125})
-    done = run_forked(attention, finished_run)
+    done = run_forked(attention, run)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     found, rows = [json.loads(line) for line in lines if line.startswith("{")], [line.split() for line in lines[3::2]]
-    captioner = load_run(finished_run, torch.device("cpu"))[0]
     clips = load("shapes", flags[-1])["test"]
     frames = torch.stack([read_frames(clip.path, 8, captioner.vit.preprocessing) for clip in clips])
     parts = torch.stack([attention.covered_parts(clip.path, clip.captions, 0, 8, captioner.vit) for clip in clips])
-    maps = record_attention(captioner, frames)
-    assert lines[0] == f"6 clips, {sum(len(shapes.parse_claims(clip.captions[0])) == 2 for clip in clips)} of two shapes"
+    two = torch.tensor([len(shapes.parse_claims(clip.captions[0])) == 2 for clip in clips])
+    assert lines[0] == f"6 clips, {two.sum()} of two shapes" and 0 < two.sum() < 6
     assert [row[0] for row in rows] == ["even", "block", "block", "mean"] and len(rows) == len(found)
-    assert float(rows[0][4]) == pytest.approx(parts.sum(1).mean().item(), rel=0.005)
-    adapter, captions = captioner.adapter, []
-    captions.append(captioner.caption(frames))
+    tokens, on_shapes, by_gate, pure, read, query, gates = attention.measure(captioner, frames, parts)
+    area, captions = parts.sum(1).mean().item(), [captioner.caption(frames)]
+    assert [float(x) for x in rows[0][1:6]] == pytest.approx([0.25, 0.125, 136, area, area], rel=0.005)
     for j, block in enumerate(adapter.blocks):
         kept = block.o.weight.detach().clone()
         block.o.weight.data.zero_()
         captions.append(captioner.caption(frames))
         block.o.weight.data.copy_(kept)
-        means = maps.gates[j].mean().item(), maps.gates[j].std(0, correction=0).mean().item()
-        assert [float(x) for x in rows[j + 1][-3:-1]] == pytest.approx(means, rel=0.005)
-    for block, gates in zip(adapter.blocks, maps.gates, strict=True):
+        count = round(tokens[j].mean().item())
+        top = np.mean([sorted(clip.sum(0).flatten().tolist())[-count:] for clip in parts])
+        expected = [tokens[j].mean(), on_shapes[j].mean(), by_gate[j].mean(), by_gate[j].mean() / area, top,
+                    pure[j, two].mean(), gates[j].mean(), gates[j].std(0, correction=0).mean(),
+                    (read[j].mean() / query[j].mean()) ** 0.5]
+        assert [float(x) for x in rows[j + 1][4:]] == pytest.approx([*map(float, expected)], rel=0.005)
+    for block, values in zip(adapter.blocks, gates, strict=True):
         block.gate.weight.data.zero_()
-        block.gate.bias.data.fill_(torch.logit(gates.mean()))
+        block.gate.bias.data.fill_(torch.logit(values.mean()))
     captions.append(captioner.caption(frames))
     assert [[*one.values()] for one in found] == captions
-    assert captions[1] != captions[0] and captions[2] != captions[0]
+    assert all(one != captions[0] for one in captions[1:])
 
 
 def test_what_cannot_be_measured_is_one_line(finished_run, flags, tmp_path):
