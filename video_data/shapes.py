@@ -251,12 +251,19 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def make_clip(path: Path, seed: int) -> list[str]:
-    """Writes the clip ROOT/SPLIT/INDEX.mp4 of a seed; returns its captions. Each clip has its own random stream."""
+def draw_clip(path: Path, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Frames, masks (see `render`) and captions of the clip ROOT/SPLIT/INDEX.mp4 of a seed. Each clip has its own
+    random stream."""
     rng = np.random.default_rng([seed, SPLITS.index(path.parent.name), int(path.stem)])
     scene = draw_scene(rng)
-    write_clip(path, render(scene, np.linspace(0, 1, FRAMES), rng)[0])
-    return reference_captions(scene, rng)
+    return *render(scene, np.linspace(0, 1, FRAMES), rng), reference_captions(scene, rng)
+
+
+def make_clip(path: Path, seed: int) -> list[str]:
+    """Writes a clip; returns its captions."""
+    frames, _, captions = draw_clip(path, seed)
+    write_clip(path, frames)
+    return captions
 
 
 def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0) -> None:
