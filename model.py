@@ -86,8 +86,8 @@ class Captioner(nn.Module):
             raise InputError(f"--grid {config.grid}: expected at most {largest}, the side of a frame's grid of tokens")
         positions = self.prefix_length(config.frames) + MAX_CAPTION_TOKENS  # EOS is not fed back
         if positions > self.lm.config.max_positions:
-            raise InputError(f"--queries, --frames or --grid: expected {self.lm.config.max_positions} positions at most, "
-                             f"found {positions}: {visual} visual tokens, the prompt and a caption")
+            raise InputError(f"--queries, --frames or --grid: expected {self.lm.config.max_positions} positions at "
+                             f"most, found {positions}: {visual} visual tokens, the prompt and a caption")
 
     def add_trained_parts(self) -> None:
         """Makes what the method adds to the frozen models, and the connector and frame vectors where it needs them.
