@@ -8,11 +8,13 @@ import shlex
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import train
-from common.config import parse_args
+from common.config import parse_args, read_config
+from models.safetensors import checksum, read_metadata, read_safetensors
 from study import __main__ as study
 from study import tables
 from tests.scripts import run_forked
@@ -48,6 +50,25 @@ def test_every_published_run_is_in_a_table():
     assert study.missing_runs(list(ROWS.values()), [0, 1, 2]) == []
 
 
+def test_what_runs_say_of_clips_is_what_was_scored():
+    """The mean over clips is the run's CIDEr, but for rounding to 0.1; each clip has a caption."""
+    for store in tables.CONTENT["stores"]:
+        clips, runs = tables.read_clips(store), tables.read_runs(store)
+        assert clips.keys() == ({tables.key_of(run) for run in runs} if clips else set())
+        for run in runs if clips else ():
+            found = clips[tables.key_of(run)]
+            assert np.mean(found["CIDEr"]) == pytest.approx(100 * run["test"]["CIDEr"], abs=0.05)
+            assert len(found["captions"]) == len(found["CIDEr"]) and all(found["captions"].values())
+
+
+def test_the_kept_run_is_whole():
+    """Its flags are those of today, its tensors have the checksum in their file."""
+    run = tables.RESULTS / "msrvtt-half"
+    config, tensors = read_config(run), run / "best/adapter.safetensors"
+    assert (config.method, config.cider_epochs) == ("qadapter", 2)
+    assert read_metadata(tensors)["sha256"] == checksum(read_safetensors(tensors))
+
+
 def test_the_page_is_that_of_the_results():
     assert tables.PAGE.read_text() == tables.format_page()
 
@@ -75,6 +96,11 @@ def test_means_and_differences():
     assert tables.difference([1.0, 2.0, 3.0], [8.0, 12.0]) == f"-8.0 ± {(1 / 3 + 8 / 2) ** 0.5:.1f}"
     assert tables.difference([1.0, 2.0, 3.0], [8.0]) == "-6.0"
     assert tables.scores([{"test": {"CIDEr": 3.0, "METEOR[exact]": 0.5}}], "METEOR") == [50.0]
+    runs = [{"flags": flags, "lr": 0.1, "seed": seed} for flags, seed in (("a", 0), ("b", 0), ("b", 1))]
+    ciders = [5, 6, 3], [1, 3, 1], [3, 5, 1]
+    clips = {tables.key_of(run): {"CIDEr": values} for run, values in zip(runs, ciders, strict=True)}
+    # Differences 3, 2 and 2 have a standard deviation of 0.577; over the root of 3 that is 0.33.
+    assert tables.error_over_clips(clips, runs[:1], runs[1:]) == "0.3"
 
 
 def test_what_is_kept_of_a_run(tmp_path):
