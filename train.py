@@ -4,8 +4,7 @@ A run is a folder (`training/run.py`), and `--resume RUN` continues it bit for b
 the highest CIDEr on the validation split after any training; the test split is scored once, at the end. `torchrun
 --nproc-per-node 2 train.py ...` trains the same with two processes (`training/distributed.py`).
 
-Shapes: B clips of this process in a batch, T frames, S side in pixels, K captions per clip, L tokens of the longest
-caption with its EOS.
+Shapes: see `Batch` in video_data/batches.py.
 """
 
 import math
@@ -104,7 +103,7 @@ def score_test(captioner: Captioner, dataset, cache, group: distributed.ProcessG
     print(f"run: {words}, {cli.format_seconds(run.elapsed())}\n"
           f"look at its captions:  {words}/report.html\n"
           f"caption your videos:   python evaluate.py {words} --video FILE")
-    if step:
+    if step and not config.cider_epochs:  # more epochs would be of captions, before those of CIDEr
         print(f"train it longer:       python train.py --resume {words} --epochs {2 * config.epochs}")
 
 

@@ -30,7 +30,7 @@ def make_panels(rows: list[dict], first_block: int) -> list[tuple[str, float, di
     """Title, unit and lines of each panel: loss, mean gates and saturated shares of the adapted blocks, CIDEr, correct
     captions; what the rows of the log have of it. first_block: the number of the first adapted block."""
     train, val = ([row for row in rows if name in row] for name in ("loss", "val"))
-    of_captions = [(row["step"], row["loss"]) for row in train if row.get("phase", "captions") == "captions"]
+    of_captions = [(row["step"], row["loss"]) for row in train if row["phase"] == "captions"]
     panels = [("training loss per token", 1, {"": of_captions})] if of_captions else []
     for title, name in ("mean gate after block", "gates"), ("saturated gates after block", "saturated"):
         panels.append((title, 1, {str(first_block + i): [(row["step"], row[name][i]) for row in train]

@@ -54,7 +54,7 @@ def read_run(folder: Path, key: Key) -> dict:
     """What results/ keeps of a finished run, from the files in its folder."""
     row, lr, seed = key
     config, rows = read_json(folder / "config.json"), [row for _, row in read_json_lines(folder / "log.jsonl")]
-    words, epochs = config["config"].get("word_epochs", 0), config["config"].get("epochs", 1)
+    words, epochs = config["config"]["word_epochs"], config["config"]["epochs"]
     first = rows[-1]["step"] * words // (words + epochs)  # step of captions: those of words are faster
     speeds = [row["clips/s"] for row in rows if "clips/s" in row and row["step"] > first]
     validations = [row for row in rows if "val" in row]

@@ -7,8 +7,8 @@ its CIDEr r_m against what people wrote, and those that beat the others of their
     loss = - mean of r_m      d loss = - mean of (r_m - b_m) d log p(c_m)      b_m: mean of the others' r
 
 This is the policy gradient of [1] with the baseline of [2]. p is the distribution that the captions are drawn from, at
-the temperature of `sample`. Nothing is hidden from the queries while they are drawn; in the gradient `--token-dropout`
-hides tokens as in other steps.
+the temperature of `sample`, but for the tokens that `--token-dropout` hides in the gradient alone. CIDEr is that of
+`metrics/plain.py`, of captions as they are trained on, split at spaces.
 
 Shapes: B clips, M samples of each, L tokens of the longest one.
 
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from common.errors import InputError
 from metrics.plain import cider_of_video, document_frequencies
 from models.generation import sample
 from video_data.annotations import Clip
@@ -37,9 +36,6 @@ class CiderLoss:
     """The loss of captions that are drawn for training clips. The idf of CIDEr is that of their captions."""
 
     def __init__(self, clips: Sequence[Clip]):
-        """Raises InputError for a single clip, whose idf are all zero."""
-        if len(clips) < 2:
-            raise InputError("--cider-epochs: expected two training clips or more, found one")
         self.references = [[normalize_caption(caption) for caption in clip.captions] for clip in clips]
         self.frequencies = document_frequencies(self.references)
 

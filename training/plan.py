@@ -40,10 +40,12 @@ CAPTION_TOKENS = 15  # of a usual English caption with its EOS
 def count_steps(config: Config, clips: int) -> int:
     """The steps of a run on so many training clips. An epoch drops its incomplete batch.
 
-    Raises InputError if the clips do not fill a batch.
+    Raises InputError if the clips do not fill a batch, or are too few for CIDEr.
     """
     if config.method == "none":
         return 0
+    if config.cider_epochs and clips < 2:  # every idf would be zero
+        raise InputError("--cider-epochs: expected two training clips or more, found one")
     if clips < config.batch_size:
         raise InputError(f"--batch-size {config.batch_size}: the dataset has only {clips} training clips")
     return config.all_epochs * (clips // config.batch_size)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train
+from common.config import Config
 from metrics.plain import plain_cider
 from models import generation
 from models.generation import TEMPERATURE
@@ -16,6 +17,7 @@ from tests.reference.test_07_processes import losses
 from tests.scripts import act_at_call, contents, run_forked
 from tests.tiny import EOS, LETTERS, T, clips, randomized
 from training import cider, words
+from training.phases import make_phases
 from video_data.annotations import Clip
 from video_data.batches import Batch
 
@@ -103,6 +105,19 @@ def test_what_is_rewarded_becomes_likely(monkeypatch):
     assert sum(shares[-10:]) > 3 * sum(shares[:10])
 
 
+def test_each_phase_has_its_steps_and_rates():
+    """By hand: 100 steps an epoch, one of words, two of captions, one of CIDEr with a fifth of the rate. Each begins at
+    1/50 of its peak and has it after 50 steps; three quarters through, half a cosine is half done."""
+    config = Config(word_epochs=1, epochs=3, cider_epochs=1, lr=0.1)
+    captions = [[[3, 4]] * 2, [[3, 5]], [[4, 5]]] * 10
+    found = make_phases(config, 400, randomized("no write-back", 0), CLIPS, captions)
+    assert [(p.name, p.first, p.end) for p in found] == [("words", 0, 100), ("captions", 100, 300), ("CIDEr", 300, 400)]
+    for phase, peak in zip(found, (0.1, 0.1, 0.02), strict=True):
+        quarter = (phase.end - phase.first) // 4
+        rates = [phase.learning_rate(step) / peak for step in (phase.first, phase.first + 50, phase.end - quarter)]
+        assert rates == pytest.approx([1 / 50, 1, 1 / 2])
+
+
 def test_a_run_of_all_phases_resumes(flags, tmp_path, monkeypatch):
     """An epoch of words, 2 of captions, 4 of CIDEr; killed in each, the run goes on to the same bits."""
     monkeypatch.setattr(words, "MIN_CLIPS", 1)
@@ -112,6 +127,7 @@ def test_a_run_of_all_phases_resumes(flags, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     found, words_next = losses(tmp_path / "whole"), [*base, "--out", tmp_path / "killed"]
     assert len(found) == 3 * 7 and (found[:9] > 0).all() and (found[9:] <= 0).all() and found[9:].mean() < 0
+    assert {path.name for path in (tmp_path / "whole/val").iterdir()} == {"0.json", "9.json", "21.json"}
     for step in (2, 5, 8):  # of the process
         with monkeypatch.context() as patch:
             act_at_call(patch, torch.optim.AdamW, "step", step, lambda: os.kill(os.getpid(), signal.SIGKILL))
