@@ -109,7 +109,7 @@ def test_each_phase_has_its_steps_and_rates():
     """By hand: 100 steps an epoch, one of words, two of captions, one of CIDEr with a fifth of the rate. Each begins at
     1/50 of its peak and has it after 50 steps; three quarters through, half a cosine is half done."""
     config = Config(word_epochs=1, epochs=3, cider_epochs=1, lr=0.1)
-    captions = [[[3, 4]] * 2, [[3, 5]], [[4, 5]]] * 10
+    captions = [[[3, 4]], [[5, 6]], [[7, 8]]] * 10
     found = make_phases(config, 400, randomized("no write-back", 0), CLIPS, captions)
     assert [(p.name, p.first, p.end) for p in found] == [("words", 0, 100), ("captions", 100, 300), ("CIDEr", 300, 400)]
     for phase, peak in zip(found, (0.1, 0.1, 0.02), strict=True):
