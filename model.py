@@ -228,7 +228,7 @@ class Captioner(nn.Module):
         return sum(map(len, self.texts(num_frames))) + self.num_visual_tokens(num_frames) + newline
 
     def frame_tokens(self, z: Tensor) -> Tensor:
-        """Outputs of the last block (B, T, P, D + jD) -> the visual tokens of each frame (B, T, N', C + jC)."""
+        """Outputs of the last block (B, T, P, D + jD) -> visual tokens of each frame (B, T, N', C + jC or C + D)."""
         tokens = self.backbone.frame_tokens(z.flatten(0, 1), self.config.grid).unflatten(0, z.shape[:2])
         if self.connector is None:
             return tokens

@@ -62,9 +62,9 @@ def log_step(run: Run, captioner: Captioner, progress: Progress, phase: Phase, s
     """A row of the log and a line on the console."""
     speed, left = progress.update(step)
     has_gates = captioner.adapter is not None and captioner.config.gate != "none"
-    gates = captioner.adapter.gate_statistics() if has_gates else {}
-    run.log({"step": step, "phase": phase.name, "loss": loss, "lr": lr, "clips/s": speed} | gates)
-    gates = "gates " * bool(gates) + " ".join(f"{mean:.2f}" for mean in gates.get("gates", ()))
+    statistics = captioner.adapter.gate_statistics() if has_gates else {}
+    run.log({"step": step, "phase": phase.name, "loss": loss, "lr": lr, "clips/s": speed} | statistics)
+    gates = " ".join(["gates", *(f"{mean:.2f}" for mean in statistics["gates"])]) if has_gates else ""
     print(f"{phase.name}: step {step}/{phase.end}  loss {loss:.3f}  lr {lr:.1e}  {gates}  {speed:.2f} clips/s  "
           f"elapsed {cli.format_seconds(run.elapsed())}  left {cli.format_seconds(left)}")
 
@@ -237,6 +237,7 @@ def main() -> int:
     # 4. The loop
     order = epoch_batches(len(clips), config.batch_size, config.all_epochs, config.seed, step) if steps else ()
     per_epoch = max(1, steps // config.all_epochs)
+    # At the end of the captions, too: their rate is zero there, and CIDEr may lead to worse weights.
     validation_steps = {steps, *(phase.end for phase in phases if phase.name == "captions"),
                         *range(per_epoch * (config.word_epochs + config.eval_every), steps,
                                per_epoch * config.eval_every)}

@@ -111,15 +111,15 @@ class Config:
 
     word_epochs: int = training(0, "epochs before the others, without the language model: visual tokens learn to point "
                                 "at the words of captions", type=count(0, 10**5))
-    cider_epochs: int = training(0, "so many of the epochs, the last ones, learn from the CIDEr of captions that the "
-                                 "captioner draws at random", type=count(0, 10**5))
+    cider_epochs: int = training(0, "of the epochs, how many at the end learn from the CIDEr of captions that the "
+                                 "captioner draws", type=count(0, 10**5))
     lr: float = training(5e-3, "peak learning rate of AdamW", type=cli.number(float, 1e-12, 1e6))
     weight_decay: float = training(0.01, "weight decay of AdamW", type=cli.number(float, 0, 1e6))
     micro_batch_size: int | None = training(None, "clips of a process in memory at once; gradients are summed; "
                                             "None: its whole batch", type=count(1))
     compile: bool = training(False, "compile the language model's blocks: faster steps after two minutes; CPUs need a "
                              "C++ compiler")
-    seed: int = training(0, "seed of weights, clip order, frames and captions", type=count(0, 2**32))
+    seed: int = training(0, "seed of weights, clip order, frames and captions", type=count(0, 10**9))
     precision: str = training("auto", "of the frozen weights; auto: bf16 where the device has instructions for it",
                               choices=("auto", *DTYPES))
 

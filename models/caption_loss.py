@@ -8,7 +8,7 @@ Captions follow each other without padding, and each row is padded at its end to
 to the longest one would make nearly half of all positions padding.
 
 Shapes: B clips, K captions per clip, P positions of the prefix, L tokens of the longest caption with its EOS, s tokens
-of a row's captions, S = P + s, n tokens of all captions, C width of the language model.
+of a row's captions, S = P + s, n tokens of all captions, C width and V vocabulary of the language model.
 """
 
 from contextlib import nullcontext
@@ -30,8 +30,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:
-    """Logits (n, V) and ids (n,) -> the sum of their cross-entropies; with weights (n,), of samples, that of each times
-    its weight, at the temperature of `sample`."""
+    """Logits (n, V) and ids (n,) -> their cross-entropy, summed. With weights (n,) the ids are of `sample`: each
+    cross-entropy is at its temperature, and times its weight."""
     if weights is None:
         return F.cross_entropy(logits, ids, reduction="sum")
     return weights @ F.cross_entropy(logits / TEMPERATURE, ids, reduction="none")
@@ -91,12 +91,12 @@ def packed_attention_inputs(caption: Tensor, place: Tensor, prefix_length: int) 
 
 def caption_loss(lm: CausalLM, prefix: Tensor, labels: Tensor, places: VisualPlaces | None = None,
                  weights: Tensor | None = None) -> Tensor:
-    """Returns the cross-entropy, summed over all caption tokens and EOS, of K captions of each clip; with weights
-    (B, K), of samples, each caption's at the temperature of `sample`, times its weight.
+    """Returns the cross-entropy, summed over all caption tokens and EOS, of K captions of each clip. With weights
+    (B, K) the captions are of `sample`: see `cross_entropy`.
 
-    They are ids (B, K, L), padded with -100, after the prefix (B, P, C); on the CPU, where their positions are found
-    without waiting for a GPU. The language model's head runs on caption positions only; if it is frozen, the logits of
-    the whole batch never exist at once. places: of the prefix.
+    Captions are ids (B, K, L), padded with -100, after the prefix (B, P, C); on the CPU, where their positions are
+    found without waiting for a GPU. The language model's head runs on caption positions only; if it is frozen, the
+    logits of the whole batch never exist at once. places: of the prefix.
     """
     k, prefix_length = labels.shape[1], prefix.shape[1]
     ids, following, caption, place = pack_captions(labels)

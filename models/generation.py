@@ -85,25 +85,25 @@ def greedy_search(lm: CausalLM, prefix: Tensor, max_new: int, eos_ids: tuple[int
 
 
 @torch.no_grad()
-def sample(lm: CausalLM, prefix: Tensor, count: int, max_new: int = 30,
+def sample(lm: CausalLM, prefix: Tensor, count: int, max_new_tokens: int = 30,
            places: VisualPlaces | None = None) -> list[list[list[int]]]:
     """Draws `count` texts after each prefix (B, S, C), token by token, from softmax(logits / TEMPERATURE). Returns
     their ids, with the EOS of those that end."""
     prefix = prefix.to(lm.embed.weight.dtype)
-    cache = KVCache(lm.config, len(prefix) * count, prefix.shape[1] + max_new - 1, prefix, places)
+    cache = KVCache(lm.config, len(prefix) * count, prefix.shape[1] + max_new_tokens - 1, prefix, places)
     rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(count)
     logits = next_logits(lm, prefix, cache)[rows]  # (R, V), R = B count at first
     cache.select_rows(rows)
     texts: list[list[int]] = [[] for _ in range(len(rows))]
     running = texts  # the texts of the rows
-    for length in range(1, max_new + 1):
+    for length in range(1, max_new_tokens + 1):
         cumulative = (logits / TEMPERATURE).softmax(-1).cumsum(-1)  # (R, V)
         drawn = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, drawn)[:, 0].tolist()  # torch.multinomial takes ten times as long
         for text, token in zip(running, tokens, strict=True):
             text.append(token)
         active = [row for row, token in enumerate(tokens) if token not in lm.config.eos_ids]
-        if not active or length == max_new:
+        if not active or length == max_new_tokens:
             break
         running = [running[row] for row in active]
         cache.select_rows(torch.tensor(active, device=prefix.device))

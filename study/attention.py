@@ -52,9 +52,10 @@ def covered_parts(path: Path, captions: tuple[str, ...], seed: int, frames: int,
         raise InputError(f"{path}: expected the captions of a scene that --seed {seed} draws")
     indices, _ = frames_at([i / shapes.RATE for i in range(shapes.FRAMES)], sample_positions(frames))
     size, resize = vit.preprocessing.size, vit.preprocessing.resize
-    crop, side = slice((resize - size) // 2, (resize + size) // 2), int(len(vit.position) ** 0.5)
+    crop = slice((resize - size) // 2, (resize + size) // 2)
     seen = F.interpolate(torch.from_numpy(masks[:, indices]), (resize, resize), mode="bilinear")[..., crop, crop]
-    return F.pad(F.adaptive_avg_pool2d(seen, side).flatten(2), (0, 0, 0, 0, 0, 2 - len(seen)))
+    parts = F.adaptive_avg_pool2d(seen, vit.config.grid).flatten(2)  # (1 or 2, T, p)
+    return F.pad(parts, (0, 0, 0, 0, 0, 2 - len(parts)))  # (2, T, p)
 
 
 def attention_to_shapes(weights: Tensor, parts: Tensor) -> Tensor:
@@ -82,10 +83,11 @@ def measure(captioner, frames: Tensor, parts: Tensor) -> tuple[Tensor, ...]:
     with register_module_forward_hook(record):
         maps = record_attention(captioner, frames)
     weights = maps.weights / maps.weights.sum((-1, -2), keepdim=True)  # two frames may share a step of the ViT
-    on_shapes, (read, query) = attention_to_shapes(weights, parts), torch.stack(squares, dim=1)
-    kept = (maps.gates * on_shapes.sum(-1)).sum(-1) / maps.gates.sum(-1)  # (J, B)
-    tokens = torch.special.entr(weights).sum((-1, -2)).exp().mean((2, 3))
-    return tokens, on_shapes.sum(-1).mean(-1), kept, purity(on_shapes), read, query, maps.gates
+    read, query = torch.stack(squares, dim=1)  # (J, B)
+    tokens = torch.special.entr(weights).sum((-1, -2)).exp().mean((2, 3))  # (J, B)
+    on_shapes = attention_to_shapes(weights, parts)  # (J, B, N, 2)
+    by_gate = (maps.gates * on_shapes.sum(-1)).sum(-1) / maps.gates.sum(-1)  # (J, B)
+    return tokens, on_shapes.sum(-1).mean(-1), by_gate, purity(on_shapes), read, query, maps.gates
 
 
 def main() -> None:
@@ -95,16 +97,19 @@ def main() -> None:
     parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="of the dataset's scenes (default: 0)")
     args = parser.parse_args()
     captioner, _ = load_run(args.run, torch.device("cpu"))
-    config, vit = replace(captioner.config, data=args.data or captioner.config.data), captioner.vit
+    vit, config = captioner.vit, replace(captioner.config, data=args.data or captioner.config.data)
     if config.method != "qadapter" or config.dataset != "shapes" or config.write_back:
         raise InputError(f"{args.run}: expected a run of --method qadapter on --dataset shapes without --write-back")
     clips = read_run_dataset(args.run, config, ["test"]).splits["test"]
     parts = torch.stack([covered_parts(clip.path, clip.captions, args.seed, config.frames, vit) for clip in clips])
     frames = torch.stack([read_frames(clip.path, config.frames, vit.preprocessing) for clip in clips]).split(BATCH_SIZE)
     found = [measure(captioner, *batch) for batch in zip(frames, parts.split(BATCH_SIZE), strict=True)]
-    tokens, on_any, kept, pure, read, query, gates = (torch.cat(values, dim=1) for values in zip(*found, strict=True))
-    references, areas = {clip.id: clip.captions for clip in clips}, parts.sum((2, 3))  # areas of each shape (clips, 2)
-    two, area, covered = areas.amin(1) > 0, parts.sum(1).mean(), parts.sum(1).flatten(1).sort(descending=True)[0]
+    tokens, on_any, by_gate, pure, read, query, gates = (torch.cat(x, dim=1) for x in zip(*found, strict=True))
+    references = {clip.id: clip.captions for clip in clips}
+    areas = parts.sum((2, 3))  # of each shape (clips, 2)
+    two = areas.amin(1) > 0  # (clips,): which of them have two shapes
+    covered = parts.sum(1).flatten(1).sort(descending=True)[0]  # (clips, T*p), the most covered patches first
+    area = covered.mean()
 
     def show(name: str, *numbers: float) -> None:
         """Prints a row of the table, which begins with the share of captions that are right now."""
@@ -116,8 +121,8 @@ def main() -> None:
     show("even", config.frames * len(vit.position), area, area, 1, area, purity(areas[two, None]).mean())
     for j, block in enumerate(captioner.adapter.blocks):
         with block.register_forward_hook(lambda _, inputs, outputs: (inputs[0], *outputs[1:])):  # g = 0
-            show(f"block {captioner.adapter.first + j + 1}", tokens[j].mean(), on_any[j].mean(), kept[j].mean(),
-                 kept[j].mean() / area, covered[:, : tokens[j].mean().round().int()].mean(), pure[j, two].mean(),
+            show(f"block {captioner.adapter.first + j + 1}", tokens[j].mean(), on_any[j].mean(), by_gate[j].mean(),
+                 by_gate[j].mean() / area, covered[:, : tokens[j].mean().round().int()].mean(), pure[j, two].mean(),
                  gates[j].mean(), gates[j].std(0, False).mean(), (read[j].mean() / query[j].mean()).sqrt())
     for block, mean in zip(captioner.adapter.blocks, gates.mean((1, 2)), strict=True):
         block.compute_gates = lambda queries, *_, mean=mean: mean.expand(*queries.shape[:2], 1)

@@ -79,6 +79,7 @@ def read_clips(store: str) -> dict[str, dict]:
 
 
 def add_clips(store: str, run: dict, clips: dict) -> None:
+    """Adds what a run says of the test clips."""
     content = json.dumps(dict(sorted((read_clips(store) | {key_of(run): clips}).items())))
     with replace_atomically(clips_path(store)) as file:
         file.write(gzip.compress(content.encode(), mtime=0))
@@ -123,9 +124,8 @@ def scores(runs: Sequence[dict], column: str) -> list[float]:
 
 def error_over_clips(clips: dict[str, dict], a: Sequence[dict], b: Sequence[dict]) -> str:
     """"1.2": the standard error, over the clips, of the difference of CIDEr between two rows' means over seeds."""
-    means = [np.mean([clips[key_of(run)]["CIDEr"] for run in runs], axis=0) for runs in (a, b)]
-    difference = means[0] - means[1]
-    return f"{difference.std(ddof=1) / len(difference) ** 0.5:.1f}"
+    first, second = (np.mean([clips[key_of(run)]["CIDEr"] for run in runs], axis=0) for runs in (a, b))  # (clips,)
+    return f"{(first - second).std(ddof=1) / len(first) ** 0.5:.1f}"
 
 
 def format_rate(row: Row, lr: float) -> str:
@@ -143,8 +143,8 @@ def format_table(name: str) -> str:
     rows = [row for row in read_rows(name) if row.best_runs]
     if not rows:
         return "No run of it is done yet."
-    measured = {name.partition("[")[0] for name in rows[0].best_runs[0]["test"]}
-    columns, compared = ([name for name in names if SCORES[name] in measured] for names in (SCORES, COMPARED))
+    measured = {score.partition("[")[0] for score in rows[0].best_runs[0]["test"]}
+    columns, compared = ([x for x in titles if SCORES[x] in measured] for titles in (SCORES, COMPARED))
     upper = [["trained", "parameters", "share", "`--lr`", "seeds", *columns]]
     lower = [[f"compared with {table['reference']}", *compared, *(["± over clips"] if clips else []), *COSTS,
               "flags of the row", *(["of version 0.12.0"] if "published" in store else [])]]

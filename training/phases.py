@@ -1,8 +1,8 @@
 """The phases of a run. Each has a loss, and the learning rate rises and falls once in each:
 
-    --word-epochs W      W epochs: visual tokens learn the words of captions, without language model   words.py
-    --epochs E           the first E - C epochs: captions that people wrote become likely              CaptionLoss
-    --cider-epochs C     the last C: captions that the captioner draws learn from their CIDEr          cider.py
+    --word-epochs W    W epochs: visual tokens learn the words of captions; no language model   words.py
+    --epochs E         E - C epochs: captions that people wrote become likely                   CaptionLoss
+    --cider-epochs C   C epochs: captions that are drawn become likely by their CIDEr           cider.py
 """
 
 from dataclasses import dataclass

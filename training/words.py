@@ -29,8 +29,8 @@ SHARPNESS = 34.0  # a: when it was trained as well, it ended here
 
 
 def count_words(captions: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
-    """Token ids of the captions of each clip -> the words (W,), and p of each clip (clips, W). Raises InputError if no
-    token is a word."""
+    """Token ids of the captions of each clip -> the words (W,), and p of each clip (clips, W). Raises InputError if
+    fewer than two tokens are words."""
     counts = [Counter(token for caption in clip for token in set(caption)) for clip in captions]
     clips_with = Counter(token for count in counts for token in count)
     words = sorted(token for token, n in clips_with.items() if MIN_CLIPS <= n < MAX_SHARE * len(captions))

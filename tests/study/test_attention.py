@@ -27,7 +27,7 @@ def test_the_parts_of_patches_are_those_that_the_renderer_draws(size, edge, tmp_
     means of the renderer's masks over each of 4 x 4 patches, tolerance 1e-6. Of all frames that are drawn, those of the
     masks are the most similar to the frames that are read from the file."""
     shapes.make_dataset(tmp_path, (1, 1, 3), seed=3)
-    vit = SimpleNamespace(preprocessing=Preprocessing(size, 64), position=torch.zeros(17, 1))
+    vit = SimpleNamespace(preprocessing=Preprocessing(size, 64), config=SimpleNamespace(grid=4))
     counts = set()
     for number, clip in enumerate(load("shapes", tmp_path)["test"]):
         rng = np.random.default_rng([3, 2, number])
