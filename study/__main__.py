@@ -3,7 +3,8 @@
     .venv/bin/python -m study mllm | sh                                              one run after the other
     .venv/bin/python -m study mllm | tr '\\n' '\\0' | xargs -0 -n 1 -P 2 sh -c      two at a time
 
-Before that, it keeps finished runs in results/ and writes docs/study-tables.md. It takes two rounds: a row's other
+Before that, it keeps finished runs in results/ and writes docs/study-tables.md and
+docs/ablations.svg. It takes two rounds: a row's other
 seeds get the best learning rate of seed 0. Nothing is printed when a table is complete. A run that was stopped goes on
 where it was. One that is in results/ is not run again, published ones among them: take those out to train them anew.
 """
@@ -19,6 +20,7 @@ from statistics import median
 from bench.measure import cpu_name
 from common import cli
 from common.files import read_json, read_json_lines
+from study.figure import FIGURE, draw_ablations
 from study.tables import CONTENT, PAGE, Row, add_clips, add_run, format_page, read_rows
 from video_data.shapes import make_dataset
 
@@ -61,7 +63,7 @@ def read_run(folder: Path, key: Key) -> dict:
     best = max(validations[1:] or validations, key=lambda row: row["val"]["CIDEr"])  # step 0's weights are not kept
     return {"version": config["version"], "flags": row.command, "lr": lr, "seed": seed,
             "date": time.strftime("%Y-%m-%d"), "machine": cpu_name(), "versions": config["versions"],
-            "steps": rows[-1]["step"], "best step": best["step"], "val CIDEr": best["val"]["CIDEr"],
+            "steps": rows[-1]["step"], "best step": best["step"], "val": best["val"],
             "models": config["models"], "test": rows[-1]["test"],
             "seconds": rows[-1]["elapsed"] - validations[0]["elapsed"],
             "seconds per step": config["config"]["batch_size"] / median(speeds) if speeds else None,
@@ -87,12 +89,12 @@ def main() -> None:
         for key in finished:
             folder = folder_of(store, key)
             run = read_run(folder, key)
-            if CONTENT["stores"][store].get("clips"):
-                add_clips(store, run, read_clip_results(folder))
+            add_clips(store, run, read_clip_results(folder))
             add_run(store, run)
         if not finished:
             break
     PAGE.write_text(format_page(), "utf-8")
+    FIGURE.write_text(draw_ablations(), "utf-8")
     with redirect_stdout(sys.stderr):  # stdout is for the shell
         for folder, sizes in CONTENT["clips"].items():
             if any(folder in row.command.split() for row, _, _ in keys):

@@ -2,11 +2,13 @@
 
 A run is a JSON object: its flags, learning rate and seed, its scores and costs, and when, where and by which version it
 was made. Tables of one store share their runs: rows with the same flags are trained once. Beside results/STORE.json,
-results/STORE.clips.json.gz has what each run says of each test clip, and the CIDEr of that.
+results/STORE.clips.json.gz has what each run says of each test clip, and the CIDEr of that; not of the runs of version
+0.12.0.
 """
 
 import gzip
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ class Row:
         """The rate with the highest validation CIDEr at seed 0; None while a run is missing."""
         if any((lr, 0) not in self.runs for lr in self.lrs):
             return None
-        return max(self.lrs, key=lambda lr: self.runs[lr, 0]["val CIDEr"])
+        return max(self.lrs, key=lambda lr: self.runs[lr, 0]["val"]["CIDEr"])
 
     @property
     def best_runs(self) -> list[dict]:
@@ -110,10 +112,15 @@ def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> str:
-    """"-3.1 ± 1.2": the mean of a minus that of b, and the standard error of that."""
-    error = f" ± {sum(variance(x) / len(x) for x in (a, b)) ** 0.5:.1f}" if min(len(a), len(b)) > 1 else ""
-    return f"{mean(a) - mean(b):+.1f}{error}"
+def compare(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """The mean of a minus that of b, and the standard error of that; not a number if one of them has one value."""
+    error = sum(variance(x) / len(x) for x in (a, b)) ** 0.5 if min(len(a), len(b)) > 1 else math.nan
+    return mean(a) - mean(b), error
+
+
+def format_difference(mean: float, error: float) -> str:
+    """"-3.1 ± 1.2"."""
+    return f"{mean:+.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}")
 
 
 def scores(runs: Sequence[dict], column: str) -> list[float]:
@@ -132,7 +139,8 @@ def format_rate(row: Row, lr: float) -> str:
     """"0.002 ↓": the arrow says that no lower rate was worse at seed 0, in this table or another with the same runs."""
     if len(row.lrs) == 1:
         return f"{lr:g}" if row.trains else ""
-    worse = [x for x, seed in row.runs if seed == 0 and row.runs[x, 0]["val CIDEr"] < row.runs[lr, 0]["val CIDEr"]]
+    ciders = {x: run["val"]["CIDEr"] for (x, seed), run in row.runs.items() if seed == 0}
+    worse = [x for x in ciders if ciders[x] < ciders[lr]]
     return f"{lr:g}{'' if any(x < lr for x in worse) else ' ↓'}{'' if any(x > lr for x in worse) else ' ↑'}"
 
 
@@ -143,10 +151,11 @@ def format_table(name: str) -> str:
     rows = [row for row in read_rows(name) if row.best_runs]
     if not rows:
         return "No run of it is done yet."
+    has_clips = all(key_of(run) in clips for row in rows for run in row.best_runs)
     measured = {score.partition("[")[0] for score in rows[0].best_runs[0]["test"]}
     columns, compared = ([x for x in titles if SCORES[x] in measured] for titles in (SCORES, COMPARED))
     upper = [["trained", "parameters", "share", "`--lr`", "seeds", *columns]]
-    lower = [[f"compared with {table['reference']}", *compared, *(["± over clips"] if clips else []), *COSTS,
+    lower = [[f"compared with {table['reference']}", *compared, *(["± over clips"] if has_clips else []), *COSTS,
               "flags of the row", *(["of version 0.12.0"] if "published" in store else [])]]
     reference = next((row.best_runs for row in rows if row.label == table["reference"]), None)
     for row in rows:
@@ -156,8 +165,9 @@ def format_table(name: str) -> str:
                       format_rate(row, runs[0]["lr"]), str(len(runs)),
                       *(mean_and_spread(scores(runs, column)) for column in columns)])
         lower.append([row.label,
-                      *(difference(scores(runs, x), scores(reference, x)) if is_compared else "" for x in compared),
-                      *([error_over_clips(clips, runs, reference) if is_compared else ""] if clips else []),
+                      *(format_difference(*compare(scores(runs, x), scores(reference, x))) if is_compared else ""
+                        for x in compared),
+                      *([error_over_clips(clips, runs, reference) if is_compared else ""] if has_clips else []),
                       *(mean_and_spread(values, 2) if values else "" for values in costs),
                       f"`{row.flags}`" if row.flags else "by the tag",
                       *([f"`{row.published}`"] if "published" in store else [])])

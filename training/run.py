@@ -1,7 +1,7 @@
 """The folder of a run: what training writes, and what it resumes from.
 
     config.json   the version, the Config, fingerprints of the frozen models and of each split, numbers of parameters,
-                  versions of packages
+                  the commit of the code, versions of packages
     log.jsonl     a row for each log line and each validation; the last row is the test's
     best/         adapter.safetensors: the trained tensors of the best validation so far
     last/         adapter.safetensors, and state.pt: the same tensors, the optimizer, the step, the best score so far
@@ -19,6 +19,7 @@ import io
 import json
 import os
 import platform
+import subprocess
 import time
 import zipfile
 from pathlib import Path
@@ -30,6 +31,16 @@ from common.config import VERSION, to_json
 from common.errors import InputError, reading, writing
 from common.files import acquire_lock, field, open_to_read, read_json, read_json_lines, replace_atomically, write_json
 from training.distributed import ProcessGroup
+
+
+def find_commit() -> str | None:
+    """The commit of this code, with "-dirty" if files differ from it; None where git does not know."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return None
+    return found.stdout.strip() or None
 
 
 def check_out(folder: Path) -> None:
@@ -129,7 +140,8 @@ class Run:
             "splits": dataset.fingerprints(), "differences": dataset.differences(),
             "trained": sum(p.numel() for p in captioner.trained().values()),
             "total": sum(p.numel() for p in captioner.parameters()),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
+            "versions": {"commit": find_commit(), "python": platform.python_version(), "torch": torch.__version__,
+                         "av": av.__version__},
         })
         if optimizer is None:  # --method none: the models as they are
             self.save("best", captioner, 0)

@@ -1,0 +1,54 @@
+"""All ablations of the study in one figure, docs/ablations.svg: what each change costs or gains, from results/.
+
+A row is a change of one thing. Its dot is the mean difference from the reference row of its table, over the seeds; its
+line reaches one standard error to either side. A dot left of the axis stands at its edge, as an arrow.
+"""
+
+from html import escape
+
+from study import tables
+
+FIGURE = tables.ROOT / "docs/ablations.svg"
+SCORE, TITLE = "motion", "Ablation: "
+LEFT, RIGHT, LINE = 360, 680, 18  # pixels: where the axis begins and ends, the height of a row
+LOWEST, HIGHEST = -30, 10  # points of the axis
+HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {height}" font-family="Helvetica, Arial, sans-serif"
+font-size="12" fill="#223">
+<title>What each ablation changes</title>
+<rect width="780" height="{height}" fill="#fff"/>
+<text x="16" y="28">change of "motion right", points</text>
+"""
+
+
+def x_of(points: float) -> float:
+    """Where a difference stands on the axis, or the nearer end of that."""
+    return LEFT + (RIGHT - LEFT) * (min(max(points, LOWEST), HIGHEST) - LOWEST) / (HIGHEST - LOWEST)
+
+
+def draw_row(label: str, mean: float, error: float, y: int) -> list[str]:
+    middle, x, out = y - 4, x_of(mean), mean < LOWEST
+    mark = f"M{x + 7} {middle - 4}l-7 4l7 4z" if out else f"M{x - 4:.1f} {middle}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z"
+    bar = "" if out else f'<path d="M{x_of(mean - error):.1f} {middle}H{x_of(mean + error):.1f}" stroke="#1f6fb4"/>'
+    return [f'<text x="{LEFT - 12}" y="{y}" text-anchor="end">{escape(label)}</text>', bar,
+            f'<path d="{mark}" fill="#1f6fb4"/>',
+            f'<text x="{RIGHT + 12}" y="{y}">{tables.format_difference(mean, error)}</text>']
+
+
+def draw_ablations() -> str:
+    """The figure as SVG."""
+    parts, y = [], 30
+    for name, table in tables.CONTENT["tables"].items():
+        if not table["title"].startswith(TITLE):
+            continue
+        rows = {row.label: tables.scores(row.best_runs, SCORE) for row in tables.read_rows(name)}
+        reference = rows.pop(table["reference"])
+        y += LINE + 6
+        title = escape(f"{table['title'].removeprefix(TITLE)}, instead of {table['reference']}")
+        parts.append(f'<text x="16" y="{y}" font-weight="bold">{title}</text>')
+        for label, values in rows.items():
+            y += LINE
+            parts += draw_row(label, *tables.compare(values, reference), y)
+    ticks = range(LOWEST, HIGHEST + 1, 10)
+    axis = [f'<path d="M{x_of(t):.0f} 36V{y + 6}" stroke="{"#888" if t == 0 else "#ddd"}"/>'
+            f'<text x="{x_of(t):.0f}" y="28" text-anchor="middle">{t}</text>' for t in ticks]
+    return HEAD.format(height=y + 16) + "\n".join([*axis, *filter(None, parts), "</svg>\n"])
