@@ -28,7 +28,7 @@ from common import cli
 from common.config import DEVICES, Config, read_config
 from common.errors import InputError, explain_out_of_memory, printable, writing
 from common.files import write_json
-from model import Captioner
+from model import Captioner, variant_of
 from report.page import fits_another, page_entry, report_split, report_videos
 from report.show import show_video
 from training import devices
@@ -65,7 +65,7 @@ def load_run(run: Path | None, device: torch.device, **models: str) -> tuple[Cap
     if run is not None:
         check_models(run, fingerprint_models(folders))
     backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size, config.vit_blocks)
-    captioner = Captioner(backbone, tokenizer, config)
+    captioner = variant_of(Captioner, config)(backbone, tokenizer, config)
     if run is not None:
         captioner.load(run / "best/adapter.safetensors")
     return captioner.eval().to(device), folders

@@ -7,8 +7,9 @@ The frozen models are an MLLM (`models/mllm.py`), or a pair, that is a separate 
 The visual tokens are the N queries of the Q-Adapter (`--visual queries`) or tokens of each frame.
 
 What is trained is said by `method`: the Q-Adapter (`qadapter`), a linear layer (`linear`), one of the baselines in
-`models/baselines.py` (`lora`, `adapter` and `prompt` in the ViT, `lora-lm` in the language model), everything (`full`)
-or nothing (`none`); and a connector to the language model where it needs one, see `add_trained_parts`.
+`models/baselines.py` (`lora`, `adapter`, `st-adapter` and `prompt` in the ViT, `lora-lm` in the language model),
+everything (`full`) or nothing (`none`); and a connector to the language model where it needs one, see
+`add_trained_parts`.
 
 Shapes: B clips, T frames, S side in pixels, P tokens of the ViT per frame, D ViT width, N queries Q, C width of the
 language model, N' visual tokens per frame, M groups of visual tokens in a prompt, n images, K captions per clip, L
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import InputError
-from models.baselines import add_adapters, add_lora, add_prompts
+from models.baselines import add_baseline, set_frames
 from models.caption_loss import caption_loss, to_device
 from models.deep import TEXT, DeepVectors
 from models.generation import check_length, generate
@@ -43,16 +44,16 @@ MAX_CAPTION_TOKENS = 40  # longer training captions are truncated
 MAX_NEW_TOKENS = 30  # of a generated caption; hardly any that people wrote has more
 
 
+def variant_of(base: type, config: Config) -> type:
+    """The Captioner or QAdapter itself, or an experiment, `--variant`, of which nothing else here knows."""
+    return base if config.variant is None else import_module("study.variants").choose(base, config)
+
+
 def make_adapter(vit: ViT, config: Config) -> QAdapter:
-    """The Q-Adapter of a config, or a variant of it. Raises InputError where it does not fit the ViT."""
+    """The Q-Adapter of a config. Raises InputError where it does not fit the ViT."""
     if config.last_blocks > vit.config.depth:
         raise InputError(f"--last-blocks {config.last_blocks}: the ViT has {vit.config.depth} blocks")
-    if config.variant is None:
-        return QAdapter(vit.config.width, vit.config.depth, config)
-    variants = import_module("study.variants").VARIANTS  # an experiment, of which nothing else here knows
-    if config.variant not in variants:
-        raise InputError(f"--variant {config.variant}: expected one of {', '.join(variants)}")
-    return variants[config.variant](vit.config.width, vit.config.depth, config)
+    return variant_of(QAdapter, config)(vit.config.width, vit.config.depth, config)
 
 
 class Captioner(nn.Module):
@@ -101,12 +102,7 @@ class Captioner(nn.Module):
             self.adapter.norm.requires_grad_(config.reads_queries)  # else nothing reads LN(Q)
         elif config.method == "linear" or pair_connector:
             self.time_embed = nn.Parameter(init_time_embed(config.frames, self.backbone.visual_width))
-        if config.method in ("lora", "lora-lm"):
-            add_lora((self.vit if config.method == "lora" else self.lm).blocks, config.rank)
-        elif config.method == "adapter":
-            add_adapters(self.vit, config.rank)
-        elif config.method == "prompt":
-            add_prompts(self.vit, config.queries)
+        add_baseline(self.vit, self.lm, config)
         if pair_connector or (config.reads_queries and not self.backbone.projects_vectors):
             self.connector = nn.Linear(width, lm_width)
             nn.init.normal_(self.connector.weight, std=width**-0.5)
@@ -168,6 +164,7 @@ class Captioner(nn.Module):
             pixels = self.vit.normalize(frames).to(self.dtype)
             if self.adapter is not None:
                 return self.adapter.read_and_write(self.vit, pixels, self.deepstack)
+            set_frames(self.vit, pixels.shape[1])
             return None, self.vit.run_blocks(pixels.flatten(0, 1), self.deepstack).unflatten(0, pixels.shape[:2])
         *others, z = outputs.unbind(2)  # (B, T, P, D) each
         if self.adapter is not None:
@@ -232,12 +229,15 @@ class Captioner(nn.Module):
         tokens = self.backbone.frame_tokens(z.flatten(0, 1), self.config.grid).unflatten(0, z.shape[:2])
         if self.connector is None:
             return tokens
-        time_embed = interpolate_time_embed(self.time_embed, z.shape[1])[:, None]  # (T, 1, D), of an MLLM (T, 1, C)
         if self.backbone.trained_together:  # the connector adds what it has learned
             tokens, deep = tokens[..., : self.lm.config.width], tokens[..., self.lm.config.width :]
-            tokens = tokens + self.connector(tokens / self.prefix_scale + time_embed) * self.prefix_scale
+            tokens = tokens + self.connector(self.add_time(tokens / self.prefix_scale)) * self.prefix_scale
             return torch.cat([tokens, deep], dim=-1)
-        return self.connect(tokens + time_embed)
+        return self.connect(self.add_time(tokens))
+
+    def add_time(self, tokens: Tensor) -> Tensor:
+        """What is read of frames (B, T, N', D), of an MLLM (B, T, N', C), plus a vector for each frame."""
+        return tokens + interpolate_time_embed(self.time_embed, tokens.shape[1])[:, None]  # (T, 1, D or C)
 
     def connect(self, vectors: Tensor) -> Tensor:
         """LN(Q) (B, N, D), or what a pair reads of frames (B, T, N', D) -> visual tokens (..., C), with the vectors

@@ -20,7 +20,7 @@ from common.cli import Progress
 from common.config import Config, parse_args
 from common.errors import InputError, explain_out_of_memory
 from evaluate import caption_and_score, format_scores
-from model import MAX_CAPTION_TOKENS, Captioner
+from model import MAX_CAPTION_TOKENS, Captioner, variant_of
 from models.lm import CausalLM
 from report.page import report_split
 from training import devices, distributed
@@ -128,7 +128,7 @@ def load_captioner(config: Config, device: torch.device,
     dtype = devices.DTYPES[config.precision]
     backbone, tokenizer = load_models(folders, dtype, config.image_size, config.vit_blocks, config.plan)
     with backbone.vit.position.device:
-        captioner = Captioner(backbone, tokenizer, config)
+        captioner = variant_of(Captioner, config)(backbone, tokenizer, config)
     captioner.check_length(config.frames, config.beams)  # of the test split, which comes after all training
     if config.compile and not config.plan:
         compile_blocks(backbone.lm, device)

@@ -30,8 +30,8 @@ from common.errors import InputError, error_prefix
 from common.files import field as json_field
 from common.files import read_json
 
-VERSION = "1.3.0"
-METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "prompt", "full")
+VERSION = "1.4.0"
+METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "st-adapter", "prompt", "full")
 INSTRUCTION = "Describe the video."
 DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = ("fp32", "bf16")
@@ -101,7 +101,7 @@ class Config:
     write_back: bool = adapting(False, "the ViT's patches read the queries too")
     token_dropout: float = adapting(0.0, "hide this share of the ViT's tokens from the queries in training",
                                     type=cli.number(float, 0, 0.9), metavar="P")
-    variant: str | None = adapting(None, "another Q-Adapter: a name in study/variants.py", type=text, metavar="NAME")
+    variant: str | None = adapting(None, "an experiment: a name in study/variants.py", type=text, metavar="NAME")
 
     visual: str = prompting("queries", "of an MLLM: the queries, or its own tokens of each frame",
                             choices=("queries", "frames"))
@@ -163,8 +163,7 @@ class Config:
             (reads_frames and (self.is_pair or not (is_qadapter and self.write_back)),
              "--visual frames: expected an MLLM, not --vit, --lm, --image-size or --vit-blocks, and --method qadapter "
              "with --write-back, else nothing reads the queries"),
-            ((self.write_back or self.variant) and not is_qadapter,
-             "--write-back and --variant: expected --method qadapter"),
+            (self.write_back and not is_qadapter, "--write-back: expected --method qadapter"),
             (self.instruction != INSTRUCTION and self.is_pair,
              "--instruction: expected an MLLM, not --vit, --lm, --image-size or --vit-blocks: the prompt of a pair is "
              "fixed"),

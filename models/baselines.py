@@ -3,23 +3,28 @@
     LoRA            x W^T + b + (x A^T) B^T                       in the query and value projections [1]
     AdaptFormer     MLP(y) + s relu(y W_down + b) W_up + b'       beside the MLP of a ViT's block, y its input [2]
     deep prompts    block([Z ; prompts]) without the last rows    new learned tokens for each block of a ViT [3]
+    ST-Adapter      block(Z + conv(Z W_down + b) W_up + b')       before each block of a ViT; the convolution is over
+                                                                  three frames, each channel by itself [4]
 
-Trained weights are float32 and are cast to the dtype of the frozen model. LoRA and AdaptFormer start from zero, so step
-0 is the frozen model; prompts change it from the start. The frozen tensors keep their names. There is no dropout, and
-LoRA's A starts with a standard deviation of 1 / sqrt(inputs).
+Of these ST-Adapter alone mixes frames: the others encode each by itself. Trained weights are float32 and are cast to
+the dtype of the frozen model. All but prompts start from zero, so step 0 is the frozen model. The frozen tensors keep
+their names. There is no dropout, and LoRA's A starts with a standard deviation of 1 / sqrt(inputs).
 
-Shapes: n images, P tokens of the ViT per image, D width, r rank, N prompts.
+Shapes: n images, P tokens of the ViT per image, p of them patches, D width, r rank, N prompts, B clips, T frames.
 
 References
 [1] LoRA, https://arxiv.org/abs/2106.09685, eq. 3.
 [2] AdaptFormer, https://arxiv.org/abs/2205.13535, eq. 3 to 5: parallel, s = 0.1.
 [3] Visual prompt tuning, https://arxiv.org/abs/2203.12119, eq. 3 (VPT-deep) and its uniform start.
+[4] ST-Adapter, https://arxiv.org/abs/2206.13559, eq. 4: before the attention, no class token, no activation, and a
+    convolution that starts at zero, as in the authors' code.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.lm import CausalLM
 from models.vit import ViT, ViTBlock, ViTMLP
 
 ADAPTER_SCALE = 0.1  # s
@@ -91,3 +96,53 @@ def add_prompts(vit: ViT, prompts: int) -> None:
     config = vit.config
     for i, block in enumerate(vit.blocks):
         vit.blocks[i] = PromptedBlock(block, prompts, config.width, config.patch_size)
+
+
+class SpaceTimeBlock(ViTBlock):
+    """A frozen block of a ViT, to whose patches a trained bottleneck of r channels is added before; it also sees the
+    frame before and the frame after."""
+
+    def __init__(self, base: ViTBlock, rank: int, width: int, class_tokens: int):
+        nn.Module.__init__(self)
+        for name, child in base.named_children():
+            self.add_module(name, child)
+        self.st_down, self.st_up = nn.Linear(width, rank), nn.Linear(rank, width)
+        self.st_time = nn.Conv1d(rank, rank, kernel_size=3, padding=1, groups=rank)
+        for zero in (self.st_down.bias, self.st_up.bias, self.st_time.weight, self.st_time.bias):
+            nn.init.zeros_(zero)
+        self.class_tokens, self.frames = class_tokens, 1  # T, see `set_frames`
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B*T, P, D) -> (B*T, P, D)."""
+        first, patches = z.split([self.class_tokens, z.shape[1] - self.class_tokens], dim=1)
+        down, up, time = ([w.to(z.dtype) for w in (x.weight, x.bias)] for x in (self.st_down, self.st_up, self.st_time))
+        x = F.linear(patches, *down).unflatten(0, (-1, self.frames))  # (B, T, p, r)
+        x = x.permute(0, 2, 3, 1).flatten(0, 1)  # (B*p, r, T)
+        x = F.conv1d(x, *time, padding=1, groups=len(time[0]))  # (B*p, r, T)
+        x = x.unflatten(0, (-1, patches.shape[1])).permute(0, 3, 1, 2).flatten(0, 1)  # (B*T, p, r)
+        return super().forward(torch.cat([first, patches + F.linear(x, *up)], dim=1))
+
+
+def add_st_adapters(vit: ViT, rank: int) -> None:
+    """Puts an ST-Adapter before each block of a ViT, in place."""
+    config = vit.config
+    for i, block in enumerate(vit.blocks):
+        vit.blocks[i] = SpaceTimeBlock(block, rank, config.width, int(config.class_token))
+
+
+def set_frames(vit: ViT, frames: int) -> None:
+    """Tells the ST-Adapters of a ViT how many of its next images are one clip."""
+    for block in vit.blocks:
+        block.frames = frames
+
+
+def add_baseline(vit: ViT, lm: CausalLM, config) -> None:
+    """Adds what `config.method` trains in the blocks of the frozen models, in place. Other methods add nothing here."""
+    if config.method in ("lora", "lora-lm"):
+        add_lora((vit if config.method == "lora" else lm).blocks, config.rank)
+    elif config.method == "adapter":
+        add_adapters(vit, config.rank)
+    elif config.method == "st-adapter":
+        add_st_adapters(vit, config.rank)
+    elif config.method == "prompt":
+        add_prompts(vit, config.queries)

@@ -96,7 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     captioner, folders = load_run(args.run, device := devices.select_device(args.device))
     config = replace(captioner.config, data=args.data or captioner.config.data)
-    if config.method in ("lora", "adapter", "prompt", "full"):
+    if config.method in ("lora", "adapter", "st-adapter", "prompt", "full"):
         raise InputError(f"{args.run}: expected a run with a frozen ViT, --method {config.method} changes it")
     if config.method == "none":  # of which training clips are not cached
         config = replace(config, method="linear")

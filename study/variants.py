@@ -1,15 +1,17 @@
-"""Variants of the Q-Adapter that showed no gain, each beside the method that it replaces: `train.py --variant NAME`.
+"""Experiments, each beside the method that it replaces: `train.py --variant NAME`. None of the Q-Adapter's gained.
 
 Read `qadapter.py` first; letters and shapes are those. A variant of a block replaces one method of
-`GatedCrossAttention`, a variant of what is around the blocks one of `QAdapter`. A new idea is a class here and a line
-in VARIANTS. docs/study-tables.md has the scores. The names of the gates' layers contain "gate": their learning rate is
-that of the gating layer (`training/optimizer.py`).
+`GatedCrossAttention`, a variant of what is around the blocks one of `QAdapter`, a variant of the other methods one of
+`Captioner` in `model.py`. A new idea is a class here and a line in VARIANTS. docs/study-tables.md has the scores. The
+names of the gates' layers contain "gate": their learning rate is that of the gating layer (`training/optimizer.py`).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import InputError
+from model import Captioner
 from qadapter import CastLinear, GatedCrossAttention, QAdapter
 
 # --------------------------------------------------------------------------------------- the gate
@@ -147,6 +149,24 @@ class Blind(QAdapter):
         return super().read_outputs(torch.zeros_like(outputs))
 
 
+# ------------------------------------------------------------------------- of the other methods
+
+
+class WithChanges(Captioner):
+    """The connector also reads, through a matrix, how each token differs from that of the frame before, at the same
+    place, as the queries do."""
+
+    def add_trained_parts(self) -> None:
+        super().add_trained_parts()
+        if self.time_embed is None:
+            raise InputError("--variant with-changes: expected a method whose connector reads frames")
+        self.change = nn.Linear(self.backbone.visual_width, self.backbone.visual_width, bias=False)
+
+    def add_time(self, tokens: Tensor) -> Tensor:
+        changes = F.pad(tokens.diff(dim=1), (0, 0, 0, 0, 1, 0))  # (B, T, N', D), zero in the first frame
+        return super().add_time(tokens) + self.change(changes)
+
+
 def with_block(block: type[GatedCrossAttention]) -> type[QAdapter]:
     """The Q-Adapter with another block."""
     return type(block.__name__, (QAdapter,), {"Block": block})
@@ -165,4 +185,15 @@ VARIANTS = {
     "no-time-no-changes": NoTimeNoChanges,
     "raw-channels": RawChannels,
     "blind": Blind,
+    "with-changes": WithChanges,
 }
+
+
+def choose(base: type, config) -> type:
+    """The variant of a config if it is a kind of `base`, else `base`. Raises InputError for an unknown name, and for a
+    variant of the Q-Adapter with another method or the reverse."""
+    is_qadapter = config.method == "qadapter"
+    names = [name for name, variant in VARIANTS.items() if issubclass(variant, QAdapter) == is_qadapter]
+    if config.variant not in names:
+        raise InputError(f"--variant {config.variant}: expected one of {', '.join(names)} for --method {config.method}")
+    return VARIANTS[config.variant] if issubclass(VARIANTS[config.variant], base) else base

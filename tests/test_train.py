@@ -142,7 +142,7 @@ def test_each_step_and_block_hides_other_tokens(flags, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words", [
     "--method none", "--method linear --cache-features --grid 2", "--method lora", "--method lora-lm",
-    "--method adapter", "--method prompt", "--method full", "--write-back --gate none",
+    "--method adapter", "--method st-adapter --grid 2", "--method prompt", "--method full", "--write-back --gate none",
     "--precision bf16 --cache-features", "--deep-rank 4", "--mllm --deep-rank 4",
     "--image-size 128", "--mllm", "--mllm --method none --grid 2"])
 def test_every_kind_of_run_is_evaluated_as_it_was_trained(words, finished_run, flags, tmp_path):

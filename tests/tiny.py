@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from common.config import Config
-from model import Captioner
+from model import Captioner, variant_of
 from models.internvl import InternVL
 from models.llava import LLaVA, OneVision
 from models.lm import CausalLM, LMConfig
@@ -38,14 +38,14 @@ CONFIGS = {
     "write-back": Config(**SMALL, write_back=True),
     "last two, no gate": Config(**SMALL, write_back=True, last_blocks=2, gate="none"),
     **{method: Config(method=method, rank=2, queries=2, frames=T)
-       for method in ("linear", "lora", "lora-lm", "adapter", "prompt", "full")},
+       for method in ("linear", "lora", "lora-lm", "adapter", "st-adapter", "prompt", "full")},
 }
 MLLM_CONFIGS = {
     "none": Config(method="none", frames=T),
     "queries": Config(**SMALL, last_blocks=2),
     "queries, write-back": Config(**SMALL, last_blocks=2, write_back=True),
     "frames": Config(**SMALL, last_blocks=2, write_back=True, visual="frames"),
-    **{method: CONFIGS[method] for method in ("linear", "lora", "lora-lm", "adapter", "prompt", "full")},
+    **{method: CONFIGS[method] for method in ("linear", "lora", "lora-lm", "adapter", "st-adapter", "prompt", "full")},
 }
 
 
@@ -82,8 +82,8 @@ def make(name: str, seed: int = 0, mllm: str | None = None, dtype: torch.dtype =
         with torch.no_grad():
             for parameter in backbone.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape))
-    config = (MLLM_CONFIGS if mllm else CONFIGS)[name]
-    return Captioner(backbone.to(dtype), Letters(), replace(config, **fields))
+    config = replace((MLLM_CONFIGS if mllm else CONFIGS)[name], **fields)
+    return variant_of(Captioner, config)(backbone.to(dtype), Letters(), config)
 
 
 def randomize(module: torch.nn.Module, seed: int) -> None:

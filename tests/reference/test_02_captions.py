@@ -141,6 +141,8 @@ def expected_names(name: str) -> set[str]:
             "linear": set(), "prompt": {f"{block}.prompts" for block in vit},
             "adapter": {f"{block}.mlp.adapter_{x}" for block in vit
                         for x in ("down.weight", "down.bias", "up.weight", "up.bias")},
+            "st-adapter": {f"{block}.st_{x}.{y}" for block in vit for x in ("down", "time", "up")
+                           for y in ("weight", "bias")},
         }.get(name, {f"{layer}.lora_{x}" for layer in layers for x in "ab"})
     names = connector | {f"adapter.{x}" for x in ("queries", "time_embed", "norm.weight", "norm.bias")}
     for i in range(config.last_blocks):
@@ -281,6 +283,17 @@ def test_the_visual_tokens_of_the_other_methods(name, grid):
             expected += [captioner.connector(feature + captioner.time_embed[t]) for feature in features]
         scale = captioner.lm.embed.weight.square().mean().sqrt()
         torch.testing.assert_close(found[b], torch.stack(expected) * scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter", "prompt", "st-adapter"])
+def test_which_methods_mix_the_frames_of_a_clip(name):
+    """Model seed 24, frames seed 25. Another first frame changes what ST-Adapter says of the second one, and of no
+    other clip; the image methods encode each frame alone."""
+    captioner, frames = randomized(name, 24), clips(2, T, 25)
+    before = captioner.encode(frames)[0]
+    frames[0, 0] //= 2
+    changed = (captioner.encode(frames)[0] != before).any(-1)  # (B, T)
+    assert changed[0, 0] and changed[0, 1] == (name == "st-adapter") and not changed[1].any()
 
 
 @every_config

@@ -1,21 +1,23 @@
-"""LoRA, AdaptFormer and deep prompts, against their equations and against the frozen ViT.
+"""LoRA, AdaptFormer, deep prompts and ST-Adapter, against their equations and against the frozen ViT.
 
 References: eq. 3 of LoRA, https://arxiv.org/abs/2106.09685; eq. 3 to 5 of AdaptFormer, https://arxiv.org/abs/2205.13535;
-eq. 3 of visual prompt tuning, https://arxiv.org/abs/2203.12119. Float64, within 1e-12.
+eq. 3 of visual prompt tuning, https://arxiv.org/abs/2203.12119; ST-Adapter, https://arxiv.org/abs/2206.13559, with the
+three-dimensional convolution of its authors' code. Float64, within 1e-12.
 """
 
 import pytest
 import torch
 
-from models.baselines import AdaptedMLP, LoRALinear, PromptedBlock, add_adapters, add_lora, add_prompts
+from common.config import Config
+from models.baselines import AdaptedMLP, LoRALinear, PromptedBlock, SpaceTimeBlock, add_baseline, set_frames
 from models.vit import ViT, ViTBlock
 from tests.tiny import DEPTH, SIDE, VIT, WIDTH, randomize, same_bits
 
 CLOSE = dict(rtol=0, atol=1e-12)
-ADD = {"lora": lambda vit: add_lora(vit.blocks, 2), "adapter": lambda vit: add_adapters(vit, 3),
-       "prompt": lambda vit: add_prompts(vit, 200)}
 ADDED = {"lora": ["attn.q.lora_a", "attn.q.lora_b", "attn.v.lora_a", "attn.v.lora_b"],
-         "adapter": [f"mlp.adapter_{x}.{y}" for x in ("down", "up") for y in ("weight", "bias")], "prompt": ["prompts"]}
+         "adapter": [f"mlp.adapter_{x}.{y}" for x in ("down", "up") for y in ("weight", "bias")],
+         "st-adapter": [f"st_{x}.{y}" for x in ("down", "time", "up") for y in ("weight", "bias")],
+         "prompt": ["prompts"]}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -62,14 +64,32 @@ def test_deep_prompts():
         torch.testing.assert_close(out, (x + block.mlp(block.norm2(x)))[:5], **CLOSE)
 
 
-@pytest.mark.parametrize("method", ADD)
+def test_st_adapter():
+    """Each clip of T = 3 frames by itself, as a video of r channels on the grid of patches; the class token passes by.
+    Step 0 is the frozen block bit for bit. Seed 8."""
+    torch.manual_seed(8)
+    block, clips = ViTBlock(VIT).double(), torch.randn(2, 3, 5, WIDTH, dtype=torch.float64)  # (B, T, P, D)
+    adapted = SpaceTimeBlock(block, 6, WIDTH, class_tokens=1).double()
+    adapted.frames = 3
+    assert same_bits(adapted(clips.flatten(0, 1)), block(clips.flatten(0, 1)))
+    randomize(adapted, 9)
+    conv = torch.nn.Conv3d(6, 6, (3, 1, 1), padding=(1, 0, 0), groups=6, dtype=torch.float64)
+    conv.weight.data, conv.bias.data = adapted.st_time.weight[..., None, None], adapted.st_time.bias
+    for clip, out in zip(clips, adapted(clips.flatten(0, 1)).unflatten(0, (2, 3)), strict=True):
+        video = adapted.st_down(clip[:, 1:]).permute(2, 0, 1).unflatten(2, (2, 2))  # (r, T, 2, 2)
+        added = adapted.st_up(conv(video[None])[0].flatten(2).permute(1, 2, 0))  # (T, 4, D)
+        torch.testing.assert_close(out, block(torch.cat([clip[:, :1], clip[:, 1:] + added], dim=1)), **CLOSE)
+
+
+@pytest.mark.parametrize("method", ADDED)
 def test_every_block_of_a_vit_gets_its_own(method):
-    """Seeds 6 and 7. The frozen tensors keep their names; LoRA and adapters change no bit at first; prompts start
+    """Seeds 6 and 7. The frozen tensors keep their names; adapters and LoRA change no bit at first; prompts start
     between plus and minus sqrt(6 / (3 * 4 * 4 + width)), as VPT's. In bf16 all of them get float32 gradients."""
     torch.manual_seed(6)
     vit, pixels = ViT(VIT).requires_grad_(False), torch.randn(2, 3, SIDE, SIDE)
     before, frozen = vit(pixels), {name: id(p) for name, p in vit.named_parameters()}
-    ADD[method](vit)
+    add_baseline(vit, None, Config(method=method, rank=3, queries=200))
+    set_frames(vit, 2)
     after = {name: p for name, p in vit.named_parameters()}
     assert same_bits(vit(pixels), before) == (method != "prompt")
     added = {f"blocks.{i}.{name}" for i in range(DEPTH) for name in ADDED[method]}

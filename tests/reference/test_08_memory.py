@@ -21,8 +21,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 B, T, K, L = 4, 4, 3, 12
 BASE = Config(batch_size=B, frames=T, captions_per_clip=K, queries=5, rank=8)
 METHODS = {"no write-back": replace(BASE, last_blocks=1), "write-back": replace(BASE, last_blocks=0, write_back=True),
-           **{method: replace(BASE, method=method) for method in ("linear", "lora", "lora-lm", "adapter", "prompt",
-                                                                  "full")}}
+           **{method: replace(BASE, method=method) for method in ("linear", "lora", "lora-lm", "adapter", "st-adapter",
+                                                                  "prompt", "full")}}
 CASES = [(name, dtype) for name in METHODS for dtype in (torch.float32, torch.bfloat16)
          if (name, dtype) != ("full", torch.bfloat16)]
 
