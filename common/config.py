@@ -86,7 +86,9 @@ class Config:
 
     frames: int = clips(8, "frames per clip", type=count(1, 4096))
     captions_per_clip: int = clips(1, "captions per clip in a step", type=count(1, 1000))
-    image_size: int | None = clips(None, "side of the ViT's input in pixels (default: its own)", type=count(1, 4096))
+    image_size: tuple[int, ...] | None = clips(None, "height, and width if it is another one, of the model's input in "
+                                               "pixels (default: its own)", type=count(1, 4096), nargs="+",
+                                               metavar=("H", "W"))
     vit_blocks: int | None = clips(None, "use only the first so many blocks of the ViT", type=count(1, 10**4))
     allow_missing: bool = clips(False, "leave out clips without a video or a caption")
     shapes_sizes: tuple[int, ...] | None = clips(None, "clips in each split of shapes, when its folder is made",
@@ -158,8 +160,10 @@ class Config:
         """Raises InputError for flags that do not fit each other."""
         is_qadapter, reads_frames = self.method == "qadapter", self.visual == "frames"
         for is_refused, message in (
-            (self.mllm and (self.vit or self.lm or self.image_size or self.vit_blocks),
-             "--vit, --lm, --image-size and --vit-blocks: expected without --mllm, which has both models"),
+            (self.mllm and (self.vit or self.lm or self.vit_blocks),
+             "--vit, --lm and --vit-blocks: expected without --mllm, which has both models"),
+            (self.image_size and len(self.image_size) > (2 if self.mllm else 1),
+             "--image-size: expected one side, the ViT's input is square; of an --mllm its height and width"),
             (reads_frames and (self.is_pair or not (is_qadapter and self.write_back)),
              "--visual frames: expected an MLLM, not --vit, --lm, --image-size or --vit-blocks, and --method qadapter "
              "with --write-back, else nothing reads the queries"),

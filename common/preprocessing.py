@@ -10,7 +10,7 @@ Public models describe it in `preprocessor_config.json`. Its fields have several
 SmolVLM and Idefics3 resize twice, each time with LANCZOS and with bytes as the result: the longer side to a given
 length, then both sides to S. `read_lanczos_preprocessing` reads their files.
 
-Shapes: S side of the ViT's input in pixels.
+Shapes: S side of the ViT's input in pixels; its height, where the input is not square.
 
 References
 [1] transformers, image_processing_backends.py: the meaning of each field; models/{clip,siglip,bit}/
@@ -47,6 +47,12 @@ class Preprocessing:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     longest_edge: int | None = None  # before all that, the longer side is resized to this; only with lanczos and squash
+    width: int | None = None  # where it is not S, the height; only with squash
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the ViT's input."""
+        return self.size, self.width or self.size
 
     def scaled(self, size: int) -> "Preprocessing":
         """The same crop of the frame at another size S."""

@@ -95,7 +95,7 @@ class OneVision(LLaVA):
     def __init__(self, config: MLLMConfig):
         super().__init__(config)
         self.newline = nn.Parameter(torch.randn(config.lm.width) / config.lm.width**0.5)  # (C,)
-        self.grid = math.ceil(self.grid / 2)
+        self.grid = tuple(math.ceil(side / 2) for side in self.grid)
 
     def connect(self, features: Tensor) -> Tensor:
         return halve_grid(super().connect(features))

@@ -72,23 +72,22 @@ class MLLMConfig:
     deepstack: tuple[int, ...] = ()  # blocks of the ViT whose outputs the first blocks of the language model get too
 
     def __post_init__(self):
-        if self.vit.grid % self.shuffle:
+        if any(side % self.shuffle for side in self.vit.grid):
             raise InputError(f"patches are joined {self.shuffle} x {self.shuffle}, expected a divisor of "
-                             f"{self.vit.grid}, the grid's side")
+                             f"{' and '.join(map(str, self.vit.grid))}, rows and columns of the grid")
 
 
-def shuffle_pixels(x: Tensor, s: int) -> Tensor:
-    """Squares of patches (n, P, D), row by row -> squares of s x s neighbours side by side (n, P / s^2, s*s*D)."""
-    side = math.isqrt(x.shape[1])
-    x = x.unflatten(1, (side // s, s, side // s, s))  # (n, rows, s, columns, s, D)
+def shuffle_pixels(x: Tensor, grid: tuple[int, int], s: int) -> Tensor:
+    """Patches (n, P, D) of a grid, rows and columns -> squares of s x s neighbours side by side (n, P / s^2, s*s*D)."""
+    rows, columns = grid
+    x = x.unflatten(1, (rows // s, s, columns // s, s))  # (n, rows, s, columns, s, D)
     return x.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-def average_grid(tokens: Tensor, grid: int) -> Tensor:
-    """Squares of tokens (n, side * side, C), row by row -> averages of neighbours (n, grid * grid, C)."""
-    side = math.isqrt(tokens.shape[1])
-    x = tokens.transpose(1, 2).unflatten(2, (side, side))  # (n, C, side, side)
-    return F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2)
+def average_grid(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """Tokens (n, any, C) of a grid, rows and columns -> averages of neighbours (n, side * side, C)."""
+    x = tokens.transpose(1, 2).unflatten(2, grid)  # (n, C, rows, columns)
+    return F.adaptive_avg_pool2d(x, side).flatten(2).transpose(1, 2)
 
 
 def interleave(lm: CausalLM, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
@@ -101,7 +100,7 @@ def interleave(lm: CausalLM, texts: Sequence[Tensor], visual: Sequence[Tensor]) 
 
 
 class MLLM(nn.Module):
-    """A frozen public MLLM, for images and videos of one size. Larger images are not split into parts.
+    """A frozen public MLLM, for images and videos of one size. Larger ones are not split into parts.
 
     A layout overrides what differs, and has
 
@@ -122,6 +121,7 @@ class MLLM(nn.Module):
     make_vit = ViT
     has_video_file = False  # whether the frames of videos have a file of their own, besides that about images
     states_times = False  # whether prompts say when the frames of a video are shown
+    any_size = False  # whether frames may have other sides than those of the published model
 
     def __init__(self, config: MLLMConfig):
         super().__init__()
@@ -132,17 +132,17 @@ class MLLM(nn.Module):
         self.newline = None  # a token after the last frame (C,)
         self.deepstack = config.deepstack
         self.visual_width = config.lm.width
-        # The side of the square of P' visual tokens that a frame becomes, row by row.
-        self.grid = config.vit.grid // config.shuffle
+        # Rows and columns of the P' visual tokens that a frame becomes, row by row.
+        self.grid = tuple(side // config.shuffle for side in config.vit.grid)
 
     def frame_tokens(self, z: Tensor, grid: int) -> Tensor:
         """Outputs of the ViT's last block (n, P, D) -> visual tokens or averages of them (n, P' or grid^2, C)."""
         tokens = self.connect(self.vit.finish(z))
-        return average_grid(tokens, grid) if grid else tokens
+        return average_grid(tokens, self.grid, grid) if grid else tokens
 
     def num_frame_tokens(self, grid: int) -> int:
         """How many tokens the language model reads per frame."""
-        return (grid or self.grid) ** 2
+        return grid**2 or math.prod(self.grid)
 
     def num_images(self, frames: int) -> int:
         """M, the groups of visual tokens in a prompt: one per frame, or per pair of frames."""
@@ -216,13 +216,20 @@ class MLLM(nn.Module):
         adapt_tensors(self, tensors, names)
 
     @staticmethod
-    def from_config(folder: str | Path) -> "MLLM":
-        """The model of a folder on the meta device, from its configs alone. Raises InputError."""
+    def from_config(folder: str | Path, image_size: Sequence[int] | None = None) -> "MLLM":
+        """The model of a folder on the meta device, from its configs alone. image_size: height, and width if it is
+        another one; None: the model's own. Raises InputError."""
         path = Path(folder) / "config.json"
         published = read_json(path)
         file, name = LAYOUTS[one_of(published, "model_type", LAYOUTS, path)]
         layout = getattr(import_module(file), name)
         fields = layout.read_config(published, path)
+        if image_size:
+            step = fields["vit"]["patch_size"] * fields.get("shuffle", 1)
+            if not layout.any_size or any(side % step for side in image_size):
+                expected = f"multiples of {step}" if layout.any_size else "the model's own size"
+                raise InputError(f"--image-size {' '.join(map(str, image_size))}: expected {expected}")
+            fields["vit"] |= {"image_size": image_size[0], "image_width": image_size[-1]}
         frames = preprocessor_file(Path(folder), video=layout.has_video_file)
         preprocessing = layout.read_preprocessing(frames, fields["vit"])
         check_frame_size(preprocessing, fields["vit"], frames)
@@ -232,11 +239,12 @@ class MLLM(nn.Module):
         return mllm
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "MLLM":
-        """Loads a folder or hub id. Missing, unexpected and misshapen tensors raise an InputError that names them.
-        Those of unused blocks and of an unused pooling head are ignored."""
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32,
+                        image_size: Sequence[int] | None = None) -> "MLLM":
+        """Loads a folder or hub id; image_size: see `from_config`. Missing, unexpected and misshapen tensors raise an
+        InputError that names them. Those of unused blocks and of an unused pooling head are ignored."""
         folder = hub.resolve(folder, check=cls.from_config)
-        mllm = cls.from_config(folder)
+        mllm = cls.from_config(folder, image_size)
         config, (tensors, path) = mllm.config, read_tensors(folder)
         names = mllm.names_in(tensors)
         mllm.adapt(tensors, names)

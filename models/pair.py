@@ -31,12 +31,12 @@ class Pair(nn.Module):
         super().__init__()
         self.vit, self.lm = vit, lm
         self.visual_width = vit.config.width
-        self.grid = vit.config.grid  # the side of the square of a frame's tokens
+        self.grid = vit.config.grid  # rows and columns of a frame's tokens
 
     def frame_tokens(self, z: Tensor, grid: int) -> Tensor:
         """Outputs of the last block (n, P, D) -> what the connector reads of a frame: grid^2 averages of patches, or
         with grid 0 the pooled feature (n, grid^2 or 1, D)."""
-        return average_grid(self.vit.patches(z), grid) if grid else self.vit.pool(z)[:, None]
+        return average_grid(self.vit.patches(z), self.grid, grid) if grid else self.vit.pool(z)[:, None]
 
     def num_frame_tokens(self, grid: int) -> int:
         """How many tokens the language model reads per frame."""

@@ -10,11 +10,12 @@ A table of learned positions is resampled to the grid of patches; besides, queri
 column.
 
 The language model's positions are time, row and column. Each token of a text, such as the time stamp of a pair, is one
-further in all three; a visual token stands in its row and column from there on; what follows a grid of s x s tokens has
-the positions from s on. How many seconds lie between two pairs is said by the stamps alone.
+further in all three; a visual token stands in its row and column from there on; what follows a grid of tokens has the
+positions behind its longer side. How many seconds lie between two pairs is said by the stamps alone.
 
 Queries in the place of an image (`--visual queries`) pass through no merger, and are a text to the language model.
-Frames are squashed to `SIDE` pixels; the published processor keeps their aspect ratio.
+Frames are squashed to `SIDE` pixels, or to a height and a width, `--image-size H W`, for the usual shape of the videos;
+the published processor keeps the aspect ratio of each.
 
 Shapes: B clips, n pairs, T frames, S image side in pixels, P patches of a pair, P' visual tokens of a pair, D width of
 the ViT, h heads, d = D/h, C width of the language model, s side of a square, j blocks of DeepStack, L positions.
@@ -40,19 +41,18 @@ from models.lm_checkpoints import check_supported
 from models.mllm import MLLM, MLLMConfig, shuffle_pixels
 from models.vit import ViT, ViTAttention, ViTConfig
 
-SIDE = 448  # S; the published models take any multiple of 32
+SIDE = 448  # S by default; the published models take any multiples of 32
 PAIR, SQUARE = 2, 2  # frames of a step; patches on the side of a visual token
 THETA = 10000.0
 
 
-def rotary_2d(side: int, tokens: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (tokens, d) of the rotation of each patch of a square grid, row by row: the first half of the
-    channel pairs is rotated by the row, the other half by the column. The sine is negated in the first half, as in
+def rotary_2d(grid: tuple[int, int], tokens: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (tokens, d) of the rotation of each patch of a grid, row by row: the first half of the channel
+    pairs is rotated by the row, the other half by the column. The sine is negated in the first half, as in
     `lm.py`. Tokens behind the patches, deep prompts, are not rotated."""
     frequencies = THETA ** (-torch.arange(0, d // 2, 2, device=device).float() / (d // 2))  # (d/4,)
-    angles = torch.outer(torch.arange(side, device=device).float(), frequencies)  # (side, d/4)
-    rows, columns = angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)
-    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (P, d/2)
+    places = torch.cartesian_prod(*(torch.arange(side, device=device) for side in grid))  # (P, 2), row and column
+    angles = (places[..., None] * frequencies).flatten(1)  # (P, d/2)
     angles = F.pad(angles, (0, 0, 0, tokens - len(angles)))  # (tokens, d/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -97,14 +97,14 @@ class Merger(nn.Module):
     def __init__(self, config: MLLMConfig, norm_squares: bool = False):
         super().__init__()
         width = config.vit.width * config.shuffle**2
-        self.shuffle, self.norm_squares = config.shuffle, norm_squares
+        self.squares, self.norm_squares = (config.vit.grid, config.shuffle), norm_squares
         self.norm = nn.LayerNorm(width if norm_squares else config.vit.width, eps=1e-6)
         self.linear1 = nn.Linear(width, width)
         self.linear2 = nn.Linear(width, config.lm.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, P, D) -> (n, P', C)."""
-        x = shuffle_pixels(x if self.norm_squares else self.norm(x), self.shuffle)  # (n, P', s*s*D)
+        x = shuffle_pixels(x if self.norm_squares else self.norm(x), *self.squares)  # (n, P', s*s*D)
         x = self.norm(x) if self.norm_squares else x
         return self.linear2(F.gelu(self.linear1(x)))
 
@@ -123,16 +123,15 @@ class Mergers(Merger):
         return torch.cat([super().forward(last), *merged], dim=-1)
 
 
-def mrope_positions(lengths: Sequence[int], side: int, device: torch.device) -> tuple[Tensor, int]:
-    """Lengths of M + 1 texts, with M grids of side x side visual tokens between them -> time, row and column of each
-    position (3, L), and the position that comes next."""
-    rows, columns = torch.meshgrid(*[torch.arange(side, device=device)] * 2, indexing="ij")
-    grid = torch.stack([torch.zeros_like(rows), rows, columns]).flatten(1)  # (3, side^2)
+def mrope_positions(lengths: Sequence[int], grid: tuple[int, int], device: torch.device) -> tuple[Tensor, int]:
+    """Lengths of M + 1 texts, with M grids of visual tokens between them, rows and columns -> time, row and column of
+    each position (3, L), and the position that comes next."""
+    places = torch.cartesian_prod(*(torch.arange(side, device=device) for side in (1, *grid))).T  # (3, P')
     parts, start = [], 0
     for length in lengths:
-        parts += [torch.arange(start, start + length, device=device).expand(3, -1), grid + start + length]
-        start += length + side
-    return torch.cat(parts[:-1], dim=1), start - side
+        parts += [torch.arange(start, start + length, device=device).expand(3, -1), places + start + length]
+        start += length + max(grid)
+    return torch.cat(parts[:-1], dim=1), start - max(grid)
 
 
 class Qwen3VL(MLLM):
@@ -150,7 +149,7 @@ class Qwen3VL(MLLM):
         "N.attn.q.*": "N.attn.qkv.*[q]", "N.attn.k.*": "N.attn.qkv.*[k]", "N.attn.v.*": "N.attn.qkv.*[v]",
         "N.attn.out.*": "N.attn.proj.*", "N.mlp.up.*": "N.mlp.linear_fc1.*", "N.mlp.down.*": "N.mlp.linear_fc2.*",
     }
-    has_video_file = states_times = True
+    has_video_file = states_times = any_size = True
 
     def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:
         """A text more than there are pairs. States the mean time of each pair; a single frame is an image."""
@@ -169,7 +168,9 @@ class Qwen3VL(MLLM):
         lengths, width = [ids.shape[-1] for ids in texts], self.visual_width
         if visual[0].shape[-1] == width:
             return None
-        positions, following = mrope_positions(lengths, math.isqrt(visual[0].shape[1]), visual[0].device)
+        count = visual[0].shape[1]
+        grid = self.grid if count == math.prod(self.grid) else (math.isqrt(count),) * 2  # with --grid, a smaller square
+        positions, following = mrope_positions(lengths, grid, visual[0].device)
         added = [F.pad(tokens[..., width:], (0, 0, length, 0))  # behind zeros for the text
                  for tokens, length in zip(visual, lengths[:-1], strict=True)]
         deepstack = torch.cat(added, dim=1).chunk(len(self.deepstack), dim=-1)  # (B, L - last text, C) each
@@ -195,12 +196,12 @@ class Qwen3VL(MLLM):
             tensors[patch] = tensors[patch].transpose(1, 2).flatten(1, 2)  # (D, 3, 2, p, p) -> (D, 6, p, p)
         if position in tensors and (side := math.isqrt(len(tensors[position]))) ** 2 == len(tensors[position]):
             table = tensors[position].float().T.unflatten(1, (side, side))[None]  # (1, D, side, side)
-            table = F.interpolate(table, [self.config.vit.grid] * 2, mode="bilinear", align_corners=True)
+            table = F.interpolate(table, self.config.vit.grid, mode="bilinear", align_corners=True)
             tensors[position] = table[0].flatten(1).T.contiguous()  # (P, D)
 
     @staticmethod
     def read_preprocessing(path: Path, vit: dict) -> Preprocessing:
-        config, side = read_processor(path), vit["image_size"]
+        config, (height, width) = read_processor(path), (vit["image_size"], vit.get("image_width"))
         sizes = {"patch_size": vit["patch_size"], "temporal_patch_size": PAIR, "merge_size": SQUARE}
         check_supported(config, sizes, path)
-        return read_colours(config, path, Preprocessing(side, side, squash=True, mean=HALF, std=HALF))
+        return read_colours(config, path, Preprocessing(height, height, True, mean=HALF, std=HALF, width=width))

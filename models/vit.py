@@ -43,7 +43,7 @@ TOKENS_PER_PASS = {"cpu": 3200, "gpu": 102400}  # of `block_outputs`: 16 and 519
 class ViTConfig:
     """Shape of a ViT; image_size and patch_size in pixels. The defaults are CLIP's."""
 
-    image_size: int
+    image_size: int  # S
     patch_size: int
     width: int
     depth: int
@@ -58,6 +58,7 @@ class ViTConfig:
     post_norm: bool = True  # a norm behind the blocks
     final_norm: bool = False  # the last hidden state is taken after that norm
     pooling_head: bool = False  # pool by attention to the patches instead of with a class token
+    image_width: int | None = None  # where it is not S, the height
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -66,9 +67,9 @@ class ViTConfig:
             raise InputError(f"does not fit together: {self}")
 
     @property
-    def grid(self) -> int:
-        """The side of the square of patches."""
-        return self.image_size // self.patch_size
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size // self.patch_size, (self.image_width or self.image_size) // self.patch_size
 
 
 class ViTAttention(nn.Module):
@@ -155,7 +156,7 @@ class ViT(nn.Module):
         size, width = config.patch_size, config.width
         self.patch = nn.Conv2d(3, width, kernel_size=size, stride=size, bias=config.patch_bias)
         self.cls = nn.Parameter(torch.randn(width) * 0.02) if config.class_token else None
-        positions = (config.image_size // size) ** 2 + config.class_token
+        positions = math.prod(config.grid) + config.class_token
         self.position = nn.Parameter(torch.randn(positions, width) * 0.02)
         self.pre_norm = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
@@ -247,10 +248,10 @@ class ViT(nn.Module):
             return
         if image_size < 1 or image_size % self.config.patch_size:
             raise InputError(f"image size {image_size}: expected a multiple of the patch size {self.config.patch_size}")
-        class_tokens, old, new = int(self.config.class_token), self.config.grid, image_size // self.config.patch_size
+        class_tokens, side = int(self.config.class_token), image_size // self.config.patch_size
         table = self.position.detach()
-        grid = table[class_tokens:].float().T.unflatten(1, (old, old))  # (D, old, old)
-        grid = F.interpolate(grid[None], (new, new), mode="bicubic", align_corners=align_corners)[0]  # (D, new, new)
+        grid = table[class_tokens:].float().T.unflatten(1, self.config.grid)  # (D, old, old)
+        grid = F.interpolate(grid[None], side, mode="bicubic", align_corners=align_corners)[0]  # (D, side, side)
         table = torch.cat([table[:class_tokens], grid.flatten(1).T.to(table.dtype)])  # (P, D)
         self.position = nn.Parameter(table, self.position.requires_grad)
         self.config = replace(self.config, image_size=image_size)

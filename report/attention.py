@@ -7,6 +7,7 @@ Shapes: B clips, T frames, S side in pixels, P tokens of the ViT per frame, D Vi
 heads, r rank, d = r/h.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +24,13 @@ class AttentionMaps:
 
     weights: Tensor  # (J, B, h, N, T, P); each query's sum to 1, where no two frames share a step of the ViT
     gates: Tensor  # (J, B, N); where a variant has one per channel, their mean
+    grid: tuple[int, int]  # rows and columns of patches
 
     def patches(self) -> Tensor:
-        """The attention to the patches of the first clip (J, N, T, side, side), the mean over the heads, without class
-        token."""
+        """The attention to the patches of the first clip (J, N, T, rows, columns), the mean over the heads, without
+        class token."""
         mean = self.weights[:, 0].mean(1)  # (J, N, T, P)
-        side = int(mean.shape[-1] ** 0.5)
-        return mean[..., -(side**2) :].unflatten(-1, (side, side))
+        return mean[..., -math.prod(self.grid) :].unflatten(-1, self.grid)
 
 
 def attention_weights(block, queries: Tensor, patches: Tensor, time_embed: Tensor) -> Tensor:
@@ -58,4 +59,4 @@ def record_attention(captioner, frames: Tensor) -> AttentionMaps | None:
         captioner.run_encoder(frames.to(next(captioner.parameters()).device))
     steps = [t // captioner.vit.frames_per_step for t in range(frames.shape[1])]  # a step may be a pair of frames
     gates = captioner.adapter.last_gates.float().cpu()[..., None].flatten(3)  # (J, B, N, 1 or D)
-    return AttentionMaps(torch.stack(weights)[..., steps, :], gates.mean(-1))
+    return AttentionMaps(torch.stack(weights)[..., steps, :], gates.mean(-1), captioner.vit.config.grid)

@@ -14,17 +14,17 @@ function element(tag, className, text) {
 
 // The attention of one query over the frames: white over what it does not read; each query by its own maximum.
 function draw(canvas, clip, block, query) {
-  const [, queries, frames, side] = clip.shape;
+  const [, queries, frames, rows, columns] = clip.shape;
   if (!clip.bytes) clip.bytes = Uint8Array.from(atob(clip.attention), (letter) => letter.charCodeAt(0));
-  canvas.width = frames * side;
-  canvas.height = side;
-  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, side);
-  const start = (block * queries + query) * frames * side * side;
+  canvas.width = frames * columns;
+  canvas.height = rows;
+  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, rows);
+  const start = (block * queries + query) * frames * rows * columns;
   for (let frame = 0; frame < frames; frame++)
-    for (let y = 0; y < side; y++)
-      for (let x = 0; x < side; x++) {
-        const value = clip.bytes[start + (frame * side + y) * side + x];
-        image.data.set([255, 255, 255, 0.75 * (255 - value)], 4 * (y * canvas.width + frame * side + x));
+    for (let y = 0; y < rows; y++)
+      for (let x = 0; x < columns; x++) {
+        const value = clip.bytes[start + (frame * rows + y) * columns + x];
+        image.data.set([255, 255, 255, 0.75 * (255 - value)], 4 * (y * canvas.width + frame * columns + x));
       }
   context.putImageData(image, 0, 0);
 }

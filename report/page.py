@@ -43,11 +43,11 @@ def max_with_attention(captioner, frames: int) -> int:
 
 
 def encode_attention(maps: AttentionMaps, shown: list[int]) -> dict:
-    """The attention to the frames `shown` as base64 of a byte per patch, its shape (J, N, shown, side), and the gates.
-    255 is the most that a query reads in any frame."""
-    patches = maps.patches()  # (J, N, T, side, side)
+    """The attention to the frames `shown` as base64 of a byte per patch, its shape (J, N, shown, rows, columns), and
+    the gates. 255 is the most that a query reads in any frame."""
+    patches = maps.patches()  # (J, N, T, rows, columns)
     levels = (255 * patches / patches.amax((-3, -2, -1), keepdim=True).clamp(min=1e-12)).round().byte()[:, :, shown]
-    return {"attention": base64.b64encode(levels.numpy()).decode(), "shape": list(levels.shape[:4]),
+    return {"attention": base64.b64encode(levels.numpy()).decode(), "shape": list(levels.shape),
             "gates": maps.gates[:, 0].double().round(decimals=3).tolist()}
 
 

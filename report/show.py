@@ -29,15 +29,16 @@ def shown_frames(count: int) -> list[int]:
 
 
 def side_by_side(frames: Tensor, height: int) -> Tensor:
-    """Frames (T, 3, S, S) with values from 0 to 255 -> one picture uint8 (3, H, T * H)."""
-    if frames.shape[-1] != height:
-        frames = F.interpolate(frames.float(), (height, height), mode="bilinear", antialias=True)  # (T, 3, H, H)
-    return torch.cat(list(frames.round().clamp(0, 255).to(torch.uint8)), dim=2)  # (3, H, T * H)
+    """Frames (T, 3, S, any) with values from 0 to 255 -> one picture uint8 (3, H, any)."""
+    if frames.shape[-2] != height:
+        size = height, round(height * frames.shape[-1] / frames.shape[-2])
+        frames = F.interpolate(frames.float(), size, mode="bilinear", antialias=True)  # (T, 3, H, any)
+    return torch.cat(list(frames.round().clamp(0, 255).to(torch.uint8)), dim=2)  # (3, H, any)
 
 
 def film_strip(frames: Tensor) -> str:
     """Frames uint8 (T, 3, S, S) -> "data:image/jpeg;base64,...": those that are shown, side by side, not enlarged."""
-    picture = side_by_side(frames[shown_frames(len(frames))], min(STRIP_HEIGHT, frames.shape[-1]))
+    picture = side_by_side(frames[shown_frames(len(frames))], min(STRIP_HEIGHT, frames.shape[-2]))
     return f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(picture.cpu(), QUALITY).numpy()).decode()}"
 
 
@@ -52,8 +53,8 @@ def draw_text(words: str, width: int) -> Tensor:
 
 
 def opacity(maps: AttentionMaps) -> Tensor:
-    """How opaque each patch is drawn (J, T, side, side), FADED to 1: what all queries read of it, by their gates."""
-    read = (maps.gates[:, 0, :, None, None, None] * maps.patches()).sum(1)  # (J, T, side, side)
+    """How opaque each patch is drawn (J, T, rows, columns), FADED to 1: what all queries read of it, by their gates."""
+    read = (maps.gates[:, 0, :, None, None, None] * maps.patches()).sum(1)  # (J, T, rows, columns)
     return FADED + (1 - FADED) * read / read.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 
@@ -61,8 +62,8 @@ def draw_clip(frames: Tensor, caption: str, maps: AttentionMaps | None, first_bl
     """Frames uint8 (T, 3, S, S), and what was read of this clip -> a picture uint8 (3, *, *). first_block: the number
     of the first adapted block."""
     shown = shown_frames(len(frames))
-    frames, width = frames[shown], HEIGHT * len(shown)
-    parts = [side_by_side(frames, HEIGHT), draw_text(caption, width)]  # (3, H, W), (3, lines * LINE, W)
+    strip = side_by_side(frames := frames[shown], HEIGHT)  # (3, H, W)
+    parts = [strip, draw_text(caption, width := strip.shape[-1])]  # (3, H, W), (3, lines * LINE, W)
     for i, row in enumerate(opacity(maps) if maps is not None else ()):
         opaque = F.interpolate(row[shown, None], frames.shape[-2:], mode="nearest")  # (T, 1, S, S)
         label = f"read after block {first_block + i}, mean gate {maps.gates[i, 0].mean():.2f}"

@@ -25,7 +25,7 @@ from common.files import read_json, write_json
 VALUES = dict(  # of every field, none of them the default
     dataset="msvd", data=Path("-odd name"), mllm="m", vit="v", lm="l", method="linear", epochs=3, batch_size=5,
     cache_features=True, out=Path("o"), resume=Path("r"), plan=True, device="cuda", frames=7, captions_per_clip=2,
-    image_size=32, vit_blocks=2, allow_missing=True, shapes_sizes=(5, 6, 7), queries=9, rank=12, last_blocks=0,
+    image_size=[32], vit_blocks=2, allow_missing=True, shapes_sizes=(5, 6, 7), queries=9, rank=12, last_blocks=0,
     deep_rank=2, gate="none", word_epochs=3, cider_epochs=2, compile=True, write_back=True,
     token_dropout=0.25, variant="v", visual="frames", grid=2, instruction="Name it: -x 'é'", lr=0.5,
     weight_decay=1e-7, micro_batch_size=2, seed=8, precision="bf16", eval_every=2, beams=4)
@@ -81,8 +81,10 @@ def test_the_defaults_of_a_dataset(dataset):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--mllm m --vit v", "--vit, --lm, --image-size and --vit-blocks: expected without --mllm"),
-    ("--mllm m --image-size 32", "--image-size"), ("--visual frames --write-back", "--visual frames: expected an MLLM"),
+    ("--mllm m --vit v", "--vit, --lm and --vit-blocks: expected without --mllm"),
+    ("--mllm m --image-size 32 32 32", "--image-size: expected one side"),
+    ("--image-size 32 64", "--image-size"),
+    ("--visual frames --write-back", "--visual frames: expected an MLLM"),
     ("--mllm m --visual frames", "--visual frames: expected .*--write-back"),
     ("--dataset msvd --lm l --visual frames --write-back", "--visual frames: expected an MLLM"),
     ("--method lora --write-back", "--write-back"),

@@ -4,6 +4,7 @@
     folders   the same with paths on this machine
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,11 +67,12 @@ def fingerprint_models(folders: dict[str, Path]) -> dict[str, str]:
     return hashes
 
 
-def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | None = None,
+def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: Sequence[int] | None = None,
                 vit_blocks: int | None = None, meta: bool = False) -> tuple[MLLM | Pair, object]:
-    """The models and their tokenizer. Of --vit: the side of its input in pixels and the number of its first blocks that
-    are used; None: as in its config. With `meta` the models are on the meta device, and only the configs and the
-    tokenizer are read. Raises InputError."""
+    """The models and their tokenizer. image_size: the side of the ViT's input in pixels, or of an MLLM the height, and
+    the width if it is another one; vit_blocks: how many of the ViT's first blocks are used; None: as in its config.
+    With `meta` the models are on the meta device, and only the configs and the tokenizer are read. Raises InputError.
+    """
 
     def load(model, part: str, *options):
         if meta:
@@ -79,8 +81,8 @@ def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: int | 
 
     with explain_out_of_memory(f"reading {' and '.join(map(str, folders.values()))}"):
         if "mllm" in folders:
-            return load(MLLM, "mllm"), load_tokenizer(folders["mllm"])
-        vit = load(ViT, "vit", image_size)
+            return load(MLLM, "mllm", image_size), load_tokenizer(folders["mllm"])
+        vit = load(ViT, "vit", image_size and image_size[0])
         if vit_blocks is not None:
             vit.keep_blocks(vit_blocks)
         return Pair(vit, load(CausalLM, "lm")), load_tokenizer(folders["lm"])

@@ -134,8 +134,8 @@ def step_memory(captioner, config: Config, device: torch.device, caption_tokens:
     """
     batch_size = math.ceil(config.batch_size / processes)
     clips = min(batch_size, config.micro_batch_size or batch_size)
-    size, is_cpu = captioner.vit.config.image_size, device.type == "cpu"
-    frames = torch.empty(clips, config.frames, 3, size, size, dtype=torch.uint8, device=META)
+    shape, is_cpu = captioner.vit.preprocessing.shape, device.type == "cpu"
+    frames = torch.empty(clips, config.frames, 3, *shape, dtype=torch.uint8, device=META)
     if config.cache_features:
         frames = torch.empty(clips, *captioner.block_outputs_shape(config.frames), dtype=torch.bfloat16, device=META)
     captions = max(config.captions_per_clip, SAMPLES if config.cider_epochs else 0)
@@ -160,9 +160,9 @@ def step_memory(captioner, config: Config, device: torch.device, caption_tokens:
 def format_vit(config: Config, captioner, clips: int) -> str:
     """The line about the ViT, which takes most of the time of training, on so many training clips. Hours depend on the
     device, of which nothing is measured here."""
-    size, step = captioner.vit.config.image_size, captioner.vit.frames_per_step  # frames that are one image
+    shape, step = captioner.vit.preprocessing.shape, captioner.vit.frames_per_step  # frames that are one image
     with FlopCounterMode(display=False) as counter:  # a multiplication and an addition are 2 FLOP
-        captioner.vit.run_blocks(torch.empty(1, 3 * step, size, size, dtype=captioner.dtype, device=META))
+        captioner.vit.run_blocks(torch.empty(1, 3 * step, *shape, dtype=captioner.dtype, device=META))
     flop = counter.get_total_flops() / step
     line = f"ViT: {flop / 1e9:,.3g} GFLOP per frame, {clips * config.frames * flop / 1e15:.3g} PFLOP per epoch"
     if not config.can_cache_vit:

@@ -202,15 +202,16 @@ def read_clip(path: str | Path, frames: int, preprocessing: int | Preprocessing)
 # -------------------------------------------------------------------------------------- conversion
 
 
-def orient(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """A picture (S, S, 3), turned and mirrored as players do with the frame, by quarters of a turn.
-
-    The file's display matrix moves the point (x, y) to (a x + c y, b x + d y) [4].
-    """
+def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """a, b, c, d of a frame: players move its point (x, y) to (a x + c y, b x + d y) [4]."""
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
-    if matrix is None:
-        return picture
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+    return a, b, c, d
+
+
+def orient(picture: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """A picture (*, *, 3), turned and mirrored by quarters of a turn, as players do with a frame of this matrix."""
+    a, b, c, d = matrix
     if abs(b) > abs(a):  # x becomes y
         picture, a, d = picture.transpose(1, 0, 2), c, b
     return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
@@ -218,11 +219,15 @@ def orient(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
 def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter: VideoReformatter,
                  aspect: Fraction = Fraction(1)) -> np.ndarray:
-    """A decoded frame whose pixels have this aspect, resized, cropped at its centre and upright: uint8 (S, S, 3)."""
+    """A decoded frame whose pixels have this aspect, resized, cropped at its centre and upright: uint8 (S, S, 3), or as
+    wide as the preprocessing says."""
+    matrix = a, b, *_ = display_matrix(frame)
     if preprocessing.longest_edge is not None:  # the last step makes squares of all
         picture = resize_twice(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), preprocessing)
-        return orient(picture, frame)
-    size, width, height = preprocessing.size, preprocessing.resize, preprocessing.resize
+        return orient(picture, matrix)
+    size, width, height = preprocessing.shape, preprocessing.width or preprocessing.resize, preprocessing.resize
+    if abs(b) > abs(a):  # of a frame that will be turned
+        size, width, height = size[::-1], height, width
     if not preprocessing.squash:  # the longer side is rounded down, as in torchvision and transformers
         displayed_width = max(1, round(frame.width * aspect))
         short_side = min(displayed_width, frame.height)
@@ -231,8 +236,8 @@ def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter
         raise ValueError(f"{frame.width} x {frame.height} would become {width} x {height}, too many")
     interpolation = Interpolation[preprocessing.interpolation.upper()]
     picture = reformatter.reformat(frame, width, height, "rgb24", interpolation=interpolation, threads=1)
-    top, left = (height - size) // 2, (width - size) // 2
-    return orient(picture.to_ndarray()[top : top + size, left : left + size], frame)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return orient(picture.to_ndarray()[top : top + size[0], left : left + size[1]], matrix)
 
 
 def resize_twice(picture: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

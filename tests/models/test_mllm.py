@@ -188,7 +188,7 @@ def test_a_model_equals_the_reference(reference, folder):
     tokens = ours.connect(ours.vit(reference.pixels))
     assert_same(tokens, reference.image_tokens)
     assert tokens.equal(ours.connect(ours.vit.finish(ours.vit.run_blocks(reference.pixels))))
-    assert tokens.shape[1] == ours.num_frame_tokens(0) == ours.grid**2
+    assert tokens.shape[1] == ours.num_frame_tokens(0) == ours.grid[0] ** 2
     embeddings = ours.merge(reference.texts, [tokens[:1], tokens[1:]])
     assert_same(embeddings, reference.embeddings, 1e-6)
     assert_same(ours.lm(embeddings), reference.logits)

@@ -76,21 +76,22 @@ def models(request, tmp_path_factory) -> tuple[nn.Module, MLLM, Path]:
     return theirs, MLLM.from_pretrained(folder), folder
 
 
-def by_squares(x: Tensor) -> Tensor:
+def by_squares(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches row by row (n, P, D) -> in the reference's order (n * P, D)."""
-    return shuffle_pixels(x, 2).unflatten(-1, (4, -1)).flatten(0, 2)
+    return shuffle_pixels(x, grid, 2).unflatten(-1, (4, -1)).flatten(0, 2)
 
 
-def reference_inputs(frames: int) -> tuple[Tensor, list[list[int]], dict[str, Tensor]]:
-    """Random frames uint8 (T, 3, S, S), texts around their pairs, and both as the reference gets them. A single frame
+def reference_inputs(frames: int, shape=(SIDE, SIDE)) -> tuple[Tensor, list[list[int]], dict[str, Tensor]]:
+    """Random frames uint8 (T, 3, *shape), texts around their pairs, and both as the reference gets them. A single frame
     is an image, which it puts in twice."""
-    clip = torch.randint(256, (frames, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    clip = torch.randint(256, (frames, 3, *shape), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     processor = Qwen3VLVideoProcessor(patch_size=PATCH, temporal_patch_size=2, merge_size=2, image_mean=HALF,
                                       image_std=HALF, do_resize=False, do_sample_frames=False)
     pixels = processor([torch.cat([clip, clip]) if frames == 1 else clip], return_tensors="pt")
     pairs, token, kind = (frames + 1) // 2, *((96, 1) if frames == 1 else (97, 2))
     texts = [[1, 5, 94], *([95, 7, 8 + i, 94] for i in range(pairs - 1)), [95, 11, 12]]
-    ids = torch.tensor([sum((text + [token] * 49 for text in texts[:-1]), []) + texts[-1]])
+    tokens = [token] * (shape[0] * shape[1] // (2 * PATCH) ** 2)
+    ids = torch.tensor([sum((text + tokens for text in texts[:-1]), []) + texts[-1]])
     pixels, grid = pixels["pixel_values_videos"], pixels["video_grid_thw"]
     is_token = ids == token
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": is_token.long() * kind}
@@ -100,11 +101,14 @@ def reference_inputs(frames: int) -> tuple[Tensor, list[list[int]], dict[str, Te
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 8])
+@pytest.mark.parametrize("shape", [(SIDE, SIDE), (192, 320), (256, 128)], ids=["square", "wide", "high"])
 @torch.no_grad()
-def test_every_stage_equals_the_reference(models, frames):
+def test_every_stage_equals_the_reference(models, frames, shape):
     """Each block's output, the merged tokens and those of DeepStack, positions, logits, greedy and 3-beam ids."""
-    theirs, ours, _ = models
-    clip, texts, inputs = reference_inputs(frames)
+    theirs, ours, folder = models
+    if shape != (SIDE, SIDE):
+        ours = MLLM.from_pretrained(folder, image_size=shape)
+    clip, texts, inputs = reference_inputs(frames, shape)
     pixels, grid = (value for name, value in inputs.items() if "pixel" in name or "grid" in name)
     outputs: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda _m, _a, y: outputs.append(y)) for block in theirs.model.visual.blocks]
@@ -112,10 +116,10 @@ def test_every_stage_equals_the_reference(models, frames):
     for hook in hooks:
         hook.remove()
     steps = ours.vit.normalize(clip)
-    assert steps.shape == (ours.vit.num_steps(frames), 6, SIDE, SIDE)
+    assert steps.shape == (ours.vit.num_steps(frames), 6, *shape) and ours.vit.preprocessing.shape == shape
     found = ours.vit.block_outputs(steps, range(3))
     for i, output in enumerate(outputs):
-        assert_same(by_squares(found[:, i]), output)
+        assert_same(by_squares(found[:, i], ours.vit.config.grid), output)
     tokens = ours.frame_tokens(ours.vit.run_blocks(steps, ours.deepstack), 0)  # (pairs, P', 3C)
     for part, output in zip(tokens.chunk(3, -1), (expected.pooler_output, *expected.deepstack_features), strict=True):
         assert_same(part.flatten(0, 1), output)
@@ -268,7 +272,8 @@ def tiny_qwen3_vl(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("words", [["--cache-features"], ["--method", "linear", "--cache-features", "--frames", 3],
+@pytest.mark.parametrize("words", [["--cache-features"], ["--method", "linear", "--cache-features", "--frames", 3,
+                                                            "--image-size", 128, 192],
                                    ["--visual", "frames", "--write-back", "--grid", 3, "--frames", 4]])
 def test_a_run_resumes_bit_for_bit_and_knows_its_model(tiny_qwen3_vl, words, flags, tmp_path, monkeypatch):
     check_run(tiny_qwen3_vl, words, flags, tmp_path, monkeypatch)

@@ -271,7 +271,7 @@ def test_the_visual_tokens_of_the_other_methods(name, grid):
     """Model seed 20, frames seed 21, within 1e-5: connector(pooled feature + E) at the embeddings' scale, frame by
     frame; with a grid, the mean of the normed patches of each square, row by row, instead of the feature."""
     captioner, frames = (make if name == "full" else randomized)(name, 20, grid=grid), clips(2, T, 21)
-    found, vit, side = captioner.encode(frames)[0], captioner.vit, captioner.vit.config.grid
+    found, vit, side = captioner.encode(frames)[0], captioner.vit, captioner.vit.config.grid[0]
     assert found.shape[1] == captioner.num_visual_tokens(T) == T * max(1, grid**2)
     for b in range(2):
         expected = []

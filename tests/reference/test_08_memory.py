@@ -93,7 +93,7 @@ def test_what_a_step_consists_of(backbones):
     assert step(processes=3) == step(batch_size=math.ceil(B / 3))
 
 
-@pytest.mark.parametrize("image_size, vit_blocks", [(None, None), (32, 1)])
+@pytest.mark.parametrize("image_size, vit_blocks", [(None, None), ([32], 1)])
 def test_models_without_weights_have_the_shapes_of_loaded_ones(backbones, image_size, vit_blocks):
     """References: both models as training loads them; tied heads are one tensor in both."""
     folders, shapes = {"vit": backbones / "vit", "lm": backbones / "lm"}, []

@@ -20,7 +20,7 @@ from report.attention import AttentionMaps
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 MARKUP = "<img src=x onerror=\"document.body.className='hacked'\">.mp4"
-ATTENTION = torch.rand(2, 1, 1, 3, 4, 4, generator=torch.Generator().manual_seed(8))  # (J, B, h, N, T, P)
+ATTENTION = torch.rand(2, 1, 1, 3, 4, 6, generator=torch.Generator().manual_seed(8))  # (J, B, h, N, T, P)
 PROBE = """
 const result = [];
 const shown = () => [...document.querySelectorAll("article .numbers")].map((x) => x.textContent.split("  \u00b7")[0]);
@@ -42,7 +42,7 @@ def browse(tmp_path):
                                  ("four", "100% red", 3.0)):
         entry = page.page_entry(SimpleNamespace(adapter=None), {"video": name, "caption": caption}, frames, 0)
         entries.append(entry | {"references": [f"reference of {name}"], "scores": {"CIDEr": score}})
-    entries[1] |= page.encode_attention(AttentionMaps(ATTENTION, torch.full((2, 1, 3), 0.25)), [0, 1, 2, 3])
+    entries[1] |= page.encode_attention(AttentionMaps(ATTENTION, torch.full((2, 1, 3), 0.25), (2, 3)), [0, 1, 2, 3])
     path = tmp_path / "page.html"
     page.write_page(path, tmp_path, "a title", entries, 4, {}, {"CIDEr": 1.5}, "signature")
     text = path.read_text()
@@ -80,10 +80,10 @@ def test_what_a_query_does_not_read_fades(browse):
     result.push(buttons[5].title, [canvas.width, canvas.height], [...pixels].filter((_, i) => i % 4 == 3), pressed());
     buttons[1].click(); result.push(pressed());
     buttons[1].click(); result.push(pressed(), canvas.width);""")
-    assert title == "query 3 after block 5, gate 0.25" and size == [8, 2] and states == [5, 1, -1, 0]
-    read = ATTENTION[1, 0, 0, 2].reshape(4, 2, 2).numpy()  # (T, side, side)
-    expected = 0.75 * 255 * (1 - read / read.max()).transpose(1, 0, 2).reshape(2, 8)
-    assert np.abs(np.reshape(alpha, (2, 8)) - expected).max() <= 1.5
+    assert title == "query 3 after block 5, gate 0.25" and size == [12, 2] and states == [5, 1, -1, 0]
+    read = ATTENTION[1, 0, 0, 2].reshape(4, 2, 3).numpy()  # (T, rows, columns)
+    expected = 0.75 * 255 * (1 - read / read.max()).transpose(1, 0, 2).reshape(2, 12)
+    assert np.abs(np.reshape(alpha, (2, 12)) - expected).max() <= 1.5
 
 
 def test_a_link_searches_and_chooses_a_query(browse):

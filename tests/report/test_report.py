@@ -190,7 +190,7 @@ def test_what_is_not_read_fades(gate):
     quarters. The long caption has two lines."""
     weights = torch.zeros(1, 1, 4, 2, 3, 5)  # a class token and 2 x 2 patches
     weights[:, :, :, 0, 1, 2] = weights[:, :, :, 1, 2, 4] = 1
-    maps, frames = AttentionMaps(weights, torch.tensor([[[gate, 0.0]]])), torch.full((3, 3, 8, 8), 200).byte()
+    maps, frames = AttentionMaps(weights, torch.tensor([[[gate, 0.0]]]), (2, 2)), torch.full((3, 3, 8, 8), 200).byte()
     picture = show.draw_clip(frames, "ten words " * 5, maps, 4)
     side, top = show.HEIGHT, show.MARGIN + show.HEIGHT + 2 * show.LINE
     row = picture[0, top : top + side, show.MARGIN : -show.MARGIN]

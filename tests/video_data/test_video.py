@@ -262,21 +262,24 @@ def test_damaged_files_are_decoded_or_an_error(tmp_path, codec):
 
 
 PREPROCESSINGS = [Preprocessing(48, 48), Preprocessing(48, 64), Preprocessing(48, 48, squash=True)]
+WIDE = Preprocessing(48, 48, squash=True, width=80)
 
 
-@pytest.mark.parametrize("preprocessing", [*PREPROCESSINGS, Preprocessing(48, 64, interpolation="bilinear")])
+@pytest.mark.parametrize("preprocessing", [*PREPROCESSINGS, WIDE, Preprocessing(48, 64, interpolation="bilinear")])
 @pytest.mark.parametrize("shape", [(120, 200), (200, 120), (96, 96)])
 def test_frames_are_resized_and_cropped_like_torchvision(preprocessing, shape):
     """A smooth random picture (seed 0) against torchvision's antialiased resize and a crop, within 4 of 255 levels."""
     picture = F.interpolate(torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(0)), shape, mode="bicubic")
     picture = (picture * 200 + 20).clamp(0, 255).to(torch.uint8)[0]
-    size, side = preprocessing.size, [preprocessing.resize] * (2 if preprocessing.squash else 1)
+    shape, size = preprocessing.shape, preprocessing.size
+    side = shape if preprocessing.squash else [preprocessing.resize]
     expected = resize(picture, side, InterpolationMode(preprocessing.interpolation), antialias=True)
-    top, left = (expected.shape[-2] - size) // 2, (expected.shape[-1] - size) // 2
-    expected = expected[:, top : top + size, left : left + size]
+    if not preprocessing.squash:
+        top, left = (expected.shape[-2] - size) // 2, (expected.shape[-1] - size) // 2
+        expected = expected[:, top : top + size, left : left + size]
     frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
     found = video.frame_to_rgb(frame, preprocessing, video.VideoReformatter())
-    assert found.shape == (size, size, 3)
+    assert found.shape == (*shape, 3)
     assert np.abs(found.transpose(2, 0, 1).astype(int) - expected.numpy().astype(int)).max() <= 4
 
 
@@ -328,7 +331,8 @@ MATRICES = "1 0 0 1, 0 1 -1 0, -1 0 0 -1, 0 -1 1 0, -1 0 0 1, 1 0 0 -1, 0 1 1 0,
 
 @pytest.mark.parametrize("matrix", MATRICES.split(", "))
 def test_turned_and_mirrored_clips_are_shown_as_players_do(tmp_path, matrix):
-    """Each display matrix a, b, c, d in the file's header, against its equation, pixel by pixel, for a square clip."""
+    """Each display matrix a, b, c, d in the file's header, against its equation, pixel by pixel, for a square clip; as
+    a wide picture, which twice as many columns make, within one level on average."""
     path = write_video(tmp_path / "a.mp4", EVEN, width=32, height=32)
     stored = plain_decode(path)[0].to_ndarray(format="rgb24")
     data, (a, b, c, d) = bytearray(path.read_bytes()), map(int, matrix.split())
@@ -344,6 +348,8 @@ def test_turned_and_mirrored_clips_are_shown_as_players_do(tmp_path, matrix):
     for preprocessing in (32, lanczos):
         found = video.read_frames(path, 20, preprocessing)[0].permute(1, 2, 0).numpy()
         assert np.array_equal(found, expected)
+    found = video.read_frames(path, 20, Preprocessing(32, 32, squash=True, width=64))[0].permute(1, 2, 0).numpy()
+    assert np.abs(found.reshape(32, 32, 2, 3).mean(2) - expected).mean() < 1
 
 
 @pytest.mark.parametrize("aspect", [Fraction(2), Fraction(1, 2), Fraction(16, 11)])
