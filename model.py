@@ -84,7 +84,7 @@ class Captioner(nn.Module):
         """Raises InputError if the grid or the visual tokens do not fit the frozen models."""
         config, visual = self.config, self.num_visual_tokens(self.config.frames)
         if config.grid > (largest := min(self.backbone.grid) if visual else 0):
-            raise InputError(f"--grid {config.grid}: expected at most {largest}, the side of a frame's grid of tokens")
+            raise InputError(f"--grid {config.grid}: expected at most {largest}, a side of a frame's grid of tokens")
         positions = self.prefix_length(config.frames) + MAX_CAPTION_TOKENS  # EOS is not fed back
         if positions > self.lm.config.max_positions:
             raise InputError(f"--queries, --frames or --grid: expected {self.lm.config.max_positions} positions at "

@@ -163,14 +163,12 @@ class Config:
             (self.mllm and (self.vit or self.lm or self.vit_blocks),
              "--vit, --lm and --vit-blocks: expected without --mllm, which has both models"),
             (self.image_size and len(self.image_size) > (2 if self.mllm else 1),
-             "--image-size: expected one side, the ViT's input is square; of an --mllm its height and width"),
+             "--image-size: expected one side: the input of --vit is square; --mllm takes a height and a width"),
             (reads_frames and (self.is_pair or not (is_qadapter and self.write_back)),
-             "--visual frames: expected an MLLM, not --vit, --lm, --image-size or --vit-blocks, and --method qadapter "
-             "with --write-back, else nothing reads the queries"),
+             "--visual frames: expected --mllm, and --method qadapter with --write-back; else nothing reads queries"),
             (self.write_back and not is_qadapter, "--write-back: expected --method qadapter"),
             (self.instruction != INSTRUCTION and self.is_pair,
-             "--instruction: expected an MLLM, not --vit, --lm, --image-size or --vit-blocks: the prompt of a pair is "
-             "fixed"),
+             "--instruction: expected --mllm: the prompt of a ViT with a language model is fixed"),
             (self.grid and self.reads_queries,
              "--grid: expected --visual frames or another method; queries have no grid"),
             (self.word_epochs and (self.method == "none" or (self.method == "lora-lm" and not self.is_pair)),

@@ -47,7 +47,7 @@ class Preprocessing:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     longest_edge: int | None = None  # before all that, the longer side is resized to this; only with lanczos and squash
-    width: int | None = None  # where it is not S, the height; only with squash
+    width: int | None = None  # where it is not S, the height; only with squash and without a crop
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -6,9 +6,9 @@
     ST-Adapter      block(Z + conv(Z W_down + b) W_up + b')       before each block of a ViT; the convolution is over
                                                                   three frames, each channel by itself [4]
 
-Of these ST-Adapter alone mixes frames: the others encode each by itself. Trained weights are float32 and are cast to
-the dtype of the frozen model. All but prompts start from zero, so step 0 is the frozen model. The frozen tensors keep
-their names. There is no dropout, and LoRA's A starts with a standard deviation of 1 / sqrt(inputs).
+In the ViT, ST-Adapter alone compares frames; the others encode each by itself. Trained weights are float32 and are cast
+to the dtype of the frozen model. All but the prompts add zero at first, so step 0 is the frozen model. The frozen
+tensors keep their names. There is no dropout, and LoRA's A starts with a standard deviation of 1 / sqrt(inputs).
 
 Shapes: n images, P tokens of the ViT per image, p of them patches, D width, r rank, N prompts, B clips, T frames.
 
@@ -16,8 +16,9 @@ References
 [1] LoRA, https://arxiv.org/abs/2106.09685, eq. 3.
 [2] AdaptFormer, https://arxiv.org/abs/2205.13535, eq. 3 to 5: parallel, s = 0.1.
 [3] Visual prompt tuning, https://arxiv.org/abs/2203.12119, eq. 3 (VPT-deep) and its uniform start.
-[4] ST-Adapter, https://arxiv.org/abs/2206.13559, eq. 4: before the attention, no class token, no activation, and a
-    convolution that starts at zero, as in the authors' code.
+[4] ST-Adapter, https://arxiv.org/abs/2206.13559, and its authors' code: no class token, no activation, a convolution
+    over time alone that starts at zero. Here it is before each block; that code has it before the MLP, or before both
+    the attention and the MLP.
 """
 
 import torch
@@ -75,13 +76,20 @@ def add_adapters(vit: ViT, rank: int) -> None:
         block.mlp = AdaptedMLP(block.mlp, rank)
 
 
-class PromptedBlock(ViTBlock):
-    """A frozen block of a ViT, to whose tokens N trained prompts are added; what becomes of them is dropped."""
+class WrappedBlock(ViTBlock):
+    """A frozen block of a ViT, whose tensors keep their names."""
 
-    def __init__(self, base: ViTBlock, prompts: int, width: int, patch_size: int):
+    def __init__(self, base: ViTBlock):
         nn.Module.__init__(self)
         for name, child in base.named_children():
             self.add_module(name, child)
+
+
+class PromptedBlock(WrappedBlock):
+    """To its tokens N trained prompts are added; what becomes of them is dropped."""
+
+    def __init__(self, base: ViTBlock, prompts: int, width: int, patch_size: int):
+        super().__init__(base)
         bound = (6 / (3 * patch_size**2 + width)) ** 0.5
         self.prompts = nn.Parameter(torch.empty(prompts, width).uniform_(-bound, bound))
 
@@ -98,29 +106,27 @@ def add_prompts(vit: ViT, prompts: int) -> None:
         vit.blocks[i] = PromptedBlock(block, prompts, config.width, config.patch_size)
 
 
-class SpaceTimeBlock(ViTBlock):
-    """A frozen block of a ViT, to whose patches a trained bottleneck of r channels is added before; it also sees the
-    frame before and the frame after."""
+class SpaceTimeBlock(WrappedBlock):
+    """Before it, a trained bottleneck of r channels adds to each patch what it reads at that place in this frame, the
+    one before and the one after."""
 
     def __init__(self, base: ViTBlock, rank: int, width: int, class_tokens: int):
-        nn.Module.__init__(self)
-        for name, child in base.named_children():
-            self.add_module(name, child)
+        super().__init__(base)
         self.st_down, self.st_up = nn.Linear(width, rank), nn.Linear(rank, width)
-        self.st_time = nn.Conv1d(rank, rank, kernel_size=3, padding=1, groups=rank)
+        self.st_time = nn.Conv1d(rank, rank, kernel_size=3, groups=rank)
         for zero in (self.st_down.bias, self.st_up.bias, self.st_time.weight, self.st_time.bias):
             nn.init.zeros_(zero)
         self.class_tokens, self.frames = class_tokens, 1  # T, see `set_frames`
 
     def forward(self, z: Tensor) -> Tensor:
         """(B*T, P, D) -> (B*T, P, D)."""
-        first, patches = z.split([self.class_tokens, z.shape[1] - self.class_tokens], dim=1)
+        class_token, patches = z.split([self.class_tokens, z.shape[1] - self.class_tokens], dim=1)
         down, up, time = ([w.to(z.dtype) for w in (x.weight, x.bias)] for x in (self.st_down, self.st_up, self.st_time))
         x = F.linear(patches, *down).unflatten(0, (-1, self.frames))  # (B, T, p, r)
         x = x.permute(0, 2, 3, 1).flatten(0, 1)  # (B*p, r, T)
         x = F.conv1d(x, *time, padding=1, groups=len(time[0]))  # (B*p, r, T)
         x = x.unflatten(0, (-1, patches.shape[1])).permute(0, 3, 1, 2).flatten(0, 1)  # (B*T, p, r)
-        return super().forward(torch.cat([first, patches + F.linear(x, *up)], dim=1))
+        return super().forward(torch.cat([class_token, patches + F.linear(x, *up)], dim=1))
 
 
 def add_st_adapters(vit: ViT, rank: int) -> None:

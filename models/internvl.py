@@ -43,13 +43,13 @@ class ShuffleMLPProjector(nn.Module):
 
     def __init__(self, config: MLLMConfig):
         super().__init__()
-        self.squares, width = (config.vit.grid, config.shuffle), config.vit.width * config.shuffle**2
+        self.grid, self.shuffle, width = config.vit.grid, config.shuffle, config.vit.width * config.shuffle**2
         self.norm = nn.LayerNorm(width, eps=1e-5)  # not the ViT's eps
         self.linear1 = nn.Linear(width, config.lm.width)
         self.linear2 = nn.Linear(config.lm.width, config.lm.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(shuffle_pixels(x, *self.squares))  # (n, P', s*s*D)
+        x = self.norm(shuffle_pixels(x, self.grid, self.shuffle))  # (n, P', s*s*D)
         return self.linear2(F.gelu(self.linear1(x)))  # (n, P', C)
 
 

@@ -100,7 +100,7 @@ def interleave(lm: CausalLM, texts: Sequence[Tensor], visual: Sequence[Tensor]) 
 
 
 class MLLM(nn.Module):
-    """A frozen public MLLM, for images and videos of one size. Larger ones are not split into parts.
+    """A frozen public MLLM, for images and videos of one size. Images are not split into parts.
 
     A layout overrides what differs, and has
 
@@ -227,9 +227,9 @@ class MLLM(nn.Module):
         if image_size:
             step = fields["vit"]["patch_size"] * fields.get("shuffle", 1)
             if not layout.any_size or any(side % step for side in image_size):
-                expected = f"multiples of {step}" if layout.any_size else "the model's own size"
+                expected = f"multiples of {step}" if layout.any_size else f"none; the size of {name} is fixed"
                 raise InputError(f"--image-size {' '.join(map(str, image_size))}: expected {expected}")
-            fields["vit"] |= {"image_size": image_size[0], "image_width": image_size[-1]}
+            fields["vit"] |= zip(("image_size", "image_width"), image_size, strict=False)
         frames = preprocessor_file(Path(folder), video=layout.has_video_file)
         preprocessing = layout.read_preprocessing(frames, fields["vit"])
         check_frame_size(preprocessing, fields["vit"], frames)

@@ -41,7 +41,7 @@ from models.lm_checkpoints import check_supported
 from models.mllm import MLLM, MLLMConfig, shuffle_pixels
 from models.vit import ViT, ViTAttention, ViTConfig
 
-SIDE = 448  # S by default; the published models take any multiples of 32
+SIDE = 448  # S by default; the published models take any multiple of 32
 PAIR, SQUARE = 2, 2  # frames of a step; patches on the side of a visual token
 THETA = 10000.0
 
@@ -97,14 +97,14 @@ class Merger(nn.Module):
     def __init__(self, config: MLLMConfig, norm_squares: bool = False):
         super().__init__()
         width = config.vit.width * config.shuffle**2
-        self.squares, self.norm_squares = (config.vit.grid, config.shuffle), norm_squares
+        self.grid, self.shuffle, self.norm_squares = config.vit.grid, config.shuffle, norm_squares
         self.norm = nn.LayerNorm(width if norm_squares else config.vit.width, eps=1e-6)
         self.linear1 = nn.Linear(width, width)
         self.linear2 = nn.Linear(width, config.lm.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, P, D) -> (n, P', C)."""
-        x = shuffle_pixels(x if self.norm_squares else self.norm(x), *self.squares)  # (n, P', s*s*D)
+        x = shuffle_pixels(x if self.norm_squares else self.norm(x), self.grid, self.shuffle)  # (n, P', s*s*D)
         x = self.norm(x) if self.norm_squares else x
         return self.linear2(F.gelu(self.linear1(x)))
 
@@ -204,4 +204,4 @@ class Qwen3VL(MLLM):
         config, (height, width) = read_processor(path), (vit["image_size"], vit.get("image_width"))
         sizes = {"patch_size": vit["patch_size"], "temporal_patch_size": PAIR, "merge_size": SQUARE}
         check_supported(config, sizes, path)
-        return read_colours(config, path, Preprocessing(height, height, True, mean=HALF, std=HALF, width=width))
+        return read_colours(config, path, Preprocessing(height, height, squash=True, mean=HALF, std=HALF, width=width))

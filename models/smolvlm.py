@@ -36,11 +36,11 @@ class ShuffleProjector(nn.Module):
 
     def __init__(self, config: MLLMConfig):
         super().__init__()
-        self.squares = config.vit.grid, config.shuffle
+        self.grid, self.shuffle = config.vit.grid, config.shuffle
         self.linear = nn.Linear(config.vit.width * config.shuffle**2, config.lm.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(shuffle_pixels(x, *self.squares))  # (n, P', C)
+        return self.linear(shuffle_pixels(x, self.grid, self.shuffle))  # (n, P', C)
 
 
 class Idefics3(MLLM):

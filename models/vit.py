@@ -215,7 +215,7 @@ class ViT(nn.Module):
         return self.post_norm(x) if self.config.final_norm else x
 
     def patches(self, x: Tensor) -> Tensor:
-        """Output of the last block (n, P, D) -> the normed patches, row by row, no class token (n, grid^2, D)."""
+        """Output of the last block (n, P, D) -> the normed patches, row by row, no class token (n, p, D)."""
         return self.post_norm(x if self.cls is None else x[:, 1:])
 
     def pool(self, x: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class ViT(nn.Module):
             raise InputError(f"image size {image_size}: expected a multiple of the patch size {self.config.patch_size}")
         class_tokens, side = int(self.config.class_token), image_size // self.config.patch_size
         table = self.position.detach()
-        grid = table[class_tokens:].float().T.unflatten(1, self.config.grid)  # (D, old, old)
+        grid = table[class_tokens:].float().T.unflatten(1, self.config.grid)  # (D, rows, columns)
         grid = F.interpolate(grid[None], side, mode="bicubic", align_corners=align_corners)[0]  # (D, side, side)
         table = torch.cat([table[:class_tokens], grid.flatten(1).T.to(table.dtype)])  # (P, D)
         self.position = nn.Parameter(table, self.position.requires_grad)

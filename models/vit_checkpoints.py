@@ -143,7 +143,7 @@ def check_frame_size(preprocessing: Preprocessing, config: dict[str, Any], path:
     """Raises InputError unless frames get the size of the position embeddings."""
     if preprocessing.size != config["image_size"]:
         found, expected = preprocessing.size, config["image_size"]
-        raise InputError(f"{path}: its frames are {found} pixels wide, expected the {expected} of config.json")
+        raise InputError(f"{path}: its frames are {found} pixels high, expected the {expected} of config.json")
 
 
 # --------------------------------------------------------------------------------------- tensors

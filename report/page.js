@@ -61,7 +61,7 @@ function card(clip) {
   const scroller = element("div", "scroller");
   image.src = clip.strip;
   image.alt = "frames of " + clip.id;
-  strip.style.setProperty("--frames", clip.frames);
+  strip.style.setProperty("--aspect", clip.aspect);
   strip.append(image);
   scroller.append(strip);
   node.append(scroller, element("p", "caption", clip.caption));

@@ -56,8 +56,8 @@ def page_entry(captioner, row: dict, frames: torch.Tensor, count: int) -> dict:
     uint8 (T, 3, S, S), on a page with `count` others."""
     shown = shown_frames(len(frames))
     window = f", {row['start']:.2f} to {row['end']:.2f} s" if "start" in row else ""
-    entry = {"id": row["video"] + window, "strip": film_strip(frames), "frames": len(shown), "caption": row["caption"],
-             "references": [], "scores": {}}
+    entry = {"id": row["video"] + window, "strip": film_strip(frames), "caption": row["caption"], "references": [],
+             "aspect": len(shown) * frames.shape[-1] / frames.shape[-2], "scores": {}}
     if count < max_with_attention(captioner, len(frames)):
         entry |= encode_attention(record_attention(captioner, frames[None]), shown)
     return entry

@@ -17,7 +17,7 @@ from torchvision.utils import draw_bounding_boxes
 from common.files import replace_atomically
 from report.attention import AttentionMaps, record_attention
 
-MAX_FRAMES = 64  # that are shown: a JPEG is at most 65,500 pixels wide
+MAX_FRAMES = 64  # that are shown: a JPEG has at most 65,500 pixels in a row
 STRIP_HEIGHT, QUALITY = 96, 75  # of a page's strip: pixels at most, JPEG's 1 to 100
 HEIGHT, LINE, LETTER, MARGIN = 160, 32, 12, 12  # of the PNG, in pixels: H, a line of text, a wide letter, margins
 FADED = 0.25  # opacity of a patch that is not read, over white
@@ -62,10 +62,12 @@ def draw_clip(frames: Tensor, caption: str, maps: AttentionMaps | None, first_bl
     """Frames uint8 (T, 3, S, S), and what was read of this clip -> a picture uint8 (3, *, *). first_block: the number
     of the first adapted block."""
     shown = shown_frames(len(frames))
-    strip = side_by_side(frames := frames[shown], HEIGHT)  # (3, H, W)
-    parts = [strip, draw_text(caption, width := strip.shape[-1])]  # (3, H, W), (3, lines * LINE, W)
+    frames = frames[shown]
+    strip = side_by_side(frames, HEIGHT)  # (3, H, W)
+    width = strip.shape[-1]
+    parts = [strip, draw_text(caption, width)]  # (3, H, W), (3, lines * LINE, W)
     for i, row in enumerate(opacity(maps) if maps is not None else ()):
-        opaque = F.interpolate(row[shown, None], frames.shape[-2:], mode="nearest")  # (T, 1, S, S)
+        opaque = F.interpolate(row[shown, None], frames.shape[-2:], mode="nearest")  # (T, 1, S, any)
         label = f"read after block {first_block + i}, mean gate {maps.gates[i, 0].mean():.2f}"
         parts += [side_by_side(frames * opaque + 255 * (1 - opaque), HEIGHT), draw_text(label, width)]
     return F.pad(torch.cat(parts, dim=1), (MARGIN,) * 4, value=255)

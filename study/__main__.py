@@ -3,10 +3,10 @@
     .venv/bin/python -m study mllm | sh                                              one run after the other
     .venv/bin/python -m study mllm | tr '\\n' '\\0' | xargs -0 -n 1 -P 2 sh -c      two at a time
 
-Before that, it keeps finished runs in results/ and writes docs/study-tables.md and
-docs/ablations.svg. It takes two rounds: a row's other
-seeds get the best learning rate of seed 0. Nothing is printed when a table is complete. A run that was stopped goes on
-where it was. One that is in results/ is not run again, published ones among them: take those out to train them anew.
+Before that, it keeps finished runs in results/ and writes docs/study-tables.md and docs/ablations.svg. It takes two
+rounds: a row's other seeds get the best learning rate of seed 0. Nothing is printed when a table is complete. A run
+that was stopped goes on where it was. One that is in results/ is not run again, published ones among them: take those
+out to train them anew.
 """
 
 import re

@@ -1,9 +1,10 @@
 """All ablations of the study in one figure, docs/ablations.svg: what each change costs or gains, from results/.
 
 A row is a change of one thing. Its dot is the mean difference from the reference row of its table, over the seeds; its
-line reaches one standard error to either side. A dot left of the axis stands at its edge, as an arrow.
+line reaches one standard error to either side. A dot beyond the axis stands at its edge, as an arrow.
 """
 
+import math
 from html import escape
 
 from study import tables
@@ -26,11 +27,13 @@ def x_of(points: float) -> float:
 
 
 def draw_row(label: str, mean: float, error: float, y: int) -> list[str]:
-    middle, x, out = y - 4, x_of(mean), mean < LOWEST
-    mark = f"M{x + 7} {middle - 4}l-7 4l7 4z" if out else f"M{x - 4:.1f} {middle}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z"
-    bar = "" if out else f'<path d="M{x_of(mean - error):.1f} {middle}H{x_of(mean + error):.1f}" stroke="#1f6fb4"/>'
-    return [f'<text x="{LEFT - 12}" y="{y}" text-anchor="end">{escape(label)}</text>', bar,
-            f'<path d="{mark}" fill="#1f6fb4"/>',
+    middle, x, is_out = y - 4, x_of(mean), not LOWEST <= mean <= HIGHEST
+    mark = f"M{x - 4:.1f} {middle}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z"  # a dot
+    if is_out:  # an arrow
+        mark = f"M{x + 7} {middle - 4}l-7 4l7 4z" if mean < 0 else f"M{x - 7} {middle - 4}l7 4l-7 4z"
+    bar = "" if is_out or math.isnan(error) else f"M{x_of(mean - error):.1f} {middle}H{x_of(mean + error):.1f}"
+    return [f'<text x="{LEFT - 12}" y="{y}" text-anchor="end">{escape(label)}</text>',
+            f'<path d="{mark}{bar}" fill="#1f6fb4" stroke="#1f6fb4"/>',
             f'<text x="{RIGHT + 12}" y="{y}">{tables.format_difference(mean, error)}</text>']
 
 
@@ -40,8 +43,9 @@ def draw_ablations() -> str:
     for name, table in tables.CONTENT["tables"].items():
         if not table["title"].startswith(TITLE):
             continue
-        rows = {row.label: tables.scores(row.best_runs, SCORE) for row in tables.read_rows(name)}
-        reference = rows.pop(table["reference"])
+        rows = {row.label: tables.scores(row.best_runs, SCORE) for row in tables.read_rows(name) if row.best_runs}
+        if (reference := rows.pop(table["reference"], None)) is None:
+            continue
         y += LINE + 6
         title = escape(f"{table['title'].removeprefix(TITLE)}, instead of {table['reference']}")
         parts.append(f'<text x="16" y="{y}" font-weight="bold">{title}</text>')
@@ -51,4 +55,4 @@ def draw_ablations() -> str:
     ticks = range(LOWEST, HIGHEST + 1, 10)
     axis = [f'<path d="M{x_of(t):.0f} 36V{y + 6}" stroke="{"#888" if t == 0 else "#ddd"}"/>'
             f'<text x="{x_of(t):.0f}" y="28" text-anchor="middle">{t}</text>' for t in ticks]
-    return HEAD.format(height=y + 16) + "\n".join([*axis, *filter(None, parts), "</svg>\n"])
+    return HEAD.format(height=y + 16) + "\n".join([*axis, *parts, "</svg>\n"])

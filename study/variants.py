@@ -1,9 +1,10 @@
-"""Experiments, each beside the method that it replaces: `train.py --variant NAME`. None of the Q-Adapter's gained.
+"""Experiments, each beside the method that it replaces: `train.py --variant NAME`. None of the Q-Adapter gained.
 
 Read `qadapter.py` first; letters and shapes are those. A variant of a block replaces one method of
-`GatedCrossAttention`, a variant of what is around the blocks one of `QAdapter`, a variant of the other methods one of
-`Captioner` in `model.py`. A new idea is a class here and a line in VARIANTS. docs/study-tables.md has the scores. The
-names of the gates' layers contain "gate": their learning rate is that of the gating layer (`training/optimizer.py`).
+`GatedCrossAttention`, a variant of what is around the blocks one of `QAdapter`, and a variant of another `--method`
+replaces one of `Captioner` in `model.py`. A new idea is a class here and a line in VARIANTS. docs/study-tables.md has
+the scores. The names of the gates' layers contain "gate": their learning rate is that of the gating layer
+(`training/optimizer.py`).
 """
 
 import torch
@@ -163,7 +164,7 @@ class WithChanges(Captioner):
         self.change = nn.Linear(self.backbone.visual_width, self.backbone.visual_width, bias=False)
 
     def add_time(self, tokens: Tensor) -> Tensor:
-        changes = F.pad(tokens.diff(dim=1), (0, 0, 0, 0, 1, 0))  # (B, T, N', D), zero in the first frame
+        changes = F.pad(tokens.float().diff(dim=1), (0, 0, 0, 0, 1, 0))  # (B, T, N', D), zero in the first frame
         return super().add_time(tokens) + self.change(changes)
 
 

@@ -9,6 +9,7 @@ import os
 import resource
 import shlex
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -72,6 +73,8 @@ def test_the_files_and_the_output_of_a_run(finished_run, backbones):
     config = read_json(finished_run / "config.json")
     assert [text.split()[0] for text in config["splits"].values()] == ["12", "4", "6"]
     assert config["config"]["epochs"] == 4
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert (config["versions"]["commit"] or "").removesuffix("-dirty") == head  # both empty outside of a repository
     assert all(os.path.isabs(config["config"][name]) for name in ("data", "vit", "lm"))
     files = {f"{path.parent.name}/{path.name}" for name in ("vit", "lm") for path in (backbones / name).iterdir()}
     assert config["models"] == {name: fingerprint_of(backbones / name) for name in files}

@@ -37,16 +37,21 @@ def with_default_models(config: Config, device: torch.device) -> Config:
     return replace(config, vit=config.vit or vit, lm=config.lm or lm)
 
 
+def options_of(image_size: Sequence[int] | None) -> dict[str, tuple]:
+    """What `from_config` and `from_pretrained` of each model get of --image-size."""
+    return {"vit": (image_size and image_size[0],), "lm": (), "mllm": (image_size,)}
+
+
 def resolve_models(config: Config) -> tuple[Config, dict[str, Path]]:
     """The folders of the models that the config names; downloads hub ids, each of which gets its commit in the config.
 
     What needs no weights is checked before they are downloaded. Raises InputError.
     """
-    models, folders = {"vit": ViT, "lm": CausalLM, "mllm": MLLM}, {}
+    models, folders, options = {"vit": ViT, "lm": CausalLM, "mllm": MLLM}, {}, options_of(config.image_size)
     for part in ["mllm"] if config.mllm else ["vit", "lm"]:
 
         def check(folder: Path, part: str = part) -> None:
-            models[part].from_config(folder)
+            models[part].from_config(folder, *options[part])
             if part != "vit":
                 load_tokenizer(folder)
 
@@ -74,15 +79,16 @@ def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: Sequen
     With `meta` the models are on the meta device, and only the configs and the tokenizer are read. Raises InputError.
     """
 
-    def load(model, part: str, *options):
+    def load(model, part: str):
+        options = options_of(image_size)[part]
         if meta:
             return model.from_config(folders[part], *options).to(dtype)
         return model.from_pretrained(folders[part], dtype, *options)
 
     with explain_out_of_memory(f"reading {' and '.join(map(str, folders.values()))}"):
         if "mllm" in folders:
-            return load(MLLM, "mllm", image_size), load_tokenizer(folders["mllm"])
-        vit = load(ViT, "vit", image_size and image_size[0])
+            return load(MLLM, "mllm"), load_tokenizer(folders["mllm"])
+        vit = load(ViT, "vit")
         if vit_blocks is not None:
             vit.keep_blocks(vit_blocks)
         return Pair(vit, load(CausalLM, "lm")), load_tokenizer(folders["lm"])

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.config import Config
 from common.errors import InputError
 from common.files import format_bytes
+from models.baselines import set_frames
 from training.cider import SAMPLES
 from training.inputs import plan_caches
 from video_data.datasets import VideoDataset
@@ -161,6 +162,7 @@ def format_vit(config: Config, captioner, clips: int) -> str:
     """The line about the ViT, which takes most of the time of training, on so many training clips. Hours depend on the
     device, of which nothing is measured here."""
     shape, step = captioner.vit.preprocessing.shape, captioner.vit.frames_per_step  # frames that are one image
+    set_frames(captioner.vit, 1)
     with FlopCounterMode(display=False) as counter:  # a multiplication and an addition are 2 FLOP
         captioner.vit.run_blocks(torch.empty(1, 3 * step, *shape, dtype=captioner.dtype, device=META))
     flop = counter.get_total_flops() / step

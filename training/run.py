@@ -1,7 +1,7 @@
 """The folder of a run: what training writes, and what it resumes from.
 
     config.json   the version, the Config, fingerprints of the frozen models and of each split, numbers of parameters,
-                  the commit of the code, versions of packages
+                  the commit of the code that it began with, versions of packages
     log.jsonl     a row for each log line and each validation; the last row is the test's
     best/         adapter.safetensors: the trained tensors of the best validation so far
     last/         adapter.safetensors, and state.pt: the same tensors, the optimizer, the step, the best score so far
@@ -34,13 +34,14 @@ from training.distributed import ProcessGroup
 
 
 def find_commit() -> str | None:
-    """The commit of this code, with "-dirty" if files differ from it; None where git does not know."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of this code, with "-dirty" if Python files differ from it or are new; None where git knows none."""
+    commands = ("rev-parse", "HEAD"), ("status", "--porcelain", "--", "*.py")
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit, changes = (subprocess.run(["git", "--no-optional-locks", *words], cwd=Path(__file__).parent.parent,
+                                          capture_output=True, text=True).stdout.strip() for words in commands)
     except OSError:  # git is not installed
         return None
-    return found.stdout.strip() or None
+    return commit + ("-dirty" if changes else "") if commit else None
 
 
 def check_out(folder: Path) -> None:

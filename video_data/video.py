@@ -205,7 +205,9 @@ def read_clip(path: str | Path, frames: int, preprocessing: int | Preprocessing)
 def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """a, b, c, d of a frame: players move its point (x, y) to (a x + c y, b x + d y) [4]."""
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+    if matrix is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     return a, b, c, d
 
 

@@ -21,6 +21,7 @@ from transformers.video_utils import VideoMetadata
 
 import evaluate
 from common.config import Config
+from common.errors import InputError
 from common.files import read_json
 from common.preprocessing import HALF, Preprocessing
 from model import Captioner
@@ -136,6 +137,14 @@ def test_every_stage_equals_the_reference(models, frames, shape):
         expected = theirs.generate(**inputs, num_beams=beams, max_new_tokens=12, do_sample=False)[0, x.shape[1] :]
         found = generate(ours.lm, x, beams, 12, places=places)[0]
         assert found == [i for i in expected.tolist() if i != 2] and len(found) > 3
+
+
+def test_an_image_size_that_does_not_fit_is_refused(models):
+    with pytest.raises(InputError, match="--image-size 128 100: expected multiples of 64"):
+        MLLM.from_config(models[2], [128, 100])
+    with pytest.raises(InputError, match="--image-size 64: expected none; the size of LLaVA is fixed"):
+        MLLM.from_config("backbones/tiny-mllm", [64])
+    assert MLLM.from_config(models[2], [SIDE]).vit.preprocessing == models[1].vit.preprocessing  # the same caches
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def test_a_strip_shows_64_of_many_frames():
     frames = (torch.arange(1000) // 4).to(torch.uint8)[:, None, None, None].expand(1000, 3, 128, 128)
     entry = page.page_entry(NO_ADAPTER, {"video": "a", "caption": "b"}, frames, 0)
     strip = decode_strip(entry["strip"])
-    assert strip.shape == (3, 96, 64 * 96) and (strip[0, 50, 48], strip[0, 50, -48], entry["frames"]) == (0, 249, 64)
+    assert strip.shape == (3, 96, 64 * 96) and (strip[0, 50, 48], strip[0, 50, -48], entry["aspect"]) == (0, 249, 64)
 
 
 def test_foreign_text_is_only_text_and_needs_no_network(tmp_path):

@@ -15,7 +15,7 @@ from common.errors import InputError
 from model import Captioner, variant_of
 from qadapter import HEADS, QAdapter
 from study.variants import VARIANTS
-from tests.tiny import clips, randomized
+from tests.tiny import LABELS, clips, randomized
 
 N, T, P, D, R = 6, 4, 5, 16, 8  # T is that of tests/tiny.py, too
 CONFIG = Config(queries=N, rank=R, frames=T, last_blocks=1)
@@ -98,7 +98,9 @@ def test_what_starts_otherwise():
 
 
 def test_with_changes():
-    """Model seed 1, frames seed 2, within 1e-5: connector(token + E + W (token - the one before)), frame by frame."""
+    """Model seed 1, frames seed 2, within 1e-5: connector(token + E + W (token - the one before)), frame by frame. It
+    trains beside frozen models in bf16, too."""
+    randomized("linear", 1, dtype=torch.bfloat16, variant="with-changes")(clips(2, T, 2), LABELS).backward()
     captioner, frames = randomized("linear", 1, variant="with-changes", grid=2), clips(2, T, 2)
     tokens = captioner.backbone.frame_tokens(captioner.run_encoder(frames)[1].flatten(0, 1), 2).unflatten(0, (2, T))
     for found, clip in zip(captioner.encode(frames)[0].unflatten(1, (T, 4)), tokens, strict=True):
