@@ -17,8 +17,9 @@ Queries in the place of an image (`--visual queries`) pass through no merger, an
 Frames are squashed to `SIDE` pixels, or to a height and a width, `--image-size H W`, for the usual shape of the videos;
 the published processor keeps the aspect ratio of each.
 
-Shapes: B clips, n pairs, T frames, S image side in pixels, P patches of a pair, P' visual tokens of a pair, D width of
-the ViT, h heads, d = D/h, C width of the language model, s side of a square, j blocks of DeepStack, L positions.
+Shapes: B clips, n pairs, T frames, S height of the images in pixels (their width may differ), P patches of a pair, P'
+visual tokens of a pair, D width of the ViT, h heads, d = D/h, C width of the language model, s side of a square, j
+blocks of DeepStack, L positions.
 
 References
 [1] https://arxiv.org/abs/2511.21631; transformers' configuration_qwen3_vl.py, modeling_qwen3_vl.py,
