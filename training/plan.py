@@ -58,9 +58,9 @@ def format_steps(config: Config, steps: int, captions: int) -> str:
     epochs = {"words": config.word_epochs, "captions": config.epochs - of_cider, "CIDEr": of_cider}
     clips = steps // config.all_epochs * config.batch_size  # of an epoch
     passes = epochs["captions"] * clips * config.captions_per_clip / captions
-    phases = ", ".join(f"{count} epochs of {what}" for what, count in epochs.items() if count)
-    return (f"training: {steps:,} steps of {config.batch_size} clips, {phases}; {passes:.2f} passes over the captions "
-            f"({config.captions_per_clip} per clip and epoch)")
+    phases = ", ".join(f"{count} of {what}" for what, count in epochs.items() if count)
+    return (f"training: {steps:,} steps of {config.batch_size} clips; epochs: {phases}; {passes:.2f} passes over "
+            f"captions ({config.captions_per_clip} per clip and epoch)")
 
 
 # -------------------------------------------------------------------------------- the meta device

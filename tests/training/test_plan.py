@@ -31,12 +31,12 @@ def test_steps_are_those_of_the_batches(clips, batch_size, epochs):
     steps = plan.count_steps(config, clips)
     assert steps == len(batches)
     passes = 3 * sum(map(len, batches)) / (2 * clips)
-    assert f"{steps} steps of {batch_size} clips, {epochs} epochs of captions; {passes:.2f} " in plan.format_steps(
+    assert f"{steps} steps of {batch_size} clips; epochs: {epochs} of captions; {passes:.2f} " in plan.format_steps(
         config, steps, 2 * clips)
     assert plan.count_steps(replace(config, method="none"), clips) == 0
     phases = replace(config, word_epochs=2, epochs=epochs + 1, cider_epochs=1)  # as many epochs of captions
     found = plan.format_steps(phases, plan.count_steps(phases, clips), 2 * clips)
-    assert f"2 epochs of words, {epochs} epochs of captions, 1 epochs of CIDEr; {passes:.2f} " in found
+    assert f"epochs: 2 of words, {epochs} of captions, 1 of CIDEr; {passes:.2f} " in found
     with pytest.raises(InputError, match="--batch-size"):
         plan.count_steps(config, batch_size - 1)
 

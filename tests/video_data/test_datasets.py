@@ -326,6 +326,12 @@ def test_captions_json_that_is_wrong_is_a_one_line_error(tmp_path, captions, wor
         datasets.read_dataset("folder", tmp_path)
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (file := tmp_path / "a").touch()
+    with refused(f"{file}: expected the folder of shapes, found a file"):
+        datasets.read_dataset("shapes", file)
+
+
 @pytest.mark.parametrize("name", ["msvd", "msrvtt", "folder"])
 def test_a_missing_or_empty_folder_prints_what_belongs_in_it(tmp_path, capsys, name):
     for folder in (tmp_path / "none", tmp_path):
