@@ -35,7 +35,7 @@ class Row:
 
     label: str
     flags: str | None  # of `train.py`, after those of the store; None: the row needs version 0.12.0
-    published: str  # of version 0.12.0
+    published: str  # of version 0.12.0; "": it cannot train the row
     command: str | None  # the store's flags and the row's
     lrs: Sequence[float]
     seeds: int  # how many of them it gets at most
@@ -170,7 +170,7 @@ def format_table(name: str) -> str:
                       *([error_over_clips(clips, runs, reference) if is_compared else ""] if has_clips else []),
                       *(mean_and_spread(values, 2) if values else "" for values in costs),
                       f"`{row.flags}`" if row.flags else "by the tag",
-                      *([f"`{row.published}`"] if "published" in store else [])])
+                      *([f"`{row.published}`" if row.published else ""] if "published" in store else [])])
     for lines in (upper, lower):
         lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     made = sorted({f"{run['machine']}, {run['date']}" for row in rows for run in row.best_runs})

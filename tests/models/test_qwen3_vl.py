@@ -102,7 +102,7 @@ def reference_inputs(frames: int, shape=(SIDE, SIDE)) -> tuple[Tensor, list[list
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 8])
-@pytest.mark.parametrize("shape", [(SIDE, SIDE), (192, 320), (256, 128)], ids=["square", "wide", "high"])
+@pytest.mark.parametrize("shape", [(SIDE, SIDE), (192, 320)], ids=["square", "wide"])
 @torch.no_grad()
 def test_every_stage_equals_the_reference(models, frames, shape):
     """Each block's output, the merged tokens and those of DeepStack, positions, logits, greedy and 3-beam ids."""
