@@ -1,6 +1,6 @@
 """All ablations of the study in one figure, docs/ablations.svg: what each change costs or gains, from results/.
 
-A row is a change of one thing. Its dot is the mean difference from the reference row of its table, over the seeds; its
+A row is a change. Its dot is the mean difference from the reference row of its table, over the seeds; its
 line reaches one standard error to either side. A dot beyond the axis stands at its edge, as an arrow.
 """
 
@@ -17,7 +17,7 @@ HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {height}" fon
 font-size="12" fill="#223">
 <title>What each ablation changes</title>
 <rect width="780" height="{height}" fill="#fff"/>
-<text x="16" y="28">change of "motion right", points</text>
+<text x="16" y="28">change of "motion right" in points, and its standard error</text>
 """
 
 

@@ -155,7 +155,7 @@ class Blind(QAdapter):
 
 class WithChanges(Captioner):
     """The connector also reads, through a matrix, how each token differs from that of the frame before, at the same
-    place, as the queries do."""
+    place. The queries read such changes, too, of three blocks."""
 
     def add_trained_parts(self) -> None:
         super().add_trained_parts()
