@@ -17,7 +17,7 @@ HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {height}" fon
 font-size="12" fill="#223">
 <title>What each ablation changes</title>
 <rect width="780" height="{height}" fill="#fff"/>
-<text x="16" y="28">change of "motion right" in points, and its standard error</text>
+<text x="16" y="28">change of "motion right", points ± standard error</text>
 """
 
 
