@@ -61,12 +61,11 @@ def load_run(run: Path | None, device: torch.device, **models: str) -> tuple[Cap
     else:
         config = replace(read_config(run), **models)
     config.check()
-    make_captioner = variant_of(Captioner, config)
     config, folders = resolve_models(config)
     if run is not None:
         check_models(run, fingerprint_models(folders))
     backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size, config.vit_blocks)
-    captioner = make_captioner(backbone, tokenizer, config)
+    captioner = variant_of(Captioner, config)(backbone, tokenizer, config)
     if run is not None:
         captioner.load(run / "best/adapter.safetensors")
     return captioner.eval().to(device), folders

@@ -123,13 +123,12 @@ def load_captioner(config: Config, device: torch.device,
                    group: distributed.ProcessGroup) -> tuple[Captioner, dict[str, str]]:
     """The captioner of a config on its device, and the fingerprints of its frozen models' files. Its `config` names the
     models that were found. For --plan it is on the meta device."""
-    make_captioner = variant_of(Captioner, config)
     with group.first_of_machine():  # one process of each machine downloads
         config, folders = resolve_models(with_default_models(config, device))
     dtype = devices.DTYPES[config.precision]
     backbone, tokenizer = load_models(folders, dtype, config.image_size, config.vit_blocks, config.plan)
     with backbone.vit.position.device:
-        captioner = make_captioner(backbone, tokenizer, config)
+        captioner = variant_of(Captioner, config)(backbone, tokenizer, config)
     captioner.check_length(config.frames, config.beams)  # of the test split, which comes after all training
     if config.compile and not config.plan:
         compile_blocks(backbone.lm, device)
@@ -183,6 +182,7 @@ def main() -> int:
     # 1. Flags, processes, device
     start_time = time.monotonic()
     config = parse_args()
+    variant_of(Captioner, config)  # refuses an unknown one before any work
     if not (config.plan or config.resume):
         check_out(config.out)
     group = distributed.init_process_group(config.device, config.batch_size)

@@ -86,8 +86,8 @@ class Config:
 
     frames: int = clips(8, "frames per clip", type=count(1, 4096))
     captions_per_clip: int = clips(1, "captions per clip in a step", type=count(1, 1000))
-    image_size: tuple[int, ...] | None = clips(None, "height, and width if it is another one, of the model's input in "
-                                               "pixels (default: its own)", type=count(1, 4096), nargs="+",
+    image_size: tuple[int, ...] | None = clips(None, "height of the model's input in pixels, and its width if that "
+                                               "differs (default: its own)", type=count(1, 4096), nargs="+",
                                                metavar=("H", "W"))
     vit_blocks: int | None = clips(None, "use only the first so many blocks of the ViT", type=count(1, 10**4))
     allow_missing: bool = clips(False, "leave out clips without a video or a caption")
@@ -96,7 +96,8 @@ class Config:
 
     queries: int = adapting(16, "query tokens of the Q-Adapter; prompts per block", type=count(1, 4096))
     rank: int = adapting(32, "rank of the Q-Adapter's projections, of LoRA, of adapters", type=count(1, 8192))
-    last_blocks: int = adapting(3, "adapt only the last so many blocks of the ViT; 0: all", type=count(0, 10**4))
+    last_blocks: int = adapting(3, "the Q-Adapter reads the last so many blocks of the ViT; 0: all",
+                                type=count(0, 10**4))
     deep_rank: int = adapting(0, "rank of what visual tokens add to each block of the language model; 0: it reads them "
                               "at its input alone", type=count(0, 8192))
     gate: str = adapting("normed", "the gating layer: one number per query, or none", choices=("normed", "none"))
@@ -163,10 +164,12 @@ class Config:
             (self.mllm and (self.vit or self.lm or self.vit_blocks),
              "--vit, --lm and --vit-blocks: expected without --mllm, which has both models"),
             (self.image_size and len(self.image_size) > (2 if self.mllm else 1),
-             "--image-size: expected one side: the input of --vit is square; --mllm takes a height and a width"),
+             "--image-size: expected one number, or with --mllm two: height and width"),
             (reads_frames and (self.is_pair or not (is_qadapter and self.write_back)),
              "--visual frames: expected --mllm, and --method qadapter with --write-back; else nothing reads queries"),
-            (self.write_back and not is_qadapter, "--write-back: expected --method qadapter"),
+            (not is_qadapter and (self.write_back or self.gate == "none"
+                                  or self.last_blocks not in (0, Config.last_blocks)),
+             "--write-back, --gate and --last-blocks: expected --method qadapter"),
             (self.instruction != INSTRUCTION and self.is_pair,
              "--instruction: expected --mllm: the prompt of a ViT with a language model is fixed"),
             (self.grid and self.reads_queries,

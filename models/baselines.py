@@ -44,13 +44,6 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
 
 
-def add_lora(blocks: nn.ModuleList, rank: int) -> None:
-    """Replaces the query and value projections of the blocks of a ViT or language model by LoRALinear, in place."""
-    for block in blocks:
-        block.attn.q = LoRALinear(block.attn.q, rank)
-        block.attn.v = LoRALinear(block.attn.v, rank)
-
-
 class AdaptedMLP(ViTMLP):
     """The frozen MLP of a block, and beside it a trained bottleneck of r channels."""
 
@@ -70,12 +63,6 @@ class AdaptedMLP(ViTMLP):
         return super().forward(y) + ADAPTER_SCALE * x
 
 
-def add_adapters(vit: ViT, rank: int) -> None:
-    """Puts an adapter beside the MLP of each block of a ViT, in place."""
-    for block in vit.blocks:
-        block.mlp = AdaptedMLP(block.mlp, rank)
-
-
 class WrappedBlock(ViTBlock):
     """A frozen block of a ViT, whose tensors keep their names."""
 
@@ -86,7 +73,7 @@ class WrappedBlock(ViTBlock):
 
 
 class PromptedBlock(WrappedBlock):
-    """To its tokens N trained prompts are added; what becomes of them is dropped."""
+    """With N trained prompts beside its tokens; what becomes of them is dropped."""
 
     def __init__(self, base: ViTBlock, prompts: int, width: int, patch_size: int):
         super().__init__(base)
@@ -97,13 +84,6 @@ class PromptedBlock(WrappedBlock):
         """(n, P, D) -> (n, P, D)."""
         prompts = self.prompts.to(z.dtype).expand(len(z), -1, -1)  # (n, N, D)
         return super().forward(torch.cat([z, prompts], dim=1))[:, : z.shape[1]]
-
-
-def add_prompts(vit: ViT, prompts: int) -> None:
-    """Puts N prompts before each block of a ViT, in place."""
-    config = vit.config
-    for i, block in enumerate(vit.blocks):
-        vit.blocks[i] = PromptedBlock(block, prompts, config.width, config.patch_size)
 
 
 class SpaceTimeBlock(WrappedBlock):
@@ -129,13 +109,6 @@ class SpaceTimeBlock(WrappedBlock):
         return super().forward(torch.cat([class_token, patches + F.linear(x, *up)], dim=1))
 
 
-def add_st_adapters(vit: ViT, rank: int) -> None:
-    """Puts an ST-Adapter before each block of a ViT, in place."""
-    config = vit.config
-    for i, block in enumerate(vit.blocks):
-        vit.blocks[i] = SpaceTimeBlock(block, rank, config.width, int(config.class_token))
-
-
 def set_frames(vit: ViT, frames: int) -> None:
     """Tells the ST-Adapters of a ViT how many of its next images are one clip."""
     for block in vit.blocks:
@@ -144,11 +117,13 @@ def set_frames(vit: ViT, frames: int) -> None:
 
 def add_baseline(vit: ViT, lm: CausalLM, config) -> None:
     """Adds what `config.method` trains in the blocks of the frozen models, in place. Other methods add nothing here."""
-    if config.method in ("lora", "lora-lm"):
-        add_lora((vit if config.method == "lora" else lm).blocks, config.rank)
-    elif config.method == "adapter":
-        add_adapters(vit, config.rank)
-    elif config.method == "st-adapter":
-        add_st_adapters(vit, config.rank)
-    elif config.method == "prompt":
-        add_prompts(vit, config.queries)
+    method, rank, shape = config.method, config.rank, vit.config
+    for i, block in enumerate(lm.blocks if method == "lora-lm" else vit.blocks):
+        if method in ("lora", "lora-lm"):
+            block.attn.q, block.attn.v = LoRALinear(block.attn.q, rank), LoRALinear(block.attn.v, rank)
+        elif method == "adapter":
+            block.mlp = AdaptedMLP(block.mlp, rank)
+        elif method == "st-adapter":
+            vit.blocks[i] = SpaceTimeBlock(block, rank, shape.width, int(shape.class_token))
+        elif method == "prompt":
+            vit.blocks[i] = PromptedBlock(block, config.queries, shape.width, shape.patch_size)

@@ -229,7 +229,7 @@ class MLLM(nn.Module):
             if not layout.any_size or any(side % step for side in image_size):
                 expected = f"multiples of {step}" if layout.any_size else f"none; the size of {name} is fixed"
                 raise InputError(f"--image-size {' '.join(map(str, image_size))}: expected {expected}")
-            fields["vit"] |= zip(("image_size", "image_width"), image_size, strict=False)
+            fields["vit"] |= zip(("image_size", "image_width"), image_size, strict=False)  # one side: a square
         frames = preprocessor_file(Path(folder), video=layout.has_video_file)
         preprocessing = layout.read_preprocessing(frames, fields["vit"])
         check_frame_size(preprocessing, fields["vit"], frames)

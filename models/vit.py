@@ -4,8 +4,8 @@ The families differ before and after the blocks, hardly within them:
 
     frame -> patches [class token] + position [norm] -> blocks -> norm -> [class token | pooling head]
 
-Shapes: n images, P tokens per image (class token, if any, and patches), D width, h heads, d = D/h, S image side in
-pixels, Q queries, J blocks whose outputs are read.
+Shapes: n images, P tokens per image (class token, if any, and p patches), D width, h heads, d = D/h, S image side
+in pixels, Q queries, J blocks whose outputs are read.
 
 References
 [1] ViT, https://arxiv.org/abs/2010.11929; CLIP, https://arxiv.org/abs/2103.00020.

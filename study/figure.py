@@ -1,7 +1,7 @@
 """All ablations of the study in one figure, docs/ablations.svg: what each change costs or gains, from results/.
 
-A row is a change. Its dot is the mean difference from the reference row of its table, over the seeds; its
-line reaches one standard error to either side. A dot beyond the axis stands at its edge, as an arrow.
+Each line of the figure is a row of a table. Its dot is the mean difference from the table's reference row, over the
+seeds; its bar reaches one standard error to either side. What lies beyond the axis is an arrow at its end.
 """
 
 import math
@@ -27,6 +27,7 @@ def x_of(points: float) -> float:
 
 
 def draw_row(label: str, mean: float, error: float, y: int) -> list[str]:
+    """A label, a dot with its bar or an arrow, and the difference in numbers; y: of the letters' feet, in pixels."""
     middle, x, is_out = y - 4, x_of(mean), not LOWEST <= mean <= HIGHEST
     mark = f"M{x - 4:.1f} {middle}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z"  # a dot
     if is_out:  # an arrow

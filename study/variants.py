@@ -160,7 +160,8 @@ class WithChanges(Captioner):
     def add_trained_parts(self) -> None:
         super().add_trained_parts()
         if self.time_embed is None:
-            raise InputError("--variant with-changes: expected a method whose connector reads frames")
+            raise InputError("--variant with-changes: expected --method linear, or without --mllm another "
+                             "one that trains something")
         self.change = nn.Linear(self.backbone.visual_width, self.backbone.visual_width, bias=False)
 
     def add_time(self, tokens: Tensor) -> Tensor:

@@ -82,12 +82,13 @@ def test_the_defaults_of_a_dataset(dataset):
 
 @pytest.mark.parametrize("words, message", [
     ("--mllm m --vit v", "--vit, --lm and --vit-blocks: expected without --mllm"),
-    ("--mllm m --image-size 32 32 32", "--image-size: expected one side"),
+    ("--mllm m --image-size 32 32 32", "--image-size: expected one number"),
     ("--image-size 32 64", "--image-size"),
     ("--visual frames --write-back", "--visual frames: expected --mllm"),
     ("--mllm m --visual frames", "--visual frames: expected .*--write-back"),
     ("--dataset msvd --lm l --visual frames --write-back", "--visual frames: expected --mllm"),
-    ("--method lora --write-back", "--write-back"),
+    ("--method lora --write-back", "--write-back"), ("--method lora --last-blocks 2", ".*--last-blocks: expected"),
+    ("--method st-adapter --gate none", ".*--gate"),
     ("--instruction x", "--instruction: expected --mllm"), ("--grid 2", "--grid: expected --visual frames"),
     ("--word-epochs 1 --method none", "--word-epochs"), ("--word-epochs 1 --mllm m --method lora-lm", "--word-epochs"),
     ("--epochs 2 --cider-epochs 3", "--cider-epochs: expected at most the 2"),

@@ -66,6 +66,12 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_log(run) if "loss" in row]
 
 
+def test_an_unknown_variant_is_refused_before_clips_are_made(tmp_path):
+    done = run_forked(train, "--data", tmp_path / "new", "--variant", "nope")
+    assert_one_line_error(done, "--variant nope: expected one of gate-sigmoid")
+    assert not (tmp_path / "new").exists()
+
+
 # ------------------------------------------------------------------------------------ what a run is
 
 

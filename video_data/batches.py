@@ -184,8 +184,7 @@ def frames_cache(clips: list[Clip], root: Path, split: str, count: int, preproce
                  with_times: bool = False) -> ClipCache:
     """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S); as it is on the disk now."""
     p, size = preprocessing, preprocessing.size
-    settings = [size, p.resize, p.squash, p.interpolation, p.longest_edge]  # what uint8 frames depend on
-    settings += [p.width] if p.width else []
+    settings = [*p.shape, p.resize, p.squash, p.interpolation, p.longest_edge]  # what uint8 frames depend on
     files = [[clip.id, stat.st_size, stat.st_mtime_ns] for clip in clips for stat in [clip.path.stat()]]
     keys = [_hash(READER_VERSION, *file, count, *settings) for file in files]
     folder = root / f"{split}-{count}x{size}-{_hash(*settings)[:8]}"

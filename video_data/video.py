@@ -211,10 +211,16 @@ def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
+def lies_on_its_side(matrix: tuple[int, int, int, int]) -> bool:
+    """Whether rows become columns."""
+    a, b, _, _ = matrix
+    return abs(b) > abs(a)
+
+
 def orient(picture: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
     """A picture (*, *, 3), turned and mirrored by quarters of a turn, as players do with a frame of this matrix."""
     a, b, c, d = matrix
-    if abs(b) > abs(a):  # x becomes y
+    if lies_on_its_side(matrix):
         picture, a, d = picture.transpose(1, 0, 2), c, b
     return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
@@ -223,12 +229,12 @@ def frame_to_rgb(frame: av.VideoFrame, preprocessing: Preprocessing, reformatter
                  aspect: Fraction = Fraction(1)) -> np.ndarray:
     """A decoded frame whose pixels have this aspect, resized, cropped at its centre and upright: uint8 (S, S, 3), or as
     wide as the preprocessing says."""
-    matrix = a, b, *_ = display_matrix(frame)
+    matrix = display_matrix(frame)
     if preprocessing.longest_edge is not None:  # the last step makes squares of all
         picture = resize_twice(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), preprocessing)
         return orient(picture, matrix)
     size, width, height = preprocessing.shape, preprocessing.width or preprocessing.resize, preprocessing.resize
-    if abs(b) > abs(a):  # of a frame that will be turned
+    if lies_on_its_side(matrix):
         size, width, height = size[::-1], height, width
     if not preprocessing.squash:  # the longer side is rounded down, as in torchvision and transformers
         displayed_width = max(1, round(frame.width * aspect))

@@ -9,7 +9,7 @@ import torch
 
 from common.config import INSTRUCTION
 from common.errors import InputError
-from tests.tiny import LABELS, MLLM_CONFIGS, MLLMS, TOKENS, Letters, N, T, bits, clips, make, randomized
+from tests.tiny import LABELS, MLLM_CONFIGS, MLLMS, TOKENS, Letters, N, T, bits, clips, make, randomize, randomized
 
 IMAGE = 39  # the image token: no other id of a prompt
 JOIN_PATCHES = "internvl", "qwen3_vl", "smolvlm"  # their projectors map no single vectors
@@ -44,7 +44,10 @@ def test_step_0_is_the_mllm_bit_for_bit(family, name):
         expected = whole(frames, LABELS)
     assert captioner(frames, LABELS) == expected
     assert captioner.caption(frames, max_new_tokens=5) == whole.caption(frames, max_new_tokens=5)
-    assert abs(randomized(name, 3, family)(frames, LABELS) - expected) > 1e-4
+    other = randomized(name, 3, family)
+    if name == "st-adapter":  # a product of three small matrices
+        randomize(other, 5)
+    assert abs(other(frames, LABELS) - expected) > 1e-3
 
 
 @every_family
