@@ -123,14 +123,18 @@ class GatedCrossAttention(nn.Module):
         """
         z = F.layer_norm(tokens, tokens.shape[-1:])  # (B, T, P, D)
         normed_queries = self.norm(queries)  # (B, N, D)
-        q = self.q(normed_queries)  # (B, N, r)
-        k, v = self.keys_and_values(z, time_embed)  # (B, T*P, r)
-        read = self.o(multi_head_attention(q, k, v, self.mask(z)))  # A: (B, N, D)
+        read = self.read(z, normed_queries, time_embed)  # A: (B, N, D)
         gates = self.compute_gates(queries, normed_queries, read)  # (B, N, 1)
         queries = queries + gates * read
         if self.write_q is not None:
             tokens = self.write(z, queries, tokens, time_embed)
         return queries, gates.squeeze(-1), tokens
+
+    def read(self, z: Tensor, normed_queries: Tensor, time_embed: Tensor) -> Tensor:
+        """What LN(Q), (B, N, D), reads of z = LN(Z), (B, T, P, D). Returns A (B, N, D)."""
+        q = self.q(normed_queries)  # (B, N, r)
+        k, v = self.keys_and_values(z, time_embed)  # (B, T*P, r)
+        return self.o(multi_head_attention(q, k, v, self.mask(z)))  # (B, N, D)
 
     def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
         """How much each query keeps of its read (B, N, D). Returns (B, N, 1)."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 from model import Captioner
-from qadapter import CastLinear, GatedCrossAttention, QAdapter
+from qadapter import HEADS, CastLinear, GatedCrossAttention, QAdapter, multi_head_attention
 
 # --------------------------------------------------------------------------------------- the gate
 
@@ -65,6 +65,35 @@ class TokenGate(Gated):
 
     def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
         return queries.new_ones(*queries.shape[:2], 1)
+
+
+class HeadGate(Gated):
+    """A = [g_1 A_1 ; .. ; g_h A_h] W_o, g = sigmoid(LN(Q) W_g + b_g): one number per head, before W_o (2505.06708)."""
+
+    def make_gate(self, width: int) -> nn.Module:
+        gate = CastLinear(width, self.count_gates())
+        nn.init.zeros_(gate.weight)
+        nn.init.zeros_(gate.bias)
+        return gate
+
+    def count_gates(self) -> int:
+        return HEADS
+
+    def read(self, z: Tensor, normed_queries: Tensor, time_embed: Tensor) -> Tensor:
+        k, v = self.keys_and_values(z, time_embed)  # (B, T*P, r)
+        read = multi_head_attention(self.q(normed_queries), k, v, self.mask(z))  # (B, N, r)
+        gates = self.gate(normed_queries).sigmoid()  # (B, N, h)
+        return self.o(read * gates.repeat_interleave(read.shape[-1] // gates.shape[-1], dim=-1))  # (B, N, D)
+
+    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
+        return queries.new_ones(*queries.shape[:2], 1)
+
+
+class RankGate(HeadGate):
+    """The same with one number per channel of the rank."""
+
+    def count_gates(self) -> int:
+        return self.o.in_features
 
 
 class BiasedGate(Gated):
@@ -143,6 +172,16 @@ class RawChannels(QAdapter):
         pass
 
 
+class SameBlock(QAdapter):
+    """All reads are of the last block."""
+
+    def measure_channels(self, outputs: Tensor) -> None:
+        super().measure_channels(outputs[:, :, -1:].expand_as(outputs))
+
+    def read_outputs(self, outputs: Tensor) -> Tensor:
+        return super().read_outputs(outputs[:, :, -1:].expand_as(outputs))
+
+
 class Blind(QAdapter):
     """Every token is zero: what a captioner learns without the video."""
 
@@ -178,6 +217,8 @@ VARIANTS = {
     "gate-sigmoid": with_block(PlainGate),
     "gate-channel": with_block(ChannelGate),
     "gate-patch": with_block(TokenGate),
+    "gate-head": with_block(HeadGate),
+    "gate-rank": with_block(RankGate),
     "gate-open": with_block(BiasedGate),
     "gate-shut": with_block(ShutGate),
     "no-changes": with_block(NoChanges),
@@ -186,6 +227,7 @@ VARIANTS = {
     "no-time": NoTime,
     "no-time-no-changes": NoTimeNoChanges,
     "raw-channels": RawChannels,
+    "same-block": SameBlock,
     "blind": Blind,
     "with-changes": WithChanges,
 }

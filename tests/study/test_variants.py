@@ -19,6 +19,7 @@ from tests.tiny import LABELS, clips, randomized
 
 N, T, P, D, R = 6, 4, 5, 16, 8  # T is that of tests/tiny.py, too
 CONFIG = Config(queries=N, rank=R, frames=T, last_blocks=1)
+CONFIG2 = replace(CONFIG, last_blocks=2)
 NO_CHANGES = "no-changes", "per-frame", "no-time-no-changes"
 
 
@@ -56,6 +57,10 @@ def naive(name: str | None, adapter: QAdapter, z: Tensor) -> Tensor:
                     v = v + change @ block.kv_change.weight[R:][h].T
                 if name == "gate-patch":
                     v = v * torch.sigmoid(now @ block.gate.weight.T + block.gate.bias)
+                if name == "gate-head":
+                    v = v * torch.sigmoid(block.gate(block.norm(q)))[h.start * HEADS // R]
+                if name == "gate-rank":
+                    v = v * torch.sigmoid(block.gate(block.norm(q)))[h]
                 logits.append(k @ (block.q.weight[h] @ block.norm(q)) / (R // HEADS) ** 0.5)
                 values.append(v)
             heads.append(torch.cat(logits).softmax(0) @ torch.cat(values))
@@ -63,7 +68,7 @@ def naive(name: str | None, adapter: QAdapter, z: Tensor) -> Tensor:
         normed, normed_a, layer = block.norm(q), F.layer_norm(a, (D,)), block.gate
         if name == "gate-channel":
             g = torch.sigmoid(normed * layer.of_query + normed_a * layer.of_read + layer.bias)
-        elif name == "gate-patch":
+        elif name in ("gate-patch", "gate-head", "gate-rank"):
             g = 1
         else:
             g = torch.sigmoid(layer(torch.cat([q, a] if name == "gate-sigmoid" else [normed, normed_a])))
@@ -95,6 +100,18 @@ def test_what_starts_otherwise():
         torch.testing.assert_close(adapter.last_gates, torch.full((1, 1, N), gate), rtol=0, atol=1e-4)
     ranks = [torch.linalg.matrix_rank(kind(D, 1, CONFIG).time_embed) for kind in (VARIANTS["time-random"], QAdapter)]
     assert ranks == [T, 1]
+
+
+def test_same_block_reads_the_last_block_each_time():
+    """Seed 0, two reads: the Q-Adapter with the outputs of that block in place of both."""
+    torch.manual_seed(0)
+    z = torch.randn(2, T, 2, P, D)
+    same, usual = VARIANTS["same-block"](D, 2, CONFIG2), QAdapter(D, 2, CONFIG2)
+    same.load_state_dict(usual.state_dict())
+    repeated = z[:, :, [1, 1]]
+    for adapter, outputs in ((same, z), (usual, repeated)):
+        adapter.measure_channels(outputs)
+    assert torch.equal(same.read_outputs(z), usual.read_outputs(repeated))
 
 
 def test_with_changes():
