@@ -21,6 +21,7 @@ from bench.measure import cpu_name
 from common import cli
 from common.files import read_json, read_json_lines
 from study.figure import FIGURE, draw_ablations
+from study.scenes import KINDS
 from study.tables import CONTENT, PAGE, Row, add_clips, add_run, format_page, read_rows
 from video_data.shapes import make_dataset
 
@@ -96,9 +97,9 @@ def main() -> None:
     PAGE.write_text(format_page(), "utf-8")
     FIGURE.write_text(draw_ablations(), "utf-8")
     with redirect_stdout(sys.stderr):  # stdout is for the shell
-        for folder, sizes in CONTENT["clips"].items():
+        for folder, clips in CONTENT["clips"].items():
             if any(folder in row.command.split() for row, _, _ in keys):
-                make_dataset(Path(folder), sizes, seed=1)
+                make_dataset(Path(folder), clips["sizes"], 1, KINDS[clips["kind"]])
     print("".join(f"{command_of(store, key)}\n" for key in keys), end="")
 
 

@@ -17,7 +17,7 @@ References
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +36,7 @@ DEFAULT_SIZES = (9000, 200, 500)  # clips for training, validation, test
 
 COLOURS = {"red": (215, 40, 40), "green": (40, 170, 60), "blue": (50, 90, 225), "yellow": (240, 220, 50),
            "orange": (245, 135, 25), "purple": (140, 55, 185), "white": (242, 242, 242), "pink": (250, 150, 195)}
+GREY = (128, 128, 128)  # of a shape that no caption names
 KINDS = ("circle", "square", "triangle", "cross", "ring")
 SYMMETRY = {"square": 4, "triangle": 3, "cross": 4}  # a rotation by 360/n degrees maps the shape onto itself
 
@@ -168,7 +169,7 @@ def render(scene: tuple[Shape, ...], u: np.ndarray, rng: np.random.Generator) ->
         mask = coverage(shape.kind, x, y, radius) * visible  # (F, S, S)
         masks[:i] *= 1 - mask
         masks[i] = mask
-        colour = np.array(COLOURS[shape.colour], np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
+        colour = np.array(COLOURS.get(shape.colour, GREY), np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
         frames += mask[..., None] * (colour - frames)
     amplitude, start = rng.uniform(0, 7), rng.integers(len(NOISE) - frames.size)
     frames += amplitude * NOISE[start : start + frames.size].reshape(frames.shape)
@@ -266,7 +267,8 @@ def make_clip(path: Path, seed: int) -> list[str]:
     return captions
 
 
-def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0) -> None:
+def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0,
+                 make: Callable[[Path, int], list[str]] = make_clip) -> None:
     """Makes a folder of clips, `sizes` in its splits. One that is complete stays as it is.
 
     A lock lets only one call write; others wait for it. Raises InputError if the folder contains something else.
@@ -282,18 +284,22 @@ def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0
         for split, size in zip(SPLITS, sizes, strict=True):
             (root / split).mkdir(exist_ok=True)
             names = [f"{split}/{i:05d}.mp4" for i in range(size)]
-            captions = run_in_processes(f"shapes: {split}", make_clip, [(root / name, seed) for name in names])
+            captions = run_in_processes(f"shapes: {split}", make, [(root / name, seed) for name in names])
             content[split] = dict(zip(names, captions, strict=True))
         write_json(root / "captions.json", content)
 
 
-def main() -> None:
-    example = "python -m video_data.shapes FOLDER --sizes 9000 200 500 --seed 0"
-    parser = cli.Parser("Makes clips of moving shapes.", example)
+def add_arguments(parser: cli.Parser) -> None:
     parser.add_argument("folder", type=Path, help="where the clips go, a new or empty folder")
     size = cli.number(int, 1, 10**6)
     parser.add_argument("--sizes", type=size, nargs=3, default=DEFAULT_SIZES, help="clips to train, validate, test on")
     parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="of the scenes")
+
+
+def main() -> None:
+    parser = cli.Parser("Makes clips of moving shapes.",
+                        "python -m video_data.shapes FOLDER --sizes 9000 200 500 --seed 0")
+    add_arguments(parser)
     args = parser.parse_args()
     make_dataset(args.folder, args.sizes, args.seed)
 

@@ -1,0 +1,60 @@
+"""Harder clips of `shapes`, in which a gate or a deeper read could help: `python -m study.scenes KIND FOLDER`.
+
+    sparse       everything happens within 1/8 of the clip; before and after it, all shapes stand still
+    distractors  0 to 8 grey shapes move, too, behind the others. No caption names them
+
+Captions and the seed of a clip are those of `video_data/shapes.py`, and so is the folder: `train.py --dataset shapes
+--data FOLDER` trains on it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from common import cli
+from video_data import shapes
+from video_data.annotations import SPLITS
+
+EVENT = 1 / 8  # of the clip
+MOST_DISTRACTORS = 8
+
+
+def make_sparse(path: Path, seed: int) -> list[str]:
+    """Writes a clip in which all motion is in one short part, anywhere; returns its captions."""
+    rng = np.random.default_rng([seed, SPLITS.index(path.parent.name), int(path.stem), 1])
+    scene, start = shapes.draw_scene(rng), rng.uniform(0, 1 - EVENT)
+    u = ((np.linspace(0, 1, shapes.FRAMES) - start) / EVENT).clip(0, 1)
+    shapes.write_clip(path, shapes.render(scene, u, rng)[0])
+    return shapes.reference_captions(scene, rng)
+
+
+def draw_distracted(path: Path, seed: int) -> tuple:
+    """The scene that captions name, the grey shapes behind it, masks and frames of all, and the captions."""
+    rng = np.random.default_rng([seed, SPLITS.index(path.parent.name), int(path.stem), 2])
+    scene = shapes.draw_scene(rng)
+    others = tuple(replace(shapes.draw_shape(rng), colour="grey") for _ in range(rng.integers(MOST_DISTRACTORS + 1)))
+    frames, masks = shapes.render(others + scene, np.linspace(0, 1, shapes.FRAMES), rng)
+    return scene, others, masks, frames, shapes.reference_captions(scene, rng)
+
+
+def make_distracted(path: Path, seed: int) -> list[str]:
+    """Writes a clip with grey shapes behind those that its captions name; returns these captions."""
+    *_, frames, captions = draw_distracted(path, seed)
+    shapes.write_clip(path, frames)
+    return captions
+
+
+KINDS = {"usual": shapes.make_clip, "sparse": make_sparse, "distractors": make_distracted}
+
+
+def main() -> None:
+    parser = cli.Parser("Makes harder clips of moving shapes.", "python -m study.scenes sparse data/sparse")
+    parser.add_argument("kind", choices=list(KINDS))
+    shapes.add_arguments(parser)
+    args = parser.parse_args()
+    shapes.make_dataset(args.folder, args.sizes, args.seed, KINDS[args.kind])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,46 @@
+"""The harder clips beside the scenes that their seeds draw. 12 clips of seed 0."""
+
+from pathlib import Path
+
+import numpy as np
+
+from common.files import read_json
+from study.scenes import KINDS, draw_distracted
+from video_data import read_frames, shapes
+
+
+def make(folder: Path, kind: str) -> list[tuple[np.ndarray, list[str]]]:
+    """Frames (F, S, S, 3) and captions of each training clip."""
+    shapes.make_dataset(folder / kind, (12, 1, 1), 0, KINDS[kind])
+    return [(read_frames(folder / kind / name, shapes.FRAMES, shapes.SIDE).permute(0, 2, 3, 1).numpy(), captions)
+            for name, captions in read_json(folder / kind / "captions.json")["train"].items()]
+
+
+def test_motion_is_in_an_eighth_of_a_sparse_clip(tmp_path):
+    """More than 1% of the pixels change by more than 40 between at most 3 pairs of neighbouring frames; in usual clips
+    between more. Nothing changes where all shapes stay still."""
+    counts = {}
+    for kind in ("usual", "sparse"):
+        counts[kind] = []
+        for frames, captions in make(tmp_path, kind):
+            change = abs(np.diff(frames.astype(int), axis=0)).max(-1)  # (F-1, S, S)
+            counts[kind].append(int(((change > 40).mean((1, 2)) > 0.01).sum()))
+            assert len({str(shapes.parse_claims(caption)) for caption in captions}) == 1
+            if {motion for _, motion in shapes.parse_claims(captions[0])} == {"still"}:
+                assert counts[kind].pop() == 0
+    assert 1 <= max(counts["sparse"]) <= 3 < max(counts["usual"])
+
+
+def test_distractors_are_grey_and_not_named(tmp_path):
+    """The mean colour of the pixels of the middle frame that a distractor covers alone, if there are 20, is GREY to 20:
+    colours vary by 12, and the codec blurs edges. Captions claim what the other shapes do, and nothing else."""
+    distractors = 0
+    for index, (frames, captions) in enumerate(make(tmp_path, "distractors")):
+        scene, others, masks = draw_distracted(tmp_path / f"train/{index:05d}.mp4", 0)[:3]
+        for mask in masks[: len(others), shapes.FRAMES // 2] > 0.99:
+            if mask.sum() >= 20:
+                np.testing.assert_allclose(frames[shapes.FRAMES // 2][mask].mean(0), shapes.GREY, rtol=0, atol=20)
+                distractors += 1
+        expected = sorted((f"{shape.colour} {shape.kind}", shape.motion) for shape in scene)
+        assert all(shapes.parse_claims(caption) == expected for caption in captions)
+    assert distractors > 12
