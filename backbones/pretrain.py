@@ -22,7 +22,7 @@ References
 import io
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -79,8 +79,9 @@ def save_weights(folder: Path, module: nn.Module, names: dict[str, str]) -> None
 # --------------------------------------------------------------------------------------- tiny-vit
 
 
-def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: int) -> None:
-    """Trains the ViT of a folder on `count` still images."""
+def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: int, patches: bool = True) -> None:
+    """Trains the ViT of a folder on `count` still images. patches: whether these learn what is on them; else the class
+    token alone is trained."""
     torch.manual_seed(seed)
     with ProcessPoolExecutor() as pool:
         columns = zip(*pool.map(partial(draw_still, seed=seed), range(count), chunksize=500), strict=True)
@@ -97,7 +98,9 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
     def compute_loss() -> Tensor:
         rows = torch.randint(count, (batch_size,), generator=generator)
         tokens = vit.post_norm(vit(vit.normalize(images[rows])))  # (n, P, D)
-        return heads(tokens, *(target[rows] for target in targets))
+        classes, geometry, presence = (target[rows] for target in targets)
+        loss = heads.class_token_loss(tokens, presence)
+        return loss + heads.patch_loss(tokens, classes, geometry) if patches else loss
 
     train("vit", [*vit.parameters(), *heads.parameters()], compute_loss, steps, peak_lr=1e-3)
     save_weights(folder, vit, tensor_names(vit, VITS["clip"], PUBLISHED_VIT))
@@ -106,16 +109,26 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
 # ---------------------------------------------------------------------------------------- tiny-lm
 
 
-def train_tokenizer(texts: list[str]) -> bytes:
-    """A sentencepiece BPE model in which "red circle" or "moves left" is one token: short captions, a fast demo."""
-    nouns = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
-    verbs = [phrase for pairs in shapes.MOTIONS.values() for pair in pairs for phrase in pair]
-    symbols = ["\u2581" + words.replace(" ", "\u2581") for words in [*nouns, *verbs, *KEYWORDS]]
+def train_tokenizer(texts: list[str], phrases: Iterable[str]) -> bytes:
+    """A sentencepiece BPE model in which each of the phrases is one token."""
+    symbols = ["\u2581" + words.replace(" ", "\u2581") for words in phrases]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=(model := io.BytesIO()), model_type="bpe", vocab_size=MAX_PIECES,
         user_defined_symbols=symbols, byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False,
         minloglevel=2, pad_id=-1, unk_id=0, bos_id=1, eos_id=2, num_threads=1)
     return model.getvalue()
+
+
+def start_lm(folder: Path, pieces: int) -> CausalLM:
+    """An untrained language model as config.json says, which gets the tokenizer's number of pieces."""
+    config = read_json(folder / "config.json") | {"vocab_size": pieces}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    lm = CausalLM(CausalLM.from_config(folder).config)
+    nn.init.normal_(lm.embed.weight, std=0.05)  # also the weight of the head
+    for block in lm.blocks:  # each block starts as the identity
+        nn.init.zeros_(block.attn.o.weight)
+        nn.init.zeros_(block.down.weight)
+    return lm
 
 
 def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int) -> None:
@@ -124,16 +137,13 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 8])
     documents = [document(rng) for _ in range(count)]
-    tokenizer_model = train_tokenizer([" ".join(parts) for parts in documents[:20000]])
+    nouns = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
+    verbs = [phrase for pairs in shapes.MOTIONS.values() for pair in pairs for phrase in pair]
+    # "red circle" and "moves left" are one token each: short captions, a fast demo.
+    tokenizer_model = train_tokenizer([" ".join(parts) for parts in documents[:20000]], [*nouns, *verbs, *KEYWORDS])
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
     (folder / "tokenizer.model").write_bytes(tokenizer_model)
-    config = read_json(folder / "config.json") | {"vocab_size": tokenizer.vocab_size()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    lm = CausalLM(CausalLM.from_config(folder).config)
-    nn.init.normal_(lm.embed.weight, std=0.05)  # also the weight of the head
-    for block in lm.blocks:  # each block starts as the identity
-        nn.init.zeros_(block.attn.o.weight)
-        nn.init.zeros_(block.down.weight)
+    lm = start_lm(folder, tokenizer.vocab_size())
     data = TextData(tokenizer, documents, rng, seed, [tokenizer.bos_id()], tokenizer.encode(PROMPT))
 
     def compute_loss() -> Tensor:
@@ -175,7 +185,7 @@ def pretrain_mllm(folder: Path, backbones: Path, albums: int, texts: int, steps:
     for name, tensor in lm.state_dict().items():
         mllm.lm.state_dict()[name][: len(tensor)] = tensor  # all rows but those of the new words
     rng = np.random.default_rng([seed, 12])
-    stills = AlbumData(mllm, tokenizer, albums, seed)
+    stills = AlbumData(mllm.vit, tokenizer, albums, seed)
     documents = [document(rng) for _ in range(texts)]
     data = TextData(tokenizer.processor, documents, rng, seed, *mllm.prompt(tokenizer, 1, INSTRUCTION))
 

@@ -24,6 +24,7 @@ from backbones.texts import pad, text_loss
 from common.config import INSTRUCTION
 from models.mllm import MLLM
 from models.tokenizer import Tokenizer
+from models.vit import ViT
 from video_data import shapes
 
 COLOURS, KINDS = list(shapes.COLOURS), list(shapes.KINDS)
@@ -71,13 +72,16 @@ class StillHeads(nn.Module):
         self.geometry = nn.Linear(width, 5)
         self.presence = nn.Linear(width, len(COLOURS) * len(KINDS))
 
-    def forward(self, tokens: Tensor, classes: Tensor, geometry: Tensor, presence: Tensor) -> Tensor:
-        """Tokens (n, P, D) and the targets of `draw_still` -> the loss."""
+    def patch_loss(self, tokens: Tensor, classes: Tensor, geometry: Tensor) -> Tensor:
+        """Tokens (n, P, D) and targets of `draw_still` -> the loss of the patches."""
         patches, covered = tokens[:, 1:], classes[..., 0] != NO_SHAPE  # (n, P-1, D), (n, P-1)
         return (F.cross_entropy(self.colour(patches).flatten(0, 1), classes[..., 0].flatten() + 1)
                 + F.cross_entropy(self.kind(patches).flatten(0, 1), classes[..., 1].flatten() + 1)
-                + 4 * F.mse_loss(self.geometry(patches[covered]), geometry[covered])
-                + 20 * F.binary_cross_entropy_with_logits(self.presence(tokens[:, 0]), presence))
+                + 4 * F.mse_loss(self.geometry(patches[covered]), geometry[covered]))
+
+    def class_token_loss(self, tokens: Tensor, presence: Tensor) -> Tensor:
+        """Tokens (n, P, D) and a target of `draw_still` -> the loss of the class token."""
+        return 20 * F.binary_cross_entropy_with_logits(self.presence(tokens[:, 0]), presence)
 
 
 # ------------------------------------------------------------------------------------- for the MLLM
@@ -115,13 +119,13 @@ class AlbumData:
     """Albums as the frozen ViT sees them, and their captions as token ids."""
 
     @torch.no_grad()
-    def __init__(self, mllm: MLLM, tokenizer: Tokenizer, count: int, seed: int):
+    def __init__(self, vit: ViT, tokenizer: Tokenizer, count: int, seed: int):
         self.rng, self.tokenizer = np.random.default_rng([seed, 11]), tokenizer
-        self.features = torch.empty(count, STILLS, *mllm.vit.position.shape, dtype=torch.half)  # (n, A, P, D)
+        self.features = torch.empty(count, STILLS, *vit.position.shape, dtype=torch.half)  # (n, A, P, D)
         self.scenes, self.seen = [], []
         for i in range(count):
             stills, scene, seen = draw_album(i, seed)
-            self.features[i] = mllm.vit(mllm.vit.normalize(torch.from_numpy(stills).permute(0, 3, 1, 2)))
+            self.features[i] = vit(vit.normalize(torch.from_numpy(stills).permute(0, 3, 1, 2)))
             self.scenes.append(scene)
             self.seen.append(seen)
 

@@ -11,9 +11,10 @@ import pytest
 import sentencepiece
 import torch
 
-from backbones import pretrain, stills
+from backbones import neutral, pretrain, stills
 from common.config import INSTRUCTION
 from models.generation import generate
+from models.lm import CausalLM
 from models.mllm import MLLM
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
@@ -49,7 +50,7 @@ def test_targets_of_a_still_describe_its_scene():
 
 def test_captions_of_a_batch_name_what_its_stills_show():
     """100 prompts of two stills, found again by their features in 20 albums of seed 0; no motion is named."""
-    data = stills.AlbumData(TINY_MLLM, TOKENIZER, 20, seed=0)
+    data = stills.AlbumData(TINY_MLLM.vit, TOKENIZER, 20, seed=0)
     features, labels = data.batch(100, 2)
     captions = TOKENIZER.decode([[i for i in row if i >= 0] for row in labels.tolist()])
     for pair, caption in zip(features.half(), captions, strict=True):
@@ -97,3 +98,24 @@ def test_a_tiny_mllm_is_made_again_bit_for_bit(tmp_path):
         MLLM.from_pretrained(folder)
         files.append((folder / "model.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
+
+
+def test_neutral_models_are_made_again_bit_for_bit(tmp_path):
+    """One step of each stage."""
+    files = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = shutil.copytree(BACKBONES, tmp_path / name, ignore=lambda *_: {"model.safetensors"})
+        pretrain.pretrain_vit(folder / "neutral-vit", 8, 1, 4, seed, patches=False)
+        vit = ViT.from_pretrained(folder / "neutral-vit")
+        neutral.pretrain_lm(folder / "neutral-lm", vit, texts=200, albums=2, steps=(1, 1), batch_size=2, seed=seed)
+        CausalLM.from_pretrained(folder / "neutral-lm")
+        files.append([(folder / part / "model.safetensors").read_bytes() for part in ("neutral-vit", "neutral-lm")])
+    assert files[0] == files[1] and all(a != c for a, c in zip(files[0], files[2], strict=True))
+
+
+def test_the_neutral_tokenizer_splits_colour_kind_and_motion():
+    tokenizer = load_tokenizer(BACKBONES / "neutral-lm")
+    for colour in stills.COLOURS:
+        for kind in stills.KINDS:
+            pieces = tokenizer.processor.encode(f"a {colour} {kind} moves left", out_type=str)
+            assert pieces == [f"\u2581{word}" for word in ("a", colour, kind, "moves", "left")]
