@@ -7,6 +7,7 @@ Tiny random models in real files, seed 0. The reference's patches come by square
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from models.qwen3_vl import Qwen3VL
 from models.tokenizer import load_bpe
 from tests import tiny
 from tests.common.helpers import refused
-from tests.models.helpers import change_json
+from tests.models.helpers import CONFIGS, change_json, last_field
 from tests.models.test_internvl import check_run, write_tokenizer
 from tests.models.test_mllm import assert_same
 from tests.video_data.test_video import write_video
@@ -178,14 +179,7 @@ def test_the_language_model_reads_queries_as_text(models):
 
 def test_the_published_model(tmp_path):
     """Qwen3-VL-2B on the meta device: 2,127,532,032 parameters, but 28 x 28 instead of 48 x 48 learned positions."""
-    vision = VISION | dict(model_type="qwen3_vl", depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096,
-                           patch_size=16, out_hidden_size=2048, num_position_embeddings=2304,
-                           deepstack_visual_indexes=[5, 11, 17])
-    text = TEXT | dict(model_type="qwen3_vl_text", vocab_size=151936, hidden_size=2048, intermediate_size=6144,
-                       num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
-                       rope_theta=5e6, rope_scaling=ROPE | {"mrope_section": [24, 20, 20]}, eos_token_id=151645)
-    change_json(tmp_path / "config.json", model_type="qwen3_vl", tie_word_embeddings=True, text_config=text,
-                vision_config=vision)
+    shutil.copy(CONFIGS / "qwen3-vl-2b.json", tmp_path / "config.json")
     change_json(tmp_path / "video_preprocessor_config.json", **VIDEO | {"patch_size": 16})
     ours = MLLM.from_config(tmp_path)
     assert sum(p.numel() for p in ours.parameters()) + (48 * 48 - 28 * 28) * 1024 == 2_127_532_032
@@ -198,15 +192,14 @@ def test_the_published_model(tmp_path):
     ("vision_config", {"hidden_act": "relu"}), ("text_config", {"model_type": "qwen3"}),
     ("vision_config", {"deepstack_visual_indexes": []}), ("vision_config", {"deepstack_visual_indexes": [2, 0]}),
     ("vision_config", {"deepstack_visual_indexes": [1, 3]}), ("text_config", {"rope_scaling": {"mrope_section": [4]}}),
-    ("text_config", {"rope_scaling": ROPE | {"rope_type": "yarn"}}),
+    ("text_config", {"rope_scaling": {"mrope_section": [4, 2, 2], "rope_type": "yarn"}}),
     ("text_config", {"rope_scaling": {"mrope_interleaved": False}}),
 ])
 def test_another_model_is_refused(models, tmp_path, part, fields):
     config = read_json(models[2] / "config.json")
     (tmp_path / "config.json").write_text(json.dumps(config | {part: config[part] | fields}))
     change_json(tmp_path / "video_preprocessor_config.json", **VIDEO)
-    name, value = next(iter(fields.items()))
-    with refused(str(tmp_path / "config.json"), next(iter(value)) if isinstance(value, dict) else name):
+    with refused(str(tmp_path / "config.json"), last_field(fields)):
         MLLM.from_config(tmp_path)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.errors import InputError
-from models.weights import WEIGHT_FILE_NAMES, copy_strict, drop_tied_copy, read_tensors, weight_files
+from models.weights import WEIGHT_FILE_NAMES, copy_strict, read_tensors, weight_files
 from tests.common.helpers import refused, run_python
 from tests.models.helpers import assert_bit_equal
 
@@ -281,15 +281,6 @@ def test_copy_strict_names_what_does_not_fit(case):
     with refused("m/model.safetensors: ", words):
         copy_strict(module, tensors, names, "m/model.safetensors")
     assert_bit_equal(module.state_dict(), before)
-
-
-def test_only_a_copy_that_is_equal_is_dropped():
-    for head, kept in ((torch.ones(2), False), (torch.zeros(2), True), (torch.ones(2).half(), True)):
-        tensors = {"x.embed": torch.ones(2), "x.lm_head.weight": head}
-        drop_tied_copy(tensors, "absent")
-        drop_tied_copy(tensors, "x.embed")
-        drop_tied_copy(tensors, "x.embed")
-        assert ("x.lm_head.weight" in tensors) == kept and "x.embed" in tensors
 
 
 # --------------------------------------------------------------------------------------- memory
