@@ -49,6 +49,19 @@ MLLM_CONFIGS = {
 }
 
 
+def added_names(method: str) -> set[str]:
+    """The tensors that a method adds to the frozen models, spelled out."""
+    vit, lm = ([f"{part}.blocks.{i}" for i in range(depth)] for part, depth in (("vit", DEPTH), ("lm", LM.depth)))
+    parts = {"lora": (vit, [f"attn.{x}.lora_{y}" for x in "qv" for y in "ab"]),
+             "lora-lm": (lm, [f"attn.{x}.lora_{y}" for x in "qv" for y in "ab"]),
+             "adapter": (vit, [f"mlp.adapter_{x}.{y}" for x in ("down", "up") for y in ("weight", "bias")]),
+             "st-adapter": (vit, [f"st_{x}.{y}" for x in ("down", "time", "up") for y in ("weight", "bias")]),
+             "prompt": (vit, ["prompts"]), "linear": ([], []), "none": ([], [])}
+    blocks, names = parts[method]
+    connector = {"time_embed", "connector.weight", "connector.bias"} if method == "linear" else set()
+    return connector | {f"{block}.{name}" for block in blocks for name in names}
+
+
 class Letters:
     """The part of a tokenizer that a captioner uses; ids 0 to 2 are unknown, BOS and EOS."""
 
