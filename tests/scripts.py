@@ -115,6 +115,13 @@ def run_forked(script, *words, environments: Sequence[dict] = ({},)) -> subproce
     return subprocess.CompletedProcess([script.__name__, *words], next(filter(None, codes), 0), *texts)
 
 
+def succeed(script, *words) -> str:
+    """Runs a script in a forked process. Returns its standard output; the exit code must be 0."""
+    done = run_forked(script, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def fork_two(*words) -> subprocess.CompletedProcess:
     """`train.py` in two forks of this process, in the environment that torchrun sets."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where they meet
@@ -136,7 +143,7 @@ def act_at_call(monkeypatch, owner, name: str, n: int, action) -> None:
     monkeypatch.setattr(owner, name, call)
 
 
-def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
+def assert_error(done: subprocess.CompletedProcess, *words: str) -> None:
     """Exit code 2, no traceback, and last on stderr one line with these words."""
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2, done.stderr
@@ -146,6 +153,11 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> Non
 
 def read_log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> torch.Tensor:
+    """Of each step."""
+    return torch.tensor([row["loss"] for row in read_log(run) if "loss" in row])
 
 
 def contents(run: Path) -> dict:

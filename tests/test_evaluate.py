@@ -21,7 +21,7 @@ from common.errors import InputError, printable
 from models.generation import generate
 from models.mllm import MLLM
 from models.tokenizer import load_tokenizer
-from tests.scripts import ENVIRONMENT, ROOT, assert_one_line_error, run_forked, run_python
+from tests.scripts import ENVIRONMENT, ROOT, assert_error, run_forked, run_python, succeed
 from training import devices
 from video_data.video import read_frames
 from video_data.windows import iter_windows
@@ -59,8 +59,7 @@ def start(*words) -> subprocess.Popen:
 def test_frames_and_beams_reach_the_captioner(finished_run, videos, tmp_path):
     """Captions of the test split with other frames and beams are those of `Captioner.caption`, and not the run's."""
     captioner, words = load(finished_run), ["--beams", 3, "--frames", 5, "--save", tmp_path / "p.json"]
-    done = run_forked(evaluate, finished_run, *words, "--report", tmp_path / "p.html", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
+    succeed(evaluate, finished_run, *words, "--report", tmp_path / "p.html", "--device", "cpu")
     frames = torch.stack([read_frames(video, 5, captioner.vit.preprocessing) for video in videos])
     found = json.loads((tmp_path / "p.json").read_text())
     assert list(found.values()) == captioner.caption(frames, beams=3) and list(found)[1] == "test/00001.mp4"
@@ -72,8 +71,7 @@ def test_frames_and_beams_reach_the_captioner(finished_run, videos, tmp_path):
 def test_without_a_run_an_mllm_captions_as_it_is(videos, tmp_path, monkeypatch):
     """Reference: generation after the model's own prompt, 8 frames, 5 beams. Without both flags a run is expected."""
     folder, words = ROOT / "backbones/tiny-mllm", ["--device", "cpu", "--video", videos[0]]
-    done = run_forked(evaluate, "--mllm", folder, *words, "--save", tmp_path / "c.jsonl")
-    assert done.returncode == 0, done.stderr
+    succeed(evaluate, "--mllm", folder, *words, "--save", tmp_path / "c.jsonl")
     dtype, tokenizer = torch.bfloat16 if devices.has_bf16(CPU) else torch.float32, load_tokenizer(folder)
     mllm = MLLM.from_pretrained(folder, dtype)
     pixels = mllm.vit.normalize(read_frames(videos[0], 8, mllm.vit.preprocessing)).to(mllm.vit.position.dtype)
@@ -93,7 +91,7 @@ def test_videos_good_and_bad(finished_run, videos, tmp_path):
                           *((f"{i}.mp4", videos[i].read_bytes()) for i in (0, 2, 3))):
         (folder / name).write_bytes(content)
     done = run_forked(evaluate, finished_run, "--video", folder, "--save", tmp_path / "c.jsonl")
-    assert_one_line_error(done, "2 of 5 videos")
+    assert_error(done, "2 of 5 videos")
     rows = read_rows(tmp_path / "c.jsonl")
     assert [(Path(row["video"]).name, "error" in row) for row in rows] == [
         ("0.mp4", False), ("1bad.mp4", True), ("2.mp4", False), ("3.mp4", False), ("4bad.mp4", True)]
@@ -112,15 +110,14 @@ def test_videos_good_and_bad(finished_run, videos, tmp_path):
 def test_a_long_video_is_captioned_piece_by_piece(finished_run, videos, tmp_path):
     """Windows of half a second: captions of the frames of `iter_windows`, as JSON, subtitles and a page."""
     captioner, words = load(finished_run), [finished_run, "--video", videos[0], "--window", 0.5, "--save"]
-    done = run_forked(evaluate, *words, tmp_path / "c.jsonl", "--report", tmp_path / "r.html")
-    assert done.returncode == 0, done.stderr
+    succeed(evaluate, *words, tmp_path / "c.jsonl", "--report", tmp_path / "r.html")
     expected = [{"video": str(videos[0]), "start": round(start, 3), "end": round(end, 3),
                  "caption": captioner.caption(frames[None])[0]}
                 for start, end, frames, _ in iter_windows(videos[0], 0.5, 8, captioner.vit.preprocessing)]
     assert len(expected) > 1 and read_rows(tmp_path / "c.jsonl") == expected
     assert json.dumps(f"{videos[0]}, 0.50 to 1.00 s") in (tmp_path / "r.html").read_text()
     (tmp_path / "c.srt").write_text("old")
-    assert run_forked(evaluate, *words, tmp_path / "c.srt").returncode == 0
+    succeed(evaluate, *words, tmp_path / "c.srt")
     cues = (tmp_path / "c.srt").read_text().split("\n\n")
     assert [cue.split("\n")[2] for cue in cues[:-1]] == [row["caption"] for row in expected]
     assert cues[1].startswith("2\n00:00:00,500 --> 00:00:01,000\n")
@@ -169,7 +166,7 @@ def test_a_full_disk_is_one_line(finished_run, videos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "write_row", write_two_rows)
     done = run_forked(evaluate, finished_run, "--video", *videos, "--save", tmp_path / "c.jsonl")
-    assert_one_line_error(done, f"{tmp_path}/c.jsonl: No space left on device")
+    assert_error(done, f"{tmp_path}/c.jsonl: No space left on device")
     assert [row["video"] for row in read_rows(tmp_path / "c.jsonl")] == [str(video) for video in videos[:2]]
 
 
@@ -197,7 +194,7 @@ def test_paths_may_have_any_name(tmp_path, monkeypatch):
 def test_real_videos_are_captioned_or_named(finished_run, real):
     """Every file of clips/ and of MSVD: 16 are captioned; the empty one, the text and the sound are named."""
     done = run_forked(evaluate, finished_run, "--video", real / "clips", real / "msvd/YouTubeClips")
-    assert_one_line_error(done, "3 of 19 videos")
+    assert_error(done, "3 of 19 videos")
     assert len(done.stdout.splitlines()) == 16
     assert all(name in done.stderr for name in ("WrongFile.mp4", "audio_only.mp4", "empty.mp4"))
 

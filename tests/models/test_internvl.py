@@ -34,7 +34,7 @@ from tests.models.test_bpe import make_tokenizer_json
 from tests.models.test_mllm import CASES, DYNAMIC, IMAGE, QWEN3, assert_same, internvl, save_model
 from tests.models.test_mllm_checkpoints import INTERNVL, OF_INTERNVL, make_folder
 from tests.models.test_vit import read_weights
-from tests.scripts import TWELVE_STEPS, act_at_call, assert_one_line_error, contents, fork_two, read_log, run_forked
+from tests.scripts import TWELVE_STEPS, act_at_call, assert_error, contents, fork_two, losses, run_forked, succeed
 
 TEXT = "Describe the video."
 # Of published config.json files, with InternVL 3's spelling of rotary embeddings.
@@ -201,26 +201,22 @@ def check_run(folder: Path, words: list, flags: list, tmp_path: Path, monkeypatc
     model = shutil.copytree(folder, tmp_path / "model")
     command = [*TWELVE_STEPS, "--mllm", model, "--data", flags[-1], "--frames", 2, "--epochs", 1, "--token-dropout", 0,
                *words, "--out"]
-    done = run_forked(train, *command, tmp_path / "whole")
-    assert done.returncode == 0, done.stderr
+    succeed(train, *command, tmp_path / "whole")
     with monkeypatch.context() as patch:
         act_at_call(patch, torch.optim.AdamW, "step", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert run_forked(train, *command, tmp_path / "stopped").returncode == 130
-    done = run_forked(train, "--resume", tmp_path / "stopped")
-    assert done.returncode == 0 and "resuming after step 2" in done.stdout, done.stderr
+    assert "resuming after step 2" in succeed(train, "--resume", tmp_path / "stopped")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
     done = fork_two(*command, tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    losses = [[row["loss"] for row in read_log(tmp_path / name) if "loss" in row] for name in ("whole", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5) and len(set(losses[0])) == 3
-    done = run_forked(train, *command, tmp_path / "plan", "--plan")
-    assert done.returncode == 0 and "memory of a step on cpu" in done.stdout, done.stderr
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "whole"), rtol=0, atol=1e-5)
+    assert len(losses(tmp_path / "two").unique()) == 3
+    assert "memory of a step on cpu" in succeed(train, *command, tmp_path / "plan", "--plan")
     clip = next(Path(flags[-1]).rglob("*.mp4"))
-    done = run_forked(evaluate, tmp_path / "whole", "--video", clip, "--device", "cpu", "--show", tmp_path / "show")
-    assert done.returncode == 0 and clip.name in done.stdout, done.stderr
+    assert clip.name in succeed(evaluate, tmp_path / "whole", "--video", clip, "--show", tmp_path / "show")
     with open(model / "model.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
-    assert_one_line_error(run_forked(train, "--resume", tmp_path / "whole"), "another model", "mllm/model.safetensors")
+    assert_error(run_forked(train, "--resume", tmp_path / "whole"), "another model", "mllm/model.safetensors")

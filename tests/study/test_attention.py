@@ -15,7 +15,7 @@ from evaluate import load_run
 from report.attention import record_attention
 from study import attention
 from tests import tiny
-from tests.scripts import assert_one_line_error, run_forked
+from tests.scripts import assert_error, run_forked, succeed
 from video_data import load, read_frames, shapes
 
 DRAWN = [1, 3, 5, 7, 9, 11, 13, 15]  # the frames of a clip that are read, if it is 8 of 16
@@ -106,9 +106,7 @@ def test_a_run_is_measured_with_and_without_each_block(finished_run, flags, monk
     captioner.save(run / "best/adapter.safetensors", {})
     monkeypatch.setattr(shapes, "attribute_accuracy", lambda references, captions: print(json.dumps(captions)) or
                         {"shapes": 0.25, "motion": 0.125})
-    done = run_forked(attention, run)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = succeed(attention, run).splitlines()
     found, rows = [json.loads(line) for line in lines if line.startswith("{")], [line.split() for line in lines[3::2]]
     clips = load("shapes", flags[-1])["test"]
     frames = torch.stack([read_frames(clip.path, 8, captioner.vit.preprocessing) for clip in clips])
@@ -140,10 +138,10 @@ def test_a_run_is_measured_with_and_without_each_block(finished_run, flags, monk
 
 def test_what_cannot_be_measured_is_one_line(finished_run, flags, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
-    assert_one_line_error(run_forked(attention, tmp_path), "config.json")
-    assert_one_line_error(run_forked(attention, run, "--data", tmp_path / "none"), "expected the folder of the dataset")
-    assert_one_line_error(run_forked(attention, run, "--seed", 1), "test/00000.mp4", "--seed 1")
+    assert_error(run_forked(attention, tmp_path), "config.json")
+    assert_error(run_forked(attention, run, "--data", tmp_path / "none"), "expected the folder of the dataset")
+    assert_error(run_forked(attention, run, "--seed", 1), "test/00000.mp4", "--seed 1")
     config = read_json(run / "config.json")
     config["config"]["dataset"] = "folder"
     write_json(run / "config.json", config)
-    assert_one_line_error(run_forked(attention, run, "--data", flags[-1]), "--dataset shapes")
+    assert_error(run_forked(attention, run, "--data", flags[-1]), "--dataset shapes")

@@ -19,7 +19,7 @@ from common.files import read_json
 from models.safetensors import checksum, read_metadata, read_safetensors
 from study import __main__ as study
 from study import figure, tables
-from tests.scripts import run_forked
+from tests.scripts import run_forked, succeed
 from training.distributed import ProcessGroup
 from video_data.annotations import read_msrvtt
 
@@ -161,7 +161,7 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
         assert all(run_forked(train, *words).returncode == 0 for words in commands)
     (folder / "test.json").unlink()  # as if it had been stopped before the test split
     assert printed() == [["--resume", str(folder)]]
-    assert run_forked(train, "--resume", folder).returncode == 0
+    succeed(train, "--resume", folder)
     assert printed() == []
     stored = (tmp_path / "x.json").read_text()
     assert [(run["flags"].rpartition("--")[2], run["seed"], run["steps"]) for run in json.loads(stored)["runs"]] == [

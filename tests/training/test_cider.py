@@ -13,8 +13,7 @@ from common.config import Config
 from metrics.plain import plain_cider
 from models import generation
 from models.generation import TEMPERATURE
-from tests.reference.test_07_processes import losses
-from tests.scripts import act_at_call, contents, run_forked
+from tests.scripts import act_at_call, contents, losses, run_forked, succeed
 from tests.tiny import EOS, LETTERS, T, clips, randomized
 from training import cider, words
 from training.phases import make_phases
@@ -106,8 +105,7 @@ def test_a_run_of_all_phases_resumes(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(words, "MIN_CLIPS", 1)
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     base = [*flags, "--token-dropout", 0.5, "--word-epochs", 1, "--epochs", 6, "--cider-epochs", 4, "--eval-every", 6]
-    done = run_forked(train, *base, "--out", tmp_path / "whole")
-    assert done.returncode == 0, done.stderr
+    succeed(train, *base, "--out", tmp_path / "whole")
     found, words_next = losses(tmp_path / "whole"), [*base, "--out", tmp_path / "killed"]
     assert len(found) == 3 * 7 and (found[:9] > 0).all() and (found[9:] <= 0).all() and found[9:].mean() < 0
     assert {path.name for path in (tmp_path / "whole/val").iterdir()} == {"0.json", "9.json", "21.json"}
@@ -116,5 +114,5 @@ def test_a_run_of_all_phases_resumes(flags, tmp_path, monkeypatch):
             act_at_call(patch, torch.optim.AdamW, "step", step, lambda: os.kill(os.getpid(), signal.SIGKILL))
             assert run_forked(train, *words_next).returncode == -signal.SIGKILL
         words_next = ["--resume", tmp_path / "killed"]
-    assert run_forked(train, *words_next).returncode == 0
+    succeed(train, *words_next)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
