@@ -5,20 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import common.config
 import evaluate
-from common.config import (
-    ALLOWED_WITH_RESUME,
-    NOT_STORED,
-    PRESETS,
-    VERSION,
-    Config,
-    make_parser,
-    parse_args,
-    parse_words,
-    read_config,
-    to_json,
-    to_words,
-)
+from common.config import VERSION, Config, parse_args, parse_words, read_config, to_json, to_words
 from common.errors import InputError
 from common.files import read_json, write_json
 
@@ -30,7 +19,7 @@ VALUES = dict(  # of every field, none of them the default
     token_dropout=0.25, variant="v", visual="frames", grid=2, instruction="Name it: -x 'é'", lr=0.5,
     weight_decay=1e-7, micro_batch_size=2, seed=8, precision="bf16", eval_every=2, beams=4)
 NEEDS = {"visual": dict(mllm="m", write_back=True), "grid": dict(method="linear"), "instruction": dict(mllm="m")}
-STORED = [name for name in VALUES if name not in NOT_STORED]
+STORED = [name for name in VALUES if name not in common.config.NOT_STORED]
 
 
 def resolved(config: Config) -> Config:
@@ -71,11 +60,11 @@ def test_flags_config_and_file_say_the_same(name, tmp_path):
         f"data/{config.dataset}"))
 
 
-@pytest.mark.parametrize("dataset", PRESETS)
+@pytest.mark.parametrize("dataset", common.config.PRESETS)
 def test_the_defaults_of_a_dataset(dataset):
     """A flag overrides its own alone; paths follow from the dataset and the method."""
     config = parse_args(["--dataset", dataset, "--batch-size", "3"])
-    assert config == replace(Config(dataset=dataset), **PRESETS[dataset] | {"batch_size": 3},
+    assert config == replace(Config(dataset=dataset), **common.config.PRESETS[dataset] | {"batch_size": 3},
                              data=Path("data") / dataset, out=Path(f"runs/{dataset}-qadapter"))
     assert config.stored_frames == 2 * config.frames == 2 * replace(config, cache_features=True).stored_frames
 
@@ -114,7 +103,7 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
     run = write_config(tmp_path / "run", config)
     assert parse_args(["--resume", str(run)]) == replace(config, resume=run)
     values = {"epochs": 9, "device": "cpu", "data": tmp_path / "run"}
-    assert {"resume", *values} == ALLOWED_WITH_RESUME
+    assert {"resume", *values} == common.config.ALLOWED_WITH_RESUME
     assert parse_args(["--resume", str(run), *to_words(values)]) == replace(config, resume=run, **values)
     for refused in ("--lr=1", "--out=x", "--plan", "--method=none"):
         with pytest.raises(InputError, match=f"{refused.partition('=')[0]}: a run keeps its own flags"):
@@ -153,7 +142,7 @@ def test_another_version_or_other_fields_are_refused(tmp_path):
         read_config(tmp_path / "run")
 
 
-@pytest.mark.parametrize("parser, most", [(make_parser(), 40), (evaluate.make_parser(), 14)])
+@pytest.mark.parametrize("parser, most", [(common.config.make_parser(), 40), (evaluate.make_parser(), 14)])
 def test_there_are_not_too_many_flags(parser, most):
     """Without --help; each says what it is for."""
     actions = [action for action in parser._actions if action.option_strings and action.dest != "help"]

@@ -191,14 +191,6 @@ def test_paths_may_have_any_name(tmp_path, monkeypatch):
     assert evaluate.make_parser().parse_args(["r", "--video", "a", "b", "--video", "c"]).video == ["a", "b", "c"]
 
 
-def test_real_videos_are_captioned_or_named(finished_run, real):
-    """Every file of clips/ and of MSVD: 16 are captioned; the empty one, the text and the sound are named."""
-    done = run_forked(evaluate, finished_run, "--video", real / "clips", real / "msvd/YouTubeClips")
-    assert_error(done, "3 of 19 videos")
-    assert len(done.stdout.splitlines()) == 16
-    assert all(name in done.stderr for name in ("WrongFile.mp4", "audio_only.mp4", "empty.mp4"))
-
-
 @pytest.mark.parametrize("words, message", [
     ("--video VIDEO --split val", "--split and --data: expected without --video"), ("--window 2", "--window"),
     ("--video VIDEO --data DATA", "--data: expected without"), ("--show x.png", "--show and --window: expected"),

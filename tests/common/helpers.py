@@ -1,7 +1,5 @@
-"""Helpers for tests: errors of one line, and code in a process of its own."""
+"""Helpers for tests: errors of one line."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +20,3 @@ def refused(*words: str) -> Iterator[None]:
     assert text.isprintable(), text
     for word in words:
         assert word in text, f"expected {word!r} in: {text}"
-
-
-def run_python(code: str, *arguments: str | Path) -> str:
-    """Runs code in a new interpreter, for measuring its memory or limiting it; returns its output."""
-    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    return result.stdout

@@ -21,7 +21,6 @@ from tokenizers.normalizers import Prepend, Replace
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.smolvlm import processing_smolvlm
 
-from models.bpe import BPETokenizer
 from models.llava import LLaVA, OneVision
 from models.mllm import MLLM, MLLMConfig
 from models.smolvlm import NUMBERS, Idefics3, SmolVLM
@@ -96,26 +95,12 @@ def test_the_other_prompts(frames):
 # -------------------------------------------------------------------------------------------- ids
 
 
-@pytest.fixture(scope="module")
-def smolvlm2(real) -> BPETokenizer:
-    return load_bpe(real / "tokenizers" / "smolvlm2" / "tokenizer.json", None)
-
-
-@pytest.fixture(scope="module")
-def qwen(real) -> BPETokenizer:
-    return load_bpe(real / "tokenizers" / "qwen2.5" / "tokenizer.json", None)
-
-
-@pytest.fixture(scope="module")
-def tiny_lm() -> SentencePieceTokenizer:
-    return load_tokenizer(ROOT / "backbones" / "tiny-lm")
-
-
-def test_ids_of_smolvlm2_equal_those_of_the_whole_text(real, smolvlm2, monkeypatch):
+def test_ids_of_smolvlm2_equal_those_of_the_whole_text(real, monkeypatch):
     """The real tokenizer, in the tokenizers package, on the text of [1]: the image token is where frames come."""
-    theirs = tokenizers.Tokenizer.from_file(str(real / "tokenizers" / "smolvlm2" / "tokenizer.json"))
+    path = real / "tokenizers" / "smolvlm2" / "tokenizer.json"
+    theirs = tokenizers.Tokenizer.from_file(str(path))
     expected = theirs.encode(smolvlm_text(8, monkeypatch), add_special_tokens=False).ids
-    ids = make(SmolVLM, "llama").prompt(smolvlm2, 8, TEXT)
+    ids = make(SmolVLM, "llama").prompt(load_bpe(path, None), 8, TEXT)
     assert len(ids) == 9 and ids[0][0] == 1
     found = ids[0]
     for text in ids[1:]:
@@ -145,9 +130,10 @@ def test_ids_of_llava_equal_those_of_the_whole_text():
     assert ours.bos_id() == 1 and len(between) == 2
 
 
-def test_prompts_that_cannot_be_encoded_are_refused(tiny_lm, smolvlm2, qwen):
+def test_prompts_that_cannot_be_encoded_are_refused(real):
+    smolvlm2, qwen = (load_bpe(real / f"tokenizers/{name}/tokenizer.json", None) for name in ("smolvlm2", "qwen2.5"))
     with refused("tokenizer", "<|im_start|>"):
-        make(SmolVLM, "llama").prompt(tiny_lm, 2, TEXT)
+        make(SmolVLM, "llama").prompt(load_tokenizer(ROOT / "backbones" / "tiny-lm"), 2, TEXT)
     with refused("tokenizer", "<fake_token_around_image>"):
         make(Idefics3, "llama").prompt(qwen, 2, TEXT)
     with refused("tokenizer", "byte-level", "tokenizer.model"):

@@ -206,17 +206,10 @@ def test_another_model_is_refused(models, tmp_path, part, fields):
 # ------------------------------------------------------------------------------------ the captioner
 
 
-class Words:
-    """The part of a tokenizer that a captioner uses."""
-
-    def encode(self, text: str) -> list[int]:
-        return [3 + ord(letter) % 90 for letter in text]
-
-
 def captioner(models, texts: list[list[int]] | None = None, **fields) -> Captioner:
     backbone = copy.copy(models[1])
     backbone.prompt = lambda _tokenizer, frames, _instruction, times=None: texts or [[5]] * (frames + 1)
-    return Captioner(backbone, Words(), Config(**dict(queries=5, rank=8, frames=4, last_blocks=2) | fields))
+    return Captioner(backbone, tiny.Letters(), Config(**dict(queries=5, rank=8, frames=4, last_blocks=2) | fields))
 
 
 def test_queries_read_pairs_of_frames(models):

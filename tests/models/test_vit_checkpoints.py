@@ -65,14 +65,11 @@ def test_a_public_config_has_the_published_number_of_parameters(tmp_path, name):
 def test_missing_fields_have_the_defaults_of_transformers(family):
     ours, theirs = parse_vit_config({}, family.split("_")[0], "config.json"), transformers.AutoConfig.for_model(family)
     sizes = (ours["image_size"], ours["patch_size"], ours["width"], ours["depth"], ours["heads"])
-    assert sizes == (theirs.image_size, theirs.patch_size, *theirs_of(theirs))
+    expected = theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads
+    assert sizes == (theirs.image_size, theirs.patch_size, *expected)
     assert (ours["activation"], ours["norm_eps"]) == (theirs.hidden_act, theirs.layer_norm_eps)
     mlp_width = theirs.mlp_ratio * theirs.hidden_size if family == "dinov2" else theirs.intermediate_size
     assert ours["mlp_width"] == mlp_width
-
-
-def theirs_of(config) -> tuple[int, int, int]:
-    return config.hidden_size, config.num_hidden_layers, config.num_attention_heads
 
 
 # --------------------------------------------------------------------------------- strict loading

@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.errors import InputError
 from models.weights import WEIGHT_FILE_NAMES, copy_strict, read_tensors, weight_files
-from tests.common.helpers import refused, run_python
+from tests.common.helpers import refused
 from tests.models.helpers import assert_bit_equal
+from tests.scripts import run_python
 
 INDEX = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}
 KINDS = ["model.safetensors", "zip.pth", "old.bin", *INDEX.values()]
@@ -302,4 +303,6 @@ def test_files_are_memory_mapped(tmp_path):
     """42 MB of tensors, all of them used, take less than 4 MB beside the pages of their files."""
     tensors = {f"{i}.weight": torch.full((1024, 1024), float(i)) for i in range(10)}
     paths = [write(tmp_path / name, tensors) for name in ("one.safetensors", "zip.bin", INDEX["safetensors"])]
-    assert all(int(kilobytes) < 4000 for kilobytes in run_python(MEASURE, *paths).split())
+    done = run_python("-c", MEASURE, *paths)
+    assert done.returncode == 0, done.stderr
+    assert all(int(kilobytes) < 4000 for kilobytes in done.stdout.split())

@@ -44,44 +44,29 @@ def test_the_parts_of_patches_are_those_that_the_renderer_draws(size, edge, tmp_
     assert counts == {1, 2}
 
 
-def test_shares_of_attention_that_is_put_on_known_patches():
-    """2 frames of a class token and 4 patches; shape 1 covers patch 1 of frame 0 by half, shape 2 all of patch 3 of
-    frame 1. Query 0: a head on each; query 1: 0.2 on a class token, 0.6 on shape 1's patch, 0.2 beside."""
-    parts, weights = torch.zeros(1, 2, 2, 4), torch.zeros(1, 1, 2, 2, 2, 5)
-    parts[0, 0, 0, 1], parts[0, 1, 1, 3] = 0.5, 1
-    weights[0, 0, 0, 0, 0, 2] = weights[0, 0, 1, 0, 1, 4] = 1
-    weights[0, 0, :, 1, 1, 0], weights[0, 0, :, 1, 0, 2], weights[0, 0, :, 1, 1, 1] = 0.2, 0.6, 0.2
-    expected = torch.tensor([[0.25, 0.5], [0.375, 0]])  # (N, 2): 0.6 / 0.8 / 2 = 0.375
-    torch.testing.assert_close(attention.attention_to_shapes(weights, parts)[0, 0], expected, rtol=0, atol=1e-6)
-
-
-def test_purity_by_hand():
-    """Query 0: 0.3 and 0.1, query 1: 0 and 0.1, so (0.3 + 0.1) / 0.5; alike is 0.5; a query that looks at no shape has
-    no weight. Tolerance 1e-6."""
-    on_shapes = torch.tensor([[[0.3, 0.1], [0, 0.1]], [[0.2, 0.2], [0.1, 0.1]], [[0, 0], [0.6, 0.2]]])
-    torch.testing.assert_close(attention.purity(on_shapes), torch.tensor([0.8, 0.5, 0.75]), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("fields", [{}, {"gate": "none"}, {"variant": "gate-channel"}], ids=str)
 def test_what_is_measured_of_each_block(fields):
     """A tiny random captioner, seed 0, 3 clips, random parts. References: of g A and Q `naive_gated_cross_attention`,
     clip by clip; of the rest loops over the weights of `record_attention`. Tolerance 1e-4."""
     captioner = tiny.randomized("no write-back", **fields).eval()
     frames, parts = tiny.clips(3, tiny.T, seed=1), torch.rand(3, 2, tiny.T, 16, generator=torch.manual_seed(2))
-    tokens, on_shapes, by_gate, _, read, query, gates = attention.measure(captioner, frames, parts)
+    tokens, on_shapes, by_gate, pure, read, query, gates = attention.measure(captioner, frames, parts)
     maps, adapter = record_attention(captioner, frames), captioner.adapter
     with torch.no_grad():
         outputs = captioner.block_outputs(frames)  # (B, T, J, P, D)
     for j, i in np.ndindex(tiny.DEPTH, 3):
-        shares, counts = [], []
+        shares, larger, counts = [], [], []
         for n in range(tiny.N):
             weights = maps.weights[j, i, :, n].double().numpy()  # (h, T, P)
             counts += [np.exp(-sum(w * np.log(w) for w in head.flatten())) for head in weights]
             mean = weights.mean(0)[:, 1:]
-            shares.append((mean * parts[i].sum(0).numpy()).sum() / mean.sum())
+            of_each = [(mean * part.numpy()).sum() / mean.sum() for part in parts[i]]
+            shares.append(sum(of_each))
+            larger.append(max(of_each))
         g = maps.gates[j, i].numpy()
-        found = [tokens[j, i], on_shapes[j, i], by_gate[j, i]]
-        np.testing.assert_allclose(found, [np.mean(counts), np.mean(shares), np.average(shares, weights=g)], rtol=1e-4)
+        found = [tokens[j, i], on_shapes[j, i], by_gate[j, i], pure[j, i]]
+        expected = [np.mean(counts), np.mean(shares), np.average(shares, weights=g), sum(larger) / sum(shares)]
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
         assert (gates[j, i].numpy() == g).all() and (fields.get("gate") != "none" or (g == 1).all())
     if not fields:
         for i in range(3):

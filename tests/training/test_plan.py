@@ -102,18 +102,15 @@ def test_a_disk_without_space_is_an_error_before_the_first_clip_is_decoded(datas
 # ------------------------------------------------------------------------- the models of the presets
 
 
-@pytest.mark.parametrize("dataset_name, device, name, count, gflop, features", [
+@pytest.mark.parametrize("dataset_name, device, name, gflop, features", [
     # Of a frame: 24 P D^2 + 4 P^2 D per block of P tokens, 2 P 3 p^2 D for the patches; the last three blocks' outputs.
-    ("msvd", CPU, "smolvlm2-256m", 256_484_928, 213.8, 3 * 1024 * 768 * 2),
-    ("msrvtt", torch.device("cuda"), "internvl3.5-1b", 1_060_897_792, 723.6, 3 * 1025 * 1024 * 2)])
-def test_the_default_models_fit_at_their_presets(tmp_path, dataset, dataset_name, device, name, count,
-                                                 gflop, features):
-    """References: the size of the published file; FLOP and features by hand; 16 GB of memory, or 24 GB of a GPU, with
-    the longest captions."""
+    ("msvd", CPU, "smolvlm2-256m", 213.8, 3 * 1024 * 768 * 2),
+    ("msrvtt", torch.device("cuda"), "internvl3.5-1b", 723.6, 3 * 1025 * 1024 * 2)])
+def test_the_default_models_fit_at_their_presets(tmp_path, dataset, dataset_name, device, name, gflop, features):
+    """FLOP and features by hand; 16 GB of memory, or 24 GB of a GPU, with the longest captions."""
     make_folder(tmp_path, name)
     config = parse_args(["--dataset", dataset_name, "--data", str(tmp_path)])
     mllm = MLLM.from_config(tmp_path).to(torch.bfloat16)
-    assert sum(parameter.numel() for parameter in mllm.parameters()) == count
     mllm.prompt = prompt_of_letters
     with torch.device("meta"):
         captioner = Captioner(mllm, Letters(), config)
