@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import train
 from backbones import pretrain
 from common import cli
+from common.errors import InputError
 from common.files import read_json, write_json
 from models.safetensors import read_safetensors, write_safetensors
 
@@ -113,6 +115,14 @@ def run_forked(script, *words, environments: Sequence[dict] = ({},)) -> subproce
             file.seek(0)
             texts.append(file.read().decode())
     return subprocess.CompletedProcess([script.__name__, *words], next(filter(None, codes), 0), *texts)
+
+
+def refuse(script, words: Sequence, message: str) -> None:
+    """Runs a script in this process, where `cli.run` would turn its InputError into exit code 2."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=message) as error:
+        patch.setattr(sys, "argv", [script.__name__, *map(str, words)])
+        script.main()
+    assert str(error.value).isprintable()
 
 
 def succeed(script, *words) -> str:

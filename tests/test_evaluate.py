@@ -17,11 +17,11 @@ import torch
 
 import evaluate
 from common.config import INSTRUCTION
-from common.errors import InputError, printable
+from common.errors import printable
 from models.generation import generate
 from models.mllm import MLLM
 from models.tokenizer import load_tokenizer
-from tests.scripts import ENVIRONMENT, ROOT, assert_error, run_forked, run_python, succeed
+from tests.scripts import ENVIRONMENT, ROOT, assert_error, refuse, run_forked, run_python, succeed
 from training import devices
 from video_data.video import read_frames
 from video_data.windows import iter_windows
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def videos(flags) -> list[Path]:
+def videos(finished_run, flags) -> list[Path]:
     return sorted((Path(flags[-1]) / "test").glob("*.mp4"))
 
 
@@ -40,14 +40,6 @@ def load(run: Path) -> evaluate.Captioner:
 
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def refused(monkeypatch, words, message: str) -> None:
-    """In this process, where `cli.run` would turn the InputError into exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-    with pytest.raises(InputError, match=message) as error:
-        evaluate.main()
-    assert str(error.value).isprintable()
 
 
 def start(*words) -> subprocess.Popen:
@@ -68,7 +60,7 @@ def test_frames_and_beams_reach_the_captioner(finished_run, videos, tmp_path):
     assert all(json.dumps(caption)[1:-1] in page for caption in found.values())
 
 
-def test_without_a_run_an_mllm_captions_as_it_is(videos, tmp_path, monkeypatch):
+def test_without_a_run_an_mllm_captions_as_it_is(videos, tmp_path):
     """Reference: generation after the model's own prompt, 8 frames, 5 beams. Without both flags a run is expected."""
     folder, words = ROOT / "backbones/tiny-mllm", ["--device", "cpu", "--video", videos[0]]
     succeed(evaluate, "--mllm", folder, *words, "--save", tmp_path / "c.jsonl")
@@ -79,8 +71,8 @@ def test_without_a_run_an_mllm_captions_as_it_is(videos, tmp_path, monkeypatch):
     texts = [torch.tensor(ids, dtype=torch.long) for ids in mllm.prompt(tokenizer, 8, INSTRUCTION)]
     ids = generate(mllm.lm, mllm.merge(texts, list(tokens[:, None])), beams=5, max_new_tokens=30)
     assert read_rows(tmp_path / "c.jsonl") == [{"video": str(videos[0]), "caption": tokenizer.decode(ids)[0]}]
-    refused(monkeypatch, words, "RUN: expected first")
-    refused(monkeypatch, ["--mllm", folder, *words, "--report", tmp_path / "p.html"], "--report: expected a RUN")
+    refuse(evaluate, words, "RUN: expected first")
+    refuse(evaluate, ["--mllm", folder, *words, "--report", tmp_path / "p.html"], "--report: expected a RUN")
 
 
 def test_videos_good_and_bad(finished_run, videos, tmp_path):
@@ -176,7 +168,7 @@ def test_a_saved_file_stays_where_nothing_is_captioned(finished_run, tmp_path, m
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     for videos in (tmp_path / "empty", "-"):
-        refused(monkeypatch, [finished_run, "--video", videos, "--save", tmp_path / "c.json"], "found none")
+        refuse(evaluate, [finished_run, "--video", videos, "--save", tmp_path / "c.json"], "found none")
         assert (tmp_path / "c.json").read_text() == "old"
 
 
@@ -204,16 +196,16 @@ def test_paths_may_have_any_name(tmp_path, monkeypatch):
     ("--save TMP/gone/p.json", "gone/p.json: expected a file that is not read"), ("--data TMP/typo", "--data .*typo"),
     ("--split tset", "--split"), ("--vit TMP/gone", "gone: expected a folder"), ("--mllm TMP", "--mllm"),
 ])
-def test_what_does_not_fit_is_refused(words, message, finished_run, flags, videos, tmp_path, monkeypatch):
+def test_what_does_not_fit_is_refused(words, message, finished_run, flags, videos, tmp_path):
     for name, value in (("VIDEO", videos[0]), ("DATA", flags[-1]), ("TMP", tmp_path)):
         words = words.replace(name, str(value))
-    refused(monkeypatch, [finished_run, *words.split()], message)
+    refuse(evaluate, [finished_run, *words.split()], message)
 
 
 @pytest.mark.parametrize("name", ["config.json", "log.jsonl", "best/adapter.safetensors", "best", "data/captions.json",
                                   "lm/model.safetensors", "video", "link", "hard link"])
 @pytest.mark.parametrize("flag", ["--save", "--report", "--show"])
-def test_an_output_replaces_no_input(flag, name, finished_run, flags, backbones, videos, tmp_path, monkeypatch):
+def test_an_output_replaces_no_input(flag, name, finished_run, flags, backbones, videos, tmp_path):
     """Files of the run, of the dataset, of the frozen models, and the videos, also under another name."""
     (tmp_path / "video.mp4").write_bytes(videos[0].read_bytes())
     (tmp_path / "link.mp4").symlink_to(tmp_path / "video.mp4")
@@ -225,5 +217,5 @@ def test_an_output_replaces_no_input(flag, name, finished_run, flags, backbones,
     words = [] if name.startswith("data") and flag != "--show" else ["--video", tmp_path / "video.mp4"]
     if name.startswith("data") and words:
         pytest.skip("a dataset is not read with --video")
-    refused(monkeypatch, [finished_run, *words, flag, path], f"{flag} {path}: ")
+    refuse(evaluate, [finished_run, *words, flag, path], f"{flag} {path}: ")
     assert before == (path.read_bytes() if path.is_file() else None)

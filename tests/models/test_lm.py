@@ -35,19 +35,7 @@ GEMMA = {name: value for name, value in LLAMA.items() if name != "hidden_act"} |
 }""")
 LLAMA3_WITHOUT_LENGTH = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 = LLAMA3_WITHOUT_LENGTH | {"original_max_position_embeddings": 32}
-LINEAR = {"rope_type": "linear", "factor": 2.5}
 SLIDING, FULL = "sliding_attention", "full_attention"
-
-
-def new_spelling(config: dict, **rope) -> dict:
-    """The config as transformers 5 writes it, with these rope_parameters."""
-    old_fields = ("rope_theta", "rope_local_base_freq", "sliding_window_pattern")
-    return {name: value for name, value in config.items() if name not in old_fields} | {"rope_parameters": rope}
-
-
-def gemma_rope(full: dict) -> dict:
-    local = {"rope_type": "default", "rope_theta": 30.0}
-    return {FULL: {"rope_theta": 3000.0} | full, SLIDING: local}
 
 
 CASES = {
@@ -57,9 +45,7 @@ CASES = {
     "llama, narrow heads, large epsilon": LLAMA | {"hidden_size": 48, "head_dim": 6, "rms_norm_eps": 0.5},
     "llama, biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.5}},
-    "linear, new": new_spelling(LLAMA, **LINEAR, rope_theta=1000.0, partial_rotary_factor=1.0),
     "llama3": LLAMA | {"rope_scaling": LLAMA3},
-    "llama3, new": new_spelling(LLAMA, rope_theta=700.0, **LLAMA3),
     "llama3, length outside": LLAMA | {"original_max_position_embeddings": 16, "rope_scaling": LLAMA3},
     "llama3, length missing": LLAMA | {"rope_scaling": LLAMA3_WITHOUT_LENGTH},
     "mistral": MISTRAL,
@@ -67,15 +53,12 @@ CASES = {
     "mistral, default window": {name: value for name, value in MISTRAL.items() if name != "sliding_window"},
     "qwen2": QWEN2,
     "qwen2, tied": QWEN2 | {"tie_word_embeddings": True, "num_key_value_heads": 1, "use_sliding_window": False},
-    "qwen2, new": new_spelling(QWEN2, **LINEAR, rope_theta=700.0),
     "qwen3": QWEN3,
     "qwen3, tied": QWEN3 | {"tie_word_embeddings": True, "hidden_size": 20, "rms_norm_eps": 0.5},
     "qwen3, biases": QWEN3 | {"attention_bias": True, "layer_types": [FULL, FULL]},
     "gemma": GEMMA,
     "gemma, layer_types": GEMMA | {"layer_types": [FULL, SLIDING, SLIDING]},
-    "gemma, new": new_spelling(GEMMA | {"layer_types": [SLIDING, FULL, SLIDING]}, **gemma_rope({})),
     "gemma, linear": GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-    "gemma, linear, new": new_spelling(GEMMA | {"layer_types": [SLIDING, FULL, FULL]}, **gemma_rope(LINEAR)),
     "gemma, biases": GEMMA | {"attention_bias": True, "num_key_value_heads": 4},
 }
 FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "gemma": GEMMA}

@@ -86,19 +86,6 @@ def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dat
                                             {}, CPU)
 
 
-def test_a_disk_without_space_is_an_error_before_the_first_clip_is_decoded(dataset, backbones, tmp_path, monkeypatch):
-    """One byte less than all frames and features need, then just as much."""
-    config = make_config(dataset, tmp_path / "shapes", cache_features=True)
-    captioner, usage = make_captioner(backbones, config), type(shutil.disk_usage("."))
-    needed = sum(cache_sizes(plan_caches(config, dataset, captioner, {})).values())
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
-    with pytest.raises(InputError, match=r"needs 316\.7 kB, the disk of .* has 316\.7 kB free"):
-        cached_inputs(config, dataset, captioner, {}, CPU)
-    assert not [path for path in (tmp_path / "shapes/.cache").rglob("*") if path.is_file()]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
-    cached_inputs(config, dataset, captioner, {}, CPU)
-
-
 # ------------------------------------------------------------------------- the models of the presets
 
 

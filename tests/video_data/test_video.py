@@ -142,45 +142,32 @@ def test_unneeded_frames_are_not_decoded(tmp_path):
         assert video.skip_to_frames(*opened, video.sample_positions(5)) is not None
 
 
-@pytest.mark.parametrize("name", ["h264.avi", "mpeg4.avi", "h264.mkv"])
-def test_b_frames_come_in_order_of_display(tmp_path, name):
-    """AVI has no display times. FFmpeg invents times that step back; sorting frames by them would swap frames."""
-    codec = {"h264": "libx264", "mpeg4": "mpeg4"}[name.split(".")[0]]
-    path = write_video(tmp_path / name, list(range(20)), codec=codec, options={"bf": "2"})
-    assert frame_indices(video.read_frames(path, 20, 32)) == list(range(20))
-
-
-TIMES = {"none.h264": (EVEN, EVEN), "same.mkv": ([7] * 20, EVEN), "twice.mkv": ([t // 8 * 8 for t in EVEN], None)}
-
-
-@pytest.mark.parametrize("name", TIMES)
-def test_times_that_are_missing_or_repeated(tmp_path, name):
-    """No times, or the same for all frames: evenly spaced. Of two frames with one time, the later is displayed."""
-    times, effective = TIMES[name]
-    path = write_video(tmp_path / name, times, codec="libx264", options={"bf": "0"})
-    assert frame_indices(video.read_frames(path, 8, 32)) == displayed(effective or times, 8)
-
-
-FORMATS = {
-    "full.mp4": dict(codec="libx264", full_range=True),
-    "ten.mp4": dict(codec="libx264", pix_fmt="yuv420p10le"),
-    "alpha.mov": dict(codec="qtrle", pix_fmt="argb"),
-    "fields.avi": dict(options={"flags": "+ildct+ilme"}),
-    "gray.mkv": dict(codec="ffv1", pix_fmt="gray"),
-    "1.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=1, height=1),
-    "long.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=2000, height=4),
-    "high.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=4, height=2000),
-    "take:1.mp4": {},
+H264, H264_B = (dict(codec="libx264", options={"bf": count}) for count in "02")
+FILES = {  # name: the times in the file, those of display if they are others, how it is written
+    # AVI has no display times. FFmpeg invents times that step back; sorting frames by them would swap frames.
+    "h264.avi": (range(20), None, H264_B), "h264.mkv": (range(20), None, H264_B),
+    "mpeg4.avi": (range(20), None, {"options": {"bf": "2"}}),
+    # No times, or the same for all frames: evenly spaced. Of two frames with one time, the later is displayed.
+    "none.h264": (EVEN, None, H264), "same.mkv": ([7] * 20, EVEN, H264),
+    "twice.mkv": ([t // 8 * 8 for t in EVEN], None, H264),
+    # Full range, 10 bits, alpha, interlaced, grey, odd and extreme sizes, a colon in the name.
+    **{name: (EVEN[:8], None, options) for name, options in {
+        "full.mp4": dict(codec="libx264", full_range=True), "ten.mp4": dict(codec="libx264", pix_fmt="yuv420p10le"),
+        "alpha.mov": dict(codec="qtrle", pix_fmt="argb"), "gray.mkv": dict(codec="ffv1", pix_fmt="gray"),
+        "fields.avi": dict(options={"flags": "+ildct+ilme"}), "take:1.mp4": {},
+        "1.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=1, height=1),
+        "long.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=2000, height=4),
+        "high.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=4, height=2000)}.items()},
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_all_pixel_formats_give_the_right_grey(tmp_path, monkeypatch, name):
-    """Full range, 10 bits, alpha, interlaced, grey, odd and extreme sizes, a colon in the name."""
-    times = EVEN[:8]
+@pytest.mark.parametrize("name", FILES)
+def test_all_kinds_of_files_give_the_frames_that_are_displayed(tmp_path, monkeypatch, name):
+    times, effective, options = FILES[name]
     monkeypatch.chdir(tmp_path)
-    write_video(tmp_path / name, times, **FORMATS[name])
-    assert frame_indices(video.read_frames(Path(name), 4, 32)) == displayed(times, 4)
+    write_video(tmp_path / name, times, **options)
+    for count in (4, len(times)):
+        assert frame_indices(video.read_frames(Path(name), count, 32)) == displayed(effective or times, count)
 
 
 def test_a_size_that_changes_within_the_video(tmp_path):
