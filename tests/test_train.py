@@ -4,7 +4,6 @@ References: other runs of the same seed, bit for bit (one thread); the files the
 processes do, is in tests/reference.
 """
 
-import json
 import os
 import resource
 import shlex
@@ -165,20 +164,10 @@ def test_without_training_an_mllm_is_what_another_run_starts_from(mllm_run, flag
     assert [row["step"] for row in read_log(tmp_path / "none")] == [0, 0]
 
 
-def test_clips_of_your_own_are_trained_on(flags, tmp_path):
-    """A folder with captions.json; the differences of the dataset are said and stored. `--data` may move."""
-    folder, clips = tmp_path / "data", sorted((flags[-1] / "train").glob("*.mp4"))
-    captions = json.loads((flags[-1] / "captions.json").read_text())
-    captions = {name: value for group in captions.values() for name, value in group.items()}
-    splits = {"train": clips[:4], "val": clips[4:6], "test": clips[6:8]}
-    for split, paths in splits.items():
-        (folder / split).mkdir(parents=True)
-        for path in paths:
-            shutil.copy2(path, folder / split)
-    write_json(folder / "captions.json", {split: {f"{split}/{path.name}": captions[f"train/{path.name}"]
-                                                  for path in paths} for split, paths in splits.items()})
-    succeed(train, *flags, "--dataset", "folder", "--data", folder, "--batch-size", 2, "--epochs", 1, "--out",
-                      tmp_path / "run")
+def test_clips_of_your_own_are_trained_on(finished_run, flags, tmp_path):
+    """A folder with captions.json. `--data` may move."""
+    folder = shutil.copytree(flags[-1], tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
+    succeed(train, *flags, "--dataset", "folder", "--data", folder, "--epochs", 1, "--out", tmp_path / "run")
     folder.rename(tmp_path / "moved")
     assert_error(run_forked(evaluate, tmp_path / "run"), "--data", "expected the folder of the dataset")
     words = ["--resume", tmp_path / "run", "--data", tmp_path / "moved", "--epochs", 2]
@@ -256,20 +245,14 @@ def test_default_models_and_pinned_commits(monkeypatch):
     clip = "openai/clip-vit-base-patch16"
     for device, lm, mllm in ((CPU, "JackFram/llama-160m", "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"),
                              (torch.device("cuda"), frozen_models.TINYLLAMA, "OpenGVLab/InternVL3_5-1B-HF")):
-
-        def models(*words: str, device: torch.device = device) -> tuple:
-            config = frozen_models.with_default_models(parse_args(["--dataset", *words]), device)
-            return config.mllm, config.vit, config.lm
-
-        for dataset in ("msvd", "msrvtt"):
-            assert models(dataset) == models(dataset, "--visual", "frames", "--write-back") == (mllm, None, None)
-            assert models(dataset, "--mllm", "m") == ("m", None, None)
-            assert models(dataset, "--vit", "v") == (None, "v", lm)
-            assert models(dataset, "--lm", "l") == (None, clip, "l")
-            for flag, value in (("--image-size", "336"), ("--vit-blocks", "9")):
-                assert models(dataset, flag, value) == (None, clip, lm)
-        assert models("folder") == (None, clip, lm)
-        assert models("shapes") == (None, "backbones/tiny-vit", "backbones/tiny-lm")
+        of_video = {"": (mllm, None, None), "--visual frames --write-back": (mllm, None, None),
+                    "--mllm m": ("m", None, None), "--vit v": (None, "v", lm), "--lm l": (None, clip, "l"),
+                    "--image-size 336": (None, clip, lm), "--vit-blocks 9": (None, clip, lm)}
+        expected = {f"{dataset} {words}": names for dataset in ("msvd", "msrvtt") for words, names in of_video.items()}
+        expected |= {"folder": (None, clip, lm), "shapes": (None, "backbones/tiny-vit", "backbones/tiny-lm")}
+        for words, names in expected.items():
+            config = frozen_models.with_default_models(parse_args(["--dataset", *words.split()]), device)
+            assert (config.mllm, config.vit, config.lm) == names, words
     config = frozen_models.with_default_models(Config(dataset="folder"), device)
     checks = {}
     monkeypatch.setattr(hub, "resolve", lambda name, check: checks.update({name: check}) or Path("/cache") / name)

@@ -22,13 +22,12 @@ from transformers.models.internvl.video_processing_internvl import InternVLVideo
 import evaluate
 import train
 from common.files import read_json
-from common.preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from common.preprocessing import HALF, Preprocessing
 from models.generation import generate
 from models.internvl import InternVL
 from models.mllm import MLLM, MLLMConfig
 from models.tokenizer import load_bpe
 from tests import tiny
-from tests.common.helpers import refused
 from tests.models.helpers import change_json, write_weights
 from tests.models.test_bpe import make_tokenizer_json
 from tests.models.test_mllm import CASES, DYNAMIC, IMAGE, QWEN3, assert_same, internvl, save_model
@@ -146,12 +145,8 @@ def test_the_file_decides_whether_the_head_is_tied(tmp_path):
 
 
 def test_preprocessing_is_that_of_videos_if_there_is_one(tmp_path):
-    """[1]: a file for videos or a part of processor_config.json, else the file about images; by default CLIP's mean."""
-    usual = Preprocessing(448, 448, True, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
+    """[1]: of a file for videos or a part of processor_config.json, else of the file about images."""
     image = make_folder(tmp_path, INTERNVL)
-    assert MLLM.from_config(tmp_path).vit.preprocessing == usual
-    image.write_text(json.dumps({"size": OF_INTERNVL["size"]}))
-    assert MLLM.from_config(tmp_path).vit.preprocessing == Preprocessing(448, 448, True, "bicubic", CLIP_MEAN, CLIP_STD)
     video = OF_INTERNVL | {"image_mean": HALF, "image_std": HALF}
     expected = Preprocessing(448, 448, True, "bicubic", HALF, HALF)
     change_json(tmp_path / "video_preprocessor_config.json", **video)
@@ -161,9 +156,6 @@ def test_preprocessing_is_that_of_videos_if_there_is_one(tmp_path):
     change_json(tmp_path / "processor_config.json", image_processor=OF_INTERNVL, video_processor=video)
     assert MLLM.from_config(tmp_path).vit.preprocessing == expected
     assert list(InternVLVideoProcessor.from_pretrained(tmp_path).image_mean) == list(HALF)
-    (tmp_path / "processor_config.json").unlink()
-    with refused("preprocessor_config.json", "found none"):
-        MLLM.from_config(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------- a run

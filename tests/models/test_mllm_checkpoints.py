@@ -247,6 +247,8 @@ PREPROCESSING = [  # those of published files and the defaults of transformers' 
     (ONEVISION, FILES[ONEVISION], Preprocessing(384, 384, True, "bicubic", HALF, HALF)),
     (ONEVISION, {"size": squash(384)["size"]}, Preprocessing(384, 384, True, "bicubic", CLIP_MEAN, CLIP_STD)),
     (SMOLVLM, OF_SMOLVLM, Preprocessing(512, 512, True, "lanczos", HALF, HALF, 512)),
+    (INTERNVL, OF_INTERNVL, Preprocessing(448, 448, True, "bicubic", IMAGENET_MEAN, IMAGENET_STD)),
+    (INTERNVL, {"size": OF_INTERNVL["size"]}, Preprocessing(448, 448, True, "bicubic", CLIP_MEAN, CLIP_STD)),
     (SMOLVLM, IMAGES_ONLY, Preprocessing(512, 512, True, "lanczos", HALF, HALF, 2048)),
 ]
 

@@ -4,9 +4,11 @@ References: results/; statistics by hand; the files of tiny runs; the captions o
 """
 
 import json
+import re
 import shlex
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +91,19 @@ def test_the_kept_run_is_whole():
 def test_the_page_and_the_figure_are_those_of_the_results():
     assert tables.PAGE.read_text() == tables.format_page()
     assert figure.FIGURE.read_text() == figure.draw_ablations()
+
+
+def test_the_figure_of_a_study_that_is_not_finished(monkeypatch):
+    """A row without runs is left out, and so is a table whose reference row has none; of one seed there is no error."""
+    content = {"tables": {name: {"title": f"Ablation: {name}", "reference": "a"} for name in ("x", "none")}}
+    values = {"x": {"a": [50, 50], "b": [44, 46], "c": [41], "d": []}, "none": {"a": [], "b": [1]}}
+    runs = {name: [SimpleNamespace(label=label, best_runs=group) for label, group in rows.items()]
+            for name, rows in values.items()}
+    for name, value in (("CONTENT", content), ("read_rows", runs.get), ("scores", lambda group, _: group)):
+        monkeypatch.setattr(tables, name, value)
+    drawn = figure.draw_ablations()
+    assert re.findall(">([^<]+)</text>", drawn)[-5:] == ["x, instead of a", "b", "-5.0 ± 1.0", "c", "-9.0"]
+    assert len(re.findall('z[^"]*H', drawn)) == 1 and "nan" not in drawn  # one bar
 
 
 def test_the_best_rate_of_seed_0_gets_the_other_seeds():
