@@ -195,11 +195,9 @@ def test_a_field_is_checked():
 
 
 @pytest.mark.parametrize("value, kind, expected", [
-    (True, int, "a whole number, found True"), (True, float, "a number, found True"),
-    (1.0, int, "a whole number, found 1.0"), ("1", int, "a whole number, found '1'"),
-    (1, bool, "true or false, found 1"),
-    (None, dict, "an object, found None"), ({}, list, "a list, found {}"), (math.nan, float, "a number, found nan"),
-    (10**400, float, "a number, found 1000"), ("x" * 10_000, float, "a number, found 'xxx"),
+    (True, int, "a whole number, found True"), (1.0, int, "a whole number, found 1.0"),
+    (math.nan, float, "a number, found nan"), (10**400, float, "a number, found 1000"),
+    ("x" * 10_000, float, "a number, found 'xxx"), (None, dict, "an object, found None"),
 ])
 def test_a_field_of_another_type_is_refused(value, kind, expected):
     with refused("m/config.json: field 'width'", expected):

@@ -8,7 +8,6 @@ Tensors must be equal to the bit. Every random choice has its seed in the test.
 
 import json
 import os
-import random
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.errors import InputError
 from models.weights import WEIGHT_FILE_NAMES, copy_strict, read_tensors, weight_files
-from tests.common.helpers import refused
+from tests.common.helpers import damaged, refused
 from tests.models.helpers import assert_bit_equal
 from tests.scripts import run_python
 
@@ -180,16 +179,6 @@ def test_indexes_with_shards_elsewhere_are_refused(tmp_path, shard):
     index.write_text(json.dumps({"weight_map": {"w": "part-0.bin", "v": shard}}))
     with refused(str(tmp_path / "m")):
         read_tensors(tmp_path / "m")
-
-
-def damaged(content: bytes, seed: int) -> bytes:
-    """Cut short, or bits flipped in the first kilobyte or anywhere."""
-    rng, content = random.Random(seed), bytearray(content)
-    if seed % 4 == 0:
-        return content[: rng.randrange(len(content))]
-    for _ in range(rng.choice([1, 2, 8, 40])):
-        content[rng.randrange(min(len(content), 1000) if seed % 2 else len(content))] ^= 1 << rng.randrange(8)
-    return content
 
 
 @pytest.mark.parametrize("kind", KINDS)

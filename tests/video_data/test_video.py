@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from common.errors import InputError
 from common.preprocessing import Preprocessing
-from tests.common.helpers import refused
+from tests.common.helpers import damaged, refused
 from video_data import video
 
 STEP = 12
@@ -234,11 +234,8 @@ def test_damaged_files_are_decoded_or_an_error(tmp_path, codec):
     original = write_video(tmp_path / "a.mp4", EVEN, codec=codec).read_bytes()
     path, results = tmp_path / "damaged.mp4", []
     for seed in range(60):
-        rng, start_time = np.random.default_rng(seed), time.monotonic()
-        data = bytearray(original[: rng.integers(1, len(original))] if seed % 2 else original)
-        for offset in rng.integers(0, len(data), rng.integers(1, 30)):
-            data[offset] = rng.integers(256)
-        path.write_bytes(bytes(data))
+        start_time = time.monotonic()
+        path.write_bytes(damaged(original, seed))
         try:
             results.append(video.read_frames(path, 8, 32).shape == (8, 3, 32, 32))
         except InputError as error:
