@@ -143,10 +143,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bits({"": a}) == bits({"": b})
 
 
-def record_block_outputs(vit: ViT, run) -> list[torch.Tensor]:
-    """The outputs of the ViT's blocks while `run()` runs."""
+def record_block_outputs(model: torch.nn.Module, run) -> list[torch.Tensor]:
+    """The outputs of a model's blocks while `run()` runs."""
     outputs: list[torch.Tensor] = []
-    hooks = [block.register_forward_hook(lambda _m, _i, output: outputs.append(output)) for block in vit.blocks]
+    hooks = [block.register_forward_hook(lambda _m, _i, output: outputs.append(output)) for block in model.blocks]
     run()
     for hook in hooks:
         hook.remove()

@@ -66,7 +66,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 every_family = pytest.mark.parametrize("case", FAMILIES)
 
 
-def make(folder: Path, config: dict, seed: int = 0, dtype: torch.dtype = torch.float32):
+def make(folder: Path, config: dict, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0):
     """Returns transformers' random model for a config.json, and writes it to the folder as published."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -77,7 +77,7 @@ def make(folder: Path, config: dict, seed: int = 0, dtype: torch.dtype = torch.f
     generator = torch.Generator().manual_seed(seed)
     mean = 0.0 if config["model_type"] == "gemma3_text" else 1.0  # Gemma's norms multiply by 1 + weight
     for name, parameter in theirs.named_parameters():
-        std = parameter.shape[1] ** -0.5 if parameter.ndim == 2 else 0.3
+        std = scale * parameter.shape[1] ** -0.5 if parameter.ndim == 2 else 0.3
         parameter.normal_(mean if "norm" in name else 0.0, std, generator=generator)
         parameter.copy_(parameter.to(dtype))  # not theirs.to(dtype), which would also round the rotary frequencies
     write_weights(folder, {name: tensor.to(dtype) for name, tensor in published_tensors(theirs).items()})
