@@ -306,7 +306,8 @@ def test_frames_become_the_pixels_of_transformers(tmp_path, name):
     elif name == "frames":  # transformers 5 lets `size` replace video_sampling.video_size
         del fields["size"]
     processor, generator = processor(**fields), torch.Generator().manual_seed(0)
-    for height, width in ((90, 200), (233, 101), (120, 121), (700, 520), (512, 512)):
+    extreme = [(2, 1100), (1100, 30)] if name == "frames" else []
+    for height, width in ((90, 200), (233, 101), (120, 121), (700, 520), (512, 512), *extreme):
         picture = torch.rand(1, 3, *((height, width) if noise else (5, 5)), generator=generator) * 200 + 20
         picture = F.interpolate(picture, (height, width), mode="bicubic").clamp(0, 255).byte()[0]
         frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")

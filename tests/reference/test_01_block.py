@@ -174,8 +174,8 @@ def test_channel_statistics_are_those_of_the_given_clips():
 
 @pytest.mark.parametrize("write_back", [False, True])
 def test_step_0_leaves_the_vit_bit_for_bit(write_back):
-    """Model seed 13: the outputs of the frozen ViT's blocks beside a new adapter, which reads just these (1e-5); without
-    write-back also beside a random one, and then nothing of the ViT requires gradients."""
+    """Model seed 13: the outputs of the frozen ViT's blocks beside a new adapter, which reads just these (1e-5);
+    without write-back also beside a random one, and then nothing of the ViT requires gradients."""
     vit, adapter, pixels = tiny_adapter(13, write_back=write_back)
     outputs = vit.block_outputs(pixels.flatten(0, 1), range(DEPTH)).unflatten(0, (2, 3))
     torch.testing.assert_close(run(vit, adapter, pixels), adapter.read_outputs(outputs), rtol=0, atol=1e-5)

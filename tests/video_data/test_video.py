@@ -267,20 +267,6 @@ def test_frames_are_resized_and_cropped_like_torchvision(preprocessing, shape):
     assert np.abs(found.transpose(2, 0, 1).astype(int) - expected.numpy().astype(int)).max() <= 4
 
 
-@pytest.mark.parametrize("shape", [(120, 200), (200, 121), (96, 96), (30, 300), (64, 48), (2, 200)])
-def test_frames_are_resized_twice_like_torchvision(shape):
-    """Noise (seed 0) against two steps of torchvision's LANCZOS, bit for bit. The first step makes the longer side 64
-    and the other one even. `test_mllm_checkpoints.py` compares with transformers' SmolVLMVideoProcessor."""
-    picture = torch.randint(256, (3, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    short_side = 64 * min(shape) // max(shape)
-    sides = [64 if side == max(shape) else max(short_side + short_side % 2, 1) for side in shape]
-    expected = resize(resize(picture, sides, InterpolationMode.LANCZOS), [48, 48], InterpolationMode.LANCZOS)
-    preprocessing = Preprocessing(48, 48, squash=True, interpolation="lanczos", longest_edge=64)
-    frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
-    found = video.frame_to_rgb(frame, preprocessing, video.VideoReformatter())
-    assert np.array_equal(found.transpose(2, 0, 1), expected.numpy())
-
-
 def plain_decode(path: Path) -> list[av.VideoFrame]:
     frames = []
     with av.open(str(path)) as container:
