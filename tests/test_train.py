@@ -100,9 +100,9 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished_run,
     assert not losses(tmp_path / "other").equal(losses(finished_run))
 
 
-def test_a_batch_is_processed_in_micro_batches(finished_run, flags, tmp_path):
+def test_a_batch_is_processed_in_micro_batches():
     """5 clips in micro-batches of 2: three passes. Reference: the sum of the passes' losses, by 10 tokens, and its
-    gradient; a loss of 3 w for each clip. A run: the losses of whole batches within 1e-5."""
+    gradient; a loss of 3 w for each clip. See tests/reference/test_07_processes.py for runs."""
     weight, parts = torch.nn.Parameter(torch.tensor(2.0)), []
 
     def loss(captioner, batch):
@@ -114,8 +114,6 @@ def test_a_batch_is_processed_in_micro_batches(finished_run, flags, tmp_path):
     assert train.accumulate_gradients(captioner, batch, loss, 10, 2) == 5 * 3 * 2 / 10
     assert parts == [(2, 2, [*"ab"]), (2, 2, [*"cd"]), (1, 1, [*"e"])] and weight.grad == 5 * 3 / 10
     assert train.accumulate_gradients(captioner, batch, loss, 10, None) == 3 and parts[3:] == [(5, 5, [*"abcde"])]
-    succeed(train, *flags, "--out", tmp_path / "r", "--micro-batch-size", 3)
-    torch.testing.assert_close(losses(tmp_path / "r"), losses(finished_run), rtol=0, atol=1e-5)
 
 
 def test_each_step_and_block_hides_other_tokens(flags, tmp_path, monkeypatch):
