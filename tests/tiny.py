@@ -151,3 +151,16 @@ def record_block_outputs(model: torch.nn.Module, run) -> list[torch.Tensor]:
     for hook in hooks:
         hook.remove()
     return outputs
+
+
+def changed_by_training(captioner: Captioner, weight_decay: float) -> set[str]:
+    """The parameters that three steps of AdamW change. It gets all of them, so only the absence of a gradient protects
+    those that are frozen."""
+    everything = dict(captioner.named_parameters())
+    before, optimizer = bits(everything), torch.optim.AdamW(captioner.parameters(), lr=1e-2, weight_decay=weight_decay)
+    for step in range(3):
+        optimizer.zero_grad()
+        (captioner(clips(2, T, 10 + step), LABELS) / 10).backward()
+        optimizer.step()
+    after = bits(everything)
+    return {key for key in before if before[key] != after[key]}
