@@ -231,11 +231,12 @@ def test_queries_read_pairs_of_frames(models):
 
 
 @pytest.mark.parametrize("indices", [[0], [0, 10], [0, 10, 30, 204, 215, 4000], [0, 37, 74, 110, 147, 184, 221]])
-def test_prompts_equal_the_processors(real, indices):
-    """Qwen 3's tokenizer, frames with these numbers at 20 per second: times are rounded as Python does, 0.25 to 0.2; of
-    an odd number of frames the last time counts twice; a single frame is an image. The template's <|video_pad|> is here
-    without the tokens around it, as transformers 4 replaced it; transformers 5 leaves a second pair of them."""
-    path, is_image = real / "tokenizers" / "qwen3" / "tokenizer.json", len(indices) == 1
+def test_prompts_equal_the_processors(tiny_qwen3_vl, indices):
+    """A tiny tokenizer of Qwen's kind, frames with these numbers at 20 per second: times are rounded as Python does,
+    0.25 to 0.2; of an odd number of frames the last time counts twice; a single frame is an image. The template's
+    <|video_pad|> is here without the tokens around it, as transformers 4 replaced it; transformers 5 leaves a second
+    pair of them."""
+    path, is_image = tiny_qwen3_vl / "tokenizer.json", len(indices) == 1
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
     pixels = np.zeros((len(indices), 64, 64, 3), np.uint8)
     visual = "<|vision_start|><|image_pad|><|vision_end|>" if is_image else "<|video_pad|>"
@@ -246,14 +247,15 @@ def test_prompts_equal_the_processors(real, indices):
     expected = processor(text=text, **{"images": pixels[0]} if is_image else videos)["input_ids"][0]
     layout = Qwen3VL(tiny.MLLMS["qwen3_vl"][1])
     ids = layout.prompt(load_bpe(path, None), len(indices), "Describe the video.", [*(i / 20 for i in indices), 200.05])
-    count, token = (sum(i in (151655, 151656) for i in expected) // (len(ids) - 1), 151655 if is_image else 151656)
+    token = theirs.convert_tokens_to_ids("<|image_pad|>" if is_image else "<|video_pad|>")
+    count = list(expected).count(token) // (len(ids) - 1)
     assert sum((text + [token] * count for text in ids[:-1]), []) + ids[-1] == list(expected)
 
 
 @pytest.fixture(scope="module")
 def tiny_qwen3_vl(tmp_path_factory) -> Path:
-    make(folder := tmp_path_factory.mktemp("qwen3_vl"), 408)
-    write_tokenizer(folder, "<|vision_start|>", "<|vision_end|>")
+    make(folder := tmp_path_factory.mktemp("qwen3_vl"), 410)
+    write_tokenizer(folder, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     return folder
 
 
