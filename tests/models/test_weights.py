@@ -134,18 +134,13 @@ def test_the_order_of_preference_in_a_folder(tmp_path):
 # ---------------------------------------------------------------------------------- refused files
 
 
-class Call:
-    """Unpickling it calls `function`."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
+class MakesAFolder:
     def __reduce__(self):
-        return self.call
+        return os.mkdir, ("ran",)
 
 
 PICKLES = {
-    "code": {"w": torch.ones(2), "x": Call(os.mkdir, "ran")},
+    "code": {"w": torch.ones(2), "x": MakesAFolder()},
     "a number beside a tensor": {"w": torch.ones(3), "epoch": 3},
     "numbers as names": {0: torch.ones(3)},
     "empty": {},

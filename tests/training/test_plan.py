@@ -55,11 +55,6 @@ def make_config(dataset: VideoDataset, folder: Path, **fields) -> Config:
     return Config(data=folder, frames=4, queries=4, rank=4, last_blocks=0, precision="fp32", batch_size=2, **fields)
 
 
-def cache_sizes(planned: dict) -> dict[str, int]:
-    """Bytes of frames and of features, of all splits."""
-    return {kind: sum(len(cache) * cache.clip_bytes for cache in group.values()) for kind, group in planned.items()}
-
-
 @pytest.mark.parametrize("cache_features", [False, True])
 def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dataset, backbones, tmp_path, capsys):
     """All sizes are said in one line before the first clip is decoded; with everything there nothing is said. Features
@@ -69,7 +64,7 @@ def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dat
     capsys.readouterr()
     caches = cached_inputs(config, dataset, captioner, {}, CPU)
     planned, said = plan_caches(config, dataset, captioner, {}), capsys.readouterr().out
-    sizes = cache_sizes(planned)
+    sizes = {kind: sum(len(cache) * cache.clip_bytes for cache in group.values()) for kind, group in planned.items()}
     texts = [f"{kind} {plan.format_bytes(size)}" for kind, size in sizes.items() if size]
     assert said.startswith(f"cache: {', '.join(texts)}, go into {tmp_path / 'shapes/.cache'}\n")
     stored = sum(path.stat().st_size for path in (tmp_path / "shapes/.cache").rglob("*") if path.is_file())
