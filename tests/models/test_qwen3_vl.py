@@ -35,6 +35,7 @@ from tests.common.helpers import refused
 from tests.models.helpers import CONFIGS, change_json, last_field
 from tests.models.test_internvl import check_run, write_tokenizer
 from tests.models.test_mllm import assert_same
+from tests.models.test_vit import randomize
 from tests.video_data.test_video import write_video
 
 WIDTH, PATCH, SIDE = 32, 32, 448  # 14 x 14 patches
@@ -49,16 +50,10 @@ VIDEO = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "patch_size"
 
 def make(folder: Path, vocab: int = 99, saved: bool = False) -> nn.Module:
     """Saves a random model with its config in the published form, or as `saved`; returns it."""
-    text = TEXT | {"vocab_size": vocab, "rope_parameters": ROPE | {"rope_theta": 1e4}, "initializer_range": 0.5}
+    text = TEXT | {"vocab_size": vocab, "rope_parameters": ROPE | {"rope_theta": 1e4}}
     config = Qwen3VLConfig(text_config=text, vision_config=VISION, image_token_id=96, video_token_id=97,
                            vision_start_token_id=94, vision_end_token_id=95, tie_word_embeddings=True)
-    torch.manual_seed(0)
-    theirs = Qwen3VLForConditionalGeneration(config).eval().requires_grad_(False)
-    for name, p in theirs.named_parameters():
-        if p.dim() == 1 or "pos_embed" in name:
-            p.normal_(float("norm" in name and name.endswith("weight")), 0.3)
-        elif "visual." in name:
-            p.normal_(0, 0.02 if "patch_embed" in name else 0.2)
+    theirs = randomize(Qwen3VLForConditionalGeneration(config), 0)
     theirs.save_pretrained(folder)
     change_json(folder / "video_preprocessor_config.json", **VIDEO)
     if saved:
