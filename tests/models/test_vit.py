@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 from torchvision.models import vision_transformer as torchvision_vit
-from transformers import AutoConfig, Dinov2Model
+from transformers import AutoConfig, AutoModel, Dinov2Model
 
 from common.errors import InputError
 from models.vit import ViT
@@ -43,15 +43,6 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-CLASSES = {
-    "clip": transformers.CLIPModel,
-    "clip_vision_model": transformers.CLIPVisionModel,
-    "siglip": transformers.SiglipModel,
-    "siglip_vision_model": transformers.SiglipVisionModel,
-    "dinov2": Dinov2Model,
-}
-
-
 def make_transformers(folder: Path, kind: str, seed: int = 0, **fields) -> nn.Module:
     """Saves a random model of model_type `kind` with `save_pretrained`; returns its vision model."""
     fields = VISION | fields
@@ -59,7 +50,7 @@ def make_transformers(folder: Path, kind: str, seed: int = 0, **fields) -> nn.Mo
         del fields["intermediate_size"]
     elif "_" not in kind:
         fields = {"text_config": TEXT, "vision_config": fields}
-    model = CLASSES[kind](AutoConfig.for_model(kind, **fields))
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **fields))
     randomize(model, seed).save_pretrained(folder)
     if kind == "dinov2":
         (folder / "preprocessor_config.json").write_text(json.dumps(CROP_24))
