@@ -2,9 +2,11 @@
 
 Models go through real files. The standard deviation of their heads is large enough that some tokens are clearly more
 likely than others. EOS is a token that the model generates, so that texts end at many lengths; the tests count which
-situations occur. The cached search is also compared with the naive one beside it.
+situations occur. The cached search is also compared with the naive one beside it, and, if the environment variable
+QADAPTER_REAL names a folder of public files, greedy search with the output of the author's own program [2].
 
 [1] transformers, generation/utils.py (`_sample`, `_beam_search`)
+[2] run.c of https://github.com/karpathy/llama2.c, with its model stories260K
 """
 
 import random
@@ -13,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
@@ -137,6 +140,20 @@ def test_finished_texts_leave_the_batch(tmp_path):
         assert calls == [(16, 6)] + [(beams * sum(n > i for n in steps), 1) for i in range(1, max(steps))]
         calls.clear()
         assert generate(lm, prefix, beams, 0) == [[]] * 16 and generate(lm, prefix[:0], beams) == [] == calls
+
+
+# ------------------------------------------------------------------------------------ public files
+
+
+def test_stories260k_generates_the_story_of_its_author(real):
+    """200 greedy tokens after BOS: the text is equal to the output of [2]."""
+    folder = real / "stories260K"
+    lm = CausalLM.from_pretrained(folder)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    # [2] stops at BOS, not at EOS.
+    (ids,) = generate(lm, lm.embed(torch.tensor([[lm.config.bos_id]])), 1, 200, lm.config.bos_id)
+    assert len(ids) == 200
+    assert processor.decode(ids) == (folder / "expected_greedy_200.txt").read_text()
 
 
 # ---------------------------------------------------------------------------------------- errors
