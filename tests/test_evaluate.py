@@ -139,29 +139,6 @@ def test_sigterm_leaves_the_page_of_what_was_captioned(finished_run, videos, tmp
     assert 0 <= 2 + rest.count(b"\n") - shown <= 1  # the signal may come after a caption was printed
 
 
-def test_a_reader_that_has_gone_ends_the_program(finished_run, videos):
-    """As `| head -1` does."""
-    child = start(finished_run, "--video", *[videos[0]] * 2000)
-    child.stdout.readline()
-    child.stdout.close()
-    assert child.stderr.read() == b"" and child.wait() == 141
-
-
-def test_a_full_disk_is_one_line(finished_run, videos, tmp_path, monkeypatch):
-    """At the third row: those before it are there."""
-    write_row = evaluate.write_row
-
-    def write_two_rows(path, row, number):
-        if number > 2:
-            raise OSError(28, "No space left on device", str(path))
-        write_row(path, row, number)
-
-    monkeypatch.setattr(evaluate, "write_row", write_two_rows)
-    done = run_forked(evaluate, finished_run, "--video", *videos, "--save", tmp_path / "c.jsonl")
-    assert_error(done, f"{tmp_path}/c.jsonl: No space left on device")
-    assert [row["video"] for row in read_rows(tmp_path / "c.jsonl")] == [str(video) for video in videos[:2]]
-
-
 def test_a_saved_file_stays_where_nothing_is_captioned(finished_run, tmp_path, monkeypatch):
     """An empty folder, and an empty list of paths: an error, and the captions of an earlier call are still there."""
     (tmp_path / "c.json").write_text("old")

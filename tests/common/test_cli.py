@@ -77,7 +77,7 @@ STREAMS = """
 ])
 def test_streams_that_are_closed_or_full(closed, code, output):
     """As a shell closes them. What is read or printed there is nothing; a file that is opened gets another number."""
-    done = run_main(STREAMS, f"</dev/null {closed}")
+    done = run_main(STREAMS, f"</dev/null {closed}", PYTHONUNBUFFERED="")
     assert (done.returncode, done.stdout + done.stderr) == (code, output)
 
 
