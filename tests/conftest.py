@@ -8,7 +8,7 @@ import torch
 
 import train
 from metrics import meteor_data
-from tests.scripts import TWELVE_STEPS, make_backbones, run_forked
+from tests.scripts import TWELVE_STEPS, make_backbones, succeed
 
 torch.set_num_threads(1)  # for models this small a second thread costs more than it gains
 
@@ -40,7 +40,5 @@ def flags(backbones, tmp_path_factory) -> list:
 def finished_run(flags, tmp_path_factory) -> Path:
     """A run of twelve steps, and its output in stdout.txt."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    done = run_forked(train, *flags, "--out", out)
-    assert done.returncode == 0, done.stderr
-    (out / "stdout.txt").write_text(done.stdout)
+    (out / "stdout.txt").write_text(succeed(train, *flags, "--out", out))
     return out

@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import train
 from backbones import pretrain
 from common import cli
+from common.errors import InputError
 from common.files import read_json, write_json
 from models.safetensors import read_safetensors, write_safetensors
 
@@ -115,6 +117,21 @@ def run_forked(script, *words, environments: Sequence[dict] = ({},)) -> subproce
     return subprocess.CompletedProcess([script.__name__, *words], next(filter(None, codes), 0), *texts)
 
 
+def refuse(script, words: Sequence, message: str) -> None:
+    """Runs a script in this process, where `cli.run` would turn its InputError into exit code 2."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=message) as error:
+        patch.setattr(sys, "argv", [script.__name__, *map(str, words)])
+        script.main()
+    assert str(error.value).isprintable()
+
+
+def succeed(script, *words) -> str:
+    """Runs a script in a forked process. Returns its standard output; the exit code must be 0."""
+    done = run_forked(script, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def fork_two(*words) -> subprocess.CompletedProcess:
     """`train.py` in two forks of this process, in the environment that torchrun sets."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where they meet
@@ -136,7 +153,7 @@ def act_at_call(monkeypatch, owner, name: str, n: int, action) -> None:
     monkeypatch.setattr(owner, name, call)
 
 
-def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
+def assert_error(done: subprocess.CompletedProcess, *words: str) -> None:
     """Exit code 2, no traceback, and last on stderr one line with these words."""
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2, done.stderr
@@ -146,6 +163,11 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> Non
 
 def read_log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> torch.Tensor:
+    """Of each step."""
+    return torch.tensor([row["loss"] for row in read_log(run) if "loss" in row])
 
 
 def contents(run: Path) -> dict:

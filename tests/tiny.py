@@ -49,6 +49,19 @@ MLLM_CONFIGS = {
 }
 
 
+def added_names(method: str) -> set[str]:
+    """The tensors that a method adds to the frozen models, spelled out."""
+    vit, lm = ([f"{part}.blocks.{i}" for i in range(depth)] for part, depth in (("vit", DEPTH), ("lm", LM.depth)))
+    parts = {"lora": (vit, [f"attn.{x}.lora_{y}" for x in "qv" for y in "ab"]),
+             "lora-lm": (lm, [f"attn.{x}.lora_{y}" for x in "qv" for y in "ab"]),
+             "adapter": (vit, [f"mlp.adapter_{x}.{y}" for x in ("down", "up") for y in ("weight", "bias")]),
+             "st-adapter": (vit, [f"st_{x}.{y}" for x in ("down", "time", "up") for y in ("weight", "bias")]),
+             "prompt": (vit, ["prompts"]), "linear": ([], []), "none": ([], [])}
+    blocks, names = parts[method]
+    connector = {"time_embed", "connector.weight", "connector.bias"} if method == "linear" else set()
+    return connector | {f"{block}.{name}" for block in blocks for name in names}
+
+
 class Letters:
     """The part of a tokenizer that a captioner uses; ids 0 to 2 are unknown, BOS and EOS."""
 
@@ -130,11 +143,24 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bits({"": a}) == bits({"": b})
 
 
-def record_block_outputs(vit: ViT, run) -> list[torch.Tensor]:
-    """The outputs of the ViT's blocks while `run()` runs."""
+def record_block_outputs(model: torch.nn.Module, run) -> list[torch.Tensor]:
+    """The outputs of a model's blocks while `run()` runs."""
     outputs: list[torch.Tensor] = []
-    hooks = [block.register_forward_hook(lambda _m, _i, output: outputs.append(output)) for block in vit.blocks]
+    hooks = [block.register_forward_hook(lambda _m, _i, output: outputs.append(output)) for block in model.blocks]
     run()
     for hook in hooks:
         hook.remove()
     return outputs
+
+
+def changed_by_training(captioner: Captioner, weight_decay: float) -> set[str]:
+    """The parameters that three steps of AdamW change. It gets all of them, so only the absence of a gradient protects
+    those that are frozen."""
+    everything = dict(captioner.named_parameters())
+    before, optimizer = bits(everything), torch.optim.AdamW(captioner.parameters(), lr=1e-2, weight_decay=weight_decay)
+    for step in range(3):
+        optimizer.zero_grad()
+        (captioner(clips(2, T, 10 + step), LABELS) / 10).backward()
+        optimizer.step()
+    after = bits(everything)
+    return {key for key in before if before[key] != after[key]}

@@ -1,7 +1,6 @@
-"""Helpers for tests: errors of one line, and code in a process of its own."""
+"""Helpers for tests: errors of one line, damaged files."""
 
-import subprocess
-import sys
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +23,11 @@ def refused(*words: str) -> Iterator[None]:
         assert word in text, f"expected {word!r} in: {text}"
 
 
-def run_python(code: str, *arguments: str | Path) -> str:
-    """Runs code in a new interpreter, for measuring its memory or limiting it; returns its output."""
-    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def damaged(content: bytes, seed: int) -> bytes:
+    """Cut short, or up to 40 bits flipped in the first kilobyte or anywhere."""
+    rng, content = random.Random(seed), bytearray(content)
+    if seed % 4 == 0:
+        return bytes(content[: rng.randrange(len(content))])
+    for _ in range(rng.choice([1, 2, 8, 40])):
+        content[rng.randrange(min(len(content), 1000) if seed % 2 else len(content))] ^= 1 << rng.randrange(8)
+    return bytes(content)

@@ -9,7 +9,6 @@ import time
 import pytest
 
 from common import cli
-from common.errors import InputError
 from tests.scripts import ROOT
 
 
@@ -27,13 +26,19 @@ def test_numbers(text, kind, found):
         cli.number(kind, 0, 40)(text)
 
 
-def test_an_error_of_the_flags_is_one_line():
-    parser = cli.Parser("", "python x.py --long 3")
-    parser.add_argument("--long", type=cli.number(int, 0))
-    for words in (["--long", "x"], ["--lon", "3"], ["--long"], ["y"]):  # an abbreviation is unknown
-        with pytest.raises(InputError, match="--help lists the flags"):
-            parser.parse_args(words)
-    assert "python x.py --long 3" in parser.format_help()
+def run_main(body: str, redirection: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """A script whose `main` has this body. It gets a SIGINT while it exits, which must change nothing."""
+    script = f"""
+import atexit, os, signal, sys
+from common import cli
+from common.errors import InputError
+def main():
+    {body}
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+cli.run(main)
+"""
+    command = ["bash", "-c", f'"$0" -c "$1" {redirection}', sys.executable, script]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("statement, code, message", [
@@ -47,35 +52,23 @@ def test_an_error_of_the_flags_is_one_line():
     ("1 / 0", 1, "Traceback"), ("raise BrokenPipeError", 141, ""),
 ])
 def test_exit_codes_and_messages(statement, code, message):
-    """SIGINT while the process exits changes neither."""
-    script = f"""
-import atexit, os, signal
-from common import cli
-from common.errors import InputError
-def main():
-    {statement}
-atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
-cli.run(main)
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    done = run_main(statement)
     assert done.returncode == code and done.stderr.startswith(message)
     assert code == 1 or done.stderr.count("\n") == bool(message)
 
 
 def test_each_line_is_flushed_to_a_pipe():
     """The process ends without flushing anything, as after a SIGKILL: the line must have been written before."""
-    script = """
-import os
-from common import cli
-def main():
-    print("device: cpu")
-    print("an unfinished line", end="")
-    os._exit(0)
-cli.run(main)
+    done = run_main("print('device: cpu'); print('unfinished', end=''); os._exit(0)", PYTHONUNBUFFERED="")
+    assert done.stdout == "device: cpu\n"
+
+
+STREAMS = """
+    assert sys.stdin.read() == ""
+    assert open(os.devnull).fileno() > 2
+    print("text")
+    print("", end="", file=sys.stderr)
 """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    run = [sys.executable, "-c", script]
-    assert subprocess.check_output(run, cwd=ROOT, env=environment, text=True) == "device: cpu\n"
 
 
 @pytest.mark.parametrize(("closed", "code", "output"), [
@@ -84,31 +77,12 @@ cli.run(main)
 ])
 def test_streams_that_are_closed_or_full(closed, code, output):
     """As a shell closes them. What is read or printed there is nothing; a file that is opened gets another number."""
-    script = """
-import os, sys
-from common import cli
-def main():
-    assert sys.stdin.read() == ""
-    assert open(os.devnull).fileno() > 2
-    print("text")
-    print("", end="", file=sys.stderr)
-cli.run(main)
-"""
-    command = ["bash", "-c", f'"$0" -c "$1" </dev/null {closed}', sys.executable, script]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_main(STREAMS, f"</dev/null {closed}", PYTHONUNBUFFERED="")
     assert (done.returncode, done.stdout + done.stderr) == (code, output)
 
 
 def test_a_full_standard_error_changes_no_exit_code():
-    script = """
-from common import cli
-from common.errors import InputError
-def main():
-    raise InputError("x")
-cli.run(main)
-"""
-    command = ["bash", "-c", '"$0" -c "$1" 2>/dev/full', sys.executable, script]
-    assert subprocess.run(command, cwd=ROOT).returncode == 2
+    assert run_main("raise InputError('x')", "2>/dev/full").returncode == 2
 
 
 # ------------------------------------------------------------------------------------------ time

@@ -11,29 +11,18 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from common import files
 from common.errors import InputError
-from common.files import (
-    acquire_lock,
-    check_disk_space,
-    field,
-    fingerprint_of,
-    format_bytes,
-    open_to_read,
-    read_json,
-    read_json_lines,
-    replace_atomically,
-    sha256_of,
-    write_json,
-)
+from common.files import field, fingerprint_of, read_json, read_json_lines, sha256_of, write_json
 from tests.common.helpers import ROOT, refused
 
 
 def read_all(path: Path) -> bytes:
-    with open_to_read(path) as file:
+    with files.open_to_read(path) as file:
         return file.read()
 
 
@@ -44,12 +33,6 @@ def test_what_is_not_a_file_is_refused(tmp_path, read):
     for path in (tmp_path, tmp_path / "missing", tmp_path / "pipe"):
         with refused(str(path), "expected a file"):
             read(path)
-
-
-def test_what_is_raised_while_a_file_is_parsed_names_it(tmp_path):
-    (tmp_path / "f").write_bytes(b"")
-    with refused(f"{tmp_path}/f: ", "ZeroDivisionError"), open_to_read(tmp_path / "f") as file:
-        1 / len(file.read())
 
 
 def test_checksums(tmp_path):
@@ -76,36 +59,37 @@ def test_checksums(tmp_path):
 
 
 def replace(path: Path, content: bytes = b"new" * 100_000) -> None:
-    with replace_atomically(path) as file:
+    with files.replace_atomically(path) as file:
         file.write(content)
 
 
-def test_an_exception_in_the_block_keeps_the_old_file(tmp_path):
+def assert_unchanged(path: Path) -> None:
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("boom"), KeyboardInterrupt(), FULL])
+def test_an_exception_in_the_block_keeps_the_old_file(tmp_path, failure):
     path = tmp_path / "state"
     path.write_bytes(b"old")
-    for failure in (RuntimeError("boom"), KeyboardInterrupt(), OSError(28, "No space left on device")):
-        with pytest.raises(InputError if isinstance(failure, OSError) else type(failure)) as error:
-            with replace_atomically(path) as file:
-                file.write(b"new" * 100_000)
-                raise failure
-        assert error.value is failure or str(error.value) == f"cannot write {path}: No space left on device"
-        assert path.read_bytes() == b"old"
-        assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(InputError if failure is FULL else type(failure)) as error:
+        with files.replace_atomically(path) as file:
+            file.write(b"new" * 100_000)
+            raise failure
+    assert error.value is failure or str(error.value) == f"cannot write {path}: No space left on device"
+    assert_unchanged(path)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failing_system_call_keeps_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "state"
     path.write_bytes(b"old")
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, call, fail)
+    monkeypatch.setattr(os, call, Mock(side_effect=FULL))
     with refused(f"cannot write {path}: No space left on device"):
         replace(path)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    assert_unchanged(path)
 
 
 def test_the_order_of_system_calls_survives_a_power_cut(tmp_path, monkeypatch):
@@ -141,27 +125,27 @@ def test_a_link_stays_a_link_and_permissions_follow_the_umask(tmp_path):
 
 def test_a_lock_is_held_until_its_process_ends(tmp_path):
     """Another process holds the lock, then is killed."""
-    code = "import sys; from pathlib import Path; from common.files import acquire_lock\n"
-    code += "assert acquire_lock(Path(sys.argv[1]), wait=False) is not None; print('held', flush=True); input()"
+    code = "import sys; from pathlib import Path; from common import files\n"
+    code += "assert files.acquire_lock(Path(sys.argv[1]), wait=False) is not None; print('held', flush=True); input()"
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout.readline() == b"held\n"
-        assert acquire_lock(tmp_path / "lock", wait=False) is None
+        assert files.acquire_lock(tmp_path / "lock", wait=False) is None
         child.kill()
-        descriptor = acquire_lock(tmp_path / "lock", wait=True)
+        descriptor = files.acquire_lock(tmp_path / "lock", wait=True)
     os.close(descriptor)
 
 
 def test_too_little_disk_space_is_refused(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(0, 0, 250_000))
-    check_disk_space(tmp_path, 250_000, "a file")
+    files.check_disk_space(tmp_path, 250_000, "a file")
     with refused(f"a file: needs 300.0 kB, the disk of {tmp_path} has 250.0 kB free"):
-        check_disk_space(tmp_path, 300_000, "a file")
+        files.check_disk_space(tmp_path, 300_000, "a file")
 
 
 def test_format_bytes():
-    found = [format_bytes(n) for n in (0, 999, 1000, 1_234_567, 2_200_000_000, 10**16)]
+    found = [files.format_bytes(n) for n in (0, 999, 1000, 1_234_567, 2_200_000_000, 10**16)]
     assert found == ["0 bytes", "999 bytes", "1.0 kB", "1.2 MB", "2.2 GB", "10000.0 TB"]
 
 
@@ -211,11 +195,9 @@ def test_a_field_is_checked():
 
 
 @pytest.mark.parametrize("value, kind, expected", [
-    (True, int, "a whole number, found True"), (True, float, "a number, found True"),
-    (1.0, int, "a whole number, found 1.0"), ("1", int, "a whole number, found '1'"),
-    (1, bool, "true or false, found 1"),
-    (None, dict, "an object, found None"), ({}, list, "a list, found {}"), (math.nan, float, "a number, found nan"),
-    (10**400, float, "a number, found 1000"), ("x" * 10_000, float, "a number, found 'xxx"),
+    (True, int, "a whole number, found True"), (1.0, int, "a whole number, found 1.0"),
+    (math.nan, float, "a number, found nan"), (10**400, float, "a number, found 1000"),
+    ("x" * 10_000, float, "a number, found 'xxx"), (None, dict, "an object, found None"),
 ])
 def test_a_field_of_another_type_is_refused(value, kind, expected):
     with refused("m/config.json: field 'width'", expected):

@@ -1,6 +1,6 @@
 """The plain scorers of plain.py against the fast ones of bleu.py and cider.py, and all against pycocoevalcap.
 
-All scores agree within 1e-13, the rounding error of sums taken in another order. LCS lengths are integers and equal.
+All scores agree within 1e-13, the rounding error of sums taken in another order.
 """
 
 import random
@@ -70,20 +70,3 @@ def test_cider_by_hand():
     cosines = 4 / (sqrt(4) * sqrt(7)), 3 / (sqrt(3) * sqrt(4)), 2 / (sqrt(2) * sqrt(3)), 1 / (sqrt(1) * sqrt(2))
     expected = 10 * exp(-1 / (2 * 6**2)) * sum(cosines) / 4
     assert per_video == [pytest.approx(expected), 0.0] and corpus == pytest.approx(expected / 2)
-
-
-def test_rouge_l_takes_precision_and_recall_from_different_references():
-    """LCS is 2 of 2 hypothesis words with the long reference and 1 of 1 word of the short one: both are 1."""
-    assert rouge.score_video(["a b c d e f", "a"], "a b") == 1.0
-
-
-@pytest.mark.parametrize("seed", [12, 13])
-def test_bit_parallel_lcs(seed):
-    """Against the textbook's recurrence, 300 random pairs of up to 80 words."""
-    rng = random.Random(seed)
-    for _ in range(300):
-        x, y = (rng.choices("abcde", k=rng.randrange(1, 81)) for _ in range(2))
-        c = np.zeros((len(x) + 1, len(y) + 1), int)
-        for i, j in np.ndindex(len(x), len(y)):
-            c[i + 1, j + 1] = c[i, j] + 1 if x[i] == y[j] else max(c[i + 1, j], c[i, j + 1])
-        assert rouge.lcs_length(rouge.position_masks(x), len(x), y) == c[-1, -1]

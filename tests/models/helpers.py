@@ -24,6 +24,12 @@ def change_json(path: Path, **fields) -> None:
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
+def last_field(fields: dict) -> str:
+    """The name of the last field, or of the last one in it: {"rope_scaling": {"factor": 0.5}} -> "factor"."""
+    *_, (name, value) = fields.items()
+    return last_field(value) if isinstance(value, dict) and value else name
+
+
 def assert_near(found: Tensor, expected: Tensor, atol: float = 1e-5, min_std: float = 0.1) -> None:
     assert expected.std() > min_std  # the tolerance is absolute, so the values must not be small
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)

@@ -6,7 +6,7 @@ import torch
 
 from models.deep import STEP, TEXT
 from models.generation import generate
-from tests.tiny import EOS, T, clips, labels, make, randomized
+from tests.tiny import EOS, T, clips, labels, make, randomized, record_block_outputs
 
 
 def reference_hidden(captioner, prefix: torch.Tensor, vectors: torch.Tensor, start: int) -> torch.Tensor:
@@ -89,10 +89,6 @@ def test_at_first_nothing_is_added_and_everything_learns():
 def test_sizes_are_those_of_a_text(captioner):
     """Root mean square of what each block but the first reads of TEXT, its first token left out."""
     x = captioner.lm.embed(torch.tensor([captioner.tokenizer.encode(TEXT)]))
-    inputs = []
-    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in captioner.lm.blocks]
-    captioner.lm.hidden(x)
-    for hook in hooks:
-        hook.remove()
-    expected = torch.stack([x[0, 1:].square().mean().sqrt() for x in inputs[1:]])
+    outputs = record_block_outputs(captioner.lm, lambda: captioner.lm.hidden(x))
+    expected = torch.stack([z[0, 1:].square().mean().sqrt() for z in outputs[:-1]])
     torch.testing.assert_close(captioner.deep.sizes, expected, rtol=1e-5, atol=0)

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from models.generation import generate, naive_beam_search, naive_generate
@@ -28,17 +27,11 @@ from tests.models import test_lm
 
 disable_progress_bar()
 
-SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 40}
 
-
-def make(folder: Path, seed: int, vocab: int = 24, positions: int = 64) -> tuple[LlamaForCausalLM, CausalLM]:
-    """A random reference model, and ours from the folder that it saves."""
-    torch.manual_seed(seed)
-    shape = SHAPE | {"num_key_value_heads": (4, 2, 1)[seed % 3], "max_position_embeddings": positions}
-    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, **shape)).eval().requires_grad_(False)
-    for name, parameter in theirs.named_parameters():
-        parameter.normal_(1.0 if "norm" in name else 0.0, 0.4 if "head" in name or "embed" in name else 0.2)
-    theirs.save_pretrained(folder)
+def make(folder: Path, seed: int, vocab: int = 24, positions: int = 64) -> tuple[nn.Module, CausalLM]:
+    """A random reference model with large weights, and ours from the folder that it saves."""
+    fields = {"vocab_size": vocab, "num_key_value_heads": (4, 2, 1)[seed % 3], "max_position_embeddings": positions}
+    theirs = test_lm.make(folder, test_lm.LLAMA | fields, seed, scale=2.0)
     return theirs, CausalLM.from_pretrained(folder)
 
 
@@ -50,7 +43,7 @@ def set_eos(lm: CausalLM, *eos: int) -> None:
     lm.config = replace(lm.config, eos_ids=eos)
 
 
-def reference(theirs: LlamaForCausalLM, prefix: Tensor, beams: int, max_new: int, eos: list[int]) -> tuple[list, int]:
+def reference(theirs: nn.Module, prefix: Tensor, beams: int, max_new: int, eos: list[int]) -> tuple[list, int]:
     """The reference's new ids without EOS, and its number of steps."""
     options = {"do_sample": False, "eos_token_id": eos, "pad_token_id": eos[0], "return_dict_in_generate": True}
     options |= {"attention_mask": torch.ones(prefix.shape[:2], dtype=torch.long), "output_scores": True}

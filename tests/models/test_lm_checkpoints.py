@@ -24,7 +24,7 @@ from models.pair import Pair
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from tests.common.helpers import ROOT, refused
-from tests.models.helpers import CONFIGS, write_weights
+from tests.models.helpers import CONFIGS, last_field, write_weights
 from tests.models.test_lm import FAMILIES, LLAMA, LLAMA3, make, published_tensors
 
 PARAMETERS = {
@@ -107,6 +107,8 @@ def test_the_default_q_adapter_trains_less_than_1_4_percent_of_public_backbones(
         captioner = Captioner(Pair(vit, lm), load_tokenizer(ROOT / "backbones" / "tiny-lm"), Config())
     trained = sum(p.numel() for p in captioner.trained().values())
     assert count_parameters(captioner) == count_parameters(vit) + count_parameters(lm) + trained
+    *_, last = captioner.parameter_table().splitlines()
+    assert last.split()[1:3] == [f"{trained:,}", f"{count_parameters(captioner):,}"]
     assert trained == 2_046_467 and trained <= 0.014 * count_parameters(captioner)  # as in docs/design.md
 
 
@@ -114,43 +116,31 @@ def rope(**fields) -> dict:
     return {"rope_scaling": fields}
 
 
-REFUSED = [
+REFUSED = [  # a family, fields of its config, and a word of the message, if that is not the name of the last field
     ("llama", {"model_type": "gemma3"}, "llama or mistral or qwen2 or qwen3 or qwen3_vl_text or gemma3_text"),
-    ("llama", rope(type="yarn", factor=4.0), "'yarn'"),
-    ("llama", rope(type="linear", factor=0.5), "'factor'"),
-    ("llama", rope(type="linear", factor=2.0, mscale=0.7), "mscale"),
-    ("llama", rope(**LLAMA3, attention_factor=0.7), "attention_factor"),
+    ("llama", rope(factor=4.0, type="yarn")), ("llama", rope(type="linear", factor=0.5)),
+    ("llama", rope(type="linear", factor=2.0, mscale=0.7)), ("llama", rope(**LLAMA3, attention_factor=0.7)),
     ("llama", rope(**LLAMA3 | {"low_freq_factor": 4.0}), "high_freq_factor"),
-    ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
-    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ("llama", {"hidden_act": "gelu"}, "hidden_act"),
-    ("llama", {"qk_layer_norms": True}, "qk_layer_norms"),
-    ("llama", {"num_key_value_heads": 3}, "kv_heads=3"),
-    ("llama", {"head_dim": 7}, "head_width=7"),
-    ("llama", {"eos_token_id": [2, "3"]}, "'eos_token_id'"), ("llama", {"eos_token_id": []}, "eos_token_id: expected"),
-    ("llama", {"bos_token_id": -1}, "'bos_token_id'"),
-    ("llama", {"num_hidden_layers": 2**40}, "'num_hidden_layers'"),
-    ("llama", {"rms_norm_eps": -1}, "'rms_norm_eps'"),
-    ("mistral", {"sliding_window": 0}, "'sliding_window'"),
-    ("qwen2", {"eos_token_id": None}, "'eos_token_id'"),
-    ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
-    ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
-    ("qwen3", {"layer_types": ["full_attention"]}, "layer_types"),
-    ("gemma", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
-    ("gemma", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-    ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-    ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings"),
-    ("gemma", {"hidden_activation": "gelu"}, "hidden_activation"),
-    ("gemma", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
-    ("gemma", {"rope_parameters": {"rope_type": "default"}}, "rope_type"),
-    ("gemma", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "'linear'"),
+    ("llama", {"partial_rotary_factor": 0.5}), ("llama", {"hidden_act": "gelu"}), ("llama", {"qk_layer_norms": True}),
+    ("llama", {"num_key_value_heads": 3}, "kv_heads=3"), ("llama", {"head_dim": 7}, "head_width=7"),
+    ("llama", {"eos_token_id": [2, "3"]}), ("llama", {"eos_token_id": []}), ("llama", {"bos_token_id": -1}),
+    ("llama", {"num_hidden_layers": 2**40}), ("llama", {"rms_norm_eps": -1}), ("mistral", {"sliding_window": 0}),
+    ("qwen2", {"eos_token_id": None}), ("qwen2", {"use_sliding_window": True}),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 2}), ("qwen3", {"layer_types": ["full_attention"]}),
+    ("gemma", {"attn_logit_softcapping": 50.0}), ("gemma", {"final_logit_softcapping": 30.0}),
+    ("gemma", {"use_bidirectional_attention": True}), ("gemma", {"tie_word_embeddings": False}),
+    ("gemma", {"hidden_activation": "gelu"}), ("gemma", {"layer_types": ["chunked_attention"] * 3}),
+    ("gemma", {"rope_parameters": {"rope_type": "default"}}),
+    ("gemma", {"rope_parameters": {"sliding_attention": {"factor": 2.0, "rope_type": "linear"}}}),
 ]
 
 
-@pytest.mark.parametrize("family, fields, word", REFUSED)
-def test_unsupported_values_are_refused(tmp_path, family, fields, word):
-    with refused(str(tmp_path / "config.json"), word):
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_unsupported_values_are_refused(tmp_path, case):
+    family, fields, *words = case
+    with refused(str(tmp_path / "config.json"), *(words or [last_field(fields)])):
         read(tmp_path, FAMILIES[family] | fields)
 
 

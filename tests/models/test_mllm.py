@@ -44,9 +44,8 @@ TWO_STEPS = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32
 
 @dataclass(frozen=True)
 class Case:
-    config: type
-    model: type
-    fields: dict  # of config
+    name: str  # in the names of its classes in transformers
+    fields: dict  # of its config
     image_side: int
     pixels: str  # the name that transformers gives to pixels
     preprocessing: tuple[str, dict]  # the file and its content
@@ -55,27 +54,24 @@ class Case:
 def llava(vision: dict, text: dict, **fields) -> Case:
     fields |= {"vision_config": vision, "text_config": text, "image_token_index": IMAGE}
     file = ("preprocessor_config.json", {} if vision is CLIP else SQUASH)
-    model = transformers.LlavaConfig, transformers.LlavaForConditionalGeneration
-    return Case(*model, fields, vision["image_size"], "pixel_values", file)
+    return Case("Llava", fields, vision["image_size"], "pixel_values", file)
 
 
 def onevision() -> Case:
     text = QWEN2 | {"tie_word_embeddings": True}
     fields = {"vision_config": SIGLIP, "text_config": text, "image_token_index": 97, "video_token_index": IMAGE}
-    model = transformers.LlavaOnevisionConfig, transformers.LlavaOnevisionForConditionalGeneration
-    return Case(*model, fields, 45, "pixel_values_videos", (VIDEO_FILE, SQUASH))
+    return Case("LlavaOnevision", fields, 45, "pixel_values_videos", (VIDEO_FILE, SQUASH))
 
 
 def idefics3(name: str) -> Case:
     fields = {"vision_config": IDEFICS3, "text_config": LLAMA, "image_token_id": IMAGE, "scale_factor": 4}
-    config, model = (getattr(transformers, name + suffix) for suffix in ("Config", "ForConditionalGeneration"))
-    return Case(config, model, fields, 32, "pixel_values", ("preprocessor_config.json", TWO_STEPS))
+    return Case(name, fields, 32, "pixel_values", ("preprocessor_config.json", TWO_STEPS))
 
 
 def internvl(text: dict, tied: bool = False) -> Case:
     fields = {"vision_config": INTERNVIT, "text_config": text, "image_token_id": IMAGE, "tie_word_embeddings": tied}
-    model = transformers.InternVLConfig, transformers.InternVLForConditionalGeneration
-    return Case(*model, fields, 84, "pixel_values", ("preprocessor_config.json", {"size": {"height": 84, "width": 84}}))
+    size = {"size": {"height": 84, "width": 84}}
+    return Case("InternVL", fields, 84, "pixel_values", ("preprocessor_config.json", size))
 
 
 TIED = QWEN2 | {"tie_word_embeddings": True}
@@ -113,7 +109,8 @@ class Reference:
 @torch.no_grad()
 def save_model(folder: Path, case: Case) -> nn.Module:
     """Saves a random model, seed 0, and its preprocessing; returns it."""
-    model = randomize(case.model(case.config(**json.loads(json.dumps(case.fields)))), 0)
+    config, model = (getattr(transformers, case.name + x) for x in ("Config", "ForConditionalGeneration"))
+    model = randomize(model(config(**json.loads(json.dumps(case.fields)))), 0)
     model.save_pretrained(folder)
     (folder / case.preprocessing[0]).parent.mkdir(exist_ok=True)
     change_json(folder / case.preprocessing[0], **case.preprocessing[1])
@@ -130,7 +127,7 @@ def make_reference(folder: Path, case: Case) -> Reference:
     hook = lm.register_forward_pre_hook(lambda _module, _args, kw: inputs.append(kw["inputs_embeds"]), with_kwargs=True)
     pixels = torch.randn(2, 3, case.image_side, case.image_side, generator=torch.Generator().manual_seed(1))
     # The images of one text: LLaVA's and InternVL's have no batch dimension.
-    has_batch = case.config not in (transformers.LlavaConfig, transformers.InternVLConfig)
+    has_batch = case.name not in ("Llava", "InternVL")
     images = {case.pixels: pixels[None] if has_batch else pixels}
     is_video = case.pixels == "pixel_values_videos"
     features = (inner.get_video_features if is_video else inner.get_image_features)(**images).pooler_output

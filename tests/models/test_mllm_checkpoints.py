@@ -21,11 +21,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from common.files import read_json
 from common.preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from models import mllm as mllm_module
+from models.internvl import InternVL
 from models.llava import LLaVA, OneVision
 from models.mllm import MLLM
 from models.smolvlm import Idefics3, SmolVLM
 from tests.common.helpers import refused
-from tests.models.helpers import CONFIGS, assert_bit_equal, change_json
+from tests.models.helpers import CONFIGS, assert_bit_equal, change_json, last_field
 from tests.models.test_mllm import CASES, SQUASH, VIDEO_FILE, save_model
 from tests.models.test_vit import read_weights
 from video_data.video import VideoReformatter, frame_to_rgb
@@ -106,25 +107,33 @@ def test_a_public_config_has_the_published_parameters(tmp_path, name):
     assert visual.shape == (2, tokens, config.lm.width) and ours.num_frame_tokens(0) == tokens
 
 
-LAYOUTS = {"llava": LLaVA, "llava_onevision": OneVision, "idefics3": Idefics3, "smolvlm": SmolVLM}
+LAYOUTS = {"llava": LLaVA, "llava_onevision": OneVision, "idefics3": Idefics3, "smolvlm": SmolVLM,
+           "internvl": InternVL}
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_missing_fields_have_the_defaults_of_transformers(tmp_path, family):
-    """All but what each published config states: families, tokens, and of LLaVA where the ViT is left."""
-    kinds = {"llava": ("clip_vision_model", "llama"), "llava_onevision": ("siglip_vision_model", "qwen2")}
+    """All but what each published config states: families, tokens, of LLaVA where the ViT is left, and of InternVL
+    attention_bias, of which the default is another one."""
+    kinds = {"llava": ("clip_vision_model", "llama"), "llava_onevision": ("siglip_vision_model", "qwen2"),
+             "internvl": ("internvl_vision", "qwen2")}
     vision, text = kinds.get(family, (f"{family}_vision", "llama"))
     text = {"model_type": text, "eos_token_id": 2, "vocab_size": 200_000}
     fields = {"vision_feature_layer": -1, "text_config": text, "vision_config": {"model_type": vision}}
-    fields["vision_feature_select_strategy"] = "default" if "clip" in vision else "full"
+    fields["vision_config"] |= {"attention_bias": True} if family == "internvl" else {}
+    fields["vision_feature_select_strategy"] = "default" if vision.startswith(("clip", "internvl")) else "full"
     change_json(path := tmp_path / "config.json", model_type=family, **fields)
     ours, theirs = LAYOUTS[family].read_config(read_json(path), path), AutoConfig.from_pretrained(tmp_path)
     vit, lm, vision, text = ours["vit"], ours["lm"], theirs.vision_config, theirs.text_config
     assert (lm["width"], lm["depth"]) == (text.hidden_size, text.num_hidden_layers)
-    assert lm["tied"] == theirs.tie_word_embeddings
-    assert (vit["image_size"], vit["width"]) == (vision.image_size, vision.hidden_size)
-    assert vit["depth"] == vision.num_hidden_layers
-    assert family.startswith("llava") or ours["shuffle"] == theirs.scale_factor
+    assert family == "internvl" or lm["tied"] == theirs.tie_word_embeddings  # of InternVL the file decides
+    for name in ("image_size", "patch_size"):
+        assert {vit[name]} == set(torch.tensor(getattr(vision, name)).view(-1).tolist())  # InternVL: of both sides
+    assert (vit["width"], vit["depth"]) == (vision.hidden_size, vision.num_hidden_layers)
+    assert (vit["heads"], vit["mlp_width"]) == (vision.num_attention_heads, vision.intermediate_size)
+    assert vit["norm_eps"] == vision.layer_norm_eps
+    shuffle = 1 / theirs.downsample_ratio if family == "internvl" else getattr(theirs, "scale_factor", None)
+    assert ours.get("shuffle") == shuffle
 
 
 @pytest.mark.parametrize("name", [INTERLEAVE, SMOLVLM])
@@ -136,38 +145,44 @@ def test_the_head_is_tied_where_transformers_ties_it(tmp_path, name):
         assert MLLM.from_config(tmp_path).config.lm.tied == tied == (outside or (inside and "llava" in name))
 
 
-REFUSED = [
+REFUSED = [  # a model, a part of its config, and a word of the message, if that is not the name of the last field
     (LLAVA, {"model_type": "llava_next"}, "llava or llava_onevision or idefics3 or smolvlm or internvl"),
-    (LLAVA, {"text_config": []}, "'text_config'"),
-    (LLAVA, {"vision_config": {"model_type": "pixtral"}}, "'pixtral'"),
-    (LLAVA, {"vision_config": {"hidden_act": "relu"}}, "'relu'"),
-    (LLAVA, {"text_config": {"model_type": "mistral"}}, "'mistral'"),
+    (LLAVA, {"vision_config": {"model_type": "pixtral"}}), (LLAVA, {"vision_config": {"hidden_act": "relu"}}),
+    (LLAVA, {"text_config": []}), (LLAVA, {"text_config": {"model_type": "mistral"}}),
     (LLAVA, {"text_config": {"hidden_act": "gelu"}}, "text_config: hidden_act"),
-    (LLAVA, {"vision_feature_layer": [-2, -1]}, "'vision_feature_layer'"),
-    (LLAVA, {"vision_feature_layer": 0}, "vision_feature_layer is 0"),
-    (LLAVA, {"vision_feature_layer": -25}, "vision_feature_layer is -25"),
-    (LLAVA, {"vision_feature_select_strategy": "full"}, "expected default"),
+    (LLAVA, {"vision_feature_layer": [-2, -1]}), (LLAVA, {"vision_feature_layer": 0}),
+    (LLAVA, {"vision_feature_layer": -25}), (LLAVA, {"vision_feature_select_strategy": "full"}, "expected default"),
     (INTERLEAVE, {"vision_feature_select_strategy": "default"}, "expected full"),
-    (LLAVA, {"projector_hidden_act": "relu"}, "projector_hidden_act"),
-    (LLAVA, {"multimodal_projector_bias": False}, "multimodal_projector_bias"),
+    (LLAVA, {"projector_hidden_act": "relu"}), (LLAVA, {"multimodal_projector_bias": False}),
     (ONEVISION, {"text_config": {"model_type": "llama"}}, "expected qwen2"),
     (ONEVISION, {"vision_config": {"model_type": "clip_vision_model"}}, "expected siglip_vision_model"),
-    (SMOLVLM, {"scale_factor": 5}, "5 x 5"),
-    (SMOLVLM, {"text_config": {"use_resampler": True}}, "use_resampler"),
+    (SMOLVLM, {"scale_factor": 5}, "5 x 5"), (SMOLVLM, {"text_config": {"use_resampler": True}}),
+    *((INTERNVL, {"vision_config": fields}) for fields in (
+        {"attention_bias": False}, {"use_qk_norm": True}, {"norm_type": "rms_norm"}, {"use_mask_token": True},
+        {"use_mean_pooling": False}, {"use_absolute_position_embeddings": False}, {"hidden_act": "relu"},
+        {"image_size": [448, 336]}, {"patch_size": [14]})),
+    (INTERNVL, {"vision_config": {"patch_size": 64}}, "2 x 2"),  # of a grid of 7 x 7
+    (INTERNVL, {"text_config": {"model_type": "llama"}}), (INTERNVL, {"downsample_ratio": 0.25}),
+    (INTERNVL, {"text_config": {"rope_scaling": {"rope_type": "yarn"}}}), (INTERNVL, {"vision_feature_layer": -2}),
+    (INTERNVL, {"vision_feature_select_strategy": "full"}), (INTERNVL, {"projector_hidden_act": "relu"}),
 ]
 
 
-@pytest.mark.parametrize("name, changes, word", REFUSED)
-def test_an_unsupported_config_is_refused(tmp_path, name, changes, word):
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_an_unsupported_config_is_refused(tmp_path, case):
+    name, changes, *words = case
     make_folder(tmp_path, name, **changes)
-    with refused(str(tmp_path / "config.json"), word):
+    with refused(str(tmp_path / "config.json"), *(words or [last_field(changes)])):
         MLLM.from_config(tmp_path)
 
 
 # --------------------------------------------------------------------------------- strict loading
 
 
-@pytest.fixture(scope="module", params=["llava, clip", "llava_onevision", "smolvlm"])
+SAVED = "llava, clip", "llava_onevision", "smolvlm"
+
+
+@pytest.fixture(scope="module")
 def saved(request, tmp_path_factory) -> Path:
     """The folder of a random model; its name begins with that of its case."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -187,23 +202,27 @@ def is_unused(saved: Path, name: str) -> bool:
     return "clip" in saved.name and name.startswith("vision_tower.encoder.layers.2.")
 
 
+@pytest.mark.parametrize("saved", [*SAVED, "internvl, qwen3"], indirect=True)
 def test_loading_is_strict(saved):
     """Missing, misshapen and unexpected tensors are named: all outside of blocks and every fifth in them, a block more
-    than in the config."""
+    than in the config. InternVL's head may be missing, see `test_internvl.py`; it has no norm behind the blocks."""
     tensors = read_weights(saved)
     known = [name for name in tensors if not is_unused(saved, name)]
-    for name in [name for name in known if "layers" not in name] + known[::5]:
+    if "internvl" in saved.name:
+        known.remove("language_model.lm_head.weight")
+    for name in [name for name in known if "layer" not in name] + known[::5]:
         with refused(str(saved / "model.safetensors"), "missing", ".".join(name.split(".")[-2:])):
             load(saved, {other: tensor for other, tensor in tensors.items() if other != name})
         wrong = torch.cat([tensors[name], tensors[name][:1]])
         with refused(str(saved / "model.safetensors"), name, str(list(wrong.shape))):
             load(saved, tensors | {name: wrong})
-    vision = next(name.partition("encoder.")[0] for name in tensors if "encoder.layers.1." in name)
-    for name in ["more", f"{vision}encoder.layers.30.mlp.fc1.bias"]:
+    extra = next(name for name in tensors if "encoder" in name and "fc1.bias" in name).replace(".0.", ".30.")
+    for name in ("more", extra, *(["vision_tower.layernorm.weight"] if "internvl" in saved.name else [])):
         with refused(str(saved / "model.safetensors"), "unexpected", name):
             load(saved, tensors | {name: torch.zeros(2)})
 
 
+@pytest.mark.parametrize("saved", SAVED, indirect=True)
 def test_tensors_that_change_nothing_are_ignored(saved):
     """Tables of old files, SigLIP's pooling head, the tensors of unused blocks whatever their shape."""
     tensors = read_weights(saved)
@@ -228,6 +247,8 @@ PREPROCESSING = [  # those of published files and the defaults of transformers' 
     (ONEVISION, FILES[ONEVISION], Preprocessing(384, 384, True, "bicubic", HALF, HALF)),
     (ONEVISION, {"size": squash(384)["size"]}, Preprocessing(384, 384, True, "bicubic", CLIP_MEAN, CLIP_STD)),
     (SMOLVLM, OF_SMOLVLM, Preprocessing(512, 512, True, "lanczos", HALF, HALF, 512)),
+    (INTERNVL, OF_INTERNVL, Preprocessing(448, 448, True, "bicubic", IMAGENET_MEAN, IMAGENET_STD)),
+    (INTERNVL, {"size": OF_INTERNVL["size"]}, Preprocessing(448, 448, True, "bicubic", CLIP_MEAN, CLIP_STD)),
     (SMOLVLM, IMAGES_ONLY, Preprocessing(512, 512, True, "lanczos", HALF, HALF, 2048)),
 ]
 
@@ -285,7 +306,8 @@ def test_frames_become_the_pixels_of_transformers(tmp_path, name):
     elif name == "frames":  # transformers 5 lets `size` replace video_sampling.video_size
         del fields["size"]
     processor, generator = processor(**fields), torch.Generator().manual_seed(0)
-    for height, width in ((90, 200), (233, 101), (120, 121), (700, 520), (512, 512)):
+    extreme = [(2, 1100), (1100, 30)] if name == "frames" else []
+    for height, width in ((90, 200), (233, 101), (120, 121), (700, 520), (512, 512), *extreme):
         picture = torch.rand(1, 3, *((height, width) if noise else (5, 5)), generator=generator) * 200 + 20
         picture = F.interpolate(picture, (height, width), mode="bicubic").clamp(0, 255).byte()[0]
         frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")

@@ -2,7 +2,7 @@
 
 References
 [1] transformers, models/smolvlm/processing_smolvlm.py and models/idefics3/processing_idefics3.py, their functions and
-    templates, run here with the tokenizer of SmolVLM2 (with QADAPTER_REAL).
+    templates, run here with a tiny tokenizer.
 [2] chat_template.jinja of llava-hf/llava-1.5-7b-hf, and the normalizer of its tokenizer.json: after each added token, a
     text begins with sentencepiece's "▁".
 [3] The chat templates of LLaVA-OneVision and LLaVA interleave, written out.
@@ -21,13 +21,13 @@ from tokenizers.normalizers import Prepend, Replace
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.smolvlm import processing_smolvlm
 
-from models.bpe import BPETokenizer
 from models.llava import LLaVA, OneVision
 from models.mllm import MLLM, MLLMConfig
 from models.smolvlm import NUMBERS, Idefics3, SmolVLM
 from models.tokenizer import SentencePieceTokenizer, load_bpe, load_tokenizer
 from tests import tiny
 from tests.common.helpers import ROOT, refused
+from tests.models.test_internvl import write_tokenizer
 
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -36,7 +36,7 @@ LLAVA_TEMPLATE = (
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 TEXT = "Describe the video."
-IMAGE = "<image>"
+IMAGE, SMOLVLM_TOKENS = "<image>", ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 
 
 def make(layout: type[MLLM], lm_family: str) -> MLLM:
@@ -96,30 +96,16 @@ def test_the_other_prompts(frames):
 # -------------------------------------------------------------------------------------------- ids
 
 
-@pytest.fixture(scope="module")
-def smolvlm2(real) -> BPETokenizer:
-    return load_bpe(real / "tokenizers" / "smolvlm2" / "tokenizer.json", None)
-
-
-@pytest.fixture(scope="module")
-def qwen(real) -> BPETokenizer:
-    return load_bpe(real / "tokenizers" / "qwen2.5" / "tokenizer.json", None)
-
-
-@pytest.fixture(scope="module")
-def tiny_lm() -> SentencePieceTokenizer:
-    return load_tokenizer(ROOT / "backbones" / "tiny-lm")
-
-
-def test_ids_of_smolvlm2_equal_those_of_the_whole_text(real, smolvlm2, monkeypatch):
-    """The real tokenizer, in the tokenizers package, on the text of [1]: the image token is where frames come."""
-    theirs = tokenizers.Tokenizer.from_file(str(real / "tokenizers" / "smolvlm2" / "tokenizer.json"))
+def test_ids_of_smolvlm2_equal_those_of_the_whole_text(tmp_path, monkeypatch):
+    """A tiny tokenizer, in the tokenizers package, on the text of [1]: the image token is where frames come."""
+    path = write_tokenizer(tmp_path, *SMOLVLM_TOKENS)
+    theirs = tokenizers.Tokenizer.from_file(str(path))
     expected = theirs.encode(smolvlm_text(8, monkeypatch), add_special_tokens=False).ids
-    ids = make(SmolVLM, "llama").prompt(smolvlm2, 8, TEXT)
-    assert len(ids) == 9 and ids[0][0] == 1
+    ids = make(SmolVLM, "llama").prompt(load_bpe(path, None), 8, TEXT)
+    assert len(ids) == 9
     found = ids[0]
     for text in ids[1:]:
-        found = [*found, 49190, *text]
+        found = [*found, theirs.token_to_id(IMAGE), *text]
     assert found == expected
 
 
@@ -145,9 +131,10 @@ def test_ids_of_llava_equal_those_of_the_whole_text():
     assert ours.bos_id() == 1 and len(between) == 2
 
 
-def test_prompts_that_cannot_be_encoded_are_refused(tiny_lm, smolvlm2, qwen):
+def test_prompts_that_cannot_be_encoded_are_refused(tmp_path):
+    smolvlm2, qwen = (load_bpe(write_tokenizer(tmp_path, *tokens), None) for tokens in (SMOLVLM_TOKENS, ()))
     with refused("tokenizer", "<|im_start|>"):
-        make(SmolVLM, "llama").prompt(tiny_lm, 2, TEXT)
+        make(SmolVLM, "llama").prompt(load_tokenizer(ROOT / "backbones" / "tiny-lm"), 2, TEXT)
     with refused("tokenizer", "<fake_token_around_image>"):
         make(Idefics3, "llama").prompt(qwen, 2, TEXT)
     with refused("tokenizer", "byte-level", "tokenizer.model"):

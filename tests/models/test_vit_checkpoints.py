@@ -20,7 +20,7 @@ from common.preprocessing import HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessin
 from models.vit import ViT
 from models.vit_checkpoints import parse_vit_config, read_vit_file
 from tests.common.helpers import refused
-from tests.models.helpers import CONFIGS, change_json, write_weights
+from tests.models.helpers import CONFIGS, change_json, last_field, write_weights
 from tests.models.test_vit import make_torchvision, make_transformers, read_weights
 
 FORMATS = ["clip", "siglip_vision_model", "dinov2", "torchvision.pth"]
@@ -65,14 +65,11 @@ def test_a_public_config_has_the_published_number_of_parameters(tmp_path, name):
 def test_missing_fields_have_the_defaults_of_transformers(family):
     ours, theirs = parse_vit_config({}, family.split("_")[0], "config.json"), transformers.AutoConfig.for_model(family)
     sizes = (ours["image_size"], ours["patch_size"], ours["width"], ours["depth"], ours["heads"])
-    assert sizes == (theirs.image_size, theirs.patch_size, *theirs_of(theirs))
+    expected = theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads
+    assert sizes == (theirs.image_size, theirs.patch_size, *expected)
     assert (ours["activation"], ours["norm_eps"]) == (theirs.hidden_act, theirs.layer_norm_eps)
     mlp_width = theirs.mlp_ratio * theirs.hidden_size if family == "dinov2" else theirs.intermediate_size
     assert ours["mlp_width"] == mlp_width
-
-
-def theirs_of(config) -> tuple[int, int, int]:
-    return config.hidden_size, config.num_hidden_layers, config.num_attention_heads
 
 
 # --------------------------------------------------------------------------------- strict loading
@@ -107,50 +104,26 @@ def test_loading_is_strict(tmp_path, file_format):
         refuse(path, str(path), "unexpected", extra)
 
 
-def test_tensors_of_another_config_are_refused(tmp_path):
-    """A pooling head that the config denies, and an MLP of another width."""
-    make_transformers(tmp_path, "siglip_vision_model")
-    change_json(tmp_path / "config.json", vision_use_head=False)
-    refuse(tmp_path, str(tmp_path / "model.safetensors"), "unexpected", "head.attention.in_proj_weight")
-    change_json(tmp_path / "config.json", vision_use_head=True, intermediate_size=25)
-    refuse(tmp_path, str(tmp_path / "model.safetensors"), "mlp.fc1.weight", "[24, 16]", "[25, 16]")
-
-
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_position_ids_of_old_files_are_ignored(tmp_path, kind):
-    """Files of transformers before 4.31 contain them."""
-    make_transformers(tmp_path, kind)
-    tensors = read_weights(tmp_path)
-    ids = {f"{part}_model.embeddings.position_ids": torch.arange(7)[None] for part in ("vision", "text")}
-    write_weights(tmp_path, tensors | ids)
-    expected = tensors["vision_model.embeddings.position_embedding.weight"]
-    assert torch.equal(ViT.from_pretrained(tmp_path).position, expected)
-
-
 # ---------------------------------------------------------------------------------- refused models
 
 
-REFUSED = [
+REFUSED = [  # a kind, fields of its config, and a word of the message, if that is not the name of the last field
     ("clip_vision_model", {"model_type": "vit"}, "clip_vision_model or clip or siglip_vision_model"),
-    ("clip_vision_model", {"hidden_size": "16"}, "'hidden_size'"),
-    ("clip_vision_model", {"hidden_act": "relu"}, "'relu'"),
-    ("dinov2", {"use_swiglu_ffn": True}, "use_swiglu_ffn"),
-    ("dinov2", {"model_type": "dinov2_with_registers"}, "'dinov2_with_registers'"),
-    ("dinov2", {"num_hidden_layers": 2**40}, "'num_hidden_layers'"),
-    ("dinov2", {"mlp_ratio": 1e300}, "'mlp_ratio'"),
-    ("dinov2", {"layer_norm_eps": -1}, "'layer_norm_eps'"),
-    ("siglip", {"vision_config": None}, "'vision_config'"),
-    ("siglip", {"vision_config": {"image_size": 15}}, "image_size=15"),
+    ("clip_vision_model", {"hidden_size": "16"}), ("clip_vision_model", {"hidden_act": "relu"}),
+    ("dinov2", {"use_swiglu_ffn": True}), ("dinov2", {"model_type": "dinov2_with_registers"}),
+    ("dinov2", {"num_hidden_layers": 2**40}), ("dinov2", {"mlp_ratio": 1e300}), ("dinov2", {"layer_norm_eps": -1}),
+    ("siglip", {"vision_config": None}), ("siglip", {"vision_config": {"image_size": 15}}, "image_size=15"),
     ("clip", {"vision_config": {"hidden_size": 770}}, "width=770"),
 ]
 
 
-@pytest.mark.parametrize("kind, fields, word", REFUSED)
-def test_an_unsupported_config_is_refused(tmp_path, kind, fields, word):
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_an_unsupported_config_is_refused(tmp_path, case):
+    kind, fields, *words = case
     make_transformers(tmp_path, kind)
     change_json(tmp_path / "config.json", **fields)
     for load in (ViT.from_pretrained, ViT.from_config):
-        with refused(str(tmp_path / "config.json"), word):
+        with refused(str(tmp_path / "config.json"), *(words or [last_field(fields)])):
             load(tmp_path)
 
 
@@ -194,22 +167,14 @@ def test_preprocessing_is_that_of_the_family_and_of_the_requested_size(tmp_path)
         assert vit.config.image_size == (size or 224)
 
 
-PRESETS = """
-    vit_b_16 IMAGENET1K_V1
-    vit_b_32 IMAGENET1K_V1
-    vit_l_16 IMAGENET1K_V1
-    vit_l_32 IMAGENET1K_V1
-    vit_b_16 IMAGENET1K_SWAG_E2E_V1
-    vit_l_16 IMAGENET1K_SWAG_E2E_V1
-    vit_h_14 IMAGENET1K_SWAG_E2E_V1
-    vit_h_14 IMAGENET1K_SWAG_LINEAR_V1
-"""
+PRESETS = {"vit_b_16": "V1 SWAG_E2E_V1", "vit_b_32": "V1", "vit_l_16": "V1 SWAG_E2E_V1", "vit_l_32": "V1",
+           "vit_h_14": "SWAG_E2E_V1 SWAG_LINEAR_V1"}
 
 
-@pytest.mark.parametrize("build, weights", [line.split() for line in PRESETS.strip().splitlines()])
-def test_the_preprocessing_of_torchvision_is_that_of_its_presets(build, weights):
+@pytest.mark.parametrize("build, name", [(build, name) for build in PRESETS for name in PRESETS[build].split()])
+def test_the_preprocessing_of_torchvision_is_that_of_its_presets(build, name):
     """All published weights except for two that cannot be told from older ones; on the meta device."""
-    weights = get_model_weights(build)[weights]
+    weights = get_model_weights(build)[f"IMAGENET1K_{name}"]
     preset, size = weights.transforms(), weights.meta["min_size"][0]
     with torch.device("meta"):
         theirs = getattr(torchvision_vit, build)(image_size=size)

@@ -8,7 +8,6 @@ Tensors must be equal to the bit. Every random choice has its seed in the test.
 
 import json
 import os
-import random
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.errors import InputError
-from models.weights import WEIGHT_FILE_NAMES, copy_strict, drop_tied_copy, read_tensors, weight_files
-from tests.common.helpers import refused, run_python
+from models.weights import WEIGHT_FILE_NAMES, copy_strict, read_tensors, weight_files
+from tests.common.helpers import damaged, refused
 from tests.models.helpers import assert_bit_equal
+from tests.scripts import run_python
 
 INDEX = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}
 KINDS = ["model.safetensors", "zip.pth", "old.bin", *INDEX.values()]
@@ -134,18 +134,13 @@ def test_the_order_of_preference_in_a_folder(tmp_path):
 # ---------------------------------------------------------------------------------- refused files
 
 
-class Call:
-    """Unpickling it calls `function`."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
+class MakesAFolder:
     def __reduce__(self):
-        return self.call
+        return os.mkdir, ("ran",)
 
 
 PICKLES = {
-    "code": {"w": torch.ones(2), "x": Call(os.mkdir, "ran")},
+    "code": {"w": torch.ones(2), "x": MakesAFolder()},
     "a number beside a tensor": {"w": torch.ones(3), "epoch": 3},
     "numbers as names": {0: torch.ones(3)},
     "empty": {},
@@ -179,16 +174,6 @@ def test_indexes_with_shards_elsewhere_are_refused(tmp_path, shard):
     index.write_text(json.dumps({"weight_map": {"w": "part-0.bin", "v": shard}}))
     with refused(str(tmp_path / "m")):
         read_tensors(tmp_path / "m")
-
-
-def damaged(content: bytes, seed: int) -> bytes:
-    """Cut short, or bits flipped in the first kilobyte or anywhere."""
-    rng, content = random.Random(seed), bytearray(content)
-    if seed % 4 == 0:
-        return content[: rng.randrange(len(content))]
-    for _ in range(rng.choice([1, 2, 8, 40])):
-        content[rng.randrange(min(len(content), 1000) if seed % 2 else len(content))] ^= 1 << rng.randrange(8)
-    return content
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -283,15 +268,6 @@ def test_copy_strict_names_what_does_not_fit(case):
     assert_bit_equal(module.state_dict(), before)
 
 
-def test_only_a_copy_that_is_equal_is_dropped():
-    for head, kept in ((torch.ones(2), False), (torch.zeros(2), True), (torch.ones(2).half(), True)):
-        tensors = {"x.embed": torch.ones(2), "x.lm_head.weight": head}
-        drop_tied_copy(tensors, "absent")
-        drop_tied_copy(tensors, "x.embed")
-        drop_tied_copy(tensors, "x.embed")
-        assert ("x.lm_head.weight" in tensors) == kept and "x.embed" in tensors
-
-
 # --------------------------------------------------------------------------------------- memory
 
 MEASURE = """
@@ -311,4 +287,6 @@ def test_files_are_memory_mapped(tmp_path):
     """42 MB of tensors, all of them used, take less than 4 MB beside the pages of their files."""
     tensors = {f"{i}.weight": torch.full((1024, 1024), float(i)) for i in range(10)}
     paths = [write(tmp_path / name, tensors) for name in ("one.safetensors", "zip.bin", INDEX["safetensors"])]
-    assert all(int(kilobytes) < 4000 for kilobytes in run_python(MEASURE, *paths).split())
+    done = run_python("-c", MEASURE, *paths)
+    assert done.returncode == 0, done.stderr
+    assert all(int(kilobytes) < 4000 for kilobytes in done.stdout.split())

@@ -9,17 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import qadapter
 from common.config import Config
 from models.vit import ViT
-from qadapter import (
-    HEADS,
-    GatedCrossAttention,
-    QAdapter,
-    interpolate_time_embed,
-    naive_gated_cross_attention,
-    random_visibility,
-    split_heads,
-)
+from qadapter import HEADS, GatedCrossAttention, QAdapter, naive_gated_cross_attention, split_heads
 from tests.tiny import DEPTH, SIDE, VIT, WIDTH, make, randomize, record_block_outputs, same_bits
 
 CLOSE = dict(rtol=0, atol=1e-12)  # float64
@@ -122,7 +115,7 @@ def test_hidden_tokens_are_not_read():
     torch.manual_seed(8)
     found = block(q, z, e)[0]
     torch.manual_seed(8)
-    visible = random_visibility(2, 3, 5, 0.5, z.device)
+    visible = qadapter.random_visibility(2, 3, 5, 0.5, z.device)
     k, v = block.keys_and_values(F.layer_norm(z, (WIDTH,)), e)
     for b in range(2):
         hq, hk, hv = (split_heads(x[None])[0] for x in (block.q(block.norm(q[b])), k[b, visible[b]], v[b, visible[b]]))
@@ -137,9 +130,9 @@ def test_the_share_of_hidden_tokens_is_the_dropout():
     """Seed 9: of 2.1e5 tokens 30% are hidden, within 4 standard errors (0.4%), alike at each place (4%). A frame
     never loses all, also with 2 tokens and 0.9, where 81% would."""
     torch.manual_seed(9)
-    visible = random_visibility(1000, 10, 21, 0.3, torch.device("cpu")).view(10000, 21).float()
+    visible = qadapter.random_visibility(1000, 10, 21, 0.3, torch.device("cpu")).view(10000, 21).float()
     assert abs(visible.mean() - 0.7) < 0.004 and (visible.mean(0) - 0.7).abs().max() < 0.04
-    few = random_visibility(1000, 10, 2, 0.9, torch.device("cpu")).view(10000, 2)
+    few = qadapter.random_visibility(1000, 10, 2, 0.9, torch.device("cpu")).view(10000, 2)
     assert few.any(1).all() and abs(few[:, 1].float().mean() - 0.1) < 0.012
 
 
@@ -181,9 +174,11 @@ def test_channel_statistics_are_those_of_the_given_clips():
 
 @pytest.mark.parametrize("write_back", [False, True])
 def test_step_0_leaves_the_vit_bit_for_bit(write_back):
-    """Model seed 13: the outputs of the frozen ViT's blocks beside a new adapter; without write-back also beside a
-    random one, and then nothing of the ViT requires gradients."""
+    """Model seed 13: the outputs of the frozen ViT's blocks beside a new adapter, which reads just these (1e-5);
+    without write-back also beside a random one, and then nothing of the ViT requires gradients."""
     vit, adapter, pixels = tiny_adapter(13, write_back=write_back)
+    outputs = vit.block_outputs(pixels.flatten(0, 1), range(DEPTH)).unflatten(0, (2, 3))
+    torch.testing.assert_close(run(vit, adapter, pixels), adapter.read_outputs(outputs), rtol=0, atol=1e-5)
     alone = record_block_outputs(vit, lambda: vit(pixels.flatten(0, 1)))
     if not write_back:
         randomize(adapter, 14)
@@ -252,9 +247,9 @@ def test_frame_vectors_are_interpolated():
     """Seed 21, within 1e-6. One frame: the mean of the middle two. Twice as many: a quarter of the way from each
     learned vector to its two neighbours. They start as a ramp along one direction."""
     e = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(21))
-    assert interpolate_time_embed(e, 8) is e
-    torch.testing.assert_close(interpolate_time_embed(e, 1)[0], (e[3] + e[4]) / 2, rtol=0, atol=1e-6)
-    twice = interpolate_time_embed(e, 16)
+    assert qadapter.interpolate_time_embed(e, 8) is e
+    torch.testing.assert_close(qadapter.interpolate_time_embed(e, 1)[0], (e[3] + e[4]) / 2, rtol=0, atol=1e-6)
+    twice = qadapter.interpolate_time_embed(e, 16)
     torch.testing.assert_close(twice[1:-1:2], 0.75 * e[:-1] + 0.25 * e[1:], rtol=0, atol=1e-6)
     torch.testing.assert_close(twice[2::2], 0.25 * e[:-1] + 0.75 * e[1:], rtol=0, atol=1e-6)
     ramp = make("no write-back").adapter.time_embed

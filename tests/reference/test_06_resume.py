@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from tests.scripts import act_at_call, assert_one_line_error, contents, run_forked
+from tests.scripts import act_at_call, assert_error, contents, run_forked, succeed
 from training.run import Run
 
 DROPOUT = ["--token-dropout", 0.5]
@@ -34,8 +34,7 @@ def save_often():
 @pytest.fixture(scope="module")
 def uninterrupted(flags, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = run_forked(train, *flags, *DROPOUT, "--out", out)
-    assert done.returncode == 0, done.stderr
+    succeed(train, *flags, *DROPOUT, "--out", out)
     return out
 
 
@@ -49,9 +48,8 @@ def test_a_killed_run_resumes_bit_for_bit(where, flags, uninterrupted, tmp_path,
     is_run = (out / "config.json").exists()
     assert is_run == ("config.json" not in where)
     if not is_run:
-        assert_one_line_error(run_forked(train, "--resume", out), str(out), "config.json")
-    done = run_forked(train, *(["--resume", out] if is_run else new_run))
-    assert done.returncode == 0, done.stderr
+        assert_error(run_forked(train, "--resume", out), str(out), "config.json")
+    succeed(train, *(["--resume", out] if is_run else new_run))
     assert contents(out) == contents(uninterrupted)
 
 
@@ -64,8 +62,7 @@ def test_a_signal_stops_after_the_step(number, flags, uninterrupted, tmp_path, m
         done = run_forked(train, *flags, *DROPOUT, "--out", out)
     assert (done.returncode, done.stderr) == (130, "stopped\n") and f"--resume {out} continues" in done.stdout
     assert torch.load(out / "last/state.pt", weights_only=True)["step"] == 3
-    done = run_forked(train, "--resume", out)
-    assert done.returncode == 0 and "resuming after step 3" in done.stdout, done.stderr
+    assert "resuming after step 3" in succeed(train, "--resume", out)
     assert contents(out) == contents(uninterrupted)
 
 
@@ -74,6 +71,5 @@ def test_half_a_row_of_the_log_is_dropped(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     with open(tmp_path / "run/log.jsonl", "a") as file:
         file.write('{"step": 1')
-    done = run_forked(train, "--resume", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    succeed(train, "--resume", tmp_path / "run")
     assert contents(tmp_path / "run") == contents(uninterrupted)

@@ -12,16 +12,12 @@ import pytest
 import torch
 
 import train
-from tests.scripts import ENVIRONMENT, ROOT, act_at_call, fork_two, read_log, run_forked
+from tests.scripts import ENVIRONMENT, ROOT, act_at_call, fork_two, losses, read_log, succeed
 
 # With seed 4 the best validation is not the last, so captions of the test split tell which weights they are of.
 TWENTY_STEPS = ["--shapes-sizes", 22, 5, 7, "--batch-size", 5, "--epochs", 5, "--cache-features", "--seed", 4,
                 "--eval-every", 1]
 TRAIN = "import train; train.LOG_EVERY = 1; train.cli.run(train.main)"
-
-
-def losses(run: Path) -> torch.Tensor:
-    return torch.tensor([row["loss"] for row in read_log(run) if "loss" in row])
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +40,7 @@ def two_run(two_flags, tmp_path_factory) -> Path:
 
 def test_two_processes_train_as_one(two_run, two_flags, tmp_path):
     """20 losses; the same captions and scores of the test split."""
-    done = run_forked(train, *two_flags, "--out", tmp_path / "one")
-    assert done.returncode == 0, done.stderr
+    succeed(train, *two_flags, "--out", tmp_path / "one")
     assert len(losses(two_run).unique()) == 20
     torch.testing.assert_close(losses(tmp_path / "one"), losses(two_run), rtol=0, atol=1e-5)
     tests = [json.loads((run / "test.json").read_text()) for run in (tmp_path / "one", two_run)]

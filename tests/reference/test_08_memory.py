@@ -1,6 +1,6 @@
 """The memory of a training step as `--plan` computes it on the meta device, against a real step on the CPU.
 
-References: the tensors of that step, counted, within 1%; numbers by hand; the published sizes of models.
+References: the tensors of that step, counted, within 1%; numbers by hand.
 """
 
 import math
@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from common.config import Config
 from model import Captioner
-from tests.models.helpers import CONFIGS as PUBLISHED
 from training import plan
 from training.frozen_models import load_models
 
@@ -104,14 +103,3 @@ def test_models_without_weights_have_the_shapes_of_loaded_ones(backbones, image_
         shapes.append({name: (tensor.shape, tensor.dtype) for name, tensor in pair.named_parameters()})
         assert all(tensor.is_meta == meta for tensor in pair.parameters())
     assert shapes[0] == shapes[1]
-
-
-@pytest.mark.parametrize("part, name, count", [
-    ("lm", "tinyllama-1.1b", 1_100_048_384), ("lm", "smollm2-135m", 134_515_008), ("lm", "qwen3-0.6b", 596_049_920)])
-def test_published_models_have_their_number_of_parameters(backbones, tmp_path, part, name, count):
-    """References: the counts of the published safetensors files; a tied head counts once."""
-    folders = {"vit": backbones / "vit", "lm": backbones / "lm", part: tmp_path}
-    (tmp_path / "tokenizer.model").write_bytes((backbones / "lm/tokenizer.model").read_bytes())
-    (tmp_path / "config.json").write_text((PUBLISHED / f"{name}.json").read_text())
-    pair, _ = load_models(folders, torch.bfloat16, meta=True)
-    assert sum(p.numel() for p in pair.lm.parameters()) == count

@@ -24,7 +24,7 @@ from model import Captioner, CausalLM, Pair, ViT, load_tokenizer
 from qadapter import HEADS, naive_gated_cross_attention
 from report import curves, page, show
 from report.attention import AttentionMaps, record_attention
-from tests.scripts import ROOT, read_log, run_forked
+from tests.scripts import ROOT, read_log, run_forked, succeed
 from video_data.video import read_frames
 
 TINY_VIT, TINY_LM = ROOT / "backbones/tiny-vit", ROOT / "backbones/tiny-lm"
@@ -174,7 +174,7 @@ def test_videos_get_a_page_and_a_picture(finished_run, flags, tmp_path):
     text = (tmp_path / "r.html").read_text()
     assert [printable(f"{clip['id']}: {clip['caption']}") for clip in Page(text).clips] == done.stdout.splitlines()
     assert "2 of 2 captions</title>" in text and f"captioned</th><td>{tmp_path}/bad.mp4</td>" in text
-    assert run_forked(evaluate, finished_run, "--video", videos[0], "--show", tmp_path / "c.png").returncode == 0
+    succeed(evaluate, finished_run, "--video", videos[0], "--show", tmp_path / "c.png")
     captioner, _ = evaluate.load_run(finished_run, torch.device("cpu"))
     frames = read_frames(videos[0], 8, captioner.vit.preprocessing)
     expected = show.draw_clip(frames, captioner.caption(frames[None])[0], record_attention(captioner, frames[None]), 1)

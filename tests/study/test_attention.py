@@ -15,7 +15,7 @@ from evaluate import load_run
 from report.attention import record_attention
 from study import attention
 from tests import tiny
-from tests.scripts import assert_one_line_error, run_forked
+from tests.scripts import assert_error, run_forked, succeed
 from video_data import load, read_frames, shapes
 
 DRAWN = [1, 3, 5, 7, 9, 11, 13, 15]  # the frames of a clip that are read, if it is 8 of 16
@@ -44,44 +44,29 @@ def test_the_parts_of_patches_are_those_that_the_renderer_draws(size, edge, tmp_
     assert counts == {1, 2}
 
 
-def test_shares_of_attention_that_is_put_on_known_patches():
-    """2 frames of a class token and 4 patches; shape 1 covers patch 1 of frame 0 by half, shape 2 all of patch 3 of
-    frame 1. Query 0: a head on each; query 1: 0.2 on a class token, 0.6 on shape 1's patch, 0.2 beside."""
-    parts, weights = torch.zeros(1, 2, 2, 4), torch.zeros(1, 1, 2, 2, 2, 5)
-    parts[0, 0, 0, 1], parts[0, 1, 1, 3] = 0.5, 1
-    weights[0, 0, 0, 0, 0, 2] = weights[0, 0, 1, 0, 1, 4] = 1
-    weights[0, 0, :, 1, 1, 0], weights[0, 0, :, 1, 0, 2], weights[0, 0, :, 1, 1, 1] = 0.2, 0.6, 0.2
-    expected = torch.tensor([[0.25, 0.5], [0.375, 0]])  # (N, 2): 0.6 / 0.8 / 2 = 0.375
-    torch.testing.assert_close(attention.attention_to_shapes(weights, parts)[0, 0], expected, rtol=0, atol=1e-6)
-
-
-def test_purity_by_hand():
-    """Query 0: 0.3 and 0.1, query 1: 0 and 0.1, so (0.3 + 0.1) / 0.5; alike is 0.5; a query that looks at no shape has
-    no weight. Tolerance 1e-6."""
-    on_shapes = torch.tensor([[[0.3, 0.1], [0, 0.1]], [[0.2, 0.2], [0.1, 0.1]], [[0, 0], [0.6, 0.2]]])
-    torch.testing.assert_close(attention.purity(on_shapes), torch.tensor([0.8, 0.5, 0.75]), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("fields", [{}, {"gate": "none"}, {"variant": "gate-channel"}], ids=str)
 def test_what_is_measured_of_each_block(fields):
     """A tiny random captioner, seed 0, 3 clips, random parts. References: of g A and Q `naive_gated_cross_attention`,
     clip by clip; of the rest loops over the weights of `record_attention`. Tolerance 1e-4."""
     captioner = tiny.randomized("no write-back", **fields).eval()
     frames, parts = tiny.clips(3, tiny.T, seed=1), torch.rand(3, 2, tiny.T, 16, generator=torch.manual_seed(2))
-    tokens, on_shapes, by_gate, _, read, query, gates = attention.measure(captioner, frames, parts)
+    tokens, on_shapes, by_gate, pure, read, query, gates = attention.measure(captioner, frames, parts)
     maps, adapter = record_attention(captioner, frames), captioner.adapter
     with torch.no_grad():
         outputs = captioner.block_outputs(frames)  # (B, T, J, P, D)
     for j, i in np.ndindex(tiny.DEPTH, 3):
-        shares, counts = [], []
+        shares, larger, counts = [], [], []
         for n in range(tiny.N):
             weights = maps.weights[j, i, :, n].double().numpy()  # (h, T, P)
             counts += [np.exp(-sum(w * np.log(w) for w in head.flatten())) for head in weights]
             mean = weights.mean(0)[:, 1:]
-            shares.append((mean * parts[i].sum(0).numpy()).sum() / mean.sum())
+            of_each = [(mean * part.numpy()).sum() / mean.sum() for part in parts[i]]
+            shares.append(sum(of_each))
+            larger.append(max(of_each))
         g = maps.gates[j, i].numpy()
-        found = [tokens[j, i], on_shapes[j, i], by_gate[j, i]]
-        np.testing.assert_allclose(found, [np.mean(counts), np.mean(shares), np.average(shares, weights=g)], rtol=1e-4)
+        found = [tokens[j, i], on_shapes[j, i], by_gate[j, i], pure[j, i]]
+        expected = [np.mean(counts), np.mean(shares), np.average(shares, weights=g), sum(larger) / sum(shares)]
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
         assert (gates[j, i].numpy() == g).all() and (fields.get("gate") != "none" or (g == 1).all())
     if not fields:
         for i in range(3):
@@ -106,9 +91,7 @@ def test_a_run_is_measured_with_and_without_each_block(finished_run, flags, monk
     captioner.save(run / "best/adapter.safetensors", {})
     monkeypatch.setattr(shapes, "attribute_accuracy", lambda references, captions: print(json.dumps(captions)) or
                         {"shapes": 0.25, "motion": 0.125})
-    done = run_forked(attention, run)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = succeed(attention, run).splitlines()
     found, rows = [json.loads(line) for line in lines if line.startswith("{")], [line.split() for line in lines[3::2]]
     clips = load("shapes", flags[-1])["test"]
     frames = torch.stack([read_frames(clip.path, 8, captioner.vit.preprocessing) for clip in clips])
@@ -140,10 +123,10 @@ def test_a_run_is_measured_with_and_without_each_block(finished_run, flags, monk
 
 def test_what_cannot_be_measured_is_one_line(finished_run, flags, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
-    assert_one_line_error(run_forked(attention, tmp_path), "config.json")
-    assert_one_line_error(run_forked(attention, run, "--data", tmp_path / "none"), "expected the folder of the dataset")
-    assert_one_line_error(run_forked(attention, run, "--seed", 1), "test/00000.mp4", "--seed 1")
+    assert_error(run_forked(attention, tmp_path), "config.json")
+    assert_error(run_forked(attention, run, "--data", tmp_path / "none"), "expected the folder of the dataset")
+    assert_error(run_forked(attention, run, "--seed", 1), "test/00000.mp4", "--seed 1")
     config = read_json(run / "config.json")
     config["config"]["dataset"] = "folder"
     write_json(run / "config.json", config)
-    assert_one_line_error(run_forked(attention, run, "--data", flags[-1]), "--dataset shapes")
+    assert_error(run_forked(attention, run, "--data", flags[-1]), "--dataset shapes")

@@ -6,16 +6,15 @@ import torch
 from common.files import read_json
 from evaluate import load_run
 from study import controls
-from tests.scripts import run_forked
+from tests.scripts import succeed
 from video_data.video import read_frames
 
 
 def test_the_frames_are_changed_as_each_control_says(finished_run, flags, tmp_path):
     """Standard error by hand: 1, 2 and 6 have a standard deviation of 2.646, over the root of 3 1.528."""
-    done = run_forked(controls, finished_run, "--save", tmp_path / "c.json", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
+    output = succeed(controls, finished_run, "--save", tmp_path / "c.json", "--device", "cpu")
     found, expected = read_json(tmp_path / "c.json"), read_json(finished_run / "test.json")["captions"]
-    assert found["the clip"] == expected and [line.split("  ")[0] for line in done.stdout.splitlines()][-5:] == [*found]
+    assert found["the clip"] == expected and [line.split("  ")[0] for line in output.splitlines()][-5:] == [*found]
     captioner = load_run(finished_run, torch.device("cpu"))[0]
     clips = torch.stack([read_frames(f"{flags[-1]}/{name}", 8, captioner.vit.preprocessing) for name in expected])
     changed = {"frames reversed": clips.flip(1), "frames of another clip": clips.roll(-3, 0),

@@ -4,9 +4,9 @@ References: results/; statistics by hand; the files of tiny runs; the captions o
 """
 
 import json
+import re
 import shlex
 import sys
-import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ from common.files import read_json
 from models.safetensors import checksum, read_metadata, read_safetensors
 from study import __main__ as study
 from study import figure, tables
-from tests.scripts import run_forked
+from tests.scripts import run_forked, succeed
 from training.distributed import ProcessGroup
 from video_data.annotations import read_msrvtt
 
@@ -93,20 +93,17 @@ def test_the_page_and_the_figure_are_those_of_the_results():
     assert figure.FIGURE.read_text() == figure.draw_ablations()
 
 
-def test_the_figure_of_ablations(monkeypatch):
-    """By hand: -30 to 10 points are 320 pixels from 360 on. No run and no reference: left out; one seed: no error."""
+def test_the_figure_of_a_study_that_is_not_finished(monkeypatch):
+    """A row without runs is left out, and so is a table whose reference row has none; of one seed there is no error."""
     content = {"tables": {name: {"title": f"Ablation: {name}", "reference": "a"} for name in ("x", "none")}}
-    values = {"x": {"a": [50, 50], "b": [44, 46], "c": [41], "d": [], "e": [15, 15]}, "none": {"a": [], "b": [1]}}
+    values = {"x": {"a": [50, 50], "b": [44, 46], "c": [41], "d": []}, "none": {"a": [], "b": [1]}}
     runs = {name: [SimpleNamespace(label=label, best_runs=group) for label, group in rows.items()]
             for name, rows in values.items()}
     for name, value in (("CONTENT", content), ("read_rows", runs.get), ("scores", lambda group, _: group)):
         monkeypatch.setattr(tables, name, value)
-    drawn = ElementTree.fromstring(figure.draw_ablations())
-    texts, paths = ([x for x in drawn if x.tag.endswith(kind)] for kind in ("text", "path"))
-    assert [x.text for x in texts[-7:]] == ["x, instead of a", "b", "-5.0 ± 1.0", "c", "-9.0", "e", "-35.0 ± 0.0"]
-    b, c, e = (x.get("d") for x in paths[-3:])
-    assert b.startswith("M556.0 ") and b.endswith("M552.0 68H568.0") and c.startswith("M524.0 ") and "H" not in c
-    assert e.startswith("M367.0 ") and "H" not in e
+    drawn = figure.draw_ablations()
+    assert re.findall(">([^<]+)</text>", drawn)[-5:] == ["x, instead of a", "b", "-5.0 ± 1.0", "c", "-9.0"]
+    assert len(re.findall('z[^"]*H', drawn)) == 1 and "nan" not in drawn  # one bar
 
 
 def test_the_best_rate_of_seed_0_gets_the_other_seeds():
@@ -115,15 +112,6 @@ def test_the_best_rate_of_seed_0_gets_the_other_seeds():
     assert study.missing_runs([ready], [0, 1, 5]) == [(ready, 0.2, 1), (ready, 0.2, 5)]
     assert study.missing_runs([row_of(command=None)], [0, 1]) == []  # by the tag
     assert tables.format_rate(row_of(lrs=(0.1,)), 0.1) == "0.1"
-
-
-@pytest.mark.parametrize("rate, scores, expected", [
-    (0.2, {0.1: 1, 0.2: 3, 0.4: 2}, "0.2"), (0.1, {0.1: 3, 0.2: 2, 0.4: 1}, "0.1 ↓"),
-    (0.4, {0.1: 1, 0.2: 2, 0.4: 3}, "0.4 ↑"), (0.4, {0.1: 1, 0.2: 2, 0.4: 3, 0.8: 2}, "0.4"),
-    (0.4, {0.1: 1, 0.2: 2, 0.4: 3, 0.8: 4}, "0.4 ↑")])
-def test_an_arrow_marks_a_rate_that_no_worse_one_bounds(rate, scores, expected):
-    """0.8 was tried in another table."""
-    assert tables.format_rate(row_of(*((lr, 0, score) for lr, score in scores.items())), rate) == expected
 
 
 def test_means_and_differences():
@@ -188,7 +176,7 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
         assert all(run_forked(train, *words).returncode == 0 for words in commands)
     (folder / "test.json").unlink()  # as if it had been stopped before the test split
     assert printed() == [["--resume", str(folder)]]
-    assert run_forked(train, "--resume", folder).returncode == 0
+    succeed(train, "--resume", folder)
     assert printed() == []
     stored = (tmp_path / "x.json").read_text()
     assert [(run["flags"].rpartition("--")[2], run["seed"], run["steps"]) for run in json.loads(stored)["runs"]] == [

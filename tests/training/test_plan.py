@@ -55,11 +55,6 @@ def make_config(dataset: VideoDataset, folder: Path, **fields) -> Config:
     return Config(data=folder, frames=4, queries=4, rank=4, last_blocks=0, precision="fp32", batch_size=2, **fields)
 
 
-def cache_sizes(planned: dict) -> dict[str, int]:
-    """Bytes of frames and of features, of all splits."""
-    return {kind: sum(len(cache) * cache.clip_bytes for cache in group.values()) for kind, group in planned.items()}
-
-
 @pytest.mark.parametrize("cache_features", [False, True])
 def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dataset, backbones, tmp_path, capsys):
     """All sizes are said in one line before the first clip is decoded; with everything there nothing is said. Features
@@ -69,7 +64,7 @@ def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dat
     capsys.readouterr()
     caches = cached_inputs(config, dataset, captioner, {}, CPU)
     planned, said = plan_caches(config, dataset, captioner, {}), capsys.readouterr().out
-    sizes = cache_sizes(planned)
+    sizes = {kind: sum(len(cache) * cache.clip_bytes for cache in group.values()) for kind, group in planned.items()}
     texts = [f"{kind} {plan.format_bytes(size)}" for kind, size in sizes.items() if size]
     assert said.startswith(f"cache: {', '.join(texts)}, go into {tmp_path / 'shapes/.cache'}\n")
     stored = sum(path.stat().st_size for path in (tmp_path / "shapes/.cache").rglob("*") if path.is_file())
@@ -86,34 +81,18 @@ def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dat
                                             {}, CPU)
 
 
-def test_a_disk_without_space_is_an_error_before_the_first_clip_is_decoded(dataset, backbones, tmp_path, monkeypatch):
-    """One byte less than all frames and features need, then just as much."""
-    config = make_config(dataset, tmp_path / "shapes", cache_features=True)
-    captioner, usage = make_captioner(backbones, config), type(shutil.disk_usage("."))
-    needed = sum(cache_sizes(plan_caches(config, dataset, captioner, {})).values())
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
-    with pytest.raises(InputError, match=r"needs 316\.7 kB, the disk of .* has 316\.7 kB free"):
-        cached_inputs(config, dataset, captioner, {}, CPU)
-    assert not [path for path in (tmp_path / "shapes/.cache").rglob("*") if path.is_file()]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
-    cached_inputs(config, dataset, captioner, {}, CPU)
-
-
 # ------------------------------------------------------------------------- the models of the presets
 
 
-@pytest.mark.parametrize("dataset_name, device, name, count, gflop, features", [
+@pytest.mark.parametrize("dataset_name, device, name, gflop, features", [
     # Of a frame: 24 P D^2 + 4 P^2 D per block of P tokens, 2 P 3 p^2 D for the patches; the last three blocks' outputs.
-    ("msvd", CPU, "smolvlm2-256m", 256_484_928, 213.8, 3 * 1024 * 768 * 2),
-    ("msrvtt", torch.device("cuda"), "internvl3.5-1b", 1_060_897_792, 723.6, 3 * 1025 * 1024 * 2)])
-def test_the_default_models_fit_at_their_presets(tmp_path, dataset, dataset_name, device, name, count,
-                                                 gflop, features):
-    """References: the size of the published file; FLOP and features by hand; 16 GB of memory, or 24 GB of a GPU, with
-    the longest captions."""
+    ("msvd", CPU, "smolvlm2-256m", 213.8, 3 * 1024 * 768 * 2),
+    ("msrvtt", torch.device("cuda"), "internvl3.5-1b", 723.6, 3 * 1025 * 1024 * 2)])
+def test_the_default_models_fit_at_their_presets(tmp_path, dataset, dataset_name, device, name, gflop, features):
+    """FLOP and features by hand; 16 GB of memory, or 24 GB of a GPU, with the longest captions."""
     make_folder(tmp_path, name)
     config = parse_args(["--dataset", dataset_name, "--data", str(tmp_path)])
     mllm = MLLM.from_config(tmp_path).to(torch.bfloat16)
-    assert sum(parameter.numel() for parameter in mllm.parameters()) == count
     mllm.prompt = prompt_of_letters
     with torch.device("meta"):
         captioner = Captioner(mllm, Letters(), config)

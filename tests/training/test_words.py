@@ -7,8 +7,7 @@ import torch
 
 import train
 from common.errors import InputError
-from tests.reference.test_07_processes import losses
-from tests.scripts import fork_two, run_forked
+from tests.scripts import fork_two, losses, run_forked
 from training import words
 
 

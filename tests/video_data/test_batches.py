@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -283,11 +284,7 @@ def test_datasets_have_separate_cache_folders(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------- examples and batches
 
 
-class CharTokenizer:
-    """One token per character."""
-
-    def encode(self, text):
-        return [ord(c) for c in text]
+CHARACTERS = SimpleNamespace(encode=lambda text: [ord(c) for c in text])  # a tokenizer: one token per character
 
 
 def make_examples(folder: Path, seed: int) -> batches.TrainingExamples:
@@ -297,7 +294,7 @@ def make_examples(folder: Path, seed: int) -> batches.TrainingExamples:
     for i in range(3):
         levels = np.arange(6 * i, 6 * i + 6, dtype=np.uint8)
         cache.write(i, levels[:, None, None, None] * np.ones((3, 2, 2), np.uint8))
-    return batches.TrainingExamples(clips, cache, CharTokenizer(), 3, 2, seed, eos_id=7, max_tokens=40)
+    return batches.TrainingExamples(clips, cache, CHARACTERS, 3, 2, seed, eos_id=7, max_tokens=40)
 
 
 def test_randomness_is_the_documented_one(tmp_path):
@@ -327,7 +324,7 @@ def test_times_are_stored_beside_frames(tmp_path, decoded):
     assert decoded() == ["0.mp4", "1.mp4"]
     times = [read_clip(clip.path, 6, SIZE)[1] for clip in clips]
     assert [row.tolist() for row in caches[1].times] == times
-    examples = batches.TrainingExamples(clips, caches[1], CharTokenizer(), 3, 1, seed=0, eos_id=7, max_tokens=40)
+    examples = batches.TrainingExamples(clips, caches[1], CHARACTERS, 3, 1, seed=0, eos_id=7, max_tokens=40)
     keys = [(0, 3), (1, 0)]
     for key, found in zip(keys, examples.times(keys).tolist(), strict=True):
         stored = caches[1][key[0]].astype(int)
@@ -337,7 +334,7 @@ def test_times_are_stored_beside_frames(tmp_path, decoded):
     pairs.make_room()
     for i in range(2):
         pairs.write(i, np.full((3, 5), i, np.uint16))
-    examples = batches.TrainingExamples(clips, pairs, CharTokenizer(), 3, 1, seed=0, eos_id=7, max_tokens=40)
+    examples = batches.TrainingExamples(clips, pairs, CHARACTERS, 3, 1, seed=0, eos_id=7, max_tokens=40)
     assert examples[1, 0][0].shape == (3, 5) and examples.times(keys).tolist() == times
 
 
@@ -347,7 +344,7 @@ def test_features_become_bf16_and_captions_are_normalized_and_truncated(tmp_path
     cache = ClipCache(tmp_path, ["key"], (6, 5), np.uint16)
     cache.write(0, features.view(torch.uint16).numpy())
     clips = [Clip("a", Path("a.mp4"), ('  "A man  said: hi, there!" ', "ab" * 30, "c" * 40, "d" * 41))]
-    examples = batches.TrainingExamples(clips, cache, CharTokenizer(), 3, 1, seed=0, eos_id=7, max_tokens=40)
+    examples = batches.TrainingExamples(clips, cache, CHARACTERS, 3, 1, seed=0, eos_id=7, max_tokens=40)
     sampled, _ = batches.collate([examples[0, 0]])
     assert sampled.dtype == torch.bfloat16 and sampled.shape == (1, 3, 5)
     assert all(any(torch.equal(vector, f) for f in features) for vector in sampled[0])

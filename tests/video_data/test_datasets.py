@@ -10,7 +10,6 @@ here for generated files.
 import json
 import os
 import pickle
-import random
 import shutil
 import time
 import zipfile
@@ -21,8 +20,8 @@ import pytest
 
 from common.errors import InputError
 from metrics.inputs import MAX_LETTERS
-from tests.common.helpers import refused
-from video_data import annotations, datasets, shapes
+from tests.common.helpers import damaged, refused
+from video_data import annotations, datasets
 from video_data.annotations import SPLITS
 
 LISTS = [f"{split}_list.txt" for split in SPLITS]
@@ -198,15 +197,6 @@ def test_the_layout_of_a_folder(tmp_path):
     assert datasets.read_dataset("folder", tmp_path).splits == found.splits
 
 
-def test_shapes_is_made_once_and_read_back_whatever_its_seed(tmp_path):
-    """Sizes that are given must be those of the folder."""
-    shapes.make_dataset(tmp_path / "a", (3, 1, 1), seed=5)
-    assert counts(datasets.read_dataset("shapes", tmp_path / "a")) == {"train": 3, "val": 1, "test": 1}
-    with refused(f"{tmp_path}/a: contains [3, 1, 1] clips of shapes, not [4, 1, 1]"):
-        datasets.read_dataset("shapes", tmp_path / "a", (4, 1, 1))
-    assert counts(datasets.read_dataset("shapes", tmp_path / "b", [1, 1, 1])) == dict.fromkeys(SPLITS, 1)
-
-
 def test_hidden_files_and_folders_hold_no_videos(tmp_path):
     """Each would be a second video of a clip: in the cache, and what macOS writes beside a file on foreign disks."""
     ids = make_msvd(tmp_path)
@@ -292,6 +282,12 @@ def link_second_clip(root: Path) -> None:
     os.symlink(root / "a.mp4", root / "d.mp4")
 
 
+def replace_captions(captions: str):
+    """A change of captions.json: other training captions of a.mp4."""
+    text = f'{{"train": {{"a.mp4": {captions}}}, "val": {{"b.mp4": ["x"]}}, "test": {{"c.mp4": ["x"]}}}}'
+    return lambda root: (root / "captions.json").write_text(text)
+
+
 INCONSISTENT = [  # a layout, what is done to it, the error
     (make_msvd, lambda root: add_line(root / "test_list.txt", "-00_a_1_2"), "-00_a_1_2 occurs twice in the splits"),
     (make_msvd, lambda root: (root / "-02_a_1_4.mp4").touch(), "-02_a_1_4.avi: two videos of one clip"),
@@ -299,6 +295,10 @@ INCONSISTENT = [  # a layout, what is done to it, the error
     (make_msrvtt, lambda root: (root / "MSRVTT_data.json").write_text(
         '{"videos": [{"video_id": "video8", "split": "test"}], "sentences": []}'), "split of 'video8' is"),
     (make_msvd, lambda root: (root / "AllVideoDescriptions.txt").unlink(), "expected one of AllVideoDescriptions.txt"),
+    (make_folder, replace_captions('"a man"'), "'a.mp4': expected a list of captions"),
+    (make_folder, replace_captions('["a man", "?!"]'), "'a.mp4': expected a list of captions, each with a word in it"),
+    (make_folder, replace_captions('["a man"]}, "dev": {"d.mp4": ["x"]'), "expected the splits train, val, test"),
+    (make_folder, replace_captions('["a man"]}, "val": {'), "a name occurs twice"),
 ]
 
 
@@ -308,22 +308,6 @@ def test_inconsistent_data_is_a_one_line_error(tmp_path, make, change, words):
     change(tmp_path)
     with refused(str(tmp_path), words):
         datasets.read_dataset(make.__name__.removeprefix("make_"), tmp_path)
-
-
-CAPTIONS_JSON = [  # the training captions of a.mp4, and the error
-    ('"a man"', "'a.mp4': expected a list of captions"),
-    ('["a man", "?!"]', "'a.mp4': expected a list of captions, each with a word in it"),
-    ('["a man"]}, "dev": {"d.mp4": ["x"]', "expected the splits train, val, test"),
-    ('["a man"]}, "val": {', "a name occurs twice"),
-]
-
-
-@pytest.mark.parametrize(("captions", "words"), CAPTIONS_JSON)
-def test_captions_json_that_is_wrong_is_a_one_line_error(tmp_path, captions, words):
-    text = f'{{"train": {{"a.mp4": {captions}}}, "val": {{"b.mp4": ["x"]}}, "test": {{"c.mp4": ["x"]}}}}'
-    (tmp_path / "captions.json").write_text(text)
-    with refused(str(tmp_path), words):
-        datasets.read_dataset("folder", tmp_path)
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -358,14 +342,6 @@ def test_a_pickle_that_calls_a_function_is_an_error(tmp_path):
     assert not (tmp_path / "called").exists()
 
 
-def damage(content: bytes, seed: int) -> bytes:
-    """Truncated, or up to 50 bytes overwritten."""
-    rng, data = random.Random(seed), bytearray(content)
-    for _ in range(rng.choice([1, 10, 50])):
-        data[rng.randrange(len(data))] = rng.randrange(256)
-    return content[: rng.randrange(len(content))] if seed % 3 == 0 else bytes(data)
-
-
 def test_damaged_sources_are_read_or_an_error(tmp_path):
     """60 variants of each kind of file, seeds 0 to 59, each within 5 seconds."""
     make_msrvtt(tmp_path / "msrvtt")
@@ -384,7 +360,7 @@ def test_damaged_sources_are_read_or_an_error(tmp_path):
     results = []
     for seed in range(60):
         for read, path, content in kinds:
-            path.write_bytes(damage(content, seed))
+            path.write_bytes(damaged(content, seed))
             start_time = time.monotonic()
             try:
                 read(path.parent) if path in jsons else annotations.parse_file(path, read)

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from common.errors import InputError
 from common.preprocessing import Preprocessing
-from tests.common.helpers import refused
+from tests.common.helpers import damaged, refused
 from video_data import video
 
 STEP = 12
@@ -142,45 +142,32 @@ def test_unneeded_frames_are_not_decoded(tmp_path):
         assert video.skip_to_frames(*opened, video.sample_positions(5)) is not None
 
 
-@pytest.mark.parametrize("name", ["h264.avi", "mpeg4.avi", "h264.mkv"])
-def test_b_frames_come_in_order_of_display(tmp_path, name):
-    """AVI has no display times. FFmpeg invents times that step back; sorting frames by them would swap frames."""
-    codec = {"h264": "libx264", "mpeg4": "mpeg4"}[name.split(".")[0]]
-    path = write_video(tmp_path / name, list(range(20)), codec=codec, options={"bf": "2"})
-    assert frame_indices(video.read_frames(path, 20, 32)) == list(range(20))
-
-
-TIMES = {"none.h264": (EVEN, EVEN), "same.mkv": ([7] * 20, EVEN), "twice.mkv": ([t // 8 * 8 for t in EVEN], None)}
-
-
-@pytest.mark.parametrize("name", TIMES)
-def test_times_that_are_missing_or_repeated(tmp_path, name):
-    """No times, or the same for all frames: evenly spaced. Of two frames with one time, the later is displayed."""
-    times, effective = TIMES[name]
-    path = write_video(tmp_path / name, times, codec="libx264", options={"bf": "0"})
-    assert frame_indices(video.read_frames(path, 8, 32)) == displayed(effective or times, 8)
-
-
-FORMATS = {
-    "full.mp4": dict(codec="libx264", full_range=True),
-    "ten.mp4": dict(codec="libx264", pix_fmt="yuv420p10le"),
-    "alpha.mov": dict(codec="qtrle", pix_fmt="argb"),
-    "fields.avi": dict(options={"flags": "+ildct+ilme"}),
-    "gray.mkv": dict(codec="ffv1", pix_fmt="gray"),
-    "1.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=1, height=1),
-    "long.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=2000, height=4),
-    "high.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=4, height=2000),
-    "take:1.mp4": {},
+H264, H264_B = (dict(codec="libx264", options={"bf": count}) for count in "02")
+FILES = {  # name: the times in the file, those of display if they are others, how it is written
+    # AVI has no display times. FFmpeg invents times that step back; sorting frames by them would swap frames.
+    "h264.avi": (range(20), None, H264_B), "h264.mkv": (range(20), None, H264_B),
+    "mpeg4.avi": (range(20), None, {"options": {"bf": "2"}}),
+    # No times, or the same for all frames: evenly spaced. Of two frames with one time, the later is displayed.
+    "none.h264": (EVEN, None, H264), "same.mkv": ([7] * 20, EVEN, H264),
+    "twice.mkv": ([t // 8 * 8 for t in EVEN], None, H264),
+    # Full range, 10 bits, alpha, interlaced, grey, odd and extreme sizes, a colon in the name.
+    **{name: (EVEN[:8], None, options) for name, options in {
+        "full.mp4": dict(codec="libx264", full_range=True), "ten.mp4": dict(codec="libx264", pix_fmt="yuv420p10le"),
+        "alpha.mov": dict(codec="qtrle", pix_fmt="argb"), "gray.mkv": dict(codec="ffv1", pix_fmt="gray"),
+        "fields.avi": dict(options={"flags": "+ildct+ilme"}), "take:1.mp4": {},
+        "1.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=1, height=1),
+        "long.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=2000, height=4),
+        "high.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=4, height=2000)}.items()},
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_all_pixel_formats_give_the_right_grey(tmp_path, monkeypatch, name):
-    """Full range, 10 bits, alpha, interlaced, grey, odd and extreme sizes, a colon in the name."""
-    times = EVEN[:8]
+@pytest.mark.parametrize("name", FILES)
+def test_all_kinds_of_files_give_the_frames_that_are_displayed(tmp_path, monkeypatch, name):
+    times, effective, options = FILES[name]
     monkeypatch.chdir(tmp_path)
-    write_video(tmp_path / name, times, **FORMATS[name])
-    assert frame_indices(video.read_frames(Path(name), 4, 32)) == displayed(times, 4)
+    write_video(tmp_path / name, times, **options)
+    for count in (4, len(times)):
+        assert frame_indices(video.read_frames(Path(name), count, 32)) == displayed(effective or times, count)
 
 
 def test_a_size_that_changes_within_the_video(tmp_path):
@@ -247,11 +234,8 @@ def test_damaged_files_are_decoded_or_an_error(tmp_path, codec):
     original = write_video(tmp_path / "a.mp4", EVEN, codec=codec).read_bytes()
     path, results = tmp_path / "damaged.mp4", []
     for seed in range(60):
-        rng, start_time = np.random.default_rng(seed), time.monotonic()
-        data = bytearray(original[: rng.integers(1, len(original))] if seed % 2 else original)
-        for offset in rng.integers(0, len(data), rng.integers(1, 30)):
-            data[offset] = rng.integers(256)
-        path.write_bytes(bytes(data))
+        start_time = time.monotonic()
+        path.write_bytes(damaged(original, seed))
         try:
             results.append(video.read_frames(path, 8, 32).shape == (8, 3, 32, 32))
         except InputError as error:
@@ -281,20 +265,6 @@ def test_frames_are_resized_and_cropped_like_torchvision(preprocessing, shape):
     found = video.frame_to_rgb(frame, preprocessing, video.VideoReformatter())
     assert found.shape == (*shape, 3)
     assert np.abs(found.transpose(2, 0, 1).astype(int) - expected.numpy().astype(int)).max() <= 4
-
-
-@pytest.mark.parametrize("shape", [(120, 200), (200, 121), (96, 96), (30, 300), (64, 48), (2, 200)])
-def test_frames_are_resized_twice_like_torchvision(shape):
-    """Noise (seed 0) against two steps of torchvision's LANCZOS, bit for bit. The first step makes the longer side 64
-    and the other one even. `test_mllm_checkpoints.py` compares with transformers' SmolVLMVideoProcessor."""
-    picture = torch.randint(256, (3, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    short_side = 64 * min(shape) // max(shape)
-    sides = [64 if side == max(shape) else max(short_side + short_side % 2, 1) for side in shape]
-    expected = resize(resize(picture, sides, InterpolationMode.LANCZOS), [48, 48], InterpolationMode.LANCZOS)
-    preprocessing = Preprocessing(48, 48, squash=True, interpolation="lanczos", longest_edge=64)
-    frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
-    found = video.frame_to_rgb(frame, preprocessing, video.VideoReformatter())
-    assert np.array_equal(found.transpose(2, 0, 1), expected.numpy())
 
 
 def plain_decode(path: Path) -> list[av.VideoFrame]:

@@ -59,13 +59,8 @@ def test_times_count_from_the_start_of_the_file(tmp_path):
     assert [frame_indices(frames) for _, _, frames, _ in found] == [[1, 3], [6, 8], [11, 13], [16, 18]]
 
 
-PACKETS = [
-    (0.0, 0.8, [15, 17, 19]),
-    (0.0, 0.95, [16, 16, 18]),
-    (math.inf, math.inf, [16, 16, 18]),
-    (0.0, 0.5, [16, 16, 18]),
-    (9.0, 0.8, [15, 17, 19]),
-]
+PACKETS = [(0.0, 0.8, [15, 17, 19]), (0.0, 0.95, [16, 16, 18]), (math.inf, math.inf, [16, 16, 18]),
+           (0.0, 0.5, [16, 16, 18]), (9.0, 0.8, [15, 17, 19])]
 
 
 @pytest.mark.parametrize(("start", "end", "last"), PACKETS)
