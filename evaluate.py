@@ -26,7 +26,7 @@ from torch import Tensor
 import metrics
 from common import cli
 from common.config import DEVICES, Config, read_config
-from common.errors import InputError, explain_out_of_memory, printable, writing
+from common.errors import InputError, printable, writing
 from common.files import write_json
 from model import Captioner, variant_of
 from report.page import fits_another, page_entry, report_split, report_videos
@@ -64,11 +64,17 @@ def load_run(run: Path | None, device: torch.device, **models: str) -> tuple[Cap
     config, folders = resolve_models(config)
     if run is not None:
         check_models(run, fingerprint_models(folders))
-    backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size, config.vit_blocks)
-    captioner = variant_of(Captioner, config)(backbone, tokenizer, config)
+    captioner = make_captioner(config, folders)
     if run is not None:
         captioner.load(run / "best/adapter.safetensors")
     return captioner.eval().to(device), folders
+
+
+def make_captioner(config: Config, folders: dict[str, Path]) -> Captioner:
+    """The untrained captioner of a config, for --plan on the meta device. Raises InputError."""
+    backbone, tokenizer = load_models(config, folders)
+    with backbone.vit.position.device:
+        return variant_of(Captioner, config)(backbone, tokenizer, config)
 
 
 def read_run_dataset(run: Path, config: Config, splits: Sequence[str] = SPLITS) -> VideoDataset:
@@ -122,8 +128,7 @@ def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, c
         batch = indices[start : start + stride]
         frames = to_tensor(np.stack([cache[i] for i in batch]))  # (B, T, ...)
         times = torch.from_numpy(np.stack([cache.times[i] for i in batch])) if cache.times else None  # (B, T + 1)
-        with explain_out_of_memory(f"captions of {len(frames)} clips at once"):
-            captions += captioner.caption(frames.to(device), beams, times=times)
+        captions += captioner.caption(frames.to(device), beams, times=times)
         time_left.update(len(captions))
     captioner.train(training)
     captions = group.gather({clips[i].id: caption for i, caption in zip(indices, captions, strict=True)})

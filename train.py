@@ -18,13 +18,13 @@ from torch import Tensor
 from common import cli
 from common.cli import Progress
 from common.config import Config, parse_args
-from common.errors import InputError, explain_out_of_memory
-from evaluate import caption_and_score, format_scores
+from common.errors import InputError
+from evaluate import caption_and_score, format_scores, make_captioner
 from model import MAX_CAPTION_TOKENS, Captioner, variant_of
 from models.lm import CausalLM
 from report.page import report_split
 from training import devices, distributed
-from training.frozen_models import fingerprint_models, load_models, resolve_models, with_default_models
+from training.frozen_models import fingerprint_models, resolve_models, with_default_models
 from training.inputs import cached_inputs
 from training.optimizer import make_optimizer, set_learning_rate
 from training.phases import Loss, Phase, make_phases
@@ -49,10 +49,9 @@ def accumulate_gradients(captioner: Captioner, batch: Batch, compute_loss: Loss,
     for i in range(0, len(batch.frames), size):
         # The labels stay on the CPU, where their positions are found without waiting for a GPU.
         part = Batch(*(x if x is None else x[i : i + size] for x in batch))
-        with explain_out_of_memory(f"a step on {len(part.frames)} clips at once, --micro-batch-size may be smaller"):
-            part = part._replace(frames=part.frames.to(device, non_blocking=True))
-            loss = compute_loss(captioner, part) / total
-            loss.backward()
+        part = part._replace(frames=part.frames.to(device, non_blocking=True))
+        loss = compute_loss(captioner, part) / total
+        loss.backward()
         value += loss.detach()
     return value
 
@@ -125,13 +124,10 @@ def load_captioner(config: Config, device: torch.device,
     models that were found. For --plan it is on the meta device."""
     with group.first_of_machine():  # one process of each machine downloads
         config, folders = resolve_models(with_default_models(config, device))
-    dtype = devices.DTYPES[config.precision]
-    backbone, tokenizer = load_models(folders, dtype, config.image_size, config.vit_blocks, config.plan)
-    with backbone.vit.position.device:
-        captioner = variant_of(Captioner, config)(backbone, tokenizer, config)
+    captioner = make_captioner(config, folders)
     captioner.check_length(config.frames, config.beams)  # of the test split, which comes after all training
     if config.compile and not config.plan:
-        compile_blocks(backbone.lm, device)
+        compile_blocks(captioner.lm, device)
     return (captioner, {}) if config.plan else (captioner.to(device), fingerprint_models(folders))
 
 

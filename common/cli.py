@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -9,9 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-from common.errors import InputError, explain_out_of_memory, printable
+from common.errors import InputError, printable
 
 REPORT_EVERY = 5  # seconds
+# torch has no exception of its own for a CPU without memory; the last one is oneDNN's.
+MEMORY_ERRORS = "allocate memory|out of memory|could not create a primitive"
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,8 +72,7 @@ def run(main: Callable[[], int | None]) -> None:
     set_signals(_interrupt)
     code, message = 0, ""
     try:
-        with explain_out_of_memory():
-            code = main() or 0
+        code = main() or 0
         sys.stdout.flush()
     except InputError as error:
         code, message = 2, f"error: {error}"
@@ -80,6 +82,11 @@ def run(main: Callable[[], int | None]) -> None:
         code = 141
     except OSError as error:
         code, message = 2, f"error: {error.filename or 'input or output'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]  # often the size
+        if not (isinstance(error, MemoryError) or re.search(MEMORY_ERRORS, str(error))):
+            raise
+        code, message = 2, f"error: out of memory, --micro-batch-size or --beams may be smaller: {reason}"
     try:
         sys.stdout.flush()
     except OSError:  # the disk is full, or the reader gone: else the interpreter would try again

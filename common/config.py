@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
-from common.errors import InputError, error_prefix
+from common.errors import InputError, reading
 from common.files import field as json_field
 from common.files import read_json
 
@@ -245,7 +245,7 @@ def read_config(run: Path) -> Config:
     if content.get("version") != VERSION:
         raise InputError(f"{path}: made by version {content.get('version')!r:.20}, this is version {VERSION}")
     values = json_field(content, "config", dict, path)
-    with error_prefix(f"{path}: config"):
+    with reading(f"{path}: config"):
         if different := values.keys() ^ to_json(Config()).keys():  # a default would be another run
             raise InputError(f"expected just the fields of a run, differs in {min(different)!r:.40}")
         config, _ = parse_words(to_words(values))

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import InputError, error_prefix, reading
+from common.errors import InputError, reading
 from common.preprocessing import Preprocessing
 from models import hub
 from models.vit_checkpoints import PublicViT, copy_vit_tensors, read_vit_file, read_vit_folder
@@ -280,6 +280,6 @@ class ViT(nn.Module):
         if tensors is not None:
             copy_vit_tensors(vit, public, tensors, file)
             vit.to(torch.float32)  # positions are interpolated in full precision
-        with error_prefix(public.where):
+        with reading(public.where):
             vit.resize(public.preprocessing.size if image_size is None else image_size, public.family == "torchvision")
         return vit
