@@ -16,7 +16,7 @@ language model, N' visual tokens per frame, M groups of visual tokens in a promp
 tokens of the longest caption with its EOS, J `read_blocks`, j blocks of DeepStack (Qwen3-VL's; others have none).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -75,7 +75,6 @@ class Captioner(nn.Module):
         self.states_times = backbone.states_times and not config.reads_queries
         # The language model expects inputs as large as its embeddings.
         self.register_buffer("prefix_scale", self.lm.embedding_rms(), persistent=False)
-        self._texts: dict[tuple, list[Tensor]] = {}
         self.add_trained_parts()
         self.check_fit()
         self.train()
@@ -189,27 +188,20 @@ class Captioner(nn.Module):
         frames = 1 if self.config.reads_queries else num_frames
         return self.backbone.prompt(self.tokenizer, frames, self.config.instruction, times)
 
-    def texts(self, num_frames: int) -> list[Tensor]:
-        """The same as tensors, with one frame per second where the prompt states times."""
-        key = num_frames, self.prefix_scale.device  # kept: copying a list to a GPU waits for the GPU
-        if key not in self._texts:
-            texts = self.prompt(num_frames)
-            self._texts[key] = [torch.tensor(ids, dtype=torch.long, device=key[1]) for ids in texts]
-        return self._texts[key]
-
-    def group_by_prompt(self, frames: Tensor, times: Tensor | None) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
+    def group_by_prompt(self, frames: Tensor, times: Tensor | None) -> Iterator[tuple[list[int], list[Tensor]]]:
         """The input, and its times -> for each group of clips with equally long texts: their numbers, and the M + 1
-        texts, (clips, any), or (any,) if they are the same for all."""
-        if times is None or not self.states_times:
-            yield range(len(frames)), self.texts(self.num_frames(frames))
-            return
+        texts, (clips, any), or (1, any) if they are the same for all."""
+        if timed := times is not None and self.states_times:
+            prompts = [self.prompt(len(seconds) - 1, seconds) for seconds in times.tolist()]
+        else:  # one frame per second, if it matters
+            prompts = [self.prompt(self.num_frames(frames))]
         groups: dict[tuple, dict[int, list[list[int]]]] = {}
-        for clip, seconds in enumerate(times.tolist()):
-            texts = self.prompt(len(seconds) - 1, seconds)
+        for clip, texts in enumerate(prompts):
             groups.setdefault(tuple(map(len, texts)), {})[clip] = texts
         for group in groups.values():
             texts = (torch.tensor(ids, dtype=torch.long) for ids in zip(*group.values(), strict=True))
-            yield list(group), [to_device(ids, self.prefix_scale.device) for ids in texts]
+            clips = list(group if timed else range(len(frames)))
+            yield clips, [to_device(ids, self.prefix_scale.device) for ids in texts]
 
     def num_visual_tokens(self, num_frames: int) -> int:
         """Visual tokens of all groups. A pair that nothing connects has none."""
@@ -222,7 +214,7 @@ class Captioner(nn.Module):
     def prefix_length(self, num_frames: int) -> int:
         """Positions before a caption: texts, visual tokens, and OneVision's newline."""
         newline = self.backbone.newline is not None
-        return sum(map(len, self.texts(num_frames))) + self.num_visual_tokens(num_frames) + newline
+        return sum(map(len, self.prompt(num_frames))) + self.num_visual_tokens(num_frames) + newline
 
     def frame_tokens(self, z: Tensor) -> Tensor:
         """Outputs of the last block (B, T, P, D + jD) -> visual tokens of each frame (B, T, N', C + jC or C + D)."""
@@ -283,8 +275,7 @@ class Captioner(nn.Module):
         all caption tokens and EOS, from the first one on, which the last position of the prefix predicts. A clip is
         encoded once for its K captions. times (B, T + 1), on the CPU: when each frame is shown, and the duration of the
         video, in seconds; by default one frame per second. weights (B, K), of samples: see `caption_loss`."""
-        return sum(caption_loss(self.lm, prefix, labels[list(clips)], places,
-                                weights if weights is None else weights[list(clips)])
+        return sum(caption_loss(self.lm, prefix, labels[clips], places, None if weights is None else weights[clips])
                    for clips, prefix, places in self.prefixes(frames, times))
 
     def check_length(self, num_frames: int, beams: int, max_new_tokens: int = MAX_NEW_TOKENS) -> None:

@@ -32,7 +32,7 @@ def test_without_training_the_prefix_is_the_input_of_the_mllm(family):
     torch.testing.assert_close(captioner.prefix(frames)[0], expected, rtol=0, atol=1e-6)
     assert captioner.prefix_length(T) == len(ids)
     other = make("none", 1, family, instruction="name it")
-    assert other.texts(T)[-1].tolist() == Letters().encode("name it") != rest[-1]
+    assert other.prompt(T)[-1] == Letters().encode("name it") != rest[-1]
 
 
 @every_family
