@@ -275,22 +275,16 @@ def check_args(args: argparse.Namespace) -> None:
 def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequence[Path]) -> None:
     """Raises InputError for an output that cannot be written, or would replace a file of the run or of `inputs`, files
     and folders that are read; and for several videos with an output for one."""
-
-    def file_id(path: Path) -> tuple[int, int]:  # the same for all names of a file, links too
-        return path.stat().st_dev, path.stat().st_ino
-
     of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "report.html", "lock") if args.run else ()
-    read = {file_id(path) for path in (*inputs, *videos, *(args.run / name for name in of_run)) if path.exists()}
-    targets: set[Path] = set()
+    taken = [path.resolve() for path in (*inputs, *videos, *(args.run / name for name in of_run))]
     for flag in ("save", "report", "show"):
         if not (path := getattr(args, flag, None)):
             continue
         target = path.resolve()
-        places = [place for place in (target, *target.parents) if place.exists()]
-        is_free = (target.is_file() or not target.exists()) and read.isdisjoint(map(file_id, places))
-        if not is_free or target in targets or not os.access(target.parent, os.W_OK):
+        is_taken = target.is_dir() or any(target.is_relative_to(other) for other in taken)
+        if is_taken or not os.access(target.parent, os.W_OK):
             raise InputError(f"--{flag} {path}: expected a file that is not read, in a folder that can be written to")
-        targets.add(target)
+        taken.append(target)
         if len(videos) > 1 and (flag == "show" or path.suffix.lower() == ".srt"):
             raise InputError(f"--{flag} {path}: expected one video, found {len(videos)}")
 

@@ -136,8 +136,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         return parse_object(file.read(), path)
 
 
-def read_json_lines(path: str | Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each line of a file as it is written and as a JSON object. Raises InputError for a line that is damaged.
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The JSON objects in the lines of a file. Raises InputError for a line that is damaged.
 
     The last line is left out if it is damaged: a process that was killed may have written half of it.
     """
@@ -146,7 +146,7 @@ def read_json_lines(path: str | Path) -> list[tuple[bytes, dict[str, Any]]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append((line, parse_object(line, f"{path}: line {number}")))
+            rows.append(parse_object(line, f"{path}: line {number}"))
         except InputError:
             if number < len(lines):
                 raise

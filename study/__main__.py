@@ -55,7 +55,7 @@ def command_of(store: str, key: Key) -> str:
 def read_run(folder: Path, key: Key) -> dict:
     """What results/ keeps of a finished run, from the files in its folder."""
     row, lr, seed = key
-    config, rows = read_json(folder / "config.json"), [row for _, row in read_json_lines(folder / "log.jsonl")]
+    config, rows = read_json(folder / "config.json"), read_json_lines(folder / "log.jsonl")
     words, epochs = config["config"]["word_epochs"], config["config"]["epochs"]
     first = rows[-1]["step"] * words // (words + epochs)  # step of captions: those of words are faster
     speeds = [row["clips/s"] for row in rows if "clips/s" in row and row["step"] > first]

@@ -96,14 +96,12 @@ def load_state(path: Path, captioner, optimizer: torch.optim.Optimizer | None,
 def truncate_log(path: Path, step: int) -> float:
     """Keeps the rows of training and validation up to `step`; from step 0 on everything is done again. Returns the
     seconds that the run had taken at the last row that is kept. Raises InputError for a damaged row."""
-    rows, elapsed = [], 0.0
     with reading(path):
-        for line, row in read_json_lines(path) if path.exists() else ():
-            if step > 0 and row["step"] <= step and "test" not in row:
-                rows.append(line + b"\n")
-                elapsed = float(row["elapsed"])
+        rows = [row for row in (read_json_lines(path) if path.exists() else ())
+                if 0 < step >= row["step"] and "test" not in row]
+        elapsed = float(rows[-1]["elapsed"]) if rows else 0.0
     with replace_atomically(path) as file:
-        file.write(b"".join(rows))
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     return elapsed
 
 

@@ -24,7 +24,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -62,31 +62,25 @@ def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> l
     """[function(*task) for task in tasks], by one process per core. Reports the time left.
 
     All processes end at once if one of them fails or dies, or at Ctrl-C. The first item of a task is its name: Raises
-    InputError with the names of tasks that may have killed their process, as a lack of memory does.
+    InputError with the name of the first unfinished task if a process dies, as for a lack of memory.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, min(cores, len(tasks)))
-    pool, time_left, futures = ProcessPoolExecutor(cores, initializer=_start_worker), TimeLeft(what, len(tasks)), []
-    try:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process only
-        for task in tasks:
-            futures.append(pool.submit(function, *task))
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for done, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            if (done - 1) % cores == 0:  # one task of each process since the last time
-                time_left.update(done)
-        return [future.result() for future in futures]
-    except BaseException as error:
-        for process in multiprocessing.active_children():
-            process.kill()
-        if not isinstance(error, BrokenProcessPool):
+    results, time_left = [], TimeLeft(what, len(tasks))
+    with ProcessPoolExecutor(max(1, min(cores, len(tasks))), initializer=_start_worker) as pool:
+        try:
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
+            found = pool.map(function, *zip(*tasks, strict=True))
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for result in found:
+                results.append(result)
+                time_left.update(len(results))
+        except BaseException as error:
+            for process in multiprocessing.active_children():
+                process.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise InputError(f"{tasks[len(results)][0]}, or one after it: the process that read it died") from error
             raise
-        lost = [isinstance(future.exception(), BrokenProcessPool) for future in futures]
-        names = ", ".join([str(task[0]) for task, is_lost in zip(tasks, lost, strict=False) if is_lost][:cores])
-        raise InputError(f"{names}: a process that worked on one of these died") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return results
 
 
 # ------------------------------------------------------------------------------------------ caches

@@ -127,8 +127,6 @@ def read_dataset(name: str, root: Path, sizes: Sequence[int] = (), allow_missing
     are given must be those of the folder. Raises InputError if captions or splits cannot be read or contradict each
     other, if a clip or video occurs twice, and if a clip has no video or no caption, unless `allow_missing`.
     """
-    if root.exists() and not root.is_dir():
-        raise InputError(f"{root}: expected the folder of {name}, found a file")
     if name == "shapes" and not (root / "captions.json").exists():
         from video_data import shapes  # here, so that `python -m video_data.shapes` is not imported before it runs
 

@@ -328,8 +328,8 @@ def test_captions_json_that_is_wrong_is_a_one_line_error(tmp_path, captions, wor
 
 def test_a_file_is_no_folder(tmp_path):
     (file := tmp_path / "a").touch()
-    with refused(f"{file}: expected the folder of shapes, found a file"):
-        datasets.read_dataset("shapes", file)
+    with refused(f"{file}: expected the folder of msvd, found none"):
+        datasets.read_dataset("msvd", file)
 
 
 @pytest.mark.parametrize("name", ["msvd", "msrvtt", "folder"])
