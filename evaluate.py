@@ -34,10 +34,11 @@ from report.show import show_video
 from training import devices
 from training.distributed import ProcessGroup
 from training.frozen_models import fingerprint_models, load_models, resolve_models
+from training.inputs import cached_inputs
 from training.run import check_models, data_differences
 from video_data import shapes
 from video_data.annotations import SPLITS, VIDEO_SUFFIXES
-from video_data.batches import ClipCache, cache_folder, cached_frames, to_tensor
+from video_data.batches import ClipCache, to_tensor
 from video_data.datasets import VideoDataset, read_dataset
 from video_data.video import read_clip
 from video_data.windows import format_srt, iter_windows
@@ -83,10 +84,9 @@ def read_run_dataset(run: Path, config: Config, splits: Sequence[str] = SPLITS) 
     if not config.data.exists():  # `shapes` would be made there
         raise InputError(f"--data {config.data}: expected the folder of the dataset, found none")
     dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing, splits)
-    different = data_differences(run, dataset)
-    notes = {split: [*notes, *([different[split]] if split in different else [])]
-             for split, notes in dataset.notes.items()}
-    return replace(dataset, notes=notes)
+    for split, difference in data_differences(run, dataset).items():
+        dataset.notes[split].append(difference)
+    return dataset
 
 
 # --------------------------------------------------------------------------- captions and scores
@@ -142,9 +142,7 @@ def format_scores(scores: dict[str, float]) -> str:
 
 def evaluate_split(captioner: Captioner, dataset: VideoDataset, args: argparse.Namespace, config: Config) -> None:
     """Captions a split of the run's dataset, prints its scores, and writes --save and --report."""
-    root = cache_folder(dataset.name, config.data)
-    cache = cached_frames(dataset.splits[args.split], root, args.split, config.frames, captioner.vit.preprocessing,
-                          captioner.states_times)
+    cache = cached_inputs(replace(config, cache_features=False), dataset, captioner, {})[args.split]
     batch_size = config.micro_batch_size or BATCH_SIZE
     result = caption_and_score(captioner, dataset, args.split, cache, batch_size, ProcessGroup(), beams=config.beams)
     print(f"{args.split}: {format_scores(result.scores)}\n{result.signature}")

@@ -81,13 +81,10 @@ class Captioner(nn.Module):
 
     def check_fit(self) -> None:
         """Raises InputError if the grid or the visual tokens do not fit the frozen models."""
-        config, visual = self.config, self.num_visual_tokens(self.config.frames)
-        if config.grid > (largest := min(self.backbone.grid) if visual else 0):
+        config = self.config
+        if config.grid > (largest := min(self.backbone.grid) if self.num_visual_tokens(config.frames) else 0):
             raise InputError(f"--grid {config.grid}: expected at most {largest}, a side of a frame's grid of tokens")
-        positions = self.prefix_length(config.frames) + MAX_CAPTION_TOKENS  # EOS is not fed back
-        if positions > self.lm.config.max_positions:
-            raise InputError(f"--queries, --frames or --grid: expected {self.lm.config.max_positions} positions at "
-                             f"most, found {positions}: {visual} visual tokens, the prompt and a caption")
+        self.check_length(config.frames, config.beams, MAX_CAPTION_TOKENS + 1)  # with EOS
 
     def add_trained_parts(self) -> None:
         """Makes what the method adds to the frozen models, and the connector and frame vectors where it needs them.

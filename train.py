@@ -125,7 +125,6 @@ def load_captioner(config: Config, device: torch.device,
     with group.first_of_machine():  # one process of each machine downloads
         config, folders = resolve_models(with_default_models(config, device))
     captioner = make_captioner(config, folders)
-    captioner.check_length(config.frames, config.beams)  # of the test split, which comes after all training
     if config.compile and not config.plan:
         compile_blocks(captioner.lm, device)
     return (captioner, {}) if config.plan else (captioner.to(device), fingerprint_models(folders))
@@ -207,7 +206,7 @@ def main() -> int:
     if config.resume:
         check_models(config.resume, fingerprints)
     with group.first_of_machine():  # decodes, and with --cache-features runs the frozen ViT
-        inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
+        inputs = cached_inputs(config, dataset, captioner, fingerprints)
     examples = make_examples(captioner, clips, inputs.get("train"))
     phases = make_phases(config, steps, captioner, clips, examples.captions) if steps else []
 

@@ -422,7 +422,7 @@ def test_a_folder_with_other_files_is_not_trained_into(flags, tmp_path, name):
 
 @pytest.mark.parametrize("words, message", [
     (["--frames", 0], "--frames: expected a whole number from 1 to 4096"), (["--colour", "red"], "--colour"),
-    (["--queries", 300], "256 .* 300 visual"), (["--last-blocks", 3], "--last-blocks 3: the ViT has 2 blocks"),
+    (["--queries", 300], "model: .* it has 256"), (["--last-blocks", 3], "--last-blocks 3: the ViT has 2 blocks"),
     (["--beams", 1000], "1000"), (["--vit", "gone"], "gone: expected a folder"), (["--image-size", 100], "size 16"),
     (["--batch-size", 64], "--batch-size 64: the dataset has only 12"), (["--grid", 2, "--method", "none"], "--grid 2"),
     (["--device", "abacus"], "--device: invalid choice"), (["--data", ROOT], str(ROOT)),

@@ -206,15 +206,6 @@ def fill_frames(cache: ClipCache, clips: list[Clip], preprocessing: Preprocessin
         raise InputError(f"{len(errors)} clips cannot be read: {'; '.join(errors)}")
 
 
-def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing,
-                  with_times: bool = False) -> ClipCache:
-    """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S). Each clip is decoded only once."""
-    cache = frames_cache(clips, root, split, count, preprocessing, with_times)
-    check_space({"frames": [cache]})
-    fill_frames(cache, clips, preprocessing)
-    return cache
-
-
 def features_cache(frames: ClipCache, key: Any, shape: tuple[int, ...]) -> ClipCache:
     """Features of cached frames, `shape` (M, ...) per clip; as they are on the disk now. `key` (JSON) names all that
     they depend on except the frames."""

@@ -27,7 +27,6 @@ from common.errors import InputError
 from video_data.annotations import SPLITS, Annotations, Clip, read_folder, read_msrvtt, read_msvd
 
 READERS = {"shapes": read_folder, "msvd": read_msvd, "msrvtt": read_msrvtt, "folder": read_folder}
-FOLDER_HELP = {name: inspect.getdoc(reader) for name, reader in READERS.items()}
 
 # Captions: the scorers take no more letters, and half of a surrogate pair, which JSON can write, is not text.
 MAX_LETTERS, SURROGATE = 10_000, re.compile("[\ud800-\udfff]")
@@ -132,7 +131,7 @@ def read_dataset(name: str, root: Path, sizes: Sequence[int] = (), allow_missing
 
         shapes.make_dataset(root, sizes or shapes.DEFAULT_SIZES)
     if not root.is_dir() or not any(root.iterdir()):
-        print(f"Put into {root}:\n{FOLDER_HELP[name]}", file=sys.stderr)
+        print(f"Put into {root}:\n{inspect.getdoc(READERS[name])}", file=sys.stderr)
         raise InputError(f"{root}: expected the folder of {name}, found {'an empty one' if root.is_dir() else 'none'}")
     annotated = READERS[name](root)
     refuse_duplicates([i for ids in annotated.splits.values() for i in ids], root, "occurs twice in the splits")

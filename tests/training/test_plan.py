@@ -67,7 +67,7 @@ def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dat
     config = make_config(dataset, tmp_path / "shapes", cache_features=cache_features)
     captioner = make_captioner(backbones, config)
     capsys.readouterr()
-    caches = cached_inputs(config, dataset, captioner, {}, CPU)
+    caches = cached_inputs(config, dataset, captioner, {})
     planned, said = plan_caches(config, dataset, captioner, {}), capsys.readouterr().out
     sizes = cache_sizes(planned)
     texts = [f"{kind} {plan.format_bytes(size)}" for kind, size in sizes.items() if size]
@@ -75,15 +75,15 @@ def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dat
     stored = sum(path.stat().st_size for path in (tmp_path / "shapes/.cache").rglob("*") if path.is_file())
     assert stored == sum(sizes.values()) and (sizes["features"] > 0) == cache_features
     assert [len(caches[split][0]) for split in ("train", "val", "test")] == [config.stored_frames, 4, 4]
-    cached_inputs(config, dataset, captioner, {}, CPU)
+    cached_inputs(config, dataset, captioner, {})
     assert capsys.readouterr().out == ""
     if cache_features:
-        frames = cached_inputs(replace(config, cache_features=False), dataset, captioner, {}, CPU)
+        frames = cached_inputs(replace(config, cache_features=False), dataset, captioner, {})
         expected = captioner.block_outputs(torch.tensor(frames["val"][1])[None])[0]
         found = torch.tensor(caches["val"][1]).view(torch.bfloat16)
         torch.testing.assert_close(found, expected.bfloat16(), rtol=2**-7, atol=1e-3)
-        assert "train" not in cached_inputs(replace(config, cache_features=False, method="none"), dataset, captioner,
-                                            {}, CPU)
+        config = replace(config, cache_features=False, method="none")
+        assert "train" not in cached_inputs(config, dataset, captioner, {})
 
 
 def test_a_disk_without_space_is_an_error_before_the_first_clip_is_decoded(dataset, backbones, tmp_path, monkeypatch):
@@ -93,10 +93,10 @@ def test_a_disk_without_space_is_an_error_before_the_first_clip_is_decoded(datas
     needed = sum(cache_sizes(plan_caches(config, dataset, captioner, {})).values())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
     with pytest.raises(InputError, match=r"needs 316\.7 kB, the disk of .* has 316\.7 kB free"):
-        cached_inputs(config, dataset, captioner, {}, CPU)
+        cached_inputs(config, dataset, captioner, {})
     assert not [path for path in (tmp_path / "shapes/.cache").rglob("*") if path.is_file()]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
-    cached_inputs(config, dataset, captioner, {}, CPU)
+    cached_inputs(config, dataset, captioner, {})
 
 
 # ------------------------------------------------------------------------- the models of the presets

@@ -26,7 +26,7 @@ from tests.common.helpers import ROOT, refused
 from tests.video_data.test_video import write_video
 from video_data import batches
 from video_data.annotations import Clip
-from video_data.batches import ClipCache, cached_frames, run_in_processes
+from video_data.batches import ClipCache, run_in_processes
 from video_data.video import read_clip, read_frames
 
 SIZE = Preprocessing(32, 32)
@@ -94,6 +94,13 @@ def test_ctrl_c_ends_all_processes_at_once_in_one_line(tmp_path):
 def make_clips(folder: Path, count: int = 5) -> list[Clip]:
     paths = [write_video(folder / f"{i}.mp4", list(range(i, 80, 4))) for i in range(count)]
     return [Clip(path.name, path, ("a caption",)) for path in paths]
+
+
+def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing=SIZE, **options) -> ClipCache:
+    cache = batches.frames_cache(clips, root, split, count, preprocessing, **options)
+    batches.check_space({"frames": [cache]})
+    batches.fill_frames(cache, clips, preprocessing)
+    return cache
 
 
 def fill(clips: list[Clip], folder: Path, split="train", count=4, preprocessing=SIZE) -> ClipCache:
