@@ -16,6 +16,7 @@ language model, N' visual tokens per frame, M groups of visual tokens in a promp
 tokens of the longest caption with its EOS, J `read_blocks`, j blocks of DeepStack (Qwen3-VL's; others have none).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -33,7 +34,7 @@ from models.generation import check_length, generate
 from models.lm import CausalLM, VisualPlaces
 from models.mllm import MLLM
 from models.pair import Pair
-from models.safetensors import checksum, read_metadata, read_safetensors, write_safetensors
+from models.safetensors import checksum, read_with_metadata, write_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from qadapter import QAdapter, init_time_embed, interpolate_time_embed
@@ -47,13 +48,6 @@ MAX_NEW_TOKENS = 30  # of a generated caption; hardly any that people wrote has 
 def variant_of(base: type, config: Config) -> type:
     """The Captioner or QAdapter itself, or an experiment, `--variant`, of which nothing else here knows."""
     return base if config.variant is None else import_module("study.variants").choose(base, config)
-
-
-def make_adapter(vit: ViT, config: Config) -> QAdapter:
-    """The Q-Adapter of a config. Raises InputError where it does not fit the ViT."""
-    if config.last_blocks > vit.config.depth:
-        raise InputError(f"--last-blocks {config.last_blocks}: the ViT has {vit.config.depth} blocks")
-    return variant_of(QAdapter, config)(vit.config.width, vit.config.depth, config)
 
 
 class Captioner(nn.Module):
@@ -94,7 +88,9 @@ class Captioner(nn.Module):
         config, width, lm_width = self.config, self.vit.config.width, self.lm.config.width
         pair_connector = not self.backbone.trained_together and config.method != "none"
         if config.method == "qadapter":
-            self.adapter = make_adapter(self.vit, config)
+            if config.last_blocks > self.vit.config.depth:
+                raise InputError(f"--last-blocks {config.last_blocks}: the ViT has {self.vit.config.depth} blocks")
+            self.adapter = variant_of(QAdapter, config)(width, self.vit.config.depth, config)
             self.adapter.norm.requires_grad_(config.reads_queries)  # else nothing reads LN(Q)
         elif config.method == "linear" or pair_connector:
             self.time_embed = nn.Parameter(init_time_embed(config.frames, self.backbone.visual_width))
@@ -308,8 +304,8 @@ class Captioner(nn.Module):
 
     def load(self, path: Path) -> None:
         """Reads what `save` wrote. Raises InputError for a damaged file and for tensors of another model."""
-        tensors = read_safetensors(path)
-        if read_metadata(path).get("sha256") != checksum(tensors):
+        tensors, metadata = read_with_metadata(path)
+        if metadata.get("sha256") != checksum(tensors):
             raise InputError(f"{path}: is damaged, its tensors do not have the SHA-256 in its metadata")
         self.load_tensors(tensors, path)
 
@@ -326,13 +322,11 @@ class Captioner(nn.Module):
 
     def parameter_table(self) -> str:
         """Trained and total parameters of each part, and the trained share."""
-        parts: dict[str, list[int]] = {}
+        trained, total = Counter(), Counter()
         for name, parameter in self.named_parameters():
-            part = parts.setdefault(name.removeprefix("backbone.").partition(".")[0], [0, 0])
-            part[0] += parameter.numel() * parameter.requires_grad
-            part[1] += parameter.numel()
-        trained, total = map(sum, zip(*parts.values(), strict=True))
-        rows = [("part", "trained", "total"), *((name, f"{a:,}", f"{b:,}") for name, (a, b) in parts.items()),
-                ("sum", f"{trained:,}", f"{total:,}")]
-        table = "\n".join(f"{name:12}{trained:>12}{total:>14}" for name, trained, total in rows)
-        return f"{table}   trained: {100 * trained / total:.2f}%"
+            part = name.removeprefix("backbone.").partition(".")[0]
+            total[part] += parameter.numel()
+            trained[part] += parameter.numel() * parameter.requires_grad
+        rows = [*((part, trained[part], total[part]) for part in total), ("sum", trained.total(), total.total())]
+        table = "\n".join([f"{'part':12}{'trained':>12}{'total':>14}", *(f"{a:12}{b:12,}{c:14,}" for a, b, c in rows)])
+        return f"{table}   trained: {100 * trained.total() / total.total():.2f}%"

@@ -34,7 +34,6 @@ VERSION = "1.4.0"
 METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "st-adapter", "prompt", "full")
 INSTRUCTION = "Describe the video."
 DEVICES = ("auto", "cuda", "mps", "cpu")
-DTYPES = ("fp32", "bf16")
 HEADS = 4  # of the attention in qadapter.py; the rank is a multiple of them
 PRESETS = {
     "shapes": dict(captions_per_clip=1, batch_size=64, epochs=8, weight_decay=0.2, token_dropout=0.3, beams=1),
@@ -124,7 +123,7 @@ class Config:
                              "C++ compiler")
     seed: int = training(0, "seed of weights, clip order, frames and captions", type=count(0, 10**9))
     precision: str = training("auto", "of the frozen weights; auto: bf16 where the device has instructions for it",
-                              choices=("auto", *DTYPES))
+                              choices=("auto", "fp32", "bf16"))
 
     eval_every: int = saving(4, "epochs between validations", type=count(1))
     beams: int = saving(5, "beams of the search on the test split", type=count(1, 1000))

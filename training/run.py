@@ -58,8 +58,7 @@ def check_out(folder: Path) -> None:
 
 def check_models(run: Path, fingerprints: dict[str, str]) -> None:
     """Raises InputError, naming a file, unless the run was made with these frozen models."""
-    path = run / "config.json"
-    models = field(read_json(path), "models", dict, path)
+    models = field(read_json(path := run / "config.json"), "models", dict, path)
     if different := [name for name in models.keys() | fingerprints if models.get(name) != fingerprints.get(name)]:
         raise InputError(f"{path}: the run was trained with another model: {min(different)} is another file, new or "
                          "gone")
@@ -67,8 +66,7 @@ def check_models(run: Path, fingerprints: dict[str, str]) -> None:
 
 def data_differences(run: Path, dataset) -> dict[str, str]:
     """A line for each split of a dataset whose clips, captions or sizes of videos are not those of the run."""
-    path = run / "config.json"
-    splits = field(read_json(path), "splits", dict, path)
+    splits = field(read_json(path := run / "config.json"), "splits", dict, path)
     return {split: f"not the data of the run, {found} instead of {splits.get(split)}"
             for split, found in dataset.fingerprints().items() if found != splits.get(split)}
 
