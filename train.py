@@ -31,7 +31,7 @@ from training.phases import Loss, Phase, make_phases
 from training.plan import count_steps, format_plan, format_steps
 from training.run import Run, check_models, check_out, data_differences
 from video_data.annotations import Clip
-from video_data.batches import Batch, ClipCache, TrainingExamples, collate, epoch_batches, prefetch
+from video_data.batches import Batch, ClipCache, TrainingExamples, epoch_batches, prefetch
 from video_data.datasets import read_dataset
 
 MEASURED_CLIPS = 16  # at most, of the first batch, give the adapter's channel statistics
@@ -169,7 +169,7 @@ def measure_channels(captioner: Captioner, examples: TrainingExamples) -> None:
     config = captioner.config
     if captioner.adapter is not None:
         first_batch = next(epoch_batches(len(examples.captions), config.batch_size, 1, config.seed))
-        frames, _ = collate([examples[key] for key in first_batch[:MEASURED_CLIPS]])
+        frames = examples.read(first_batch[:MEASURED_CLIPS]).frames
         captioner.measure_channels(frames.to(captioner.prefix_scale.device))
 
 
@@ -212,11 +212,10 @@ def main() -> int:
 
     def load_batch(keys: list[tuple[int, int]]) -> Batch:
         """This process's share of a batch of (clip, epoch)."""
-        keys = group.shard(keys)
-        frames, labels = collate([examples[key] for key in keys])
+        batch = examples.read(group.shard(keys))
         if device.type == "cuda":
-            frames = frames.pin_memory()  # is copied to the GPU while the GPU computes
-        return Batch(frames, labels, examples.times(keys), [clip for clip, _ in keys])
+            batch = batch._replace(frames=batch.frames.pin_memory())  # is copied to the GPU while the GPU computes
+        return batch
 
     # 3. Optimizer, and the step to start from
     optimizer = make_optimizer(captioner.trained(), config.weight_decay) if steps else None

@@ -6,8 +6,8 @@
 
 KEY is a hash of everything that the array depends on. A file is written under a temporary name, flushed and renamed, so
 a file called KEY is complete. After a kill at any moment, the next call continues with the missing clips. Two processes
-may fill one folder at once; they do the same work twice. Before a folder is filled, its other files are deleted if they
-are a day old, such as those of clips that have changed. Newer ones may belong to a process that is still running.
+may fill one folder at once; they do the same work twice. Nothing is deleted, so files of clips that have changed
+stay until the folder is.
 
 Training samples T of the M frames of a clip: each epoch shows other frames and the next captions. Where M = T, each
 epoch shows the same frames.
@@ -22,7 +22,6 @@ import math
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -44,10 +43,7 @@ from video_data.annotations import Clip
 from video_data.video import read_clip, sample_positions
 
 READER_VERSION = 3  # raise this when `read_frames` chooses or converts frames differently
-DAY = 24 * 3600  # seconds
 IGNORE_INDEX = -100  # the default ignore_index of torch's cross_entropy
-
-Example = tuple[np.ndarray, list[list[int]]]  # frames (T, 3, S, S) or features (T, ...); token ids of K captions
 
 # -------------------------------------------------------------------------------------- processes
 
@@ -145,30 +141,18 @@ class ClipCache:
     def write(self, i: int, array: np.ndarray) -> None:
         """Raises InputError when the disk is full, read-only and so on."""
         assert (array.shape, array.dtype) == (self.shape, self.dtype)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with replace_atomically(self.folder / self.keys[i]) as file:
             file.write(np.ascontiguousarray(array))
 
-    def make_room(self) -> int:
-        """Deletes files that are no longer needed and a day old. Returns the bytes still missing."""
-        if self.times is not None:
-            self.times.make_room()
-        if missing := self.missing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in set(self.folder.iterdir()) - {self.folder / key for key in self.keys}:
-                with suppress(FileNotFoundError):  # another process was faster
-                    if time.time() - path.stat().st_mtime > DAY:
-                        path.unlink()
-        return len(missing) * self.clip_bytes
-
 
 def check_space(caches: Mapping[str, Sequence[ClipCache]]) -> None:
-    """Prints the size of what is missing in all caches of a dataset: {"frames": [cache, ...], ...}.
-
-    Deletes old files first. Raises InputError if the disk lacks the space for all of them together.
-    """
-    needed = {what: sum(cache.make_room() for cache in group) for what, group in caches.items()}
+    """Prints the size of what is missing in all caches of a dataset: {"frames": [cache, ...], ...}. Raises InputError
+    if the disk lacks the space for all of them together."""
+    needed = {what: sum(len(cache.missing()) * cache.clip_bytes for cache in group) for what, group in caches.items()}
     if total := sum(needed.values()):
         root = next(cache for group in caches.values() for cache in group).folder.parent
+        root.mkdir(parents=True, exist_ok=True)
         sizes = ", ".join(f"{what} {format_bytes(size)}" for what, size in needed.items() if size)
         print(f"cache: {sizes}, go into {root}")
         check_disk_space(root, total, f"{root}, {sizes}")
@@ -238,6 +222,21 @@ def normalize_caption(caption: str) -> str:
     return " ".join(caption.lower().split()).strip(" \"'`.,;:!?")
 
 
+def to_tensor(inputs: np.ndarray) -> Tensor:
+    """Frames uint8, or the bits of bf16 features as a cache stores them -> a tensor of the same memory."""
+    tensor = torch.from_numpy(inputs)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+class Batch(NamedTuple):
+    """A process's share of the clips of a step, on the CPU."""
+
+    frames: Tensor  # (B, T, 3, S, S) uint8 or features (B, T, ...) bf16
+    labels: Tensor  # (B, K, L), padded with IGNORE_INDEX
+    times: Tensor | None  # (B, T + 1), see `TrainingExamples.times`
+    clips: list[int]  # their places in the training split
+
+
 class TrainingExamples:
     """Training examples by (clip, epoch): T jittered frames or their features, and K captions as token ids.
 
@@ -267,10 +266,14 @@ class TrainingExamples:
         rng = np.random.default_rng([self.seed, 2, clip, epoch])
         return (sample_positions(self.num_frames * stored // self.cache.shape[0], rng) * stored).astype(int)
 
-    def __getitem__(self, key: tuple[int, int]) -> Example:
-        clip, epoch = key
-        indices = self.sample_indices(clip, epoch, self.cache.shape[0])
-        return self.cache.read(clip, indices), self.sample_captions(clip, epoch)
+    def read(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of these (clip, epoch)."""
+        stored, captions = self.cache.shape[0], [self.sample_captions(*key) for key in keys]
+        # Not torch.stack: in the thread of `prefetch` it starts threads of its own, and a step takes twice as long.
+        inputs = np.stack([self.cache.read(key[0], self.sample_indices(*key, stored)) for key in keys])
+        length = max(len(ids) for group in captions for ids in group)
+        labels = [[ids + [IGNORE_INDEX] * (length - len(ids)) for ids in group] for group in captions]
+        return Batch(to_tensor(inputs), torch.tensor(labels), self.times(keys), [clip for clip, _ in keys])
 
     def times(self, keys: Sequence[tuple[int, int]]) -> Tensor | None:
         """When the frames of these examples are displayed, and the durations (B, T + 1); None if that is not stored."""
@@ -280,29 +283,6 @@ class TrainingExamples:
         indices = [[*self.sample_indices(*key, stored), stored] for key in keys]
         rows = [self.cache.times.read(clip, row) for (clip, _), row in zip(keys, indices, strict=True)]
         return torch.from_numpy(np.stack(rows))
-
-
-def to_tensor(inputs: np.ndarray) -> Tensor:
-    """Frames uint8, or the bits of bf16 features as a cache stores them -> a tensor of the same memory."""
-    tensor = torch.from_numpy(inputs)
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
-
-
-def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
-    """Frames (B, T, 3, S, S) uint8 or features (B, T, ...) bf16, and labels (B, K, L) padded with IGNORE_INDEX."""
-    length = max(len(ids) for _, captions in examples for ids in captions)
-    labels = [[ids + [IGNORE_INDEX] * (length - len(ids)) for ids in captions] for _, captions in examples]
-    # Not torch.stack: in the thread of `prefetch` it starts threads of its own, and a step takes twice as long.
-    return to_tensor(np.stack([frames for frames, _ in examples])), torch.tensor(labels)
-
-
-class Batch(NamedTuple):
-    """A process's share of the clips of a step, on the CPU."""
-
-    frames: Tensor  # (B, T, 3, S, S) uint8 or features (B, T, ...) bf16
-    labels: Tensor  # (B, K, L)
-    times: Tensor | None  # (B, T + 1), see `TrainingExamples.times`
-    clips: list[int]  # their places in the training split
 
 
 def prefetch(load: Callable, keys: Iterable) -> Iterator:
