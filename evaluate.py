@@ -122,14 +122,14 @@ def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, c
     share, and all together `batch_size` clips at once."""
     clips, training, captions = dataset.splits[split], captioner.training, []
     device, indices = next(captioner.parameters()).device, group.shard(range(len(clips)))
-    stride, time_left = max(1, batch_size // group.world_size), cli.TimeLeft("captions", len(indices))
+    stride, progress = max(1, batch_size // group.world_size), cli.Progress(len(indices))
     captioner.eval()
     for start in range(0, len(indices), stride):
         batch = indices[start : start + stride]
         frames = to_tensor(np.stack([cache[i] for i in batch]))  # (B, T, ...)
         times = torch.from_numpy(np.stack([cache.times[i] for i in batch])) if cache.times else None  # (B, T + 1)
         captions += captioner.caption(frames.to(device), beams, times=times)
-        time_left.update(len(captions))
+        progress.report("captions", len(captions))
     captioner.train(training)
     captions = group.gather({clips[i].id: caption for i, caption in zip(indices, captions, strict=True)})
     return score_captions(dataset, split, {clip.id: captions[clip.id] for clip in clips}, metric_names)

@@ -60,6 +60,7 @@ def log_step(run: Run, captioner: Captioner, progress: Progress, phase: Phase, s
              lr: float) -> None:
     """A row of the log and a line on the console."""
     speed, left = progress.update(step)
+    speed *= captioner.config.batch_size
     has_gates = captioner.adapter is not None and captioner.config.gate != "none"
     statistics = captioner.adapter.gate_statistics() if has_gates else {}
     run.log({"step": step, "phase": phase.name, "loss": loss, "lr": lr, "clips/s": speed} | statistics)
@@ -238,12 +239,12 @@ def main() -> int:
                                per_epoch * config.eval_every)}
     if step == 0:
         validate(captioner, dataset, inputs["val"], group, run, step)
-    progress = Progress(step, steps, config.batch_size)
+    progress = Progress(steps, step)
     with cli.deferred_interrupts(repeatable=group.world_size > 1) as interrupts:
         for batch in prefetch(load_batch, order):
             phase = next(phase for phase in phases if step < phase.end)
-            if progress.steps != phase.end:  # the time left is that of a phase: a step takes longer in the next one
-                progress = Progress(step, phase.end, config.batch_size)
+            if progress.total != phase.end:  # the time left is that of a phase: a step takes longer in the next one
+                progress = Progress(phase.end, step)
             lr = phase.learning_rate(step)
             set_learning_rate(optimizer, lr)
             loss = backward_and_step(captioner, optimizer, step, batch, phase.loss, group)

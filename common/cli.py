@@ -119,38 +119,28 @@ def format_seconds(seconds: float) -> str:
     return str(timedelta(seconds=int(seconds)))
 
 
-class TimeLeft:
-    """Prints how many clips of a job are done and how long the rest takes, at most every REPORT_EVERY seconds."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total = what, total
-        self.start = self.last_report = time.monotonic()
-
-    def update(self, done: int) -> None:
-        """`done` clips of `total` are done, at least one."""
-        now = time.monotonic()
-        if now - self.last_report >= REPORT_EVERY:
-            left = format_seconds((now - self.start) / done * (self.total - done))
-            print(f"{self.what}: {done}/{self.total} clips, {left} left")
-            self.last_report = now
-
-
 class Progress:
-    """Speed and time left of a phase of training. The time left is that of all its steps and validations to come, at
-    the mean pace since its start."""
+    """Speed and time left of a job of `total` steps or clips, of which `done` are done when it begins. The time left is
+    that of all that is to come, at the mean pace since the start."""
 
-    def __init__(self, step: int, steps: int, batch_size: int):
-        self.first_step, self.steps, self.batch_size = step, steps, batch_size
+    def __init__(self, total: int, done: int = 0):
+        self.total, self.first = total, done
         self.first_time = time.monotonic()
-        self.restart(step)
+        self.restart(done)
 
-    def restart(self, step: int) -> None:
+    def restart(self, done: int) -> None:
         """Measures the speed from here on. Called after a validation, which is no part of the steps."""
-        self.last_step, self.last_time = step, time.monotonic()
+        self.last, self.last_time = done, time.monotonic()
 
-    def update(self, step: int) -> tuple[float, float]:
-        """Clips per second since the last call, and the seconds that the rest of the phase takes."""
+    def update(self, done: int) -> tuple[float, float]:
+        """Steps per second since the last call, and the seconds that the rest takes."""
         now = time.monotonic()
-        speed = (step - self.last_step) * self.batch_size / (now - self.last_time)
-        self.restart(step)
-        return speed, (now - self.first_time) / (step - self.first_step) * (self.steps - step)
+        speed = (done - self.last) / (now - self.last_time)
+        self.restart(done)
+        return speed, (now - self.first_time) / (done - self.first) * (self.total - done)
+
+    def report(self, what: str, done: int) -> None:
+        """Prints how many clips are done and how long the rest takes, at most every REPORT_EVERY seconds."""
+        if time.monotonic() - self.last_time >= REPORT_EVERY:
+            _, left = self.update(done)
+            print(f"{what}: {done}/{self.total} clips, {format_seconds(left)} left")

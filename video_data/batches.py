@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cli import TimeLeft
+from common.cli import Progress
 from common.errors import InputError
 from common.files import check_disk_space, format_bytes, replace_atomically
 from common.preprocessing import Preprocessing
@@ -61,7 +61,7 @@ def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> l
     InputError with the name of the first unfinished task if a process dies, as for a lack of memory.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    results, time_left = [], TimeLeft(what, len(tasks))
+    results, progress = [], Progress(len(tasks))
     with ProcessPoolExecutor(max(1, min(cores, len(tasks))), initializer=_start_worker) as pool:
         try:
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
@@ -69,7 +69,7 @@ def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> l
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for result in found:
                 results.append(result)
-                time_left.update(len(results))
+                progress.report(what, len(results))
         except BaseException as error:
             for process in multiprocessing.active_children():
                 process.kill()
@@ -205,13 +205,13 @@ def fill_features(cache: ClipCache, frames: ClipCache, encode: Callable[[Tensor]
     stay.
     """
     missing, batch_size = cache.missing(), max(1, images_per_batch // frames.shape[0])
-    time_left = TimeLeft("features", len(missing))
+    progress = Progress(len(missing))
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         features = encode(torch.from_numpy(np.stack([frames[i] for i in batch])))  # (B, M, ...)
         for i, array in zip(batch, features.view(torch.uint16).numpy(), strict=True):
             cache.write(i, array)
-        time_left.update(start + len(batch))
+        progress.report("features", start + len(batch))
 
 
 # --------------------------------------------------------------------------- examples and batches

@@ -124,23 +124,23 @@ def clock(monkeypatch) -> list[float]:
 
 
 def test_the_speed_is_of_steps_and_the_time_left_of_validations_too(clock):
-    """Steps 5 to 10 of 6 clips take 2 s each. By hand: a validation of 20 s after step 7 is in the mean pace, 26 s for
+    """Steps 5 to 10 take 2 s each. By hand: a validation of 20 s after step 7 is in the mean pace, 26 s for
     3 steps, and not in the speed."""
-    progress, updates = cli.Progress(4, 10, 6), {}
+    progress, updates = cli.Progress(10, done=4), {}
     for step in range(5, 11):
         clock[0] += 2
         updates[step] = progress.update(step)
         if step == 7:
             clock[0] += 20
             progress.restart(step)
-    assert [speed for speed, _ in updates.values()] == [3] * 6
+    assert [speed for speed, _ in updates.values()] == [0.5] * 6
     assert (updates[5][1], updates[7][1], updates[8][1], updates[10][1]) == (10, 6, 28 / 4 * 2, 0)
 
 
 def test_the_time_left_of_a_job_is_printed_now_and_then(clock, capsys):
     """100 clips, two per second: after 5 s, and not again one second later."""
-    time_left = cli.TimeLeft("frames", 100)
+    progress = cli.Progress(100)
     for done in (8, 10, 12, 20):
         clock[0] = 5000 + done / 2
-        time_left.update(done)
+        progress.report("frames", done)
     assert capsys.readouterr().out == "frames: 10/100 clips, 0:00:45 left\nframes: 20/100 clips, 0:00:40 left\n"
