@@ -48,8 +48,6 @@ def generate(lm: CausalLM, prefix: Tensor, beams: int = 1, max_new_tokens: int =
     InputError for too few positions, before any work, and for logits that are not finite.
     """
     check_length(lm.config, prefix.shape[1], max_new_tokens, beams)
-    if not len(prefix) or max_new_tokens < 1:
-        return [[] for _ in prefix]
     prefix = prefix.to(lm.embed.weight.dtype)
     eos_ids = lm.config.eos_ids if eos_id is None else (eos_id,)
     if beams == 1:
