@@ -81,8 +81,6 @@ def make_captioner(config: Config, folders: dict[str, Path]) -> Captioner:
 def read_run_dataset(run: Path, config: Config, splits: Sequence[str] = SPLITS) -> VideoDataset:
     """Some splits of a run's dataset, or all, in config.data. What differs from the data of the run is in their notes.
     Raises InputError."""
-    if not config.data.exists():  # `shapes` would be made there
-        raise InputError(f"--data {config.data}: expected the folder of the dataset, found none")
     dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing, splits)
     for split, difference in data_differences(run, dataset).items():
         dataset.notes[split].append(difference)

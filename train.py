@@ -30,6 +30,7 @@ from training.optimizer import make_optimizer, set_learning_rate
 from training.phases import Loss, Phase, make_phases
 from training.plan import count_steps, format_plan, format_steps
 from training.run import Run, check_models, check_out, data_differences
+from video_data import shapes
 from video_data.annotations import Clip
 from video_data.batches import Batch, ClipCache, TrainingExamples, epoch_batches, prefetch
 from video_data.datasets import read_dataset
@@ -190,7 +191,9 @@ def main() -> int:
     torch.manual_seed(config.seed)
 
     # 2. Data and model
-    with group.first_of_machine():  # one process of each machine makes `shapes`
+    with group.first_of_machine():
+        if config.dataset == "shapes" and not config.resume:
+            shapes.make_dataset(config.data, config.shapes_sizes or shapes.DEFAULT_SIZES)
         dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing)
     if config.resume and (different := data_differences(config.resume, dataset)):
         lines = "; ".join(f"{split}: {line}" for split, line in different.items())

@@ -267,6 +267,4 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
                          "--data and --epochs")
     config = replace(read_config(config.resume), **{name: getattr(config, name) for name in given})
     config.check()
-    if not config.data.exists():  # `shapes` would be made there
-        raise InputError(f"--data {config.data}: expected the folder of the run's dataset, found none")
     return config

@@ -122,16 +122,13 @@ def read_dataset(name: str, root: Path, sizes: Sequence[int] = (), allow_missing
                  splits: Sequence[str] = SPLITS) -> VideoDataset:
     """The given splits of a dataset in the folder `root`.
 
-    `shapes` is made there if it is missing, with `sizes` clips in its splits, and read back otherwise; then sizes that
-    are given must be those of the folder. Raises InputError if captions or splits cannot be read or contradict each
-    other, if a clip or video occurs twice, and if a clip has no video or no caption, unless `allow_missing`.
+    `sizes` of shapes, if they are given, must be those of the folder. Raises InputError if captions or splits cannot be
+    read or contradict each other, if a clip or video occurs twice, and if a clip has no video or no caption, unless
+    `allow_missing`.
     """
-    if name == "shapes" and not (root / "captions.json").exists():
-        from video_data import shapes  # here, so that `python -m video_data.shapes` is not imported before it runs
-
-        shapes.make_dataset(root, sizes or shapes.DEFAULT_SIZES)
     if not root.is_dir() or not any(root.iterdir()):
-        print(f"Put into {root}:\n{inspect.getdoc(READERS[name])}", file=sys.stderr)
+        if name != "shapes":  # whose folder `train.py` makes
+            print(f"Put into {root}:\n{inspect.getdoc(READERS[name])}", file=sys.stderr)
         raise InputError(f"{root}: expected the folder of {name}, found {'an empty one' if root.is_dir() else 'none'}")
     annotated = READERS[name](root)
     refuse_duplicates([i for ids in annotated.splits.values() for i in ids], root, "occurs twice in the splits")

@@ -141,7 +141,7 @@ def test_a_run_is_measured_with_and_without_each_block(finished_run, flags, monk
 def test_what_cannot_be_measured_is_one_line(finished_run, flags, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     assert_one_line_error(run_forked(attention, tmp_path), "config.json")
-    assert_one_line_error(run_forked(attention, run, "--data", tmp_path / "none"), "expected the folder of the dataset")
+    assert_one_line_error(run_forked(attention, run, "--data", tmp_path / "none"), "expected the folder of shapes")
     assert_one_line_error(run_forked(attention, run, "--seed", 1), "test/00000.mp4", "--seed 1")
     config = read_json(run / "config.json")
     config["config"]["dataset"] = "folder"

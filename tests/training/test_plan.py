@@ -17,6 +17,7 @@ from tests.reference.test_08_memory import make_captioner
 from tests.tiny import Letters, prompt_of_letters
 from training import plan
 from training.inputs import cached_inputs, plan_caches
+from video_data import shapes
 from video_data.batches import epoch_batches
 from video_data.datasets import VideoDataset, read_dataset
 
@@ -46,7 +47,8 @@ def test_steps_are_those_of_the_batches(clips, batch_size, epochs):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> VideoDataset:
-    return read_dataset("shapes", tmp_path_factory.mktemp("inputs") / "shapes", (3, 2, 1))
+    shapes.make_dataset(root := tmp_path_factory.mktemp("inputs"), (3, 2, 1))
+    return read_dataset("shapes", root)
 
 
 def make_config(dataset: VideoDataset, folder: Path, **fields) -> Config:
