@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from common.errors import InputError, reading
 from common.preprocessing import Preprocessing
 from models import hub
-from models.vit_checkpoints import PublicViT, copy_vit_tensors, read_vit_file, read_vit_folder
-from models.weights import read_tensors
+from models.names import tensor_names
+from models.vit_checkpoints import PublicViT, adapt_tensors, read_vit_file, read_vit_folder
+from models.weights import copy_strict, read_tensors
 
 ACTIVATIONS = {  # name: f and s, with activation(x) = f(s x) / s
     "quick_gelu": (F.silu, 1.702),
@@ -278,7 +279,9 @@ class ViT(nn.Module):
         with reading(public.where), torch.device("meta"):
             vit = cls(ViTConfig(**public.config), public.preprocessing)
         if tensors is not None:
-            copy_vit_tensors(vit, public, tensors, file)
+            names = tensor_names(vit, public.names, tensors)
+            adapt_tensors(vit, tensors, names)
+            copy_strict(vit, tensors, names, file)
             vit.to(torch.float32)  # positions are interpolated in full precision
         with reading(public.where):
             vit.resize(public.preprocessing.size if image_size is None else image_size, public.family == "torchvision")

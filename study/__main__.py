@@ -21,7 +21,7 @@ from bench.measure import cpu_name
 from common import cli
 from common.files import read_json, read_json_lines
 from study.figure import FIGURE, draw_ablations
-from study.tables import CONTENT, PAGE, Row, add_clips, add_run, format_page, read_rows
+from study.tables import CONTENT, PAGE, Row, add_run, format_page, read_rows
 from video_data.shapes import make_dataset
 
 RUNS = Path("runs/study")
@@ -88,9 +88,7 @@ def main() -> None:
         finished = [key for key in keys if (folder_of(store, key) / "test.json").exists()]
         for key in finished:
             folder = folder_of(store, key)
-            run = read_run(folder, key)
-            add_clips(store, run, read_clip_results(folder))
-            add_run(store, run)
+            add_run(store, read_run(folder, key), read_clip_results(folder))
         if not finished:
             break
     PAGE.write_text(format_page(), "utf-8")
