@@ -197,7 +197,7 @@ def test_clips_of_your_own_are_trained_on(flags, tmp_path):
                       tmp_path / "run")
     assert done.returncode == 0, done.stderr
     folder.rename(tmp_path / "moved")
-    assert_one_line_error(run_forked(evaluate, tmp_path / "run"), "expected the folder of shapes")
+    assert_one_line_error(run_forked(evaluate, tmp_path / "run"), "expected the folder of folder")
     words = ["--resume", tmp_path / "run", "--data", tmp_path / "moved", "--epochs", 2]
     assert run_forked(train, *words).returncode == 0
     assert read_json(tmp_path / "run/config.json")["config"]["data"] == str(tmp_path / "moved")
