@@ -258,9 +258,11 @@ class ViT(nn.Module):
         self.config = replace(self.config, image_size=image_size)
 
     @classmethod
-    def from_config(cls, folder: str | Path, image_size: int | None = None) -> "ViT":
-        """The model of a folder on the meta device, from its configs alone. Raises InputError."""
-        return cls._build(read_vit_folder(Path(folder)), image_size)
+    def from_config(cls, path: str | Path, image_size: int | None = None) -> "ViT":
+        """The model on the meta device, from a folder's configs alone, or from the shapes in a .pth file. Raises
+        InputError."""
+        path = Path(path)
+        return cls._build(read_vit_file(*read_tensors(path)) if path.is_file() else read_vit_folder(path), image_size)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype=torch.float32, image_size: int | None = None) -> "ViT":
