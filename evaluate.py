@@ -26,7 +26,7 @@ from torch import Tensor
 import metrics
 from common import cli
 from common.config import DEVICES, Config, read_config
-from common.errors import InputError, explain_out_of_memory, printable, writing
+from common.errors import InputError, printable, writing
 from common.files import write_json
 from model import Captioner, variant_of
 from report.page import fits_another, page_entry, report_split, report_videos
@@ -34,10 +34,11 @@ from report.show import show_video
 from training import devices
 from training.distributed import ProcessGroup
 from training.frozen_models import fingerprint_models, load_models, resolve_models
+from training.inputs import cached_inputs
 from training.run import check_models, data_differences
 from video_data import shapes
 from video_data.annotations import SPLITS, VIDEO_SUFFIXES
-from video_data.batches import ClipCache, cache_folder, cached_frames, to_tensor
+from video_data.batches import ClipCache, to_tensor
 from video_data.datasets import VideoDataset, read_dataset
 from video_data.video import read_clip
 from video_data.windows import format_srt, iter_windows
@@ -64,23 +65,26 @@ def load_run(run: Path | None, device: torch.device, **models: str) -> tuple[Cap
     config, folders = resolve_models(config)
     if run is not None:
         check_models(run, fingerprint_models(folders))
-    backbone, tokenizer = load_models(folders, devices.DTYPES[config.precision], config.image_size, config.vit_blocks)
-    captioner = variant_of(Captioner, config)(backbone, tokenizer, config)
+    captioner = make_captioner(config, folders)
     if run is not None:
         captioner.load(run / "best/adapter.safetensors")
     return captioner.eval().to(device), folders
 
 
+def make_captioner(config: Config, folders: dict[str, Path]) -> Captioner:
+    """The untrained captioner of a config, for --plan on the meta device. Raises InputError."""
+    backbone, tokenizer = load_models(config, folders)
+    with backbone.vit.position.device:
+        return variant_of(Captioner, config)(backbone, tokenizer, config)
+
+
 def read_run_dataset(run: Path, config: Config, splits: Sequence[str] = SPLITS) -> VideoDataset:
     """Some splits of a run's dataset, or all, in config.data. What differs from the data of the run is in their notes.
     Raises InputError."""
-    if not config.data.exists():  # `shapes` would be made there
-        raise InputError(f"--data {config.data}: expected the folder of the dataset, found none")
     dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing, splits)
-    different = data_differences(run, dataset)
-    notes = {split: [*notes, *([different[split]] if split in different else [])]
-             for split, notes in dataset.notes.items()}
-    return replace(dataset, notes=notes)
+    for split, difference in data_differences(run, dataset).items():
+        dataset.notes[split].append(difference)
+    return dataset
 
 
 # --------------------------------------------------------------------------- captions and scores
@@ -116,15 +120,14 @@ def caption_and_score(captioner: Captioner, dataset: VideoDataset, split: str, c
     share, and all together `batch_size` clips at once."""
     clips, training, captions = dataset.splits[split], captioner.training, []
     device, indices = next(captioner.parameters()).device, group.shard(range(len(clips)))
-    stride, time_left = max(1, batch_size // group.world_size), cli.TimeLeft("captions", len(indices))
+    stride, progress = max(1, batch_size // group.world_size), cli.Progress(len(indices))
     captioner.eval()
     for start in range(0, len(indices), stride):
         batch = indices[start : start + stride]
         frames = to_tensor(np.stack([cache[i] for i in batch]))  # (B, T, ...)
         times = torch.from_numpy(np.stack([cache.times[i] for i in batch])) if cache.times else None  # (B, T + 1)
-        with explain_out_of_memory(f"captions of {len(frames)} clips at once"):
-            captions += captioner.caption(frames.to(device), beams, times=times)
-        time_left.update(len(captions))
+        captions += captioner.caption(frames.to(device), beams, times=times)
+        progress.report("captions", len(captions))
     captioner.train(training)
     captions = group.gather({clips[i].id: caption for i, caption in zip(indices, captions, strict=True)})
     return score_captions(dataset, split, {clip.id: captions[clip.id] for clip in clips}, metric_names)
@@ -137,9 +140,7 @@ def format_scores(scores: dict[str, float]) -> str:
 
 def evaluate_split(captioner: Captioner, dataset: VideoDataset, args: argparse.Namespace, config: Config) -> None:
     """Captions a split of the run's dataset, prints its scores, and writes --save and --report."""
-    root = cache_folder(dataset.name, config.data)
-    cache = cached_frames(dataset.splits[args.split], root, args.split, config.frames, captioner.vit.preprocessing,
-                          captioner.states_times)
+    cache = cached_inputs(replace(config, cache_features=False), dataset, captioner, {})[args.split]
     batch_size = config.micro_batch_size or BATCH_SIZE
     result = caption_and_score(captioner, dataset, args.split, cache, batch_size, ProcessGroup(), beams=config.beams)
     print(f"{args.split}: {format_scores(result.scores)}\n{result.signature}")
@@ -270,22 +271,16 @@ def check_args(args: argparse.Namespace) -> None:
 def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequence[Path]) -> None:
     """Raises InputError for an output that cannot be written, or would replace a file of the run or of `inputs`, files
     and folders that are read; and for several videos with an output for one."""
-
-    def file_id(path: Path) -> tuple[int, int]:  # the same for all names of a file, links too
-        return path.stat().st_dev, path.stat().st_ino
-
     of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "report.html", "lock") if args.run else ()
-    read = {file_id(path) for path in (*inputs, *videos, *(args.run / name for name in of_run)) if path.exists()}
-    targets: set[Path] = set()
+    taken = [path.resolve() for path in (*inputs, *videos, *(args.run / name for name in of_run))]
     for flag in ("save", "report", "show"):
         if not (path := getattr(args, flag, None)):
             continue
         target = path.resolve()
-        places = [place for place in (target, *target.parents) if place.exists()]
-        is_free = (target.is_file() or not target.exists()) and read.isdisjoint(map(file_id, places))
-        if not is_free or target in targets or not os.access(target.parent, os.W_OK):
+        is_taken = target.is_dir() or any(target.is_relative_to(other) for other in taken)
+        if is_taken or not os.access(target.parent, os.W_OK):
             raise InputError(f"--{flag} {path}: expected a file that is not read, in a folder that can be written to")
-        targets.add(target)
+        taken.append(target)
         if len(videos) > 1 and (flag == "show" or path.suffix.lower() == ".srt"):
             raise InputError(f"--{flag} {path}: expected one video, found {len(videos)}")
 

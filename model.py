@@ -16,7 +16,8 @@ language model, N' visual tokens per frame, M groups of visual tokens in a promp
 tokens of the longest caption with its EOS, J `read_blocks`, j blocks of DeepStack (Qwen3-VL's; others have none).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +34,7 @@ from models.generation import check_length, generate
 from models.lm import CausalLM, VisualPlaces
 from models.mllm import MLLM
 from models.pair import Pair
-from models.safetensors import checksum, read_metadata, read_safetensors, write_safetensors
+from models.safetensors import checksum, read_with_metadata, write_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
 from qadapter import QAdapter, init_time_embed, interpolate_time_embed
@@ -47,13 +48,6 @@ MAX_NEW_TOKENS = 30  # of a generated caption; hardly any that people wrote has 
 def variant_of(base: type, config: Config) -> type:
     """The Captioner or QAdapter itself, or an experiment, `--variant`, of which nothing else here knows."""
     return base if config.variant is None else import_module("study.variants").choose(base, config)
-
-
-def make_adapter(vit: ViT, config: Config) -> QAdapter:
-    """The Q-Adapter of a config. Raises InputError where it does not fit the ViT."""
-    if config.last_blocks > vit.config.depth:
-        raise InputError(f"--last-blocks {config.last_blocks}: the ViT has {vit.config.depth} blocks")
-    return variant_of(QAdapter, config)(vit.config.width, vit.config.depth, config)
 
 
 class Captioner(nn.Module):
@@ -75,20 +69,16 @@ class Captioner(nn.Module):
         self.states_times = backbone.states_times and not config.reads_queries
         # The language model expects inputs as large as its embeddings.
         self.register_buffer("prefix_scale", self.lm.embedding_rms(), persistent=False)
-        self._texts: dict[tuple, list[Tensor]] = {}
         self.add_trained_parts()
         self.check_fit()
         self.train()
 
     def check_fit(self) -> None:
         """Raises InputError if the grid or the visual tokens do not fit the frozen models."""
-        config, visual = self.config, self.num_visual_tokens(self.config.frames)
-        if config.grid > (largest := min(self.backbone.grid) if visual else 0):
+        config = self.config
+        if config.grid > (largest := min(self.backbone.grid) if self.num_visual_tokens(config.frames) else 0):
             raise InputError(f"--grid {config.grid}: expected at most {largest}, a side of a frame's grid of tokens")
-        positions = self.prefix_length(config.frames) + MAX_CAPTION_TOKENS  # EOS is not fed back
-        if positions > self.lm.config.max_positions:
-            raise InputError(f"--queries, --frames or --grid: expected {self.lm.config.max_positions} positions at "
-                             f"most, found {positions}: {visual} visual tokens, the prompt and a caption")
+        self.check_length(config.frames, config.beams, MAX_CAPTION_TOKENS + 1)  # with EOS
 
     def add_trained_parts(self) -> None:
         """Makes what the method adds to the frozen models, and the connector and frame vectors where it needs them.
@@ -98,7 +88,9 @@ class Captioner(nn.Module):
         config, width, lm_width = self.config, self.vit.config.width, self.lm.config.width
         pair_connector = not self.backbone.trained_together and config.method != "none"
         if config.method == "qadapter":
-            self.adapter = make_adapter(self.vit, config)
+            if config.last_blocks > self.vit.config.depth:
+                raise InputError(f"--last-blocks {config.last_blocks}: the ViT has {self.vit.config.depth} blocks")
+            self.adapter = variant_of(QAdapter, config)(width, self.vit.config.depth, config)
             self.adapter.norm.requires_grad_(config.reads_queries)  # else nothing reads LN(Q)
         elif config.method == "linear" or pair_connector:
             self.time_embed = nn.Parameter(init_time_embed(config.frames, self.backbone.visual_width))
@@ -189,27 +181,20 @@ class Captioner(nn.Module):
         frames = 1 if self.config.reads_queries else num_frames
         return self.backbone.prompt(self.tokenizer, frames, self.config.instruction, times)
 
-    def texts(self, num_frames: int) -> list[Tensor]:
-        """The same as tensors, with one frame per second where the prompt states times."""
-        key = num_frames, self.prefix_scale.device  # kept: copying a list to a GPU waits for the GPU
-        if key not in self._texts:
-            texts = self.prompt(num_frames)
-            self._texts[key] = [torch.tensor(ids, dtype=torch.long, device=key[1]) for ids in texts]
-        return self._texts[key]
-
-    def group_by_prompt(self, frames: Tensor, times: Tensor | None) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
+    def group_by_prompt(self, frames: Tensor, times: Tensor | None) -> Iterator[tuple[list[int], list[Tensor]]]:
         """The input, and its times -> for each group of clips with equally long texts: their numbers, and the M + 1
-        texts, (clips, any), or (any,) if they are the same for all."""
-        if times is None or not self.states_times:
-            yield range(len(frames)), self.texts(self.num_frames(frames))
-            return
+        texts, (clips, any), or (1, any) if they are the same for all."""
+        if timed := times is not None and self.states_times:
+            prompts = [self.prompt(len(seconds) - 1, seconds) for seconds in times.tolist()]
+        else:  # one frame per second, if it matters
+            prompts = [self.prompt(self.num_frames(frames))]
         groups: dict[tuple, dict[int, list[list[int]]]] = {}
-        for clip, seconds in enumerate(times.tolist()):
-            texts = self.prompt(len(seconds) - 1, seconds)
+        for clip, texts in enumerate(prompts):
             groups.setdefault(tuple(map(len, texts)), {})[clip] = texts
         for group in groups.values():
             texts = (torch.tensor(ids, dtype=torch.long) for ids in zip(*group.values(), strict=True))
-            yield list(group), [to_device(ids, self.prefix_scale.device) for ids in texts]
+            clips = list(group if timed else range(len(frames)))
+            yield clips, [to_device(ids, self.prefix_scale.device) for ids in texts]
 
     def num_visual_tokens(self, num_frames: int) -> int:
         """Visual tokens of all groups. A pair that nothing connects has none."""
@@ -222,7 +207,7 @@ class Captioner(nn.Module):
     def prefix_length(self, num_frames: int) -> int:
         """Positions before a caption: texts, visual tokens, and OneVision's newline."""
         newline = self.backbone.newline is not None
-        return sum(map(len, self.texts(num_frames))) + self.num_visual_tokens(num_frames) + newline
+        return sum(map(len, self.prompt(num_frames))) + self.num_visual_tokens(num_frames) + newline
 
     def frame_tokens(self, z: Tensor) -> Tensor:
         """Outputs of the last block (B, T, P, D + jD) -> visual tokens of each frame (B, T, N', C + jC or C + D)."""
@@ -283,8 +268,7 @@ class Captioner(nn.Module):
         all caption tokens and EOS, from the first one on, which the last position of the prefix predicts. A clip is
         encoded once for its K captions. times (B, T + 1), on the CPU: when each frame is shown, and the duration of the
         video, in seconds; by default one frame per second. weights (B, K), of samples: see `caption_loss`."""
-        return sum(caption_loss(self.lm, prefix, labels[list(clips)], places,
-                                weights if weights is None else weights[list(clips)])
+        return sum(caption_loss(self.lm, prefix, labels[clips], places, None if weights is None else weights[clips])
                    for clips, prefix, places in self.prefixes(frames, times))
 
     def check_length(self, num_frames: int, beams: int, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
@@ -320,8 +304,8 @@ class Captioner(nn.Module):
 
     def load(self, path: Path) -> None:
         """Reads what `save` wrote. Raises InputError for a damaged file and for tensors of another model."""
-        tensors = read_safetensors(path)
-        if read_metadata(path).get("sha256") != checksum(tensors):
+        tensors, metadata = read_with_metadata(path)
+        if metadata.get("sha256") != checksum(tensors):
             raise InputError(f"{path}: is damaged, its tensors do not have the SHA-256 in its metadata")
         self.load_tensors(tensors, path)
 
@@ -338,13 +322,11 @@ class Captioner(nn.Module):
 
     def parameter_table(self) -> str:
         """Trained and total parameters of each part, and the trained share."""
-        parts: dict[str, list[int]] = {}
+        trained, total = Counter(), Counter()
         for name, parameter in self.named_parameters():
-            part = parts.setdefault(name.removeprefix("backbone.").partition(".")[0], [0, 0])
-            part[0] += parameter.numel() * parameter.requires_grad
-            part[1] += parameter.numel()
-        trained, total = map(sum, zip(*parts.values(), strict=True))
-        rows = [("part", "trained", "total"), *((name, f"{a:,}", f"{b:,}") for name, (a, b) in parts.items()),
-                ("sum", f"{trained:,}", f"{total:,}")]
-        table = "\n".join(f"{name:12}{trained:>12}{total:>14}" for name, trained, total in rows)
-        return f"{table}   trained: {100 * trained / total:.2f}%"
+            part = name.removeprefix("backbone.").partition(".")[0]
+            total[part] += parameter.numel()
+            trained[part] += parameter.numel() * parameter.requires_grad
+        rows = [*((part, trained[part], total[part]) for part in total), ("sum", trained.total(), total.total())]
+        table = "\n".join([f"{'part':12}{'trained':>12}{'total':>14}", *(f"{a:12}{b:12,}{c:14,}" for a, b, c in rows)])
+        return f"{table}   trained: {100 * trained.total() / total.total():.2f}%"

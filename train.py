@@ -18,20 +18,21 @@ from torch import Tensor
 from common import cli
 from common.cli import Progress
 from common.config import Config, parse_args
-from common.errors import InputError, explain_out_of_memory
-from evaluate import caption_and_score, format_scores
+from common.errors import InputError
+from evaluate import caption_and_score, format_scores, make_captioner
 from model import MAX_CAPTION_TOKENS, Captioner, variant_of
 from models.lm import CausalLM
 from report.page import report_split
 from training import devices, distributed
-from training.frozen_models import fingerprint_models, load_models, resolve_models, with_default_models
+from training.frozen_models import fingerprint_models, resolve_models, with_default_models
 from training.inputs import cached_inputs
 from training.optimizer import make_optimizer, set_learning_rate
 from training.phases import Loss, Phase, make_phases
 from training.plan import count_steps, format_plan, format_steps
 from training.run import Run, check_models, check_out, data_differences
+from video_data import shapes
 from video_data.annotations import Clip
-from video_data.batches import Batch, ClipCache, TrainingExamples, collate, epoch_batches, prefetch
+from video_data.batches import Batch, ClipCache, TrainingExamples, epoch_batches, prefetch
 from video_data.datasets import read_dataset
 
 MEASURED_CLIPS = 16  # at most, of the first batch, give the adapter's channel statistics
@@ -49,10 +50,9 @@ def accumulate_gradients(captioner: Captioner, batch: Batch, compute_loss: Loss,
     for i in range(0, len(batch.frames), size):
         # The labels stay on the CPU, where their positions are found without waiting for a GPU.
         part = Batch(*(x if x is None else x[i : i + size] for x in batch))
-        with explain_out_of_memory(f"a step on {len(part.frames)} clips at once, --micro-batch-size may be smaller"):
-            part = part._replace(frames=part.frames.to(device, non_blocking=True))
-            loss = compute_loss(captioner, part) / total
-            loss.backward()
+        part = part._replace(frames=part.frames.to(device, non_blocking=True))
+        loss = compute_loss(captioner, part) / total
+        loss.backward()
         value += loss.detach()
     return value
 
@@ -61,6 +61,7 @@ def log_step(run: Run, captioner: Captioner, progress: Progress, phase: Phase, s
              lr: float) -> None:
     """A row of the log and a line on the console."""
     speed, left = progress.update(step)
+    speed *= captioner.config.batch_size
     has_gates = captioner.adapter is not None and captioner.config.gate != "none"
     statistics = captioner.adapter.gate_statistics() if has_gates else {}
     run.log({"step": step, "phase": phase.name, "loss": loss, "lr": lr, "clips/s": speed} | statistics)
@@ -125,13 +126,9 @@ def load_captioner(config: Config, device: torch.device,
     models that were found. For --plan it is on the meta device."""
     with group.first_of_machine():  # one process of each machine downloads
         config, folders = resolve_models(with_default_models(config, device))
-    dtype = devices.DTYPES[config.precision]
-    backbone, tokenizer = load_models(folders, dtype, config.image_size, config.vit_blocks, config.plan)
-    with backbone.vit.position.device:
-        captioner = variant_of(Captioner, config)(backbone, tokenizer, config)
-    captioner.check_length(config.frames, config.beams)  # of the test split, which comes after all training
+    captioner = make_captioner(config, folders)
     if config.compile and not config.plan:
-        compile_blocks(backbone.lm, device)
+        compile_blocks(captioner.lm, device)
     return (captioner, {}) if config.plan else (captioner.to(device), fingerprint_models(folders))
 
 
@@ -174,7 +171,7 @@ def measure_channels(captioner: Captioner, examples: TrainingExamples) -> None:
     config = captioner.config
     if captioner.adapter is not None:
         first_batch = next(epoch_batches(len(examples.captions), config.batch_size, 1, config.seed))
-        frames, _ = collate([examples[key] for key in first_batch[:MEASURED_CLIPS]])
+        frames = examples.read(first_batch[:MEASURED_CLIPS]).frames
         captioner.measure_channels(frames.to(captioner.prefix_scale.device))
 
 
@@ -194,7 +191,9 @@ def main() -> int:
     torch.manual_seed(config.seed)
 
     # 2. Data and model
-    with group.first_of_machine():  # one process of each machine makes `shapes`
+    with group.first_of_machine():
+        if config.dataset == "shapes" and not config.resume:
+            shapes.make_dataset(config.data, config.shapes_sizes or shapes.DEFAULT_SIZES)
         dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing)
     if config.resume and (different := data_differences(config.resume, dataset)):
         lines = "; ".join(f"{split}: {line}" for split, line in different.items())
@@ -211,17 +210,16 @@ def main() -> int:
     if config.resume:
         check_models(config.resume, fingerprints)
     with group.first_of_machine():  # decodes, and with --cache-features runs the frozen ViT
-        inputs = cached_inputs(config, dataset, captioner, fingerprints, device)
+        inputs = cached_inputs(config, dataset, captioner, fingerprints)
     examples = make_examples(captioner, clips, inputs.get("train"))
     phases = make_phases(config, steps, captioner, clips, examples.captions) if steps else []
 
     def load_batch(keys: list[tuple[int, int]]) -> Batch:
         """This process's share of a batch of (clip, epoch)."""
-        keys = group.shard(keys)
-        frames, labels = collate([examples[key] for key in keys])
+        batch = examples.read(group.shard(keys))
         if device.type == "cuda":
-            frames = frames.pin_memory()  # is copied to the GPU while the GPU computes
-        return Batch(frames, labels, examples.times(keys), [clip for clip, _ in keys])
+            batch = batch._replace(frames=batch.frames.pin_memory())  # is copied to the GPU while the GPU computes
+        return batch
 
     # 3. Optimizer, and the step to start from
     optimizer = make_optimizer(captioner.trained(), config.weight_decay) if steps else None
@@ -244,12 +242,12 @@ def main() -> int:
                                per_epoch * config.eval_every)}
     if step == 0:
         validate(captioner, dataset, inputs["val"], group, run, step)
-    progress = Progress(step, steps, config.batch_size)
+    progress = Progress(steps, step)
     with cli.deferred_interrupts(repeatable=group.world_size > 1) as interrupts:
         for batch in prefetch(load_batch, order):
             phase = next(phase for phase in phases if step < phase.end)
-            if progress.steps != phase.end:  # the time left is that of a phase: a step takes longer in the next one
-                progress = Progress(step, phase.end, config.batch_size)
+            if progress.total != phase.end:  # the time left is that of a phase: a step takes longer in the next one
+                progress = Progress(phase.end, step)
             lr = phase.learning_rate(step)
             set_learning_rate(optimizer, lr)
             loss = backward_and_step(captioner, optimizer, step, batch, phase.loss, group)

@@ -2,16 +2,20 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import TextIO
 
-from common.errors import InputError, explain_out_of_memory, printable
+from common.errors import InputError, printable
 
 REPORT_EVERY = 5  # seconds
+# torch has no exception of its own for a CPU without memory; the last one is oneDNN's.
+MEMORY_ERRORS = "allocate memory|out of memory|could not create a primitive"
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +44,17 @@ def number(kind: type, least: float, most: float = 2**31) -> Callable[[str], flo
 def print_error(message: str) -> None:
     """Prints on the standard error. What takes it may be full; the exit code tells the error, too."""
     with suppress(OSError):
-        print(printable(message), file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr)
+    flush(sys.stderr)
+
+
+def flush(stream: TextIO) -> None:
+    """Writes what is buffered. What a full disk or a reader that has gone does not take is lost, or the interpreter
+    would try again at its end, and exit with 120."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def set_signals(handler) -> None:
@@ -69,8 +83,7 @@ def run(main: Callable[[], int | None]) -> None:
     set_signals(_interrupt)
     code, message = 0, ""
     try:
-        with explain_out_of_memory():
-            code = main() or 0
+        code = main() or 0
         sys.stdout.flush()
     except InputError as error:
         code, message = 2, f"error: {error}"
@@ -80,10 +93,12 @@ def run(main: Callable[[], int | None]) -> None:
         code = 141
     except OSError as error:
         code, message = 2, f"error: {error.filename or 'input or output'}: {error.strerror or error}"
-    try:
-        sys.stdout.flush()
-    except OSError:  # the disk is full, or the reader gone: else the interpreter would try again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]  # often the size
+        if not (isinstance(error, MemoryError) or re.search(MEMORY_ERRORS, str(error))):
+            raise
+        code, message = 2, f"error: out of memory, --micro-batch-size or --beams may be smaller: {reason}"
+    flush(sys.stdout)
     if message:
         print_error(message)
     set_signals(signal.SIG_IGN)  # another one must not interrupt the exit
@@ -112,38 +127,28 @@ def format_seconds(seconds: float) -> str:
     return str(timedelta(seconds=int(seconds)))
 
 
-class TimeLeft:
-    """Prints how many clips of a job are done and how long the rest takes, at most every REPORT_EVERY seconds."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total = what, total
-        self.start = self.last_report = time.monotonic()
-
-    def update(self, done: int) -> None:
-        """`done` clips of `total` are done, at least one."""
-        now = time.monotonic()
-        if now - self.last_report >= REPORT_EVERY:
-            left = format_seconds((now - self.start) / done * (self.total - done))
-            print(f"{self.what}: {done}/{self.total} clips, {left} left")
-            self.last_report = now
-
-
 class Progress:
-    """Speed and time left of a phase of training. The time left is that of all its steps and validations to come, at
-    the mean pace since its start."""
+    """Speed and time left of a job of `total` steps or clips, of which `done` are done when it begins. The time left is
+    that of all that is to come, at the mean pace since the start."""
 
-    def __init__(self, step: int, steps: int, batch_size: int):
-        self.first_step, self.steps, self.batch_size = step, steps, batch_size
+    def __init__(self, total: int, done: int = 0):
+        self.total, self.first = total, done
         self.first_time = time.monotonic()
-        self.restart(step)
+        self.restart(done)
 
-    def restart(self, step: int) -> None:
+    def restart(self, done: int) -> None:
         """Measures the speed from here on. Called after a validation, which is no part of the steps."""
-        self.last_step, self.last_time = step, time.monotonic()
+        self.last, self.last_time = done, time.monotonic()
 
-    def update(self, step: int) -> tuple[float, float]:
-        """Clips per second since the last call, and the seconds that the rest of the phase takes."""
+    def update(self, done: int) -> tuple[float, float]:
+        """Steps per second since the last call, and the seconds that the rest takes."""
         now = time.monotonic()
-        speed = (step - self.last_step) * self.batch_size / (now - self.last_time)
-        self.restart(step)
-        return speed, (now - self.first_time) / (step - self.first_step) * (self.steps - step)
+        speed = (done - self.last) / (now - self.last_time)
+        self.restart(done)
+        return speed, (now - self.first_time) / (done - self.first) * (self.total - done)
+
+    def report(self, what: str, done: int) -> None:
+        """Prints how many clips are done and how long the rest takes, at most every REPORT_EVERY seconds."""
+        if time.monotonic() - self.last_time >= REPORT_EVERY:
+            _, left = self.update(done)
+            print(f"{what}: {done}/{self.total} clips, {format_seconds(left)} left")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
-from common.errors import InputError, error_prefix
+from common.errors import InputError, reading
 from common.files import field as json_field
 from common.files import read_json
 
@@ -34,7 +34,6 @@ VERSION = "1.4.0"
 METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "st-adapter", "prompt", "full")
 INSTRUCTION = "Describe the video."
 DEVICES = ("auto", "cuda", "mps", "cpu")
-DTYPES = ("fp32", "bf16")
 HEADS = 4  # of the attention in qadapter.py; the rank is a multiple of them
 PRESETS = {
     "shapes": dict(captions_per_clip=1, batch_size=64, epochs=8, weight_decay=0.2, token_dropout=0.3, beams=1),
@@ -124,7 +123,7 @@ class Config:
                              "C++ compiler")
     seed: int = training(0, "seed of weights, clip order, frames and captions", type=count(0, 10**9))
     precision: str = training("auto", "of the frozen weights; auto: bf16 where the device has instructions for it",
-                              choices=("auto", *DTYPES))
+                              choices=("auto", "fp32", "bf16"))
 
     eval_every: int = saving(4, "epochs between validations", type=count(1))
     beams: int = saving(5, "beams of the search on the test split", type=count(1, 1000))
@@ -245,7 +244,7 @@ def read_config(run: Path) -> Config:
     if content.get("version") != VERSION:
         raise InputError(f"{path}: made by version {content.get('version')!r:.20}, this is version {VERSION}")
     values = json_field(content, "config", dict, path)
-    with error_prefix(f"{path}: config"):
+    with reading(f"{path}: config"):
         if different := values.keys() ^ to_json(Config()).keys():  # a default would be another run
             raise InputError(f"expected just the fields of a run, differs in {min(different)!r:.40}")
         config, _ = parse_words(to_words(values))
@@ -268,6 +267,4 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
                          "--data and --epochs")
     config = replace(read_config(config.resume), **{name: getattr(config, name) for name in given})
     config.check()
-    if not config.data.exists():  # `shapes` would be made there
-        raise InputError(f"--data {config.data}: expected the folder of the run's dataset, found none")
     return config

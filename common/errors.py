@@ -1,15 +1,13 @@
-"""The one exception that users see, and how what a damaged file or a lack of memory raises becomes one."""
+"""The one exception that users see, and how what a damaged file raises becomes one."""
 
 import csv
 import pickle
-import re
 import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MEMORY_ERRORS = "allocate memory|out of memory|could not create a primitive"  # the last one is oneDNN's
 # What parsers raise, Python's and torch's, when the bytes are not what they expect.
 DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
           TypeError, ValueError, csv.Error, pickle.UnpicklingError, struct.error, zipfile.BadZipFile)
@@ -32,15 +30,6 @@ class InputError(ValueError):
         # or a megabyte of text in one must not reach the user's screen.
         message = printable(message)
         super().__init__(message if len(message) <= 2000 else message[:2000] + " ...")
-
-
-@contextmanager
-def error_prefix(where: str | Path) -> Iterator[None]:
-    """An InputError in the block begins with the place that its values came from."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 @contextmanager
@@ -71,15 +60,3 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def explain_out_of_memory(during: str = "") -> Iterator[None]:
-    """Raises an InputError that says what was being done if an allocation in the block fails."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch has no error of its own for a CPU without memory
-        if not (isinstance(error, MemoryError) or re.search(MEMORY_ERRORS, str(error))):
-            raise
-        reason = (str(error).splitlines() or ["no more is known"])[0]  # often the size
-        raise InputError(": ".join(filter(None, ("out of memory", during, reason)))) from error

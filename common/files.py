@@ -17,7 +17,7 @@ from pathlib import Path
 from reprlib import repr as short  # at most a line, however long or deep the value is
 from typing import Any, BinaryIO
 
-from common.errors import InputError, error_prefix, reading, writing
+from common.errors import InputError, reading, writing
 
 REQUIRED = object()
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list",
@@ -136,8 +136,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         return parse_object(file.read(), path)
 
 
-def read_json_lines(path: str | Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each line of a file as it is written and as a JSON object. Raises InputError for a line that is damaged.
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The JSON objects in the lines of a file. Raises InputError for a line that is damaged.
 
     The last line is left out if it is damaged: a process that was killed may have written half of it.
     """
@@ -146,7 +146,7 @@ def read_json_lines(path: str | Path) -> list[tuple[bytes, dict[str, Any]]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append((line, parse_object(line, f"{path}: line {number}")))
+            rows.append(parse_object(line, f"{path}: line {number}"))
         except InputError:
             if number < len(lines):
                 raise
@@ -170,15 +170,14 @@ def field(config: dict[str, Any], name: str, kind: type, where: str | Path, defa
     value = config.get(name)
     if value is None and default is not REQUIRED:
         return default
-    with error_prefix(where):
-        if name not in config:
-            raise InputError(f"field {name!r} is missing, expected {TYPE_NAMES[kind]}")
-        if kind is float and type(value) is int and abs(value) <= 2**53:
-            value = float(value)
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
-            raise InputError(f"field {name!r}: expected {TYPE_NAMES[kind]}, found {short(value)}")
-        if kind in (int, float) and not least <= value <= most:
-            raise InputError(f"field {name!r}: expected {least:g} to {most:g}, found {short(value)}")
+    if name not in config:
+        raise InputError(f"{where}: field {name!r} is missing, expected {TYPE_NAMES[kind]}")
+    if kind is float and type(value) is int and abs(value) <= 2**53:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise InputError(f"{where}: field {name!r}: expected {TYPE_NAMES[kind]}, found {short(value)}")
+    if kind in (int, float) and not least <= value <= most:
+        raise InputError(f"{where}: field {name!r}: expected {least:g} to {most:g}, found {short(value)}")
     return value
 
 

@@ -31,6 +31,11 @@ from models.vit import ViT, ViTBlock, ViTMLP
 ADAPTER_SCALE = 0.1  # s
 
 
+def cast_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A float32 layer in the dtype of its input."""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
 class LoRALinear(nn.Linear):
     """A frozen linear layer plus a trained update of rank r. The usual factor alpha / r is 1 here."""
 
@@ -57,10 +62,8 @@ class AdaptedMLP(ViTMLP):
 
     def forward(self, y: Tensor) -> Tensor:
         """(n, P, D) -> (n, P, D)."""
-        down, up = self.adapter_down, self.adapter_up
-        x = F.relu(F.linear(y, down.weight.to(y.dtype), down.bias.to(y.dtype)))  # (n, P, r)
-        x = F.linear(x, up.weight.to(y.dtype), up.bias.to(y.dtype))  # (n, P, D)
-        return super().forward(y) + ADAPTER_SCALE * x
+        x = F.relu(cast_linear(self.adapter_down, y))  # (n, P, r)
+        return super().forward(y) + ADAPTER_SCALE * cast_linear(self.adapter_up, x)  # (n, P, D)
 
 
 class WrappedBlock(ViTBlock):
@@ -101,12 +104,12 @@ class SpaceTimeBlock(WrappedBlock):
     def forward(self, z: Tensor) -> Tensor:
         """(B*T, P, D) -> (B*T, P, D)."""
         class_token, patches = z.split([self.class_tokens, z.shape[1] - self.class_tokens], dim=1)
-        down, up, time = ([w.to(z.dtype) for w in (x.weight, x.bias)] for x in (self.st_down, self.st_up, self.st_time))
-        x = F.linear(patches, *down).unflatten(0, (-1, self.frames))  # (B, T, p, r)
+        x = cast_linear(self.st_down, patches).unflatten(0, (-1, self.frames))  # (B, T, p, r)
         x = x.permute(0, 2, 3, 1).flatten(0, 1)  # (B*p, r, T)
-        x = F.conv1d(x, *time, padding=1, groups=len(time[0]))  # (B*p, r, T)
+        weight, bias = self.st_time.weight.to(z.dtype), self.st_time.bias.to(z.dtype)
+        x = F.conv1d(x, weight, bias, padding=1, groups=len(weight))  # (B*p, r, T)
         x = x.unflatten(0, (-1, patches.shape[1])).permute(0, 3, 1, 2).flatten(0, 1)  # (B*T, p, r)
-        return super().forward(torch.cat([class_token, patches + F.linear(x, *up)], dim=1))
+        return super().forward(torch.cat([class_token, patches + cast_linear(self.st_up, x)], dim=1))
 
 
 def set_frames(vit: ViT, frames: int) -> None:

@@ -16,6 +16,7 @@ References
 [2] Division by the length, https://arxiv.org/abs/1609.08144, section 7, here in the simpler form of [1].
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,13 +48,13 @@ def generate(lm: CausalLM, prefix: Tensor, beams: int = 1, max_new_tokens: int =
     InputError for too few positions, before any work, and for logits that are not finite.
     """
     check_length(lm.config, prefix.shape[1], max_new_tokens, beams)
-    if not len(prefix) or max_new_tokens < 1:
-        return [[] for _ in prefix]
     prefix = prefix.to(lm.embed.weight.dtype)
     eos_ids = lm.config.eos_ids if eos_id is None else (eos_id,)
     if beams == 1:
-        return greedy_search(lm, prefix, max_new_tokens, eos_ids, places)
-    return beam_search(lm, prefix, beams, max_new_tokens, eos_ids, places)
+        texts = write_texts(lm, prefix, lambda logits: logits.argmax(-1), max_new_tokens, eos_ids, places)
+    else:
+        texts = beam_search(lm, prefix, beams, max_new_tokens, eos_ids, places)
+    return [ids[:-1] if ids[-1] in eos_ids else ids for ids in texts]
 
 
 def next_logits(lm: CausalLM, x: Tensor, cache: KVCache) -> Tensor:
@@ -64,23 +65,32 @@ def next_logits(lm: CausalLM, x: Tensor, cache: KVCache) -> Tensor:
     return logits
 
 
-def greedy_search(lm: CausalLM, prefix: Tensor, max_new: int, eos_ids: tuple[int, ...],
-                  places: VisualPlaces | None) -> list[list[int]]:
-    """Takes the most likely token at each step."""
-    cache = KVCache(lm.config, len(prefix), prefix.shape[1] + max_new - 1, prefix, places)
-    texts: list[list[int]] = [[] for _ in prefix]
-    running, x = texts, prefix  # the texts of the rows of x
+def write_texts(lm: CausalLM, prefix: Tensor, choose: Callable[[Tensor], Tensor], max_new: int,
+                eos_ids: tuple[int, ...], places: VisualPlaces | None, count: int = 1) -> list[list[int]]:
+    """Returns `count` texts after each prefix (B, S, C), with the EOS of those that end.
+
+    choose: from logits (R, V), the token that each of R texts goes on with (R,).
+    """
+    cache = KVCache(lm.config, len(prefix) * count, prefix.shape[1] + max_new - 1, prefix, places)
+    logits = next_logits(lm, prefix, cache)  # (B, V)
+    if count > 1:
+        rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(count)
+        logits = logits[rows]  # (R, V)
+        cache.select_rows(rows)
+    texts: list[list[int]] = [[] for _ in range(len(logits))]
+    running = texts  # the texts of the rows
     for length in range(1, max_new + 1):
-        tokens = next_logits(lm, x, cache).argmax(-1).tolist()  # (R,)
+        tokens = choose(logits).tolist()
+        for text, token in zip(running, tokens, strict=True):
+            text.append(token)
         active = [row for row, token in enumerate(tokens) if token not in eos_ids]
-        running = [running[row] for row in active]
-        for text, row in zip(running, active, strict=True):
-            text.append(tokens[row])
         if not active or length == max_new:
             break
         if len(active) < len(tokens):
-            cache.select_rows(torch.tensor(active, device=x.device))
-        x = lm.embed(torch.tensor([[text[-1]] for text in running], device=x.device))  # (R, 1, C)
+            running = [running[row] for row in active]
+            cache.select_rows(torch.tensor(active, device=prefix.device))
+        last = torch.tensor([[text[-1]] for text in running], device=prefix.device)
+        logits = next_logits(lm, lm.embed(last), cache)  # (R, V)
     return texts
 
 
@@ -89,26 +99,14 @@ def sample(lm: CausalLM, prefix: Tensor, count: int, max_new_tokens: int = 30,
            places: VisualPlaces | None = None) -> list[list[list[int]]]:
     """Draws `count` texts after each prefix (B, S, C), token by token, from softmax(logits / TEMPERATURE). Returns
     their ids, with the EOS of those that end."""
-    prefix = prefix.to(lm.embed.weight.dtype)
-    cache = KVCache(lm.config, len(prefix) * count, prefix.shape[1] + max_new_tokens - 1, prefix, places)
-    rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(count)
-    logits = next_logits(lm, prefix, cache)[rows]  # (R, V), R = B count at first
-    cache.select_rows(rows)
-    texts: list[list[int]] = [[] for _ in range(len(rows))]
-    running = texts  # the texts of the rows
-    for length in range(1, max_new_tokens + 1):
+
+    def draw(logits: Tensor) -> Tensor:
         cumulative = (logits / TEMPERATURE).softmax(-1).cumsum(-1)  # (R, V)
         drawn = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, drawn)[:, 0].tolist()  # torch.multinomial takes ten times as long
-        for text, token in zip(running, tokens, strict=True):
-            text.append(token)
-        active = [row for row, token in enumerate(tokens) if token not in lm.config.eos_ids]
-        if not active or length == max_new_tokens:
-            break
-        running = [running[row] for row in active]
-        cache.select_rows(torch.tensor(active, device=prefix.device))
-        last = torch.tensor([[text[-1]] for text in running], device=prefix.device)
-        logits = next_logits(lm, lm.embed(last), cache)
+        return torch.searchsorted(cumulative, drawn)[:, 0]  # torch.multinomial takes ten times as long
+
+    prefix = prefix.to(lm.embed.weight.dtype)
+    texts = write_texts(lm, prefix, draw, max_new_tokens, lm.config.eos_ids, places, count)
     return [texts[i : i + count] for i in range(0, len(texts), count)]
 
 
@@ -120,7 +118,7 @@ class Hypothesis(NamedTuple):
 
 def beam_search(lm: CausalLM, prefix: Tensor, beams: int, max_new: int, eos_ids: tuple[int, ...],
                 places: VisualPlaces | None) -> list[list[int]]:
-    """Returns the best finished hypothesis of each text."""
+    """Returns the best finished hypothesis of each text, with its EOS."""
     start = prefix.shape[1]
     cache = KVCache(lm.config, len(prefix) * beams, start + max_new - 1, prefix, places)
     running = [[Hypothesis(0.0, [])] for _ in prefix]  # of each text, best first
@@ -147,8 +145,7 @@ def beam_search(lm: CausalLM, prefix: Tensor, beams: int, max_new: int, eos_ids:
         moved_from = start if length > 1 and len(active) == len(searched) else 0
         cache.select_rows(torch.tensor([h.row for h in following], device=x.device), moved_from)
         x = lm.embed(torch.tensor([h.ids[-1:] for h in following], device=x.device))  # (Rn, 1, C)
-    winners = [hypotheses[0].ids for hypotheses in finished]
-    return [ids[:-1] if ids[-1] in eos_ids else ids for ids in winners]
+    return [hypotheses[0].ids for hypotheses in finished]
 
 
 def best_candidates(running: list[list[Hypothesis]], log_probs: Tensor, count: int) -> list[list[Hypothesis]]:

@@ -26,15 +26,7 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from common.errors import InputError, reading
-from common.files import (
-    acquire_lock,
-    check_disk_space,
-    field,
-    format_bytes,
-    parse_object,
-    replace_atomically,
-    sha256_of,
-)
+from common.files import acquire_lock, check_disk_space, format_bytes, parse_object, replace_atomically, sha256_of
 from common.preprocessing import IMAGE_PREPROCESSORS, VIDEO_PREPROCESSORS
 from models.weights import WEIGHT_FILE_NAMES, read_index
 
@@ -105,15 +97,14 @@ def _fetch_listing(url: str, revision: str) -> tuple[str, dict[str, tuple[int, s
     """The commit, and {name: (bytes, SHA-256)} of its files [1]; small files, those in git, have no SHA-256."""
     with _request(url) as response:
         text = response.read()
-    listing = parse_object(text, url)
-    commit, files = field(listing, "sha", str, url), {}
-    if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
-        raise InputError(f"{url}: sha: expected the commit, 40 hex digits, found {commit!r}")
     with reading(url):
+        listing, files = parse_object(text, url), {}
+        commit = listing["sha"]
+        if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
+            raise InputError(f"sha: expected the commit, 40 hex digits, found {commit!r}")
         for file in listing["siblings"]:
             lfs = file.get("lfs")
-            size = field(lfs or file, "size", int, url, least=0)
-            files[file["rfilename"]] = size, lfs["sha256"] if lfs else None
+            files[file["rfilename"]] = int((lfs or file)["size"]), lfs["sha256"] if lfs else None
     return commit, files
 
 

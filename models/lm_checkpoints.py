@@ -66,27 +66,20 @@ class RopeScaling:
     high: float = 2.0  # pairs with more rotations are kept
 
 
-def read_lm_config(path: Path) -> dict[str, Any]:
-    """Reads a public config.json; returns the fields of `lm.LMConfig`.
+def read_lm_config(path: Path, within_mllm: bool = False) -> dict[str, Any]:
+    """Reads a public config.json; returns the fields of `lm.LMConfig`. within_mllm: it may be that of an MLLM, whose
+    language model has a text_config. (Whether its head is tied, only the MLLM's layout knows.)
 
     Raises InputError for other families and for every field whose value would need other computations.
     """
-    return parse_lm_config(read_json(path), path, path.with_name("generation_config.json"))
-
-
-def read_text_config(path: Path) -> dict[str, Any]:
-    """The same of a config.json that may be that of an MLLM, whose language model has a text_config. (Whether its head
-    is tied, only the MLLM's layout knows.)"""
     published = read_json(path)
-    text = field(published, "text_config", dict, path, published)
-    return parse_lm_config(text, path, path.with_name("generation_config.json"))
+    if within_mllm:
+        published = field(published, "text_config", dict, path, published)
+    return parse_lm_config(published, path, path)
 
 
-def parse_lm_config(published: dict[str, Any], where: str | Path, generation: Path) -> dict[str, Any]:
-    """The same from the content of a config. Raises an InputError that starts with `where`.
-
-    generation: the generation_config.json, which need not exist.
-    """
+def parse_lm_config(published: dict[str, Any], where: str | Path, path: Path) -> dict[str, Any]:
+    """The same from a part of the content of a config.json `path`. Raises an InputError that begins with `where`."""
     family = one_of(published, "model_type", FAMILIES, where)
     check_supported(published, dict.fromkeys(OFF, False) | WHOLE | (GEMMA if family == "gemma3_text" else SILU), where)
     config = read_fields(published, LM_FIELDS, family, where)
@@ -94,7 +87,7 @@ def parse_lm_config(published: dict[str, Any], where: str | Path, generation: Pa
         config["kv_heads"] = config["kv_heads"] or config["heads"]
         config["head_width"] = config["head_width"] or config["width"] // config["heads"]
         config["qkv_bias"] = family == "qwen2" or config.get("o_bias", False)
-        config |= _read_tokens(published, family, config["vocab"], where, generation)
+        config |= _read_tokens(published, family, config["vocab"], where, path.with_name("generation_config.json"))
         config |= _read_rope(published, config, where)
         return config | _read_windows(published, family, config["depth"], where)
 

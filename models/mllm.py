@@ -90,16 +90,24 @@ def average_grid(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     return F.adaptive_avg_pool2d(x, side).flatten(2).transpose(1, 2)
 
 
-def interleave(lm: CausalLM, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
-    """Ids of one text more than there are groups of visual tokens (B, any, C), (any,) or (B, any) -> text, group, text,
-    ..., text as input of the language model (B, L, C)."""
-    x = lm.embed(torch.cat(list(texts), dim=-1)).expand(len(visual[0]), -1, -1)
-    parts = x.split([ids.shape[-1] for ids in texts], dim=1)
-    pairs = zip(parts, [*visual, x[:, :0]], strict=True)
-    return torch.cat([part.to(x.dtype) for pair in pairs for part in pair], dim=1)
+class FrozenModels(nn.Module):
+    """What an MLLM and a pair (`pair.py`) have in common: a ViT `vit`, a language model `lm`, visual tokens in a
+    prompt."""
+
+    def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
+        """Ids of M + 1 texts, those of `prompt`, and M groups of visual tokens (B, any, C) -> the language model's
+        input (B, L, C): text, group, text, ..., group, text. The ids are (any,) or (B or 1, any)."""
+        x = self.lm.embed(torch.cat(list(texts), dim=-1)).expand(len(visual[0]), -1, -1)
+        parts = x.split([ids.shape[-1] for ids in texts], dim=1)
+        pairs = zip(parts, [*visual, x[:, :0]], strict=True)
+        return torch.cat([part.to(x.dtype) for pair in pairs for part in pair], dim=1)
+
+    def places(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> VisualPlaces | None:
+        """What the language model is told besides the result of `merge`."""
+        return None
 
 
-class MLLM(nn.Module):
+class MLLM(FrozenModels):
     """A frozen public MLLM, for images and videos of one size. Images are not split into parts.
 
     A layout overrides what differs, and has
@@ -176,15 +184,6 @@ class MLLM(nn.Module):
         bos = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
         return [bos + ids[0], *ids[1:]]
 
-    def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
-        """Ids of M + 1 texts, those of `prompt`, and M groups of visual tokens (B, any, C) -> the language model's
-        input (B, L, C): text, group, text, ..., group, text."""
-        return interleave(self.lm, texts, visual)
-
-    def places(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> VisualPlaces | None:
-        """What the language model is told besides the result of `merge`."""
-        return None
-
     # ---------------------------------------------------------------------------------------- files
 
     @classmethod
@@ -198,7 +197,7 @@ class MLLM(nn.Module):
         lm_family = one_of(text, "model_type", cls.text_types, where)
         # Outside of text_config, where the field has no meaning by itself.
         text = text | {"tie_word_embeddings": field(published, "tie_word_embeddings", bool, path, False)}
-        lm = parse_lm_config(text, where, path.with_name("generation_config.json"))
+        lm = parse_lm_config(text, where, path)
         return {"vit": vit, "lm": lm, "lm_family": lm_family}
 
     def names_in(self, file: Iterable[str]) -> dict[str, str]:

@@ -5,22 +5,19 @@
 What an MLLM's own projector does, a trained connector has to learn here (`model.py`); this class only hands it what it
 reads of a frame, and writes the prompt.
 
-Shapes: n images, P tokens of the ViT per image, D ViT width, B clips, T frames, C width of the language model, L
-positions.
+Shapes: n images, P tokens of the ViT per image, D ViT width.
 """
 
-from collections.abc import Sequence
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.lm import CausalLM
-from models.mllm import average_grid, interleave
+from models.mllm import FrozenModels, average_grid
 from models.vit import ViT
 
 PROMPT = "a video of"
 
 
-class Pair(nn.Module):
+class Pair(FrozenModels):
     """The frozen models of a run without an MLLM."""
 
     trained_together = states_times = False
@@ -50,10 +47,3 @@ class Pair(nn.Module):
         """The ids before and after the visual tokens."""
         bos = tokenizer.bos_id()
         return [[bos] if bos >= 0 else [], tokenizer.encode(PROMPT)]  # Qwen has no BOS
-
-    def places(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> None:
-        """Nothing besides the result of `merge`."""
-
-    def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
-        """Ids of two texts and the visual tokens between them (B, any, C) -> the language model's input (B, L, C)."""
-        return interleave(self.lm, texts, visual)

@@ -36,16 +36,11 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     to a tensor changes memory only. The file may be replaced meanwhile, but not shortened in place. Raises InputError
     for a file that violates the format.
     """
-    return _read(path)[0]
+    return read_with_metadata(path)[0]
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The strings under `__metadata__`; {} if there are none. Raises InputError as read_safetensors does."""
-    return _read(path)[1]
-
-
-def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file."""
+def read_with_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same, and the strings under `__metadata__`; {} if there are none."""
     with open_to_read(path) as file:
         # Copy on write: writing to a tensor changes memory, never the file. (torch warns of read-only memory.)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

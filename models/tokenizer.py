@@ -18,7 +18,7 @@ import sentencepiece
 from common.errors import InputError, reading
 from models import hub
 from models.bpe import BPETokenizer, load_bpe
-from models.lm_checkpoints import read_text_config
+from models.lm_checkpoints import read_lm_config
 
 
 class SentencePieceTokenizer:
@@ -57,7 +57,7 @@ def load_tokenizer(folder_or_id: str | Path) -> Tokenizer:
     Raises InputError if there is neither, or if the tokenizer has more tokens than the language model.
     """
     folder = hub.resolve(folder_or_id)
-    config = read_text_config(folder / "config.json")
+    config = read_lm_config(folder / "config.json", within_mllm=True)
     vocab = config["vocab"]
     if (path := folder / "tokenizer.model").is_file():
         with reading(path):

@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import InputError, error_prefix, reading
+from common.errors import InputError, reading
 from common.preprocessing import Preprocessing
 from models import hub
-from models.vit_checkpoints import PublicViT, copy_vit_tensors, read_vit_file, read_vit_folder
-from models.weights import read_tensors
+from models.names import tensor_names
+from models.vit_checkpoints import PublicViT, adapt_tensors, read_vit_file, read_vit_folder
+from models.weights import copy_strict, read_tensors
 
 ACTIVATIONS = {  # name: f and s, with activation(x) = f(s x) / s
     "quick_gelu": (F.silu, 1.702),
@@ -257,9 +258,11 @@ class ViT(nn.Module):
         self.config = replace(self.config, image_size=image_size)
 
     @classmethod
-    def from_config(cls, folder: str | Path, image_size: int | None = None) -> "ViT":
-        """The model of a folder on the meta device, from its configs alone. Raises InputError."""
-        return cls._build(read_vit_folder(Path(folder)), image_size)
+    def from_config(cls, path: str | Path, image_size: int | None = None) -> "ViT":
+        """The model on the meta device, from a folder's configs alone, or from the shapes in a .pth file. Raises
+        InputError."""
+        path = Path(path)
+        return cls._build(read_vit_file(*read_tensors(path)) if path.is_file() else read_vit_folder(path), image_size)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype=torch.float32, image_size: int | None = None) -> "ViT":
@@ -278,8 +281,10 @@ class ViT(nn.Module):
         with reading(public.where), torch.device("meta"):
             vit = cls(ViTConfig(**public.config), public.preprocessing)
         if tensors is not None:
-            copy_vit_tensors(vit, public, tensors, file)
+            names = tensor_names(vit, public.names, tensors)
+            adapt_tensors(vit, tensors, names)
+            copy_strict(vit, tensors, names, file)
             vit.to(torch.float32)  # positions are interpolated in full precision
-        with error_prefix(public.where):
+        with reading(public.where):
             vit.resize(public.preprocessing.size if image_size is None else image_size, public.family == "torchvision")
         return vit

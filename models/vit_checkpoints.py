@@ -33,8 +33,7 @@ from torch import Tensor, nn
 from common.errors import InputError, reading
 from common.files import field, one_of, read_json
 from common.preprocessing import HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocessor_file, read_preprocessing
-from models.names import OLD_MLP, VITS, read_columns, read_fields, tensor_names
-from models.weights import copy_strict
+from models.names import OLD_MLP, VITS, read_columns, read_fields
 
 VIT_FIELDS = read_columns("""
     ours         config.json         clip         siglip              idefics3            dinov2 internvl torchvision
@@ -147,13 +146,6 @@ def check_frame_size(preprocessing: Preprocessing, config: dict[str, Any], path:
 
 
 # --------------------------------------------------------------------------------------- tensors
-
-
-def copy_vit_tensors(vit: nn.Module, public: PublicViT, tensors: dict[str, Tensor], path: Path) -> None:
-    """Assigns the tensors of the file `path` or views of them. Raises InputError as `copy_strict`."""
-    names, tensors = tensor_names(vit, public.names, tensors), dict(tensors)
-    adapt_tensors(vit, tensors, names)
-    copy_strict(vit, tensors, names, path)
 
 
 def adapt_tensors(module: nn.Module, tensors: dict[str, Tensor], names: dict[str, str]) -> None:

@@ -48,6 +48,6 @@ def draw_run(run_folder: Path, first_block: int) -> str:
     if not path.exists():
         return ""
     with reading(path):
-        rows = [row for _, row in read_json_lines(path)]
+        rows = read_json_lines(path)
         panels = make_panels(rows, first_block) if {"loss", "val"} <= set().union(*rows) else []
         return "\n".join(draw_panel(*panel, steps=rows[-1]["step"]) for panel in panels)

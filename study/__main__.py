@@ -22,7 +22,7 @@ from common import cli
 from common.files import read_json, read_json_lines
 from study.figure import FIGURE, draw_ablations
 from study.scenes import KINDS
-from study.tables import CONTENT, PAGE, Row, add_clips, add_run, format_page, read_rows
+from study.tables import CONTENT, PAGE, Row, add_run, format_page, read_rows
 from video_data.shapes import make_dataset
 
 RUNS = Path("runs/study")
@@ -56,7 +56,7 @@ def command_of(store: str, key: Key) -> str:
 def read_run(folder: Path, key: Key) -> dict:
     """What results/ keeps of a finished run, from the files in its folder."""
     row, lr, seed = key
-    config, rows = read_json(folder / "config.json"), [row for _, row in read_json_lines(folder / "log.jsonl")]
+    config, rows = read_json(folder / "config.json"), read_json_lines(folder / "log.jsonl")
     words, epochs = config["config"]["word_epochs"], config["config"]["epochs"]
     first = rows[-1]["step"] * words // (words + epochs)  # step of captions: those of words are faster
     speeds = [row["clips/s"] for row in rows if "clips/s" in row and row["step"] > first]
@@ -89,9 +89,7 @@ def main() -> None:
         finished = [key for key in keys if (folder_of(store, key) / "test.json").exists()]
         for key in finished:
             folder = folder_of(store, key)
-            run = read_run(folder, key)
-            add_clips(store, run, read_clip_results(folder))
-            add_run(store, run)
+            add_run(store, read_run(folder, key), read_clip_results(folder))
         if not finished:
             break
     PAGE.write_text(format_page(), "utf-8")

@@ -19,8 +19,9 @@ from common.files import write_json
 from evaluate import BATCH_SIZE, caption_and_score, check_outputs, load_run, read_run_dataset
 from training import devices
 from training.distributed import ProcessGroup
+from training.inputs import cached_inputs
 from video_data import shapes
-from video_data.batches import ClipCache, cache_folder, cached_frames
+from video_data.batches import ClipCache
 
 
 def shuffle(frames: np.ndarray, clip: int) -> np.ndarray:
@@ -47,10 +48,7 @@ class ChangedFrames:
 
     cache: ClipCache
     change: Callable[[ClipCache, int], np.ndarray]
-
-    @property
-    def times(self) -> ClipCache | None:
-        return self.cache.times  # those of the clip, whichever frames are captioned
+    times: ClipCache | None  # those of the clip, whichever frames are captioned
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.change(self.cache, i)
@@ -76,13 +74,13 @@ def main() -> None:
     if len(dataset.splits["test"]) < 2:
         raise InputError(f"{config.data}: expected two test clips or more, since each gets the frames of another one")
     print(dataset)
-    cache = cached_frames(dataset.splits["test"], cache_folder(dataset.name, config.data), "test", config.frames,
-                          captioner.vit.preprocessing, captioner.states_times)
+    cache = cached_inputs(replace(config, cache_features=False), dataset, captioner, {})["test"]
     is_shapes, references = dataset.name == "shapes", {clip.id: clip.captions for clip in dataset.splits["test"]}
     print(f"{len(cache)} clips{'CIDEr':>31}{'less than the clip':>27}{'motion right' if is_shapes else '':>16}")
     for name, change in CONTROLS.items():
-        result = caption_and_score(captioner, dataset, "test", ChangedFrames(cache, change), BATCH_SIZE, ProcessGroup(),
-                                   ("CIDEr",), args.beams)
+        frames = ChangedFrames(cache, change, cache.times)
+        result = caption_and_score(captioner, dataset, "test", frames, BATCH_SIZE, ProcessGroup(), ("CIDEr",),
+                                   args.beams)
         captions[name] = result.captions
         ciders[name] = np.array([result.clip_scores[clip.id]["CIDEr"] for clip in dataset.splits["test"]])
         less = mean_and_error(ciders["the clip"] - ciders[name]) if len(ciders) > 1 else ""

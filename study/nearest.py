@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write {id: caption} as JSON")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     args = parser.parse_args()
-    captioner, folders = load_run(args.run, device := devices.select_device(args.device))
+    captioner, folders = load_run(args.run, devices.select_device(args.device))
     config = replace(captioner.config, data=args.data or captioner.config.data)
     if config.method in ("lora", "adapter", "st-adapter", "prompt", "full"):
         raise InputError(f"{args.run}: expected a run with a frozen ViT, --method {config.method} changes it")
@@ -103,7 +103,7 @@ def main() -> None:
     check_outputs(args, [*folders.values(), config.data], [])
     dataset = read_run_dataset(args.run, config)
     print(dataset)
-    inputs = cached_inputs(config, dataset, captioner, fingerprint_models(folders), device)
+    inputs = cached_inputs(config, dataset, captioner, fingerprint_models(folders))
     cosines = similarities(pooled(captioner, inputs[args.split]), pooled(captioner, inputs["train"]))
     captions = [list(clip.captions) for clip in dataset.splits["train"]]
     clips_with = Counter(gram for clip in captions for gram in {gram for caption in clip for gram in ngrams(caption)})

@@ -64,12 +64,6 @@ def read_runs(store: str) -> list[dict]:
     return read_json(path)["runs"] if path.exists() else []
 
 
-def add_run(store: str, run: dict) -> None:
-    """Adds a run to results/STORE.json, whose order does not depend on when a run ended."""
-    runs = sorted([*read_runs(store), run], key=lambda run: (run["flags"], run["lr"], run["seed"]))
-    write_json(RESULTS / f"{store}.json", {"runs": runs})
-
-
 def clips_path(store: str) -> Path:
     return RESULTS / f"{store}.clips.json.gz"
 
@@ -80,11 +74,14 @@ def read_clips(store: str) -> dict[str, dict]:
     return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
 
 
-def add_clips(store: str, run: dict, clips: dict) -> None:
-    """Adds what a run says of the test clips."""
+def add_run(store: str, run: dict, clips: dict) -> None:
+    """Adds a run to results/STORE.json, whose order does not depend on when a run ended, and what it says of the test
+    clips to results/STORE.clips.json.gz."""
     content = json.dumps(dict(sorted((read_clips(store) | {key_of(run): clips}).items())))
     with replace_atomically(clips_path(store)) as file:
         file.write(gzip.compress(content.encode(), mtime=0))
+    runs = sorted([*read_runs(store), run], key=lambda run: (run["flags"], run["lr"], run["seed"]))
+    write_json(RESULTS / f"{store}.json", {"runs": runs})
 
 
 def key_of(run: dict) -> str:

@@ -167,7 +167,7 @@ def test_clips_of_your_own_are_trained_on(finished_run, flags, tmp_path):
     folder = shutil.copytree(flags[-1], tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
     succeed(train, *flags, "--dataset", "folder", "--data", folder, "--epochs", 1, "--out", tmp_path / "run")
     folder.rename(tmp_path / "moved")
-    assert_error(run_forked(evaluate, tmp_path / "run"), "--data", "expected the folder of the dataset")
+    assert_error(run_forked(evaluate, tmp_path / "run"), "expected the folder of the dataset")
     words = ["--resume", tmp_path / "run", "--data", tmp_path / "moved", "--epochs", 2]
     succeed(train, *words)
     assert read_json(tmp_path / "run/config.json")["config"]["data"] == str(tmp_path / "moved")
@@ -381,7 +381,7 @@ def test_a_folder_with_other_files_is_not_trained_into(flags, tmp_path, name):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--queries", 300], "256 .* 300 visual"), (["--last-blocks", 3], "--last-blocks 3: the ViT has 2 blocks"),
+    (["--queries", 300], "model: .* it has 256"), (["--last-blocks", 3], "--last-blocks 3: the ViT has 2 blocks"),
     (["--beams", 1000], "1000"), (["--vit", "gone"], "gone: expected a folder"), (["--image-size", 100], "size 16"),
     (["--batch-size", 64], "--batch-size 64: the dataset has only 12"), (["--grid", 2, "--method", "none"], "--grid 2"),
     (["--data", ROOT], str(ROOT)),

@@ -4,23 +4,23 @@
     folders   the same with paths on this machine
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from common.config import Config
-from common.errors import explain_out_of_memory
 from common.files import fingerprint_of
 from models import hub
 from models.lm import CausalLM
 from models.mllm import MLLM
 from models.pair import Pair
-from models.tokenizer import load_tokenizer
+from models.tokenizer import Tokenizer, load_tokenizer
 from models.vit import ViT
 from models.weights import weight_files
+from training.devices import DTYPES
 
+MODELS = {"vit": ViT, "lm": CausalLM, "mllm": MLLM}
 TINY = "backbones/tiny-vit", "backbones/tiny-lm"
 CLIP = "openai/clip-vit-base-patch16"
 TINYLLAMA, LLAMA_160M = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "JackFram/llama-160m"
@@ -37,9 +37,10 @@ def with_default_models(config: Config, device: torch.device) -> Config:
     return replace(config, vit=config.vit or vit, lm=config.lm or lm)
 
 
-def options_of(image_size: Sequence[int] | None) -> dict[str, tuple]:
-    """What `from_config` and `from_pretrained` of each model get of --image-size."""
-    return {"vit": (image_size and image_size[0],), "lm": (), "mllm": (image_size,)}
+def model_options(config: Config, part: str) -> tuple:
+    """What `from_config` and `from_pretrained` of a model get of --image-size: a ViT its side."""
+    size = config.image_size
+    return {"vit": (size and size[0],), "lm": (), "mllm": (size,)}[part]
 
 
 def resolve_models(config: Config) -> tuple[Config, dict[str, Path]]:
@@ -47,11 +48,11 @@ def resolve_models(config: Config) -> tuple[Config, dict[str, Path]]:
 
     What needs no weights is checked before they are downloaded. Raises InputError.
     """
-    models, folders, options = {"vit": ViT, "lm": CausalLM, "mllm": MLLM}, {}, options_of(config.image_size)
+    folders = {}
     for part in ["mllm"] if config.mllm else ["vit", "lm"]:
 
-        def check(folder: Path, part: str = part) -> None:
-            models[part].from_config(folder, *options[part])
+        def check(folder: Path, part: str = part, options: tuple = model_options(config, part)) -> None:
+            MODELS[part].from_config(folder, *options)
             if part != "vit":
                 load_tokenizer(folder)
 
@@ -72,23 +73,20 @@ def fingerprint_models(folders: dict[str, Path]) -> dict[str, str]:
     return hashes
 
 
-def load_models(folders: dict[str, Path], dtype: torch.dtype, image_size: Sequence[int] | None = None,
-                vit_blocks: int | None = None, meta: bool = False) -> tuple[MLLM | Pair, object]:
-    """The models and their tokenizer. image_size: the side of the ViT's input in pixels, or of an MLLM the height, and
-    the width if it is another one; vit_blocks: how many of the ViT's first blocks are used; None: as in its config.
-    With `meta` the models are on the meta device, and only the configs and the tokenizer are read. Raises InputError.
-    """
+def load_models(config: Config, folders: dict[str, Path]) -> tuple[MLLM | Pair, Tokenizer]:
+    """The models of a config and their tokenizer. For --plan the models are on the meta device, and only the configs
+    and the tokenizer are read. Raises InputError."""
+    dtype = DTYPES[config.precision]
 
-    def load(model, part: str):
-        options = options_of(image_size)[part]
-        if meta:
+    def load(part: str):
+        model, options = MODELS[part], model_options(config, part)
+        if config.plan:
             return model.from_config(folders[part], *options).to(dtype)
         return model.from_pretrained(folders[part], dtype, *options)
 
-    with explain_out_of_memory(f"reading {' and '.join(map(str, folders.values()))}"):
-        if "mllm" in folders:
-            return load(MLLM, "mllm"), load_tokenizer(folders["mllm"])
-        vit = load(ViT, "vit")
-        if vit_blocks is not None:
-            vit.keep_blocks(vit_blocks)
-        return Pair(vit, load(CausalLM, "lm")), load_tokenizer(folders["lm"])
+    if "mllm" in folders:
+        return load("mllm"), load_tokenizer(folders["mllm"])
+    vit = load("vit")
+    if config.vit_blocks is not None:
+        vit.keep_blocks(config.vit_blocks)
+    return Pair(vit, load("lm")), load_tokenizer(folders["lm"])

@@ -6,7 +6,6 @@
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -20,24 +19,19 @@ from video_data.batches import Batch
 CIDER_LR = 0.2  # the peak of the rate in --cider-epochs, as a share of --lr
 
 
-class Loss(Protocol):
-    """What a phase learns from."""
-
-    def terms(self, batch: Batch) -> int:
-        """Of how many terms the loss of a batch is the sum."""
-
-    def __call__(self, captioner, batch: Batch) -> Tensor:
-        """The loss of a batch or of a part of one, summed."""
-
-
 class CaptionLoss:
     """The cross-entropy of the batch's captions."""
 
     def terms(self, batch: Batch) -> int:
+        """Of how many terms the loss of a batch is the sum."""
         return int((batch.labels >= 0).sum())
 
     def __call__(self, captioner, batch: Batch) -> Tensor:
+        """The loss of a batch or of a part of one, summed."""
         return captioner(batch.frames, batch.labels, batch.times)
+
+
+Loss = CaptionLoss | WordLoss | CiderLoss
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ P tokens per frame, D ViT width.
 
 import math
 import weakref
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -66,25 +65,24 @@ def format_steps(config: Config, steps: int, captions: int) -> str:
 # -------------------------------------------------------------------------------- the meta device
 
 
-class PretendCPU(TorchFunctionMode):
-    """Tensors on the meta device report that they are on the CPU: a model that chooses by the device chooses as there.
+class PretendDevice(TorchFunctionMode):
+    """Tensors on the meta device take the ways that they take on a CPU or on a GPU.
 
-    A tensor that is created on, or moved to, the CPU goes to the meta device.
+    As on a CPU they report that they are there, since a model chooses by the device, and a tensor that is created on,
+    or moved to, the CPU goes to the meta device. PyTorch never takes a fused kernel of attention there, so it would
+    keep all attention weights; here it keeps them only where fused kernels are disabled (`sdpa_kernel`), as elsewhere.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func == Tensor.device.__get__:
-            return torch.device("cpu")
-        args, kwargs = tree_map_only(torch.device, lambda device: META, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-class FusedAttention(TorchFunctionMode):
-    """On the meta device PyTorch never takes a fused kernel, so it keeps all attention weights. Here it keeps them only
-    where fused kernels are disabled (`sdpa_kernel`), as on other devices."""
+    def __init__(self, is_cpu: bool):
+        super().__init__()
+        self.is_cpu = is_cpu
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.is_cpu:
+            if func == Tensor.device.__get__:
+                return torch.device("cpu")
+            args, kwargs = tree_map_only(torch.device, lambda device: META, (args, kwargs))
         if func is not F.scaled_dot_product_attention or not torch.backends.cuda.flash_sdp_enabled():
             return func(*args, **kwargs)
         q, k, v, *mask = args
@@ -146,7 +144,7 @@ def step_memory(captioner, config: Config, device: torch.device, caption_tokens:
         parameter.grad = torch.empty_like(parameter)
     gradients = [parameter.grad for parameter in trained]
     counter = MemoryCounter([frames, *captioner.parameters(), *captioner.buffers(), *gradients])
-    with FusedAttention(), counter, PretendCPU() if is_cpu else nullcontext():
+    with counter, PretendDevice(is_cpu):
         captioner(frames, labels).backward()
     return {
         "frozen weights": sum(p.nbytes for p in captioner.parameters() if not p.requires_grad),  # a tied head: once

@@ -58,8 +58,7 @@ def check_out(folder: Path) -> None:
 
 def check_models(run: Path, fingerprints: dict[str, str]) -> None:
     """Raises InputError, naming a file, unless the run was made with these frozen models."""
-    path = run / "config.json"
-    models = field(read_json(path), "models", dict, path)
+    models = field(read_json(path := run / "config.json"), "models", dict, path)
     if different := [name for name in models.keys() | fingerprints if models.get(name) != fingerprints.get(name)]:
         raise InputError(f"{path}: the run was trained with another model: {min(different)} is another file, new or "
                          "gone")
@@ -67,8 +66,7 @@ def check_models(run: Path, fingerprints: dict[str, str]) -> None:
 
 def data_differences(run: Path, dataset) -> dict[str, str]:
     """A line for each split of a dataset whose clips, captions or sizes of videos are not those of the run."""
-    path = run / "config.json"
-    splits = field(read_json(path), "splits", dict, path)
+    splits = field(read_json(path := run / "config.json"), "splits", dict, path)
     return {split: f"not the data of the run, {found} instead of {splits.get(split)}"
             for split, found in dataset.fingerprints().items() if found != splits.get(split)}
 
@@ -86,9 +84,6 @@ def load_state(path: Path, captioner, optimizer: torch.optim.Optimizer | None,
         if optimizer is not None:
             # The settings of the groups are the config's; what is restored are the moments.
             optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
-            for parameter, moments in optimizer.state.items():
-                if {moments[name].shape for name in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
-                    raise InputError("a moment of the optimizer has another shape than its tensor")
         step, best = int(state["step"]), float(state["best"])
     return step, best
 
@@ -96,14 +91,12 @@ def load_state(path: Path, captioner, optimizer: torch.optim.Optimizer | None,
 def truncate_log(path: Path, step: int) -> float:
     """Keeps the rows of training and validation up to `step`; from step 0 on everything is done again. Returns the
     seconds that the run had taken at the last row that is kept. Raises InputError for a damaged row."""
-    rows, elapsed = [], 0.0
     with reading(path):
-        for line, row in read_json_lines(path) if path.exists() else ():
-            if step > 0 and row["step"] <= step and "test" not in row:
-                rows.append(line + b"\n")
-                elapsed = float(row["elapsed"])
+        rows = [row for row in (read_json_lines(path) if path.exists() else ())
+                if 0 < step >= row["step"] and "test" not in row]
+        elapsed = float(rows[-1]["elapsed"]) if rows else 0.0
     with replace_atomically(path) as file:
-        file.write(b"".join(rows))
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     return elapsed
 
 

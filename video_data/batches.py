@@ -6,8 +6,8 @@
 
 KEY is a hash of everything that the array depends on. A file is written under a temporary name, flushed and renamed, so
 a file called KEY is complete. After a kill at any moment, the next call continues with the missing clips. Two processes
-may fill one folder at once; they do the same work twice. Before a folder is filled, its other files are deleted if they
-are a day old, such as those of clips that have changed. Newer ones may belong to a process that is still running.
+may fill one folder at once; they do the same work twice. Nothing is deleted, so files of clips that have changed
+stay until the folder is.
 
 Training samples T of the M frames of a clip: each epoch shows other frames and the next captions. Where M = T, each
 epoch shows the same frames.
@@ -22,9 +22,8 @@ import math
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cli import TimeLeft
+from common.cli import Progress
 from common.errors import InputError
 from common.files import check_disk_space, format_bytes, replace_atomically
 from common.preprocessing import Preprocessing
@@ -44,10 +43,7 @@ from video_data.annotations import Clip
 from video_data.video import read_clip, sample_positions
 
 READER_VERSION = 3  # raise this when `read_frames` chooses or converts frames differently
-DAY = 24 * 3600  # seconds
 IGNORE_INDEX = -100  # the default ignore_index of torch's cross_entropy
-
-Example = tuple[np.ndarray, list[list[int]]]  # frames (T, 3, S, S) or features (T, ...); token ids of K captions
 
 # -------------------------------------------------------------------------------------- processes
 
@@ -62,31 +58,25 @@ def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> l
     """[function(*task) for task in tasks], by one process per core. Reports the time left.
 
     All processes end at once if one of them fails or dies, or at Ctrl-C. The first item of a task is its name: Raises
-    InputError with the names of tasks that may have killed their process, as a lack of memory does.
+    InputError with the name of the first unfinished task if a process dies, as for a lack of memory.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, min(cores, len(tasks)))
-    pool, time_left, futures = ProcessPoolExecutor(cores, initializer=_start_worker), TimeLeft(what, len(tasks)), []
-    try:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process only
-        for task in tasks:
-            futures.append(pool.submit(function, *task))
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for done, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            if (done - 1) % cores == 0:  # one task of each process since the last time
-                time_left.update(done)
-        return [future.result() for future in futures]
-    except BaseException as error:
-        for process in multiprocessing.active_children():
-            process.kill()
-        if not isinstance(error, BrokenProcessPool):
+    results, progress = [], Progress(len(tasks))
+    with ProcessPoolExecutor(max(1, min(cores, len(tasks))), initializer=_start_worker) as pool:
+        try:
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
+            found = pool.map(function, *zip(*tasks, strict=True))
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for result in found:
+                results.append(result)
+                progress.report(what, len(results))
+        except BaseException as error:
+            for process in multiprocessing.active_children():
+                process.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise InputError(f"{tasks[len(results)][0]}, or one after it: the process that read it died") from error
             raise
-        lost = [isinstance(future.exception(), BrokenProcessPool) for future in futures]
-        names = ", ".join([str(task[0]) for task, is_lost in zip(tasks, lost, strict=False) if is_lost][:cores])
-        raise InputError(f"{names}: a process that worked on one of these died") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return results
 
 
 # ------------------------------------------------------------------------------------------ caches
@@ -151,30 +141,18 @@ class ClipCache:
     def write(self, i: int, array: np.ndarray) -> None:
         """Raises InputError when the disk is full, read-only and so on."""
         assert (array.shape, array.dtype) == (self.shape, self.dtype)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with replace_atomically(self.folder / self.keys[i]) as file:
             file.write(np.ascontiguousarray(array))
 
-    def make_room(self) -> int:
-        """Deletes files that are no longer needed and a day old. Returns the bytes still missing."""
-        if self.times is not None:
-            self.times.make_room()
-        if missing := self.missing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in set(self.folder.iterdir()) - {self.folder / key for key in self.keys}:
-                with suppress(FileNotFoundError):  # another process was faster
-                    if time.time() - path.stat().st_mtime > DAY:
-                        path.unlink()
-        return len(missing) * self.clip_bytes
-
 
 def check_space(caches: Mapping[str, Sequence[ClipCache]]) -> None:
-    """Prints the size of what is missing in all caches of a dataset: {"frames": [cache, ...], ...}.
-
-    Deletes old files first. Raises InputError if the disk lacks the space for all of them together.
-    """
-    needed = {what: sum(cache.make_room() for cache in group) for what, group in caches.items()}
+    """Prints the size of what is missing in all caches of a dataset: {"frames": [cache, ...], ...}. Raises InputError
+    if the disk lacks the space for all of them together."""
+    needed = {what: sum(len(cache.missing()) * cache.clip_bytes for cache in group) for what, group in caches.items()}
     if total := sum(needed.values()):
         root = next(cache for group in caches.values() for cache in group).folder.parent
+        root.mkdir(parents=True, exist_ok=True)
         sizes = ", ".join(f"{what} {format_bytes(size)}" for what, size in needed.items() if size)
         print(f"cache: {sizes}, go into {root}")
         check_disk_space(root, total, f"{root}, {sizes}")
@@ -212,15 +190,6 @@ def fill_frames(cache: ClipCache, clips: list[Clip], preprocessing: Preprocessin
         raise InputError(f"{len(errors)} clips cannot be read: {'; '.join(errors)}")
 
 
-def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing: Preprocessing,
-                  with_times: bool = False) -> ClipCache:
-    """M = `count` frames of each clip, at the segment centres: uint8 (M, 3, S, S). Each clip is decoded only once."""
-    cache = frames_cache(clips, root, split, count, preprocessing, with_times)
-    check_space({"frames": [cache]})
-    fill_frames(cache, clips, preprocessing)
-    return cache
-
-
 def features_cache(frames: ClipCache, key: Any, shape: tuple[int, ...]) -> ClipCache:
     """Features of cached frames, `shape` (M, ...) per clip; as they are on the disk now. `key` (JSON) names all that
     they depend on except the frames."""
@@ -236,13 +205,13 @@ def fill_features(cache: ClipCache, frames: ClipCache, encode: Callable[[Tensor]
     stay.
     """
     missing, batch_size = cache.missing(), max(1, images_per_batch // frames.shape[0])
-    time_left = TimeLeft("features", len(missing))
+    progress = Progress(len(missing))
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         features = encode(torch.from_numpy(np.stack([frames[i] for i in batch])))  # (B, M, ...)
         for i, array in zip(batch, features.view(torch.uint16).numpy(), strict=True):
             cache.write(i, array)
-        time_left.update(start + len(batch))
+        progress.report("features", start + len(batch))
 
 
 # --------------------------------------------------------------------------- examples and batches
@@ -251,6 +220,21 @@ def fill_features(cache: ClipCache, frames: ClipCache, encode: Callable[[Tensor]
 def normalize_caption(caption: str) -> str:
     """Lower case, single spaces, no quotes around the caption and no punctuation at its ends."""
     return " ".join(caption.lower().split()).strip(" \"'`.,;:!?")
+
+
+def to_tensor(inputs: np.ndarray) -> Tensor:
+    """Frames uint8, or the bits of bf16 features as a cache stores them -> a tensor of the same memory."""
+    tensor = torch.from_numpy(inputs)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+class Batch(NamedTuple):
+    """A process's share of the clips of a step, on the CPU."""
+
+    frames: Tensor  # (B, T, 3, S, S) uint8 or features (B, T, ...) bf16
+    labels: Tensor  # (B, K, L), padded with IGNORE_INDEX
+    times: Tensor | None  # (B, T + 1), see `TrainingExamples.times`
+    clips: list[int]  # their places in the training split
 
 
 class TrainingExamples:
@@ -282,10 +266,14 @@ class TrainingExamples:
         rng = np.random.default_rng([self.seed, 2, clip, epoch])
         return (sample_positions(self.num_frames * stored // self.cache.shape[0], rng) * stored).astype(int)
 
-    def __getitem__(self, key: tuple[int, int]) -> Example:
-        clip, epoch = key
-        indices = self.sample_indices(clip, epoch, self.cache.shape[0])
-        return self.cache.read(clip, indices), self.sample_captions(clip, epoch)
+    def read(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of these (clip, epoch)."""
+        stored, captions = self.cache.shape[0], [self.sample_captions(*key) for key in keys]
+        # Not torch.stack: in the thread of `prefetch` it starts threads of its own, and a step takes twice as long.
+        inputs = np.stack([self.cache.read(key[0], self.sample_indices(*key, stored)) for key in keys])
+        length = max(len(ids) for group in captions for ids in group)
+        labels = [[ids + [IGNORE_INDEX] * (length - len(ids)) for ids in group] for group in captions]
+        return Batch(to_tensor(inputs), torch.tensor(labels), self.times(keys), [clip for clip, _ in keys])
 
     def times(self, keys: Sequence[tuple[int, int]]) -> Tensor | None:
         """When the frames of these examples are displayed, and the durations (B, T + 1); None if that is not stored."""
@@ -295,29 +283,6 @@ class TrainingExamples:
         indices = [[*self.sample_indices(*key, stored), stored] for key in keys]
         rows = [self.cache.times.read(clip, row) for (clip, _), row in zip(keys, indices, strict=True)]
         return torch.from_numpy(np.stack(rows))
-
-
-def to_tensor(inputs: np.ndarray) -> Tensor:
-    """Frames uint8, or the bits of bf16 features as a cache stores them -> a tensor of the same memory."""
-    tensor = torch.from_numpy(inputs)
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
-
-
-def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
-    """Frames (B, T, 3, S, S) uint8 or features (B, T, ...) bf16, and labels (B, K, L) padded with IGNORE_INDEX."""
-    length = max(len(ids) for _, captions in examples for ids in captions)
-    labels = [[ids + [IGNORE_INDEX] * (length - len(ids)) for ids in captions] for _, captions in examples]
-    # Not torch.stack: in the thread of `prefetch` it starts threads of its own, and a step takes twice as long.
-    return to_tensor(np.stack([frames for frames, _ in examples])), torch.tensor(labels)
-
-
-class Batch(NamedTuple):
-    """A process's share of the clips of a step, on the CPU."""
-
-    frames: Tensor  # (B, T, 3, S, S) uint8 or features (B, T, ...) bf16
-    labels: Tensor  # (B, K, L)
-    times: Tensor | None  # (B, T + 1), see `TrainingExamples.times`
-    clips: list[int]  # their places in the training split
 
 
 def prefetch(load: Callable, keys: Iterable) -> Iterator:

@@ -27,7 +27,6 @@ from common.errors import InputError
 from video_data.annotations import SPLITS, Annotations, Clip, read_folder, read_msrvtt, read_msvd
 
 READERS = {"shapes": read_folder, "msvd": read_msvd, "msrvtt": read_msrvtt, "folder": read_folder}
-FOLDER_HELP = {name: inspect.getdoc(reader) for name, reader in READERS.items()}
 
 # Captions: the scorers take no more letters, and half of a surrogate pair, which JSON can write, is not text.
 MAX_LETTERS, SURROGATE = 10_000, re.compile("[\ud800-\udfff]")
@@ -123,19 +122,15 @@ def read_dataset(name: str, root: Path, sizes: Sequence[int] = (), allow_missing
                  splits: Sequence[str] = SPLITS) -> VideoDataset:
     """The given splits of a dataset in the folder `root`.
 
-    `shapes` is made there if it is missing, with `sizes` clips in its splits, and read back otherwise; then sizes that
-    are given must be those of the folder. Raises InputError if captions or splits cannot be read or contradict each
-    other, if a clip or video occurs twice, and if a clip has no video or no caption, unless `allow_missing`.
+    `sizes` of shapes, if they are given, must be those of the folder. Raises InputError if captions or splits cannot be
+    read or contradict each other, if a clip or video occurs twice, and if a clip has no video or no caption, unless
+    `allow_missing`.
     """
-    if root.exists() and not root.is_dir():
-        raise InputError(f"{root}: expected the folder of {name}, found a file")
-    if name == "shapes" and not (root / "captions.json").exists():
-        from video_data import shapes  # here, so that `python -m video_data.shapes` is not imported before it runs
-
-        shapes.make_dataset(root, sizes or shapes.DEFAULT_SIZES)
     if not root.is_dir() or not any(root.iterdir()):
-        print(f"Put into {root}:\n{FOLDER_HELP[name]}", file=sys.stderr)
-        raise InputError(f"{root}: expected the folder of {name}, found {'an empty one' if root.is_dir() else 'none'}")
+        if name != "shapes":  # whose folder `train.py` makes
+            print(f"Put into {root}:\n{inspect.getdoc(READERS[name])}", file=sys.stderr)
+        found = "an empty one" if root.is_dir() else "none"
+        raise InputError(f"{root}: expected the folder of the dataset, found {found}")
     annotated = READERS[name](root)
     refuse_duplicates([i for ids in annotated.splits.values() for i in ids], root, "occurs twice in the splits")
     found = [len(ids) for ids in annotated.splits.values()]

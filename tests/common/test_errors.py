@@ -1,4 +1,4 @@
-"""How what is wrong with a file, a field or the memory becomes one line."""
+"""How what is wrong with a file or a field becomes one line."""
 
 import pickle
 import struct
@@ -6,8 +6,7 @@ import zipfile
 
 import pytest
 
-from common.errors import InputError, error_prefix, explain_out_of_memory, reading
-from tests.common.helpers import refused
+from common.errors import InputError, reading
 
 
 def test_an_input_error_is_one_short_line():
@@ -34,20 +33,3 @@ def test_other_exceptions_pass():
         with pytest.raises(type(error)):
             with reading("f"):
                 raise error
-
-
-def test_a_prefix_is_of_input_errors_alone():
-    with refused("where: what"), error_prefix("where"):
-        raise InputError("what")
-    with pytest.raises(ValueError, match="^what$"), error_prefix("where"):
-        raise ValueError("what")
-
-
-@pytest.mark.parametrize("error", [
-    MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 5 bytes\nmore"),
-    RuntimeError("CUDA out of memory. Tried"), RuntimeError("could not create a primitive")])
-def test_a_lack_of_memory_says_what_was_done(error):
-    with refused("out of memory: a step: "), explain_out_of_memory("a step"):
-        raise error
-    with pytest.raises(RuntimeError, match="shape"), explain_out_of_memory("a step"):
-        raise RuntimeError("shapes differ")

@@ -178,7 +178,7 @@ def test_a_damaged_line_is_named_unless_it_is_the_last(bad, tmp_path):
     with refused(f"{path}: line 2: "):
         read_json_lines(path)
     path.write_bytes(b"\n".join([good, bad]))
-    assert read_json_lines(path) == [(good, {"step": 1})]
+    assert read_json_lines(path) == [{"step": 1}]
 
 
 def test_a_field_is_checked():

@@ -42,9 +42,10 @@ def run_main(capsys, *flags):
 
 
 def run_shell(flags, redirection="", cwd=ROOT, **environment):
-    """The command in a process of its own."""
+    """The command in a process of its own, whose streams are buffered as usual."""
     command = ["bash", "-c", f'"$0" -m metrics "$@" {redirection}', sys.executable, *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    env = os.environ | {"PYTHONUNBUFFERED": ""} | environment
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 # --- output -------------------------------------------------------------------------------------------------------

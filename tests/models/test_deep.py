@@ -53,7 +53,7 @@ def test_the_loss_and_the_captions_are_those_of_hooks(captioner):
     found = generate_ids(captioner, frames)
     for clip in range(2):
         vectors = visual_vectors(captioner, frames[clip : clip + 1])
-        prefix, start = captioner.prefix(frames[clip : clip + 1]), len(captioner.texts(T)[0])
+        prefix, start = captioner.prefix(frames[clip : clip + 1]), len(captioner.prompt(T)[0])
         for caption in ids[clip]:
             caption = caption[caption >= 0]
             x = torch.cat([prefix, captioner.lm.embed(caption[:-1])[None]], dim=1)

@@ -138,8 +138,6 @@ def test_finished_texts_leave_the_batch(tmp_path):
         calls.clear()
         assert generate(lm, prefix, beams, 12) == expected and len(set(steps)) >= 3
         assert calls == [(16, 6)] + [(beams * sum(n > i for n in steps), 1) for i in range(1, max(steps))]
-        calls.clear()
-        assert generate(lm, prefix, beams, 0) == [[]] * 16 and generate(lm, prefix[:0], beams) == [] == calls
 
 
 # ------------------------------------------------------------------------------------ public files

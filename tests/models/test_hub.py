@@ -222,7 +222,7 @@ def test_the_preferred_format_of_weights_is_downloaded(server):
 CONFIG_ENTRY, WEIGHTS_ENTRY = ({"rfilename": name, "size": 8} for name in MODEL)
 BAD_LISTINGS = [{"sha": None}, {"sha": "../../../x"}, {"siblings": None}, {"siblings": ["config.json"]}]
 BAD_LISTINGS += [{"siblings": [WEIGHTS_ENTRY]}, {"siblings": [CONFIG_ENTRY]}]
-BAD_WEIGHTS = {"size": -1}, {"lfs": {"size": 8}}
+BAD_WEIGHTS = {"size": "x"}, {"lfs": {"size": 8}}
 BAD_LISTINGS += [{"siblings": [CONFIG_ENTRY, WEIGHTS_ENTRY | fields]} for fields in BAD_WEIGHTS]
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from models.safetensors import DTYPES, read_metadata, read_safetensors, write_safetensors
+from models.safetensors import DTYPES, read_safetensors, read_with_metadata, write_safetensors
 from tests.common.helpers import refused
 from tests.models.helpers import assert_bit_equal
 
@@ -54,7 +54,7 @@ def test_reads_files_of_the_package(tmp_path):
         read = read_safetensors(path)
         assert_bit_equal(read, expected)
         assert all(t.data_ptr() % t.dtype.itemsize == 0 for t in read.values())
-        assert read_metadata(path) == METADATA
+        assert read_with_metadata(path)[1] == METADATA
 
 
 def test_the_package_reads_our_files(tmp_path):
@@ -65,7 +65,7 @@ def test_the_package_reads_our_files(tmp_path):
     for read in (safetensors.torch.load_file, read_safetensors):
         assert_bit_equal(read(path), expected)
     with safe_open(path, "pt") as file:
-        assert file.metadata() == METADATA == read_metadata(path)
+        assert file.metadata() == METADATA == read_with_metadata(path)[1]
     write_safetensors(tmp_path / "b", dict(reversed(examples().items())), dict(reversed(METADATA.items())))
     content = path.read_bytes()
     assert content == (tmp_path / "b").read_bytes()
@@ -109,6 +109,5 @@ DAMAGED = {
 @pytest.mark.parametrize("fault", DAMAGED)
 def test_damaged_files_are_refused(tmp_path, fault):
     (tmp_path / "bad").write_bytes(DAMAGED[fault])
-    for read in (read_safetensors, read_metadata):
-        with refused(str(tmp_path / "bad")):
-            read(tmp_path / "bad")
+    with refused(str(tmp_path / "bad")):
+        read_safetensors(tmp_path / "bad")

@@ -162,6 +162,8 @@ def test_the_format_of_torchvision(tmp_path, width, heads, old_names):
         pairs = [(name.replace("mlp.0", "mlp.linear_1"), tensor) for name, tensor in read_weights(path).items()]
         write_weights(path, {name.replace("mlp.3", "mlp.linear_2"): tensor for name, tensor in pairs})
     assert_same(ViT.from_pretrained(path), theirs, 32, seed=9)
+    planned = {name: tensor.shape for name, tensor in ViT.from_config(path).state_dict().items()}
+    assert planned == {name: tensor.shape for name, tensor in ViT.from_pretrained(path).state_dict().items()}
 
 
 def test_vit_b_16_of_torchvision(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+import evaluate
 from common.config import Config
 from model import Captioner
 from training import plan
@@ -22,24 +23,22 @@ BASE = Config(batch_size=B, frames=T, captions_per_clip=K, queries=5, rank=8)
 METHODS = {"no write-back": replace(BASE, last_blocks=1), "write-back": replace(BASE, last_blocks=0, write_back=True),
            **{method: replace(BASE, method=method) for method in ("linear", "lora", "lora-lm", "adapter", "st-adapter",
                                                                   "prompt", "full")}}
-CASES = [(name, dtype) for name in METHODS for dtype in (torch.float32, torch.bfloat16)
-         if (name, dtype) != ("full", torch.bfloat16)]
+CASES = [(name, precision) for name in METHODS for precision in ("fp32", "bf16")
+         if (name, precision) != ("full", "bf16")]
 
 
-def make_captioner(backbones: Path, config: Config, dtype: torch.dtype = torch.float32,
-                   meta: bool = False) -> Captioner:
-    backbone, tokenizer = load_models({"vit": backbones / "vit", "lm": backbones / "lm"}, dtype, meta=meta)
-    with torch.device("meta" if meta else "cpu"):
-        return Captioner(backbone, tokenizer, config)
+def make_captioner(backbones: Path, config: Config, precision: str = "fp32", meta: bool = False) -> Captioner:
+    config = replace(config, precision=precision, plan=meta)
+    return evaluate.make_captioner(config, {"vit": backbones / "vit", "lm": backbones / "lm"})
 
 
-@pytest.mark.parametrize("name, dtype", CASES)
-def test_the_planned_peak_is_that_of_a_step(backbones, name, dtype):
+@pytest.mark.parametrize("name, precision", CASES)
+def test_the_planned_peak_is_that_of_a_step(backbones, name, precision):
     config = METHODS[name]
-    planned = make_captioner(backbones, config, dtype, meta=True)
+    planned = make_captioner(backbones, config, precision, meta=True)
     found = plan.step_memory(planned, config, CPU, L)
     assert plan.format_vit(config, planned, 3).startswith("ViT: ")  # on single images again
-    captioner = make_captioner(backbones, config, dtype)
+    captioner = make_captioner(backbones, config, precision)
     size, trained = captioner.vit.config.image_size, captioner.trained().values()
     frames, labels = torch.randint(256, (B, T, 3, size, size), dtype=torch.uint8), torch.randint(3, 400, (B, K, L))
     for parameter in trained:
@@ -67,7 +66,7 @@ def test_the_counter_counts_what_lives():
 def test_a_model_chooses_as_on_the_cpu():
     """By hand: the device that is reported, and where tensors are made and moved."""
     x, labels = torch.empty(3, device="meta"), torch.zeros(3, dtype=torch.long)
-    with plan.PretendCPU():
+    with plan.PretendDevice(is_cpu=True):
         assert x.device.type == "cpu"
         assert torch.zeros(2, device=x.device).is_meta and labels.to(x.device).is_meta
     assert x.device.type == "meta" and torch.zeros(2, device="cpu").device.type == "cpu"
@@ -76,7 +75,7 @@ def test_a_model_chooses_as_on_the_cpu():
 def test_what_a_step_consists_of(backbones):
     """By hand, from the shapes: a ViT of width 16 on 17 tokens of 64 x 64 pixels, of whose 2 blocks one is adapted."""
     config = METHODS["no write-back"]
-    captioner = make_captioner(backbones, config, torch.bfloat16, meta=True)
+    captioner = make_captioner(backbones, config, "bf16", meta=True)
 
     def step(device=CPU, processes=1, **fields) -> dict[str, int]:
         return plan.step_memory(captioner, replace(config, **fields), device, L, processes)
@@ -94,12 +93,13 @@ def test_what_a_step_consists_of(backbones):
     assert step(processes=3) == step(batch_size=math.ceil(B / 3))
 
 
-@pytest.mark.parametrize("image_size, vit_blocks", [(None, None), ([32], 1)])
+@pytest.mark.parametrize("image_size, vit_blocks", [(None, None), ((32,), 1)])
 def test_models_without_weights_have_the_shapes_of_loaded_ones(backbones, image_size, vit_blocks):
     """References: both models as training loads them; tied heads are one tensor in both."""
     folders, shapes = {"vit": backbones / "vit", "lm": backbones / "lm"}, []
     for meta in (True, False):
-        pair, _ = load_models(folders, torch.bfloat16, image_size, vit_blocks, meta)
+        config = Config(precision="bf16", image_size=image_size, vit_blocks=vit_blocks, plan=meta)
+        pair, _ = load_models(config, folders)
         shapes.append({name: (tensor.shape, tensor.dtype) for name, tensor in pair.named_parameters()})
         assert all(tensor.is_meta == meta for tensor in pair.parameters())
     assert shapes[0] == shapes[1]

@@ -18,7 +18,7 @@ import metrics
 import train
 from common.config import parse_args, read_config
 from common.files import read_json
-from models.safetensors import checksum, read_metadata, read_safetensors
+from models.safetensors import checksum, read_with_metadata
 from study import __main__ as study
 from study import figure, tables
 from tests.scripts import run_forked, succeed
@@ -85,7 +85,8 @@ def test_the_kept_run_is_whole():
     run = tables.RESULTS / "msrvtt-half"
     config, tensors = read_config(run), run / "best/adapter.safetensors"
     assert (config.method, config.cider_epochs) == ("qadapter", 2)
-    assert read_metadata(tensors)["sha256"] == checksum(read_safetensors(tensors))
+    content, metadata = read_with_metadata(tensors)
+    assert metadata["sha256"] == checksum(content)
 
 
 def test_the_page_and_the_figure_are_those_of_the_results():

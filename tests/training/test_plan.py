@@ -17,6 +17,7 @@ from tests.reference.test_08_memory import make_captioner
 from tests.tiny import Letters, prompt_of_letters
 from training import plan
 from training.inputs import cached_inputs, plan_caches
+from video_data import shapes
 from video_data.batches import epoch_batches
 from video_data.datasets import VideoDataset, read_dataset
 
@@ -46,7 +47,8 @@ def test_steps_are_those_of_the_batches(clips, batch_size, epochs):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> VideoDataset:
-    return read_dataset("shapes", tmp_path_factory.mktemp("inputs") / "shapes", (3, 2, 1))
+    shapes.make_dataset(root := tmp_path_factory.mktemp("inputs"), (3, 2, 1))
+    return read_dataset("shapes", root)
 
 
 def make_config(dataset: VideoDataset, folder: Path, **fields) -> Config:
@@ -62,7 +64,7 @@ def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dat
     config = make_config(dataset, tmp_path / "shapes", cache_features=cache_features)
     captioner = make_captioner(backbones, config)
     capsys.readouterr()
-    caches = cached_inputs(config, dataset, captioner, {}, CPU)
+    caches = cached_inputs(config, dataset, captioner, {})
     planned, said = plan_caches(config, dataset, captioner, {}), capsys.readouterr().out
     sizes = {kind: sum(len(cache) * cache.clip_bytes for cache in group.values()) for kind, group in planned.items()}
     texts = [f"{kind} {plan.format_bytes(size)}" for kind, size in sizes.items() if size]
@@ -70,15 +72,15 @@ def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dat
     stored = sum(path.stat().st_size for path in (tmp_path / "shapes/.cache").rglob("*") if path.is_file())
     assert stored == sum(sizes.values()) and (sizes["features"] > 0) == cache_features
     assert [len(caches[split][0]) for split in ("train", "val", "test")] == [config.stored_frames, 4, 4]
-    cached_inputs(config, dataset, captioner, {}, CPU)
+    cached_inputs(config, dataset, captioner, {})
     assert capsys.readouterr().out == ""
     if cache_features:
-        frames = cached_inputs(replace(config, cache_features=False), dataset, captioner, {}, CPU)
+        frames = cached_inputs(replace(config, cache_features=False), dataset, captioner, {})
         expected = captioner.block_outputs(torch.tensor(frames["val"][1])[None])[0]
         found = torch.tensor(caches["val"][1]).view(torch.bfloat16)
         torch.testing.assert_close(found, expected.bfloat16(), rtol=2**-7, atol=1e-3)
-        assert "train" not in cached_inputs(replace(config, cache_features=False, method="none"), dataset, captioner,
-                                            {}, CPU)
+        config = replace(config, cache_features=False, method="none")
+        assert "train" not in cached_inputs(config, dataset, captioner, {})
 
 
 # ------------------------------------------------------------------------- the models of the presets

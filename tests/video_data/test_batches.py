@@ -27,7 +27,7 @@ from tests.common.helpers import ROOT, refused
 from tests.video_data.test_video import write_video
 from video_data import batches
 from video_data.annotations import Clip
-from video_data.batches import ClipCache, cached_frames, run_in_processes
+from video_data.batches import ClipCache, run_in_processes
 from video_data.video import read_clip, read_frames
 
 SIZE = Preprocessing(32, 32)
@@ -60,7 +60,7 @@ def test_results_are_in_order_and_each_process_has_one_thread():
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert run_in_processes("squares", square, []) == [] and drawn == torch.rand(1)
-    with refused("a.mp4", "a process that worked on one of these died"):
+    with refused("a.mp4, or one after it: the process that read it died"):
         run_in_processes("tasks", end_process, [("a.mp4",)] * 3)
 
 
@@ -95,6 +95,13 @@ def test_ctrl_c_ends_all_processes_at_once_in_one_line(tmp_path):
 def make_clips(folder: Path, count: int = 5) -> list[Clip]:
     paths = [write_video(folder / f"{i}.mp4", list(range(i, 80, 4))) for i in range(count)]
     return [Clip(path.name, path, ("a caption",)) for path in paths]
+
+
+def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing=SIZE, **options) -> ClipCache:
+    cache = batches.frames_cache(clips, root, split, count, preprocessing, **options)
+    batches.check_space({"frames": [cache]})
+    batches.fill_frames(cache, clips, preprocessing)
+    return cache
 
 
 def fill(clips: list[Clip], folder: Path, split="train", count=4, preprocessing=SIZE) -> ClipCache:
@@ -137,16 +144,6 @@ def test_arrays_are_stored_as_raw_bytes(tmp_path):
     for i, name in ((2, "c"), (0, "a")):
         with refused(f"{tmp_path}/{name}: was deleted or cut short; start again to make it anew"):
             stored[i]
-
-
-def test_only_files_that_are_a_day_old_are_deleted(tmp_path):
-    """Newer ones of other keys may be read by a training, newer temporary ones be written by another process."""
-    for name in ("b", "c", ".1.tmp", ".2.tmp"):
-        (tmp_path / name).touch()
-    for name in ("b", ".1.tmp"):
-        os.utime(tmp_path / name, (0, time.time() - batches.DAY - 60))
-    assert ClipCache(tmp_path, ["a"], (2,), np.uint8).make_room() == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".2.tmp", "c"]
 
 
 def test_only_new_changed_and_cut_files_are_decoded(tmp_path, decoded):
@@ -250,7 +247,6 @@ def test_features_continue_where_they_were_stopped(tmp_path):
     batches; another key makes all again."""
     tensor = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (10, 2, 3, 8, 8), np.uint8))
     frames, sizes = ClipCache(tmp_path / "frames", [f"key{i}" for i in range(10)], (2, 3, 8, 8), np.uint8), []
-    frames.make_room()
     for i, array in enumerate(tensor.numpy()):
         frames.write(i, array)
 
@@ -261,13 +257,11 @@ def test_features_continue_where_they_were_stopped(tmp_path):
         return (x.double().mean((2, 3, 4)) * 2).bfloat16()[..., None]
 
     features = batches.features_cache(frames, "key", (2, 1))
-    features.make_room()
     with pytest.raises(KeyboardInterrupt):
         batches.fill_features(features, frames, lambda x: encode(x, 6), 6)
     for key, images, expected in (("key", 8, [4]), ("key", 2, []), ("other", 16, [8, 2])):
         sizes.clear()
         features = batches.features_cache(frames, key, (2, 1))
-        features.make_room()
         batches.fill_features(features, frames, encode, images)
         assert sizes == expected and features.folder.parent == tmp_path
         assert np.array_equal(np.stack(list(features)), encode(tensor).view(torch.uint16))
@@ -303,14 +297,16 @@ def test_randomness_is_the_documented_one(tmp_path):
     examples = make_examples(tmp_path, seed=5)
     for clip, epoch in ((0, 0), (2, 4)):
         positions = (np.arange(3) + np.random.default_rng([5, 2, clip, epoch]).uniform(0, 1, 3)) / 3
-        assert examples[clip, epoch][0][:, 0, 0, 0].tolist() == [6 * clip + int(p * 6) for p in positions]
+        found = examples.read([(clip, epoch)]).frames[0, :, 0, 0, 0].tolist()
+        assert found == [6 * clip + int(p * 6) for p in positions]
     for clip in range(3):
         cycles = [np.random.default_rng([5, 1, clip, cycle]).permutation(3) for cycle in (0, 1)]
-        sampled = [ids for epoch in range(3) for ids in examples[clip, epoch][1]]
+        sampled = [ids for epoch in range(3) for ids in examples.sample_captions(clip, epoch)]
         assert sampled == [examples.captions[clip][i] for cycle in cycles for i in cycle]
-    frames, labels = batches.collate([examples[0, 0], examples[1, 0]])
+    frames, labels, *_ = examples.read([(0, 0), (1, 0)])
     assert frames.shape == (2, 3, 3, 2, 2) and labels.shape[:2] == (2, 2)
-    for row, ids in zip(labels.flatten(0, 1).tolist(), examples[0, 0][1] + examples[1, 0][1], strict=True):
+    expected = examples.sample_captions(0, 0) + examples.sample_captions(1, 0)
+    for row, ids in zip(labels.flatten(0, 1).tolist(), expected, strict=True):
         assert row == ids + [-100] * (len(row) - len(ids))
 
 
@@ -328,14 +324,13 @@ def test_times_are_stored_beside_frames(tmp_path, decoded):
     keys = [(0, 3), (1, 0)]
     for key, found in zip(keys, examples.times(keys).tolist(), strict=True):
         stored = caches[1][key[0]].astype(int)
-        read = [int(np.abs(stored - frame).sum((1, 2, 3)).argmin()) for frame in examples[key][0]]
+        read = [int(np.abs(stored - frame).sum((1, 2, 3)).argmin()) for frame in examples.read([key]).frames[0].numpy()]
         assert found == [times[key[0]][i] for i in [*read, 6]] and len(set(read)) == 3
     pairs = batches.features_cache(caches[1], "key", (3, 5))
-    pairs.make_room()
     for i in range(2):
         pairs.write(i, np.full((3, 5), i, np.uint16))
     examples = batches.TrainingExamples(clips, pairs, CHARACTERS, 3, 1, seed=0, eos_id=7, max_tokens=40)
-    assert examples[1, 0][0].shape == (3, 5) and examples.times(keys).tolist() == times
+    assert examples.read([(1, 0)]).frames.shape == (1, 3, 5) and examples.times(keys).tolist() == times
 
 
 def test_features_become_bf16_and_captions_are_normalized_and_truncated(tmp_path):
@@ -345,7 +340,7 @@ def test_features_become_bf16_and_captions_are_normalized_and_truncated(tmp_path
     cache.write(0, features.view(torch.uint16).numpy())
     clips = [Clip("a", Path("a.mp4"), ('  "A man  said: hi, there!" ', "ab" * 30, "c" * 40, "d" * 41))]
     examples = batches.TrainingExamples(clips, cache, CHARACTERS, 3, 1, seed=0, eos_id=7, max_tokens=40)
-    sampled, _ = batches.collate([examples[0, 0]])
+    sampled = examples.read([(0, 0)]).frames
     assert sampled.dtype == torch.bfloat16 and sampled.shape == (1, 3, 5)
     assert all(any(torch.equal(vector, f) for f in features) for vector in sampled[0])
     texts = ["".join(map(chr, ids[:-1])) for ids in examples.captions[0]]

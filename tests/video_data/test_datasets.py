@@ -312,14 +312,14 @@ def test_inconsistent_data_is_a_one_line_error(tmp_path, make, change, words):
 
 def test_a_file_is_no_folder(tmp_path):
     (file := tmp_path / "a").touch()
-    with refused(f"{file}: expected the folder of shapes, found a file"):
-        datasets.read_dataset("shapes", file)
+    with refused(f"{file}: expected the folder of the dataset, found none"):
+        datasets.read_dataset("msvd", file)
 
 
 @pytest.mark.parametrize("name", ["msvd", "msrvtt", "folder"])
 def test_a_missing_or_empty_folder_prints_what_belongs_in_it(tmp_path, capsys, name):
     for folder in (tmp_path / "none", tmp_path):
-        with refused(f"{folder}: expected the folder of {name}"):
+        with refused(f"{folder}: expected the folder of the dataset"):
             datasets.read_dataset(name, folder)
         lines = capsys.readouterr().err.splitlines()
         assert str(folder) in lines[0] and len(lines) >= 6 and max(map(len, lines[1:])) <= 120
