@@ -226,12 +226,12 @@ def test_a_plan_trains_nothing(words, flags, tmp_path):
 
 
 def test_the_committed_models_load_and_stay_small():
-    """The folders in backbones/: loaded strictly, at most 12 MB together, the tokenizer knows every word."""
+    """The folders in backbones/: loaded strictly, at most 17 MB together, the tokenizer knows every word."""
     vit, lm = ViT.from_pretrained(ROOT / "backbones/tiny-vit"), CausalLM.from_pretrained(ROOT / "backbones/tiny-lm")
     assert MLLM.from_pretrained(ROOT / "backbones/tiny-mllm").grid
     tokenizer = load_tokenizer(ROOT / "backbones/tiny-lm")
     assert vit.config.image_size == shapes.SIDE and lm.config.vocab == len(tokenizer)
-    assert sum(f.stat().st_size for f in (ROOT / "backbones").rglob("*") if "__pycache__" not in f.parts) < 12e6
+    assert sum(f.stat().st_size for f in (ROOT / "backbones").rglob("*") if "__pycache__" not in f.parts) < 17e6
     caption = shapes.describe(shapes.draw_scene(np.random.default_rng(0)), np.random.default_rng(0))
     ids = tokenizer.encode(caption)
     assert tokenizer.decode([ids]) == [caption] and 0 not in ids

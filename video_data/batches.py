@@ -65,10 +65,10 @@ def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> l
     with ProcessPoolExecutor(max(1, min(cores, len(tasks))), initializer=_start_worker) as pool:
         try:
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
-            found = pool.map(function, *zip(*tasks, strict=True))
+            futures = [pool.submit(function, *task) for task in tasks]  # not pool.map, which cancels what was killed
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for result in found:
-                results.append(result)
+            for future in futures:
+                results.append(future.result())
                 progress.report(what, len(results))
         except BaseException as error:
             for process in multiprocessing.active_children():
