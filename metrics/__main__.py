@@ -108,27 +108,9 @@ def run(argv):
         print(as_json if args.json else format_table(scores), flush=True)
 
 
-def drop_unwritable():
-    """What a full disk or a reader that has gone does not take is lost, or the interpreter would try again at its end,
-    and exit with 120."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 def main(argv=None):
     """Runs the command; returns its exit code."""
-    for name in ("stdout", "stderr"):  # None if the caller has closed it
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
-    try:
-        return try_to_run(argv)
-    finally:
-        drop_unwritable()
-
-
-def try_to_run(argv):
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if the caller has closed it
     try:
         run(argv)
     except BrokenPipeError:  # the reader, e.g. `head`, has closed the pipe
@@ -143,4 +125,4 @@ def try_to_run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # all is flushed; sys.exit would write again what a full disk did not take, and fail
