@@ -9,8 +9,10 @@ Shapes: see `Batch` in video_data/batches.py.
 
 import math
 import shlex
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -100,12 +102,12 @@ def score_test(captioner: Captioner, dataset, cache, group: distributed.ProcessG
     print(f"\ntest: {format_scores(result.scores)}\n{result.signature}")
     if group.rank == 0:
         report_split(run.folder / "report.html", run.folder, captioner, dataset, "test", cache, result)
-    words = shlex.quote(str(run.folder))
+    words, python = shlex.quote(str(run.folder)), shlex.quote(sys.executable.removeprefix(f"{Path.cwd()}/"))
     print(f"run: {words}, {cli.format_seconds(run.elapsed())}\n"
           f"look at its captions:  {words}/report.html\n"
-          f"caption your videos:   python evaluate.py {words} --video FILE")
+          f"caption your videos:   {python} evaluate.py {words} --video FILE")
     if step and not config.cider_epochs:  # more epochs would be of captions, before those of CIDEr
-        print(f"train it longer:       python train.py --resume {words} --epochs {2 * config.epochs}")
+        print(f"train it longer:       {python} train.py --resume {words} --epochs {2 * config.epochs}")
 
 
 def compile_blocks(lm: CausalLM, device: torch.device) -> None:

@@ -89,6 +89,7 @@ def test_the_defaults_of_a_dataset(dataset):
     ("--token-dropout 0.95", "--token-dropout"), ("--seed 1.5", "--seed"), ("--shapes-sizes 1 2", "--shapes-sizes"),
     ("--colour red", "--colour"), ("--epoch 3", "--epoch 3 .*--help lists"), ("--gate x", "--gate"),
     ("--instruction \udcff --mllm m", "--instruction: expected Unicode text"), ("--mllm=", "--mllm: expected Unicode"),
+    ("--data=", "--data: expected Unicode"),
 ])
 def test_what_does_not_fit_is_refused(words, message):
     with pytest.raises(InputError, match=message):

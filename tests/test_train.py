@@ -9,6 +9,7 @@ import resource
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -77,10 +78,11 @@ def test_the_files_and_the_output_of_a_run(finished_run, backbones):
     assert all(len(row["gates"]) == 2 and row["clips/s"] > 0 and row["lr"] > 0 for row in steps)
     assert [row["elapsed"] for row in rows] == sorted(row["elapsed"] for row in rows)
     output, run = (finished_run / "stdout.txt").read_text(), shlex.quote(str(finished_run))
+    python = shlex.quote(sys.executable.removeprefix(f"{Path.cwd()}/"))
     assert output.count("reference  ") == 5 and "trained: " in output and "left 0:0" in output
     assert output.endswith(f"look at its captions:  {run}/report.html\n"
-                           f"caption your videos:   python evaluate.py {run} --video FILE\n"
-                           f"train it longer:       python train.py --resume {run} --epochs 8\n")
+                           f"caption your videos:   {python} evaluate.py {run} --video FILE\n"
+                           f"train it longer:       {python} train.py --resume {run} --epochs 8\n")
     assert sorted(path.name for path in finished_run.iterdir()) == [
         "best", "config.json", "last", "lock", "log.jsonl", "report.html", "stdout.txt", "test.json", "val"]
     assert [path.name for path in sorted((finished_run / "last").iterdir())] == ["adapter.safetensors", "state.pt"]
