@@ -25,7 +25,7 @@ from torch import Tensor
 
 import metrics
 from common import cli
-from common.config import DEVICES, Config, read_config
+from common.config import DEVICES, Config, given_path, read_config
 from common.errors import InputError, printable, writing
 from common.files import write_json
 from model import Captioner, variant_of
@@ -246,7 +246,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--show", type=Path, metavar="FILE.png",
                        help="draw one --video: its frames, what the queries read of them, the caption")
     group = parser.add_argument_group("where things are now")
-    group.add_argument("--data", type=Path, help="the dataset's folder (default: as in training)")
+    group.add_argument("--data", type=given_path, help="the dataset's folder (default: as in training)")
     for name in MODEL_FLAGS:
         group.add_argument(f"--{name}", help="where this frozen model of the run is; any other model is refused")
     group.add_argument("--device", default="auto", choices=DEVICES, help="auto: CUDA, else MPS, else CPU")
@@ -273,11 +273,14 @@ def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequ
     and folders that are read; and for several videos with an output for one."""
     of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "report.html", "lock") if args.run else ()
     taken = [path.resolve() for path in (*inputs, *videos, *(args.run / name for name in of_run))]
+    read = [path for path in taken if path.exists()]
     for flag in ("save", "report", "show"):
         if not (path := getattr(args, flag, None)):
             continue
         target = path.resolve()
-        is_taken = target.is_dir() or any(target.is_relative_to(other) for other in taken)
+        is_taken = any(target.is_relative_to(other) for other in taken)
+        if target.exists():  # not a folder or a device, and not an input by another name
+            is_taken |= not target.is_file() or any(map(target.samefile, read))
         if is_taken or not os.access(target.parent, os.W_OK):
             raise InputError(f"--{flag} {path}: expected a file that is not read, in a folder that can be written to")
         taken.append(target)

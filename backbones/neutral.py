@@ -8,7 +8,7 @@ tiny-vit and tiny-lm were made for the demo, and suit queries (docs/datasets.md)
                   the patches of the last. It goes on with its texts meanwhile
 
 Stills show no motion, so the language model knows motion from text alone. It has never read what queries write, and its
-tokenizer has one token per word, so that it is the model that joins a colour to a kind.
+tokenizer has one token for each colour and each kind, so that the model has to join them.
 
 Shapes: B albums in a batch, T stills, P tokens of the ViT per still, D their width, C width of the language model.
 

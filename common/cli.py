@@ -49,8 +49,8 @@ def print_error(message: str) -> None:
 
 
 def flush(stream: TextIO) -> None:
-    """Writes what is buffered. What a full disk or a reader that has gone does not take is lost, or the interpreter
-    would try again at its end, and exit with 120."""
+    """Writes what is buffered. What a full disk or a gone reader does not take is dropped; else the interpreter would
+    try again at its end, and exit with 120."""
     try:
         stream.flush()
     except OSError:
@@ -97,7 +97,7 @@ def run(main: Callable[[], int | None]) -> None:
         reason = str(error).partition("\n")[0]  # often the size
         if not (isinstance(error, MemoryError) or re.search(MEMORY_ERRORS, str(error))):
             raise
-        code, message = 2, f"error: out of memory, --micro-batch-size or --beams may be smaller: {reason}"
+        code, message = 2, f"error: out of memory; smaller batches or fewer beams may help {reason and f'({reason})'}"
     flush(sys.stdout)
     if message:
         print_error(message)

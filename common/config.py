@@ -53,7 +53,7 @@ def text(value: str) -> str:
     return value
 
 
-def path(value: str) -> Path:
+def given_path(value: str) -> Path:
     """An argparse type: no empty path, which would be the working folder."""
     return Path(text(value))
 
@@ -74,7 +74,7 @@ class Config:
     """The options of a run. A Path or a name of a model is as the user gave it until `train.py` resolves it."""
 
     dataset: str = daily("shapes", "what to train on", choices=tuple(PRESETS))
-    data: Path | None = daily(None, "the dataset's folder (default: data/DATASET)", type=path)
+    data: Path | None = daily(None, "the dataset's folder (default: data/DATASET)", type=given_path)
     mllm: str | None = daily(None, "adapt this multimodal language model: a folder or a hub id (default on msvd and "
                              "msrvtt: SmolVLM2 256M on a CPU, else InternVL3.5 1B)", type=text)
     vit: str | None = daily(None, "or this ViT: a folder, a .pth file or a hub id", type=text)
@@ -83,8 +83,8 @@ class Config:
     epochs: int = daily(8, "passes over the training clips, those of --cider-epochs among them", type=count(1, 10**5))
     batch_size: int = daily(16, "clips per step, over all processes", type=count(1))
     cache_features: bool = daily(False, "run the frozen ViT once per frame and store its outputs on the disk, in bf16")
-    out: Path | None = daily(None, "the folder of the run (default: runs/DATASET-METHOD)", type=path)
-    resume: Path | None = daily(None, "continue this run with its own flags", type=path, metavar="RUN")
+    out: Path | None = daily(None, "the folder of the run (default: runs/DATASET-METHOD)", type=given_path)
+    resume: Path | None = daily(None, "continue this run with its own flags", type=given_path, metavar="RUN")
     plan: bool = daily(False, "print steps, disk space and memory of the run, and train nothing")
     device: str = daily("auto", "auto: CUDA, else MPS, else CPU", choices=DEVICES)
 

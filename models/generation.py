@@ -31,12 +31,14 @@ TEMPERATURE = 0.7  # of `sample`: at 1, a small frozen language model hardly wri
 def check_length(lm_config: LMConfig, prefix_length: int, max_new_tokens: int, beams: int) -> None:
     """Raises InputError if `generate` cannot run after a prefix of `prefix_length` positions."""
     most = lm_config.vocab - len(lm_config.eos_ids)
+    if max_new_tokens < 1:
+        raise InputError(f"tokens of a caption: {max_new_tokens}, expected at least 1")
     if not 1 <= beams <= most:
         raise InputError(f"beams: {beams}, expected 1 to {most}, the vocabulary without EOS")
     needed = prefix_length + max_new_tokens - 1  # the last token is not fed back
     if needed > lm_config.max_positions:
-        raise InputError(f"language model: {prefix_length} positions before a caption and {max_new_tokens} tokens, of "
-                         f"which the last is not read, need {needed}, it has {lm_config.max_positions}")
+        raise InputError(f"--queries, --frames or --grid: expected {lm_config.max_positions} positions at most, found "
+                         f"{needed}: {prefix_length} before a caption of {max_new_tokens}, the last of them not read")
 
 
 @torch.inference_mode()

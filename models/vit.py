@@ -285,6 +285,8 @@ class ViT(nn.Module):
             adapt_tensors(vit, tensors, names)
             copy_strict(vit, tensors, names, file)
             vit.to(torch.float32)  # positions are interpolated in full precision
-        with reading(public.where):
+        try:
             vit.resize(public.preprocessing.size if image_size is None else image_size, public.family == "torchvision")
+        except InputError as error:
+            raise InputError(f"{public.where}: {error}") from error
         return vit

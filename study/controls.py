@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common import cli
-from common.config import DEVICES
+from common.config import DEVICES, given_path
 from common.errors import InputError
 from common.files import write_json
 from evaluate import BATCH_SIZE, caption_and_score, check_outputs, load_run, read_run_dataset
@@ -62,7 +62,7 @@ def mean_and_error(values: np.ndarray) -> str:
 def main() -> None:
     parser = cli.Parser(__doc__.splitlines()[0], "python -m study.controls RUN [--save captions.json]")
     parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
-    parser.add_argument("--data", type=Path, help="the dataset's folder (default: as in training)")
+    parser.add_argument("--data", type=given_path, help="the dataset's folder (default: as in training)")
     parser.add_argument("--beams", type=cli.number(int, 1, 1000), default=1, help="beams of the search (default: 1)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write {control: {id: caption}} as JSON")
     parser.add_argument("--device", default="auto", choices=DEVICES)

@@ -1,10 +1,9 @@
 """Harder clips of `shapes`, in which a gate or a deeper read could help: `python -m study.scenes KIND FOLDER`.
 
-    sparse       everything happens within 1/8 of the clip; before and after it, all shapes stand still
+    sparse       everything happens within 1/8 of the clip; before and after it, all shapes stand still. No shape blinks
     distractors  0 to 8 grey shapes move, too, behind the others. No caption names them
 
-Captions and the seed of a clip are those of `video_data/shapes.py`, and so is the folder: `train.py --dataset shapes
---data FOLDER` trains on it.
+Captions and folders are like those of `video_data/shapes.py`: `train.py --dataset shapes --data FOLDER` trains on them.
 """
 
 from dataclasses import replace
@@ -24,6 +23,8 @@ def make_sparse(path: Path, seed: int) -> list[str]:
     """Writes a clip in which all motion is in one short part, anywhere; returns its captions."""
     rng = np.random.default_rng([seed, SPLITS.index(path.parent.name), int(path.stem), 1])
     scene, start = shapes.draw_scene(rng), rng.uniform(0, 1 - EVENT)
+    while any(shape.motion == "blink" for shape in scene):  # in two frames nobody could tell
+        scene = shapes.draw_scene(rng)
     u = ((np.linspace(0, 1, shapes.FRAMES) - start) / EVENT).clip(0, 1)
     shapes.write_clip(path, shapes.render(scene, u, rng)[0])
     return shapes.reference_captions(scene, rng)

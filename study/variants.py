@@ -68,7 +68,8 @@ class TokenGate(Gated):
 
 
 class HeadGate(Gated):
-    """A = [g_1 A_1 ; .. ; g_h A_h] W_o, g = sigmoid(LN(Q) W_g + b_g): one number per head, before W_o (2505.06708)."""
+    """A = [g_1 R_1 ; .. ; g_h R_h] W_o for the reads R_i of the heads, with g_i = sigmoid(LN(Q) W_g + b_g), one number
+    per head (2505.06708); behind W_o g = 1, which is what a log shows."""
 
     def make_gate(self, width: int) -> nn.Module:
         gate = CastLinear(width, self.count_gates())
@@ -235,9 +236,11 @@ VARIANTS = {
 
 def choose(base: type, config) -> type:
     """The variant of a config if it is a kind of `base`, else `base`. Raises InputError for an unknown name, and for a
-    variant of the Q-Adapter with another method or the reverse."""
+    variant that does not fit the method or --write-back."""
     is_qadapter = config.method == "qadapter"
     names = [name for name, variant in VARIANTS.items() if issubclass(variant, QAdapter) == is_qadapter]
     if config.variant not in names:
         raise InputError(f"--variant {config.variant}: expected one of {', '.join(names)} for --method {config.method}")
+    if config.write_back and "read_outputs" in vars(VARIANTS[config.variant]):
+        raise InputError(f"--variant {config.variant}: expected without --write-back")
     return VARIANTS[config.variant] if issubclass(VARIANTS[config.variant], base) else base

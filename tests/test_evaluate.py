@@ -21,6 +21,7 @@ from common.errors import printable
 from models.generation import generate
 from models.mllm import MLLM
 from models.tokenizer import load_tokenizer
+from tests.common.helpers import refused
 from tests.scripts import ENVIRONMENT, ROOT, assert_error, refuse, run_forked, run_python, succeed
 from training import devices
 from video_data.video import read_frames
@@ -180,15 +181,22 @@ def test_what_does_not_fit_is_refused(words, message, finished_run, flags, video
     refuse(evaluate, [finished_run, *words.split()], message)
 
 
+def test_a_full_disk_is_named():
+    with refused("cannot write /dev/full: No space left on device"):
+        evaluate.write_row(Path("/dev/full"), {"video": "a.mp4", "caption": "a man"}, 1)
+
+
 @pytest.mark.parametrize("name", ["config.json", "log.jsonl", "best/adapter.safetensors", "best", "data/captions.json",
-                                  "lm/model.safetensors", "video", "link"])
+                                  "lm/model.safetensors", "video", "link", "hard link", "pipe"])
 @pytest.mark.parametrize("flag", ["--save", "--report", "--show"])
 def test_an_output_replaces_no_input(flag, name, finished_run, flags, backbones, videos, tmp_path):
     """Files of the run, of the dataset, of the frozen models, and the videos, also under another name."""
     (tmp_path / "video.mp4").write_bytes(videos[0].read_bytes())
     (tmp_path / "link.mp4").symlink_to(tmp_path / "video.mp4")
+    os.link(tmp_path / "video.mp4", tmp_path / "hard link.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")  # replacing or opening a device file would do harm
     path = {"data": Path(flags[-1]) / "captions.json", "lm": backbones / "lm/model.safetensors",
-            **{name: tmp_path / f"{name}.mp4" for name in ("video", "link")}}.get(
+            **{name: tmp_path / f"{name}.mp4" for name in ("video", "link", "hard link", "pipe")}}.get(
                 name.split("/")[0], finished_run / name)
     before = path.read_bytes() if path.is_file() else None
     words = [] if name.startswith("data") and flag != "--show" else ["--video", tmp_path / "video.mp4"]

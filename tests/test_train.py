@@ -296,18 +296,24 @@ def change_state(**changes):
     return change
 
 
+def shrink_moment(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3, 5)
+    torch.save(state, path)
+
+
 DAMAGE = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:100]), "empty": lambda path: path.write_bytes(b""),
     "flipped": flip, "gone": Path.unlink, "a folder": lambda path: path.unlink() or path.mkdir(),
     "a pipe": lambda path: path.unlink() or os.mkfifo(path),  # reading it would wait for ever
     "no step": change_state(step=None), "no score": change_state(best={}), "no optimizer": change_state(optimizer=3),
-    "no tensors": change_state(tensors={}),
+    "no tensors": change_state(tensors={}), "a moment of another shape": shrink_moment,
     "a bad row": lambda path: path.write_bytes(b'{"step": 1, "loss": 2\n' + path.read_bytes()),
     "no object": lambda path: path.write_bytes(b"[]\n" + path.read_bytes()),
     "no number": lambda path: path.write_bytes(b'{"step": null, "elapsed": 1}\n' + path.read_bytes()),
 }
 OF_ALL, OF_STATE = ("cut", "empty", "gone", "a folder", "a pipe"), ("flipped", "no step", "no score", "no optimizer",
-                                                                   "no tensors")
+                                                                   "no tensors", "a moment of another shape")
 DAMAGED = [*((train, "last/state.pt", kind) for kind in (*OF_ALL, *OF_STATE)),
            *((script, "best/adapter.safetensors", kind) for script in (train, evaluate)
              for kind in (*OF_ALL, "flipped")),
@@ -383,8 +389,8 @@ def test_a_folder_with_other_files_is_not_trained_into(flags, tmp_path, name):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--queries", 300], "model: .* it has 256"), (["--last-blocks", 3], "--last-blocks 3: the ViT has 2 blocks"),
-    (["--beams", 1000], "1000"), (["--vit", "gone"], "gone: expected a folder"), (["--image-size", 100], "size 16"),
+    (["--queries", 300], "--queries, .* 256 positions at most"),
+    (["--last-blocks", 3], "--last-blocks 3: the ViT has 2 blocks"), (["--beams", 1000], "1000"), (["--vit", "gone"], "gone: expected a folder"), (["--image-size", 100], "size 16"),
     (["--batch-size", 64], "--batch-size 64: the dataset has only 12"), (["--grid", 2, "--method", "none"], "--grid 2"),
     (["--data", ROOT], str(ROOT)),
     (["--out", "/dev/null/x"], "--out /dev/null/x: cannot be written"), (["--shapes-sizes", 3, 4, 6], "another folder"),

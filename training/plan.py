@@ -66,10 +66,10 @@ def format_steps(config: Config, steps: int, captions: int) -> str:
 
 
 class PretendDevice(TorchFunctionMode):
-    """Tensors on the meta device take the ways that they take on a CPU or on a GPU.
+    """Makes operations on meta tensors choose as they would on a CPU or on a GPU.
 
-    As on a CPU they report that they are there, since a model chooses by the device, and a tensor that is created on,
-    or moved to, the CPU goes to the meta device. PyTorch never takes a fused kernel of attention there, so it would
+    For a CPU, tensors report that device, since a model chooses by it, and what is created on it or moved to it goes to
+    the meta device. PyTorch never takes a fused kernel of attention there, so it would
     keep all attention weights; here it keeps them only where fused kernels are disabled (`sdpa_kernel`), as elsewhere.
     """
 

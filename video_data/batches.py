@@ -6,8 +6,8 @@
 
 KEY is a hash of everything that the array depends on. A file is written under a temporary name, flushed and renamed, so
 a file called KEY is complete. After a kill at any moment, the next call continues with the missing clips. Two processes
-may fill one folder at once; they do the same work twice. Nothing is deleted, so files of clips that have changed
-stay until the folder is.
+may fill one folder at once; they do the same work twice. Nothing is deleted: files of clips that have changed stay
+until you delete the folder.
 
 Training samples T of the M frames of a clip: each epoch shows other frames and the next captions. Where M = T, each
 epoch shows the same frames.
@@ -65,7 +65,7 @@ def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> l
     with ProcessPoolExecutor(max(1, min(cores, len(tasks))), initializer=_start_worker) as pool:
         try:
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
-            futures = [pool.submit(function, *task) for task in tasks]  # not pool.map, which cancels what was killed
+            futures = [pool.submit(function, *task) for task in tasks]  # pool.map cancels what a dead pool sets
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for future in futures:
                 results.append(future.result())
@@ -74,7 +74,7 @@ def run_in_processes(what: str, function: Callable, tasks: Sequence[tuple]) -> l
             for process in multiprocessing.active_children():
                 process.kill()
             if isinstance(error, BrokenProcessPool):
-                raise InputError(f"{tasks[len(results)][0]}, or one after it: the process that read it died") from error
+                raise InputError(f"{tasks[len(results)][0]}, or one after it: its process died") from error
             raise
     return results
 

@@ -129,8 +129,8 @@ def read_dataset(name: str, root: Path, sizes: Sequence[int] = (), allow_missing
     if not root.is_dir() or not any(root.iterdir()):
         if name != "shapes":  # whose folder `train.py` makes
             print(f"Put into {root}:\n{inspect.getdoc(READERS[name])}", file=sys.stderr)
-        found = "an empty one" if root.is_dir() else "none"
-        raise InputError(f"{root}: expected the folder of the dataset, found {found}")
+        found = "an empty one" if root.is_dir() else "a file" if root.exists() else "none"
+        raise InputError(f"{root}: expected the folder of the dataset (--data), found {found}")
     annotated = READERS[name](root)
     refuse_duplicates([i for ids in annotated.splits.values() for i in ids], root, "occurs twice in the splits")
     found = [len(ids) for ids in annotated.splits.values()]

@@ -164,7 +164,7 @@ def test_too_few_positions_are_refused_before_any_work(tmp_path, beams):
     x, calls = random_prefix(1, 10, 0), record_calls(lm)
     assert len(generate(lm, x, beams, 3, eos_id=-1)[0]) == 3
     calls.clear()
-    with refused("10 positions before a caption and 4 tokens, of which the last is not read, need 13, it has 12"):
+    with refused("expected 12 positions at most, found 13: 10 before a caption of 4, the last of them not read"):
         generate(lm, x, beams, 4)
     assert not calls
 

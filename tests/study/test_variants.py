@@ -102,6 +102,12 @@ def test_what_starts_otherwise():
     assert ranks == [T, 1]
 
 
+@pytest.mark.parametrize("name", ["same-block", "blind"])
+def test_a_variant_of_what_is_read_is_refused_with_write_back(name):
+    with pytest.raises(InputError, match=f"--variant {name}: expected without --write-back"):
+        variant_of(QAdapter, Config(variant=name, write_back=True))
+
+
 def test_same_block_reads_the_last_block_each_time():
     """Seed 0, two reads: the Q-Adapter with the outputs of that block in place of both."""
     torch.manual_seed(0)

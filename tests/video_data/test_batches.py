@@ -60,7 +60,7 @@ def test_results_are_in_order_and_each_process_has_one_thread():
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert run_in_processes("squares", square, []) == [] and drawn == torch.rand(1)
-    with refused("a.mp4, or one after it: the process that read it died"):
+    with refused("a.mp4, or one after it: its process died"):
         run_in_processes("tasks", end_process, [("a.mp4",)] * 3)
 
 

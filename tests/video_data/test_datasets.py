@@ -312,7 +312,7 @@ def test_inconsistent_data_is_a_one_line_error(tmp_path, make, change, words):
 
 def test_a_file_is_no_folder(tmp_path):
     (file := tmp_path / "a").touch()
-    with refused(f"{file}: expected the folder of the dataset, found none"):
+    with refused(f"{file}: expected the folder of the dataset (--data), found a file"):
         datasets.read_dataset("msvd", file)
 
 
