@@ -390,7 +390,8 @@ def test_a_folder_with_other_files_is_not_trained_into(flags, tmp_path, name):
 
 @pytest.mark.parametrize("words, message", [
     (["--queries", 300], "--queries, .* 256 positions at most"),
-    (["--last-blocks", 3], "--last-blocks 3: the ViT has 2 blocks"), (["--beams", 1000], "1000"), (["--vit", "gone"], "gone: expected a folder"), (["--image-size", 100], "size 16"),
+    (["--last-blocks", 3], "--last-blocks 3: the ViT has 2 blocks"), (["--beams", 1000], "1000"),
+    (["--vit", "gone"], "gone: expected a folder"), (["--image-size", 100], "size 16"),
     (["--batch-size", 64], "--batch-size 64: the dataset has only 12"), (["--grid", 2, "--method", "none"], "--grid 2"),
     (["--data", ROOT], str(ROOT)),
     (["--out", "/dev/null/x"], "--out /dev/null/x: cannot be written"), (["--shapes-sizes", 3, 4, 6], "another folder"),
