@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common import cli
+from common.errors import InputError
 from video_data import shapes
 from video_data.annotations import SPLITS
 
@@ -51,9 +52,11 @@ KINDS = {"usual": shapes.make_clip, "sparse": make_sparse, "distractors": make_d
 
 def main() -> None:
     parser = cli.Parser("Makes harder clips of moving shapes.", "python -m study.scenes sparse data/sparse")
-    parser.add_argument("kind", choices=list(KINDS))
+    parser.add_argument("kind", choices=list(KINDS), help="what makes them harder")
     shapes.add_arguments(parser)
     args = parser.parse_args()
+    if (args.folder / "captions.json").exists():  # of whichever kind
+        raise InputError(f"{args.folder}: expected a new or empty folder, found one that is complete")
     shapes.make_dataset(args.folder, args.sizes, args.seed, KINDS[args.kind])
 
 
