@@ -1,4 +1,4 @@
-"""Makes neutral-vit and neutral-lm, a second pair of tiny models, which suits no method: `python -m backbones.neutral`.
+"""Makes neutral-vit and neutral-lm, two tiny models that favour no method: `python -m backbones.neutral`.
 
 tiny-vit and tiny-lm were made for the demo, and suit queries (docs/datasets.md). These two learn as public models do:
 
@@ -44,8 +44,8 @@ def documents(count: int, rng: np.random.Generator) -> list[str]:
 
 def pretrain_lm(folder: Path, vit: ViT, texts: int, albums: int, steps: tuple[int, int], batch_size: int,
                 seed: int) -> None:
-    """Trains tokenizer and language model of a folder: on text, then on text and on what the ViT's last block says of
-    stills."""
+    """Trains tokenizer and language model of a folder: on text, then on text and on stills, of which it
+    reads the patches of the ViT's last block."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 13])
     lines = documents(texts, rng)

@@ -69,8 +69,8 @@ class PretendDevice(TorchFunctionMode):
     """Makes operations on meta tensors choose as they would on a CPU or on a GPU.
 
     For a CPU, tensors report that device, since a model chooses by it, and what is created on it or moved to it goes to
-    the meta device. PyTorch never takes a fused kernel of attention there, so it would
-    keep all attention weights; here it keeps them only where fused kernels are disabled (`sdpa_kernel`), as elsewhere.
+    the meta device. PyTorch never takes a fused kernel of attention there, so it would keep all attention weights; here
+    it keeps them only where fused kernels are disabled (`sdpa_kernel`), as elsewhere.
     """
 
     def __init__(self, is_cpu: bool):

@@ -276,7 +276,7 @@ def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0
     if (root / "captions.json").exists():
         return
     root.mkdir(parents=True, exist_ok=True)
-    ours = "captions.json", *SPLITS  # by now another process may have made it
+    ours = "captions.json", *SPLITS  # the first of another process, which has just ended
     if any(path.name not in ours and not path.name.startswith(".") for path in root.iterdir()):
         raise InputError(f"{root}: contains something other than shapes; give an empty or new folder")
     with open(acquire_lock(root / ".lock", wait=True), "w"):
