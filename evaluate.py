@@ -25,7 +25,7 @@ from torch import Tensor
 
 import metrics
 from common import cli
-from common.config import DEVICES, Config, given_path, read_config
+from common.config import DEVICES, PRESETS, Config, given_path, read_config
 from common.errors import InputError, printable, writing
 from common.files import write_json
 from model import Captioner, variant_of
@@ -246,6 +246,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--show", type=Path, metavar="FILE.png",
                        help="draw one --video: its frames, what the queries read of them, the caption")
     group = parser.add_argument_group("where things are now")
+    group.add_argument("--dataset", choices=tuple(PRESETS), help="score another dataset, of which --data is the folder")
     group.add_argument("--data", type=given_path, help="the dataset's folder (default: as in training)")
     for name in MODEL_FLAGS:
         group.add_argument(f"--{name}", help="where this frozen model of the run is; any other model is refused")
@@ -260,6 +261,7 @@ def check_args(args: argparse.Namespace) -> None:
         (not args.run and not (args.mllm and args.video), "RUN: expected first; without one, --mllm and --video"),
         (not args.run and args.report, "--report: expected a RUN, which the page describes"),
         (args.video and (args.split or args.data), "--split and --data: expected without --video, it reads no dataset"),
+        (args.dataset and not args.data, "--dataset: expected --data too, the folder of that dataset"),
         (not args.video and (args.show or args.window), "--show and --window: expected --video too"),
         (args.show and args.window, "--show: expected without --window; it draws a whole video"),
         (is_srt and not args.window, "--save FILE.srt: expected --window too; subtitles have times"),
@@ -297,7 +299,7 @@ def main() -> int:
     devices.keep_freed_memory()
     models = {name: value for name in MODEL_FLAGS if (value := getattr(args, name))}
     captioner, folders = load_run(args.run, device, **models)
-    given = {name: value for name in ("data", "frames", "beams") if (value := getattr(args, name))}
+    given = {name: value for name in ("dataset", "data", "frames", "beams") if (value := getattr(args, name))}
     config = replace(captioner.config, **given)
     check_outputs(args, list(folders.values()) + ([] if args.video else [config.data]), videos)
     captioner.check_length(config.frames, config.beams)

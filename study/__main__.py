@@ -1,4 +1,4 @@
-"""`python -m study TABLE`: prints the commands that train what is missing of a table, for a shell to run:
+"""`python -m study TABLE`: prints the commands that make what is missing of a table, for a shell to run:
 
     .venv/bin/python -m study mllm | sh                                              one run after the other
     .venv/bin/python -m study mllm | tr '\\n' '\\0' | xargs -0 -n 1 -P 2 sh -c      two at a time
@@ -22,7 +22,7 @@ from common import cli
 from common.files import read_json, read_json_lines
 from study.figure import FIGURE, draw_ablations
 from study.scenes import KINDS
-from study.tables import CONTENT, PAGE, Row, add_run, format_page, read_rows
+from study.tables import CONTENT, PAGE, Row, add_clips, add_run, format_page, read_clips, read_rows
 from video_data.shapes import make_dataset
 
 RUNS = Path("runs/study")
@@ -39,9 +39,13 @@ def missing_runs(rows: list[Row], seeds: list[int]) -> list[Key]:
     return missing
 
 
+def path_of(store: str, flags: str) -> Path:
+    return RUNS / store / re.sub(r"[^\w.]+", "-", flags).strip("-")
+
+
 def folder_of(store: str, key: Key) -> Path:
     row, lr, seed = key
-    return RUNS / store / re.sub(r"[^\w.]+", "-", f"{row.flags} {lr:g} {seed}").strip("-")
+    return path_of(store, f"{row.flags} {lr:g} {seed}")
 
 
 def command_of(store: str, key: Key) -> str:
@@ -78,27 +82,47 @@ def read_clip_results(folder: Path) -> dict:
     return {"captions": test["captions"], "CIDEr": [round(100 * test["CIDEr"][clip], 1) for clip in test["captions"]]}
 
 
-def main() -> None:
-    parser = cli.Parser("Prints the commands that train what is missing of a table.", "python -m study TABLE | sh")
-    parser.add_argument("table", choices=list(CONTENT["tables"]), help="which table of study/tables.toml")
-    parser.add_argument("--seeds", type=cli.number(int, 0), nargs="+", default=[0, 1, 2],
-                        help="of weights and batches; the learning rate is chosen at seed 0 in any case")
-    args = parser.parse_args()
-    store, seeds = CONTENT["tables"][args.table]["store"], sorted({*args.seeds})
-    while keys := missing_runs(read_rows(args.table), seeds):
+def commands_of_table(name: str, seeds: list[int]) -> list[str]:
+    """Commands of the runs that results/ lacks, for which clips are made; finished ones are kept there."""
+    store = CONTENT["tables"][name]["store"]
+    while keys := missing_runs(read_rows(name), seeds):
         finished = [key for key in keys if (folder_of(store, key) / "test.json").exists()]
         for key in finished:
             folder = folder_of(store, key)
             add_run(store, read_run(folder, key), read_clip_results(folder))
         if not finished:
             break
-    PAGE.write_text(format_page(), "utf-8")
-    FIGURE.write_text(draw_ablations(), "utf-8")
     with redirect_stdout(sys.stderr):  # stdout is for the shell
         for folder, clips in CONTENT["clips"].items():
             if any(folder in row.command.split() for row, _, _ in keys):
                 make_dataset(Path(folder), clips["sizes"], 1, KINDS[clips["kind"]])
-    print("".join(f"{command_of(store, key)}\n" for key in keys), end="")
+    return [command_of(store, key) for key in keys]
+
+
+def commands_of_controls() -> list[str]:
+    """Commands of the controls that results/ lacks; finished ones are kept there."""
+    commands = []
+    for flags in (row["flags"] for row in CONTENT["controls"]["rows"]):
+        path = path_of("controls", f"{flags}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if flags not in read_clips("controls") and path.exists():
+            add_clips("controls", flags, read_json(path))
+        if flags not in read_clips("controls"):
+            commands.append(shlex.join([sys.executable, "-m", "study.controls", *flags.split(), "--save", str(path)]))
+    return commands
+
+
+def main() -> None:
+    parser = cli.Parser("Prints the commands that make what is missing of a table.", "python -m study TABLE | sh")
+    parser.add_argument("table", choices=[*CONTENT["tables"], "controls"], help="which table of study/tables.toml")
+    parser.add_argument("--seeds", type=cli.number(int, 0), nargs="+", default=[0, 1, 2],
+                        help="of weights and batches; the learning rate is chosen at seed 0 in any case")
+    args = parser.parse_args()
+    is_controls = args.table == "controls"
+    commands = commands_of_controls() if is_controls else commands_of_table(args.table, sorted({*args.seeds}))
+    PAGE.write_text(format_page(), "utf-8")
+    FIGURE.write_text(draw_ablations(), "utf-8")
+    print("".join(f"{command}\n" for command in commands), end="")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common import cli
-from common.config import DEVICES, given_path
+from common.config import DEVICES, PRESETS, given_path
 from common.errors import InputError
 from common.files import write_json
 from evaluate import BATCH_SIZE, caption_and_score, check_outputs, load_run, read_run_dataset
@@ -62,13 +62,16 @@ def mean_and_error(values: np.ndarray) -> str:
 def main() -> None:
     parser = cli.Parser(__doc__.splitlines()[0], "python -m study.controls RUN [--save captions.json]")
     parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
+    parser.add_argument("--dataset", choices=tuple(PRESETS), help="another dataset, of which --data is the folder")
     parser.add_argument("--data", type=given_path, help="the dataset's folder (default: as in training)")
     parser.add_argument("--beams", type=cli.number(int, 1, 1000), default=1, help="beams of the search (default: 1)")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write {control: {id: caption}} as JSON")
+    parser.add_argument("--save", type=Path, metavar="FILE",
+                        help="write {control: {captions: {id: caption}, CIDEr: [of each, times 100]}} as JSON")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     args = parser.parse_args()
     captioner, folders = load_run(args.run, devices.select_device(args.device))
-    config, captions, ciders = replace(captioner.config, data=args.data or captioner.config.data), {}, {}
+    given = {name: value for name in ("dataset", "data") if (value := getattr(args, name))}
+    config, found, ciders = replace(captioner.config, **given), {}, {}
     check_outputs(args, [*folders.values(), config.data], [])
     dataset = read_run_dataset(args.run, config, ["test"])
     if len(dataset.splits["test"]) < 2:
@@ -81,14 +84,14 @@ def main() -> None:
         frames = ChangedFrames(cache, change, cache.times)
         result = caption_and_score(captioner, dataset, "test", frames, BATCH_SIZE, ProcessGroup(), ("CIDEr",),
                                    args.beams)
-        captions[name] = result.captions
-        ciders[name] = np.array([result.clip_scores[clip.id]["CIDEr"] for clip in dataset.splits["test"]])
+        ciders[name] = np.array([result.clip_scores[clip]["CIDEr"] for clip in result.captions])
+        found[name] = {"captions": result.captions, "CIDEr": [round(100 * x, 1) for x in ciders[name].tolist()]}
         less = mean_and_error(ciders["the clip"] - ciders[name]) if len(ciders) > 1 else ""
         print(f"{name:25}{mean_and_error(ciders[name]):>20}{less:>24}", end="")
         right = shapes.attribute_accuracy(references, result.captions, "reversed" in name) if is_shapes else {}
         print(f"{right['motion']:>19.1%}" if is_shapes else "")
     if args.save:
-        write_json(args.save, captions)
+        write_json(args.save, found)
 
 
 if __name__ == "__main__":

@@ -74,12 +74,17 @@ def read_clips(store: str) -> dict[str, dict]:
     return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
 
 
-def add_run(store: str, run: dict, clips: dict) -> None:
-    """Adds a run to results/STORE.json, whose order does not depend on when a run ended, and what it says of the test
-    clips to results/STORE.clips.json.gz."""
-    content = json.dumps(dict(sorted((read_clips(store) | {key_of(run): clips}).items())))
+def add_clips(store: str, key: str, clips: dict) -> None:
+    """Adds what is said of test clips to results/STORE.clips.json.gz."""
+    content = json.dumps(dict(sorted((read_clips(store) | {key: clips}).items())))
     with replace_atomically(clips_path(store)) as file:
         file.write(gzip.compress(content.encode(), mtime=0))
+
+
+def add_run(store: str, run: dict, clips: dict) -> None:
+    """Adds a run to results/STORE.json, whose order does not depend on when a run ended, and what it says of the test
+    clips."""
+    add_clips(store, key_of(run), clips)
     runs = sorted([*read_runs(store), run], key=lambda run: (run["flags"], run["lr"], run["seed"]))
     write_json(RESULTS / f"{store}.json", {"runs": runs})
 
@@ -132,6 +137,12 @@ def error_over_clips(clips: dict[str, dict], a: Sequence[dict], b: Sequence[dict
     return f"{(first - second).std(ddof=1) / len(first) ** 0.5:.1f}"
 
 
+def to_markdown(lines: list[list[str]]) -> str:
+    """A table; the first line is its head."""
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
 def format_rate(row: Row, lr: float) -> str:
     """"0.002 ↓": the arrow says that no lower rate was worse at seed 0, in this table or another with the same runs."""
     if len(row.lrs) == 1:
@@ -168,15 +179,26 @@ def format_table(name: str) -> str:
                       *(mean_and_spread(values, 2) if values else "" for values in costs),
                       f"`{row.flags}`" if row.flags else "by the tag",
                       *([f"`{row.published}`" if row.published else ""] if "published" in store else [])])
-    for lines in (upper, lower):
-        lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     made = sorted({f"{run['machine']}, {run['date']}" for row in rows for run in row.best_runs})
     old = f", of version 0.12.0: `{store['published']}`" if "published" in store else ""
     head = f"Flags of every row: `{store['flags']}`{old}. {'; '.join(made)}."
-    return "\n\n".join([head, *("\n".join(f"| {' | '.join(line)} |" for line in lines) for lines in (upper, lower))])
+    return "\n\n".join([head, to_markdown(upper), to_markdown(lower)])
+
+
+def format_controls() -> str:
+    """What is left of a captioner's CIDEr if its frames are changed (study/controls.py), ± the standard error over the
+    clips; after the first column, differences from the clip's own frames."""
+    found, lines = read_clips("controls"), []
+    for row in (row for row in CONTENT["controls"]["rows"] if row["flags"] in found):
+        own, *changed = (np.array(control["CIDEr"]) for control in found[row["flags"]].values())
+        cells = [f"{x.mean():{sign}.1f} ± {x.std(ddof=1) / len(x) ** 0.5:.1f}"
+                 for x, sign in ((own, ""), *((values - own, "+") for values in changed))]
+        lines.append([row["label"], str(len(own)), *cells, f"`{row['flags']}`"])
+    return to_markdown([["captions of", "clips", *next(iter(found.values()), ()), "flags"], *lines])
 
 
 def format_page() -> str:
-    parts = (f"## {table['title']}\n\n`.venv/bin/python -m study {name}`\n\n{format_table(name)}\n"
-             for name, table in CONTENT["tables"].items())
+    texts = {name: (table["title"], format_table(name)) for name, table in CONTENT["tables"].items()}
+    texts["controls"] = CONTENT["controls"]["title"], format_controls()
+    parts = (f"## {title}\n\n`.venv/bin/python -m study {name}`\n\n{text}\n" for name, (title, text) in texts.items())
     return "\n".join([CONTENT["intro"].lstrip(), *parts])

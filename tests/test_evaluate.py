@@ -18,6 +18,7 @@ import torch
 import evaluate
 from common.config import INSTRUCTION
 from common.errors import printable
+from common.files import write_json
 from models.generation import generate
 from models.mllm import MLLM
 from models.tokenizer import load_tokenizer
@@ -59,6 +60,20 @@ def test_frames_and_beams_reach_the_captioner(finished_run, videos, tmp_path):
     assert found != json.loads((finished_run / "test.json").read_text())["captions"]
     page = (tmp_path / "p.html").read_text()
     assert all(json.dumps(caption)[1:-1] in page for caption in found.values())
+
+
+def test_another_dataset_is_scored(finished_run, videos, tmp_path):
+    """Two of the run's test clips, as clips of one's own of which there is no other split."""
+    (data := tmp_path / "data").mkdir()
+    for video in videos[:2]:
+        (data / video.name).symlink_to(video)
+    write_json(data / "captions.json", {"test": {video.name: ["a red cat is rising"] for video in videos[:2]}})
+    words = ["--dataset", "folder", "--data", data, "--device", "cpu"]
+    output = succeed(evaluate, finished_run, *words, "--save", tmp_path / "found.json")
+    assert "data:folder test (not the data of the run, 2 clips with SHA-256" in output
+    expected = json.loads((finished_run / "test.json").read_text())["captions"]
+    assert list(json.loads((tmp_path / "found.json").read_text()).values()) == list(expected.values())[:2]
+    refuse(evaluate, [finished_run, *words, "--split", "val"], f"{data}: expected clips of the split val")
 
 
 def test_without_a_run_an_mllm_captions_as_it_is(videos, tmp_path):
@@ -174,6 +189,7 @@ def test_paths_may_have_any_name(tmp_path, monkeypatch):
     ("--save TMP/gone/p.json", "gone/p.json: expected a file that is not read"),
     ("--data TMP/typo", "typo: expected the folder"),
     ("--split tset", "--split"), ("--vit TMP/gone", "gone: expected a folder"), ("--mllm TMP", "--mllm"),
+    ("--dataset folder", "--dataset: expected --data too"),
 ])
 def test_what_does_not_fit_is_refused(words, message, finished_run, flags, videos, tmp_path):
     for name, value in (("VIDEO", videos[0]), ("DATA", flags[-1]), ("TMP", tmp_path)):

@@ -86,6 +86,8 @@ def select_clips(root: Path, annotated: Annotations, split: str, allow_missing: 
     for clip in clips:
         if any(len(caption) > MAX_LETTERS or SURROGATE.search(caption) for caption in clip.captions):
             raise InputError(f"{root}: {clip.id}: expected captions in Unicode, at most {MAX_LETTERS:,} characters")
+    if not ids:
+        raise InputError(f"{root}: expected clips of the split {split}, found none")
     if not clips or missing and not allow_missing:
         names = ", ".join(missing[:5] + ["..."] * (len(missing) > 5))
         counts = f"{len(missing)} of {len(ids)} {split} clips have no video or no caption"

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,7 +185,8 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     """A tiny table of two seeds takes two rounds. A stopped run is resumed, a finished one not run again."""
     words = " ".join(map(str, flags)).replace("--lr 0.02", "")
     rows = [{"label": "a", "flags": "--variant no-changes"}, {"label": "b", "flags": "--method none"}]
-    content = {"lrs": [0.02], "intro": "", "clips": {}, "stores": {"x": {"flags": words, "published": words}},
+    content = {"lrs": [0.02], "intro": "", "clips": {}, "controls": {"title": "C", "rows": []},
+               "stores": {"x": {"flags": words, "published": words}},
                "tables": {"tiny": {"title": "Tiny", "store": "x", "reference": "a", "rows": rows}}}
     for owner, name, value in ((study, "CONTENT", content), (tables, "CONTENT", content),
                                (tables, "RESULTS", tmp_path), (study, "PAGE", tmp_path / "page.md"),
@@ -215,3 +217,22 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     assert "| b | 0 | 0.00% |  | 1 |" in (tmp_path / "page.md").read_text()
     (tmp_path / "x.json").unlink()
     assert printed() == [] and (tmp_path / "x.json").read_text() == stored
+
+
+def test_controls_are_kept_and_shown(tmp_path, monkeypatch, capsys):
+    """By hand: 10, 20, 30 have a standard deviation of 10; 0, -10 and -5, which the second control adds, 5."""
+    content = {"intro": "", "tables": {}, "controls": {"title": "C", "rows": [{"label": "a", "flags": "RUN --x"}]}}
+    for owner, name, value in ((study, "CONTENT", content), (tables, "CONTENT", content),
+                               (tables, "RESULTS", tmp_path), (study, "PAGE", tmp_path / "page.md"),
+                               (study, "FIGURE", tmp_path / "figure.svg"), (study, "RUNS", tmp_path / "runs")):
+        monkeypatch.setattr(owner, name, value)
+    monkeypatch.setattr("sys.argv", ["study", "controls"])
+    study.main()
+    *command, path = shlex.split(capsys.readouterr().out)
+    assert command == [sys.executable, "-m", "study.controls", "RUN", "--x", "--save"]
+    Path(path).write_text(json.dumps({"own": {"CIDEr": [10, 20, 30]}, "other": {"CIDEr": [10, 10, 25]}}))
+    study.main()
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "page.md").read_text().endswith(
+        "| captions of | clips | own | other | flags |\n| --- | ---: | ---: | ---: | ---: |\n"
+        "| a | 3 | 20.0 ± 5.8 | -5.0 ± 2.9 | `RUN --x` |\n")

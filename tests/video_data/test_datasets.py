@@ -299,6 +299,7 @@ INCONSISTENT = [  # a layout, what is done to it, the error
     (make_folder, replace_captions('["a man", "?!"]'), "'a.mp4': expected a list of captions, each with a word in it"),
     (make_folder, replace_captions('["a man"]}, "dev": {"d.mp4": ["x"]'), "expected the splits train, val, test"),
     (make_folder, replace_captions('["a man"]}, "val": {'), "a name occurs twice"),
+    (make_folder, lambda root: (root / "captions.json").write_text("{}"), "expected clips of the split train, found"),
 ]
 
 
