@@ -97,6 +97,42 @@ class RankGate(HeadGate):
         return self.o.in_features
 
 
+class WriteGate(Gated):
+    """With --write-back, sigmoid((Y + E) w + b), one number per token of the ViT, scales what the token reads of the
+    queries; g = 1."""
+
+    def __init__(self, width: int, config, write_back: bool):
+        super().__init__(width, config, write_back)
+        if not config.write_back:
+            raise InputError("--variant gate-write: expected with --write-back")
+        self.gate = self.gate if write_back else None  # after the last block nothing is written
+
+    make_gate, compute_gates = TokenGate.make_gate, TokenGate.compute_gates
+
+    def write(self, z: Tensor, queries: Tensor, tokens: Tensor, time_embed: Tensor) -> Tensor:
+        written = super().write(z, queries, torch.zeros_like(tokens), time_embed)  # (B, T, P, D)
+        return tokens + written * self.project(self.gate, z, time_embed).sigmoid().to(written.dtype)
+
+
+class SparseGate(Gated):
+    """The loss also has PRESSURE times the mean gate of each block, so a read that is worth little is shut."""
+
+    PRESSURE = 0.02
+
+    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
+        gates = super().compute_gates(queries, normed_queries, read)  # (B, N, 1)
+        if gates.requires_grad:
+            pressure = self.PRESSURE / gates.numel()
+            gates.register_hook(lambda gradient: gradient + pressure)
+        return gates
+
+
+class SparserGate(SparseGate):
+    """The same with ten times the pressure."""
+
+    PRESSURE = 0.2
+
+
 class BiasedGate(Gated):
     """Every gate starts at sigmoid(2) = 0.88, nearly open."""
 
@@ -220,6 +256,9 @@ VARIANTS = {
     "gate-patch": with_block(TokenGate),
     "gate-head": with_block(HeadGate),
     "gate-rank": with_block(RankGate),
+    "gate-write": with_block(WriteGate),
+    "gate-sparse": with_block(SparseGate),
+    "gate-sparser": with_block(SparserGate),
     "gate-open": with_block(BiasedGate),
     "gate-shut": with_block(ShutGate),
     "no-changes": with_block(NoChanges),
