@@ -25,7 +25,7 @@ from torch import Tensor
 
 import metrics
 from common import cli
-from common.config import DEVICES, PRESETS, Config, given_path, read_config
+from common.config import DEVICES, PRESETS, Config, read_config
 from common.errors import InputError, printable, writing
 from common.files import write_json
 from model import Captioner, variant_of
@@ -227,7 +227,7 @@ def evaluate_videos(captioner: Captioner, paths: list[Path], args: argparse.Name
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("Captions and scores a split of a run's dataset, or captions your own videos.",
                         "python evaluate.py RUN [--split test] [--video clip.mp4 ...]")
-    parser.add_argument("run", type=Path, metavar="RUN", nargs="?",
+    parser.add_argument("run", type=cli.path, metavar="RUN", nargs="?",
                         help="a folder that train.py made; without it, --mllm captions each --video untrained")
     group = parser.add_argument_group("input")
     group.add_argument("--split", choices=["val", "test"], help="which split of the run's dataset (default: test)")
@@ -239,15 +239,15 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--beams", type=cli.number(int, 1, 1000),
                        help="beams of the search; 1 is greedy (default: as in training)")
     group = parser.add_argument_group("output")
-    group.add_argument("--save", type=Path, metavar="FILE",
+    group.add_argument("--save", type=cli.path, metavar="FILE",
                        help="write {id: caption} as JSON; for --video one JSON object per line")
-    group.add_argument("--report", type=Path, metavar="FILE.html",
+    group.add_argument("--report", type=cli.path, metavar="FILE.html",
                        help="write a page with frames, captions, scores and attention, for a browser")
-    group.add_argument("--show", type=Path, metavar="FILE.png",
+    group.add_argument("--show", type=cli.path, metavar="FILE.png",
                        help="draw one --video: its frames, what the queries read of them, the caption")
     group = parser.add_argument_group("where things are now")
     group.add_argument("--dataset", choices=tuple(PRESETS), help="score another dataset, of which --data is the folder")
-    group.add_argument("--data", type=given_path, help="the dataset's folder (default: as in training)")
+    group.add_argument("--data", type=cli.path, help="the dataset's folder (default: as in training)")
     for name in MODEL_FLAGS:
         group.add_argument(f"--{name}", help="where this frozen model of the run is; any other model is refused")
     group.add_argument("--device", default="auto", choices=DEVICES, help="auto: CUDA, else MPS, else CPU")

@@ -76,7 +76,7 @@ def pretrain_lm(folder: Path, vit: ViT, texts: int, albums: int, steps: tuple[in
 
 def main() -> None:
     parser = cli.Parser("Makes the weights and tokenizer of the neutral tiny models.", "python -m backbones.neutral")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent,
+    parser.add_argument("--folder", type=cli.path, default=Path(__file__).parent,
                         help="holds neutral-vit and neutral-lm with their config.json; weights are replaced")
     folder = parser.parse_args().folder
     pretrain_vit(folder / "neutral-vit", count=60_000, steps=4000, batch_size=128, seed=0, patches=False)

@@ -205,7 +205,7 @@ def pretrain_mllm(folder: Path, backbones: Path, albums: int, texts: int, steps:
 
 def main() -> None:
     parser = cli.Parser("Makes the weights and tokenizers of the tiny models.", "python -m backbones.pretrain")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent,
+    parser.add_argument("--folder", type=cli.path, default=Path(__file__).parent,
                         help="holds tiny-lm, tiny-vit and tiny-mllm with their config.json; weights are replaced")
     folder = parser.parse_args().folder
     pretrain_lm(folder / "tiny-lm", count=50_000, steps=2000, batch_size=64, seed=0)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TextIO
 
 from common.errors import InputError, printable
@@ -39,6 +40,18 @@ def number(kind: type, least: float, most: float = 2**31) -> Callable[[str], flo
         raise argparse.ArgumentTypeError(f"expected a {what} from {least:g} to {most:g}, found {text!r:.40}")
 
     return parse
+
+
+def text(value: str) -> str:
+    """An argparse type: text that can be written as UTF-8, and some of it."""
+    if not value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise argparse.ArgumentTypeError(f"expected Unicode text, found {value!r:.40}")
+    return value
+
+
+def path(value: str) -> Path:
+    """An argparse type: no empty path, which would be the working folder."""
+    return Path(text(value))
 
 
 def print_error(message: str) -> None:

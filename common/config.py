@@ -46,18 +46,6 @@ NOT_STORED = {"resume", "plan", "device", "out"}  # of a run's config.json
 EXAMPLE = "python train.py --dataset shapes --cache-features        (docs/runs.md has more)"
 
 
-def text(value: str) -> str:
-    """An argparse type: text that can be written as UTF-8, and some of it."""
-    if not value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise argparse.ArgumentTypeError(f"expected Unicode text, found {value!r:.40}")
-    return value
-
-
-def given_path(value: str) -> Path:
-    """An argparse type: no empty path, which would be the working folder."""
-    return Path(text(value))
-
-
 def _flag(group: str, default: Any, words: str, **options) -> Any:
     """A field of Config, with its help and the options of argparse's add_argument."""
     return field(default=default, metadata={"group": group, "help": words, **options})
@@ -74,17 +62,17 @@ class Config:
     """The options of a run. A Path or a name of a model is as the user gave it until `train.py` resolves it."""
 
     dataset: str = daily("shapes", "what to train on", choices=tuple(PRESETS))
-    data: Path | None = daily(None, "the dataset's folder (default: data/DATASET)", type=given_path)
+    data: Path | None = daily(None, "the dataset's folder (default: data/DATASET)", type=cli.path)
     mllm: str | None = daily(None, "adapt this multimodal language model: a folder or a hub id (default on msvd and "
-                             "msrvtt: SmolVLM2 256M on a CPU, else InternVL3.5 1B)", type=text)
-    vit: str | None = daily(None, "or this ViT: a folder, a .pth file or a hub id", type=text)
-    lm: str | None = daily(None, "with this language model: a folder or a hub id", type=text)
+                             "msrvtt: SmolVLM2 256M on a CPU, else InternVL3.5 1B)", type=cli.text)
+    vit: str | None = daily(None, "or this ViT: a folder, a .pth file or a hub id", type=cli.text)
+    lm: str | None = daily(None, "with this language model: a folder or a hub id", type=cli.text)
     method: str = daily("qadapter", "what is trained; docs/design.md describes each", choices=METHODS)
     epochs: int = daily(8, "passes over the training clips, those of --cider-epochs among them", type=count(1, 10**5))
     batch_size: int = daily(16, "clips per step, over all processes", type=count(1))
     cache_features: bool = daily(False, "run the frozen ViT once per frame and store its outputs on the disk, in bf16")
-    out: Path | None = daily(None, "the folder of the run (default: runs/DATASET-METHOD)", type=given_path)
-    resume: Path | None = daily(None, "continue this run with its own flags", type=given_path, metavar="RUN")
+    out: Path | None = daily(None, "the folder of the run (default: runs/DATASET-METHOD)", type=cli.path)
+    resume: Path | None = daily(None, "continue this run with its own flags", type=cli.path, metavar="RUN")
     plan: bool = daily(False, "print steps, disk space and memory of the run, and train nothing")
     device: str = daily("auto", "auto: CUDA, else MPS, else CPU", choices=DEVICES)
 
@@ -108,13 +96,13 @@ class Config:
     write_back: bool = adapting(False, "the ViT's patches read the queries too")
     token_dropout: float = adapting(0.0, "hide this share of the ViT's tokens from the queries in training",
                                     type=cli.number(float, 0, 0.9), metavar="P")
-    variant: str | None = adapting(None, "an experiment: a name in study/variants.py", type=text, metavar="NAME")
+    variant: str | None = adapting(None, "an experiment: a name in study/variants.py", type=cli.text, metavar="NAME")
 
     visual: str = prompting("queries", "of an MLLM: the queries, or its own tokens of each frame",
                             choices=("queries", "frames"))
     grid: int = prompting(0, "average what is read of a frame to G x G tokens; 0: an MLLM's own tokens, a ViT's pooled "
                           "feature", type=count(0, 256), metavar="G")
-    instruction: str = prompting(INSTRUCTION, "what an MLLM is told to do", type=text)
+    instruction: str = prompting(INSTRUCTION, "what an MLLM is told to do", type=cli.text)
 
     word_epochs: int = training(0, "epochs before the others, without the language model: visual tokens learn to point "
                                 "at the words of captions", type=count(0, 10**5))

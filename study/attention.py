@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 from common import cli
-from common.config import given_path
 from common.errors import InputError, reading
 from evaluate import BATCH_SIZE, load_run, read_run_dataset
 from qadapter import GatedCrossAttention
@@ -93,8 +92,8 @@ def measure(captioner, frames: Tensor, parts: Tensor) -> tuple[Tensor, ...]:
 
 def main() -> None:
     parser = cli.Parser(__doc__.splitlines()[0], "python -m study.attention RUN [--data DIR]")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
-    parser.add_argument("--data", type=given_path, help="the dataset's folder (default: as in training)")
+    parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
+    parser.add_argument("--data", type=cli.path, help="the dataset's folder (default: as in training)")
     parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="of the dataset's scenes (default: 0)")
     args = parser.parse_args()
     captioner, _ = load_run(args.run, torch.device("cpu"))

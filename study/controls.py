@@ -8,12 +8,11 @@ Shapes: T frames, S side in pixels.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from common import cli
-from common.config import DEVICES, PRESETS, given_path
+from common.config import DEVICES, PRESETS
 from common.errors import InputError
 from common.files import write_json
 from evaluate import BATCH_SIZE, caption_and_score, check_outputs, load_run, read_run_dataset
@@ -61,11 +60,11 @@ def mean_and_error(values: np.ndarray) -> str:
 
 def main() -> None:
     parser = cli.Parser(__doc__.splitlines()[0], "python -m study.controls RUN [--save captions.json]")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
+    parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
     parser.add_argument("--dataset", choices=tuple(PRESETS), help="another dataset, of which --data is the folder")
-    parser.add_argument("--data", type=given_path, help="the dataset's folder (default: as in training)")
+    parser.add_argument("--data", type=cli.path, help="the dataset's folder (default: as in training)")
     parser.add_argument("--beams", type=cli.number(int, 1, 1000), default=1, help="beams of the search (default: 1)")
-    parser.add_argument("--save", type=Path, metavar="FILE",
+    parser.add_argument("--save", type=cli.path, metavar="FILE",
                         help="write {control: {captions: {id: caption}, CIDEr: [of each, times 100]}} as JSON")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     args = parser.parse_args()

@@ -15,13 +15,12 @@ References
 import math
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common import cli
-from common.config import DEVICES, given_path
+from common.config import DEVICES
 from common.errors import InputError
 from common.files import write_json
 from evaluate import check_outputs, format_scores, load_run, read_run_dataset, score_captions
@@ -88,10 +87,10 @@ def most_agreed(captions: list[list[str]], vectors: list[list[dict]], similar: T
 
 def main() -> None:
     parser = cli.Parser(__doc__.splitlines()[0], "python -m study.nearest RUN [--split val] [--save captions.json]")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py made")
-    parser.add_argument("--data", type=given_path, help="the dataset's folder (default: as in training)")
+    parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
+    parser.add_argument("--data", type=cli.path, help="the dataset's folder (default: as in training)")
     parser.add_argument("--split", default="test", choices=("val", "test"))
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write {id: caption} as JSON")
+    parser.add_argument("--save", type=cli.path, metavar="FILE", help="write {id: caption} as JSON")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     args = parser.parse_args()
     captioner, folders = load_run(args.run, devices.select_device(args.device))

@@ -275,6 +275,8 @@ def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0
     """
     if (root / "captions.json").exists():
         return
+    if root.is_file():
+        raise InputError(f"{root}: expected a folder for the clips, found a file")
     root.mkdir(parents=True, exist_ok=True)
     ours = "captions.json", *SPLITS  # the first of another process, which has just ended
     if any(path.name not in ours and not path.name.startswith(".") for path in root.iterdir()):
@@ -292,7 +294,7 @@ def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0
 
 
 def add_arguments(parser: cli.Parser) -> None:
-    parser.add_argument("folder", type=Path, help="where the clips go, a new or empty folder")
+    parser.add_argument("folder", type=cli.path, help="where the clips go, a new or empty folder")
     size = cli.number(int, 1, 10**6)
     parser.add_argument("--sizes", type=size, nargs=3, default=DEFAULT_SIZES, help="clips to train, validate, test on")
     parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="of the scenes")
