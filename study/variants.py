@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 from model import Captioner
+from models.baselines import LoRALinear
 from qadapter import HEADS, CastLinear, GatedCrossAttention, QAdapter, multi_head_attention
 
 # --------------------------------------------------------------------------------------- the gate
@@ -245,6 +246,23 @@ class WithChanges(Captioner):
         return super().add_time(tokens) + self.change(changes)
 
 
+class AllLinear(Captioner):
+    """LoRA in every linear layer of the language model's blocks, not in queries and values alone."""
+
+    def add_trained_parts(self) -> None:
+        super().add_trained_parts()
+        if self.config.method != "lora-lm":
+            raise InputError(f"--variant {self.config.variant}: expected --method lora-lm")
+        for module in [*self.lm.blocks.modules()]:
+            for name, layer in module.named_children():
+                if type(layer) is nn.Linear:
+                    setattr(module, name, LoRALinear(layer, self.config.rank))
+
+
+class AllLinearWithChanges(AllLinear, WithChanges):
+    """Both."""
+
+
 def with_block(block: type[GatedCrossAttention]) -> type[QAdapter]:
     """The Q-Adapter with another block."""
     return type(block.__name__, (QAdapter,), {"Block": block})
@@ -270,6 +288,8 @@ VARIANTS = {
     "same-block": SameBlock,
     "blind": Blind,
     "with-changes": WithChanges,
+    "all-linear": AllLinear,
+    "all-linear-with-changes": AllLinearWithChanges,
 }
 
 

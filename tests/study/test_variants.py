@@ -76,7 +76,8 @@ def naive(name: str | None, adapter: QAdapter, z: Tensor) -> Tensor:
     return adapter.norm(torch.stack(rows))
 
 
-@pytest.mark.parametrize("name", [None, *(name for name in VARIANTS if name not in ("with-changes", "gate-write"))])
+@pytest.mark.parametrize("name", [None, *(name for name in VARIANTS if issubclass(VARIANTS[name], QAdapter)
+                                         and name != "gate-write")])
 def test_a_variant_is_its_equations(name):
     adapter, z = make(name), torch.randn(2, T, 1, P, D, dtype=torch.float64)
     found = adapter.read_outputs(z)
@@ -164,9 +165,25 @@ def test_with_changes():
             torch.testing.assert_close(found[t], captioner.connector(read) * captioner.prefix_scale, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["all-linear", "all-linear-with-changes"])
+def test_lora_in_all_linear_layers(variant):
+    """Reference: the same weights with each W + B A in place of W. Seeds 1 and 2, within 1e-6 of the loss."""
+    captioner, frames = randomized("lora-lm", 1, variant=variant), clips(2, T, 2)
+    layers = [module for module in captioner.lm.blocks.modules() if isinstance(module, torch.nn.Linear)]
+    expected = captioner(frames, LABELS)
+    for layer in layers:
+        layer.weight.data += layer.lora_b.data @ layer.lora_a.data
+        assert layer.lora_b.data.abs().max() > 0.01
+        layer.lora_b.data.zero_()
+    torch.testing.assert_close(captioner(frames, LABELS), expected, rtol=1e-6, atol=0)
+    assert len(layers) == 7 * len(captioner.lm.blocks) and hasattr(captioner, "change") == ("changes" in variant)
+    with pytest.raises(InputError, match=f"--variant {variant}: expected --method lora-lm"):
+        randomized("linear", variant=variant)
+
+
 @pytest.mark.parametrize("method, variant, known", [("qadapter", "with-changes", "gate-sigmoid, .*, blind"),
-                                                    ("linear", "blind", "with-changes"),
-                                                    ("linear", "v", "with-changes")])
+                                                    ("linear", "blind", "with-changes, all-linear, .*"),
+                                                    ("linear", "v", "with-changes, .*")])
 def test_a_variant_of_another_method_is_refused(method, variant, known):
     with pytest.raises(InputError, match=f"--variant {variant}: expected one of {known} for --method {method}"):
         variant_of(Captioner, Config(method=method, variant=variant))
