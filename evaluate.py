@@ -1,6 +1,7 @@
-"""Captions and scores a split of a run's dataset, or captions your own videos.
+"""Captions and scores a split of a dataset, or captions your own videos.
 
     python evaluate.py RUN [--split {val,test}] [--save predictions.json]
+    python evaluate.py RUN --dataset folder --data DIR        another dataset than that of the training
     python evaluate.py RUN --video a.mp4 folder/ [--save captions.jsonl]
     ls clips/*.mov | python evaluate.py RUN --video -
     python evaluate.py RUN --video film.mp4 --window 10 --save film.srt
@@ -78,9 +79,17 @@ def make_captioner(config: Config, folders: dict[str, Path]) -> Captioner:
         return variant_of(Captioner, config)(backbone, tokenizer, config)
 
 
+def chosen_data(args: argparse.Namespace) -> dict:
+    """What --dataset and --data replace in the Config of a run. Raises InputError."""
+    if args.dataset and not args.data:
+        raise InputError("--dataset: expected --data too, the folder of that dataset")
+    replaced = {"dataset": args.dataset, "shapes_sizes": None} if args.dataset else {}
+    return replaced | ({"data": args.data} if args.data else {})
+
+
 def read_run_dataset(run: Path, config: Config, splits: Sequence[str] = SPLITS) -> VideoDataset:
-    """Some splits of a run's dataset, or all, in config.data. What differs from the data of the run is in their notes.
-    Raises InputError."""
+    """Some splits, or all, of the dataset in a Config, that of the run or another. What differs from the data of the
+    run is in their notes. Raises InputError."""
     dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing, splits)
     for split, difference in data_differences(run, dataset).items():
         dataset.notes[split].append(difference)
@@ -139,7 +148,7 @@ def format_scores(scores: dict[str, float]) -> str:
 
 
 def evaluate_split(captioner: Captioner, dataset: VideoDataset, args: argparse.Namespace, config: Config) -> None:
-    """Captions a split of the run's dataset, prints its scores, and writes --save and --report."""
+    """Captions a split of a dataset, prints its scores, and writes --save and --report."""
     cache = cached_inputs(replace(config, cache_features=False), dataset, captioner, {})[args.split]
     batch_size = config.micro_batch_size or BATCH_SIZE
     result = caption_and_score(captioner, dataset, args.split, cache, batch_size, ProcessGroup(), beams=config.beams)
@@ -164,7 +173,7 @@ def expand_video_paths(names: list[str]) -> list[Path]:
             paths += sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
         else:
             paths.append(path)
-    if not paths:
+    if not paths or "" in names:  # which would be the working folder
         raise InputError(f"--video: expected videos, or folders with videos ({', '.join(VIDEO_SUFFIXES)}), found none")
     return paths
 
@@ -230,7 +239,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=cli.path, metavar="RUN", nargs="?",
                         help="a folder that train.py made; without it, --mllm captions each --video untrained")
     group = parser.add_argument_group("input")
-    group.add_argument("--split", choices=["val", "test"], help="which split of the run's dataset (default: test)")
+    group.add_argument("--split", choices=["val", "test"], help="which split of the dataset (default: test)")
+    group.add_argument("--dataset", choices=tuple(PRESETS), help="another dataset, of which --data is the folder")
     group.add_argument("--video", nargs="+", action="extend", metavar="FILE",
                        help="caption your own videos instead, or folders of them; - reads paths, one per line")
     group.add_argument("--window", type=cli.number(float, 0.1), metavar="SECONDS",
@@ -246,10 +256,10 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--show", type=cli.path, metavar="FILE.png",
                        help="draw one --video: its frames, what the queries read of them, the caption")
     group = parser.add_argument_group("where things are now")
-    group.add_argument("--dataset", choices=tuple(PRESETS), help="score another dataset, of which --data is the folder")
     group.add_argument("--data", type=cli.path, help="the dataset's folder (default: as in training)")
     for name in MODEL_FLAGS:
-        group.add_argument(f"--{name}", help="where this frozen model of the run is; any other model is refused")
+        group.add_argument(f"--{name}", type=cli.text,
+                           help="where this frozen model of the run is; any other model is refused")
     group.add_argument("--device", default="auto", choices=DEVICES, help="auto: CUDA, else MPS, else CPU")
     return parser
 
@@ -260,8 +270,8 @@ def check_args(args: argparse.Namespace) -> None:
     for is_refused, message in (
         (not args.run and not (args.mllm and args.video), "RUN: expected first; without one, --mllm and --video"),
         (not args.run and args.report, "--report: expected a RUN, which the page describes"),
-        (args.video and (args.split or args.data), "--split and --data: expected without --video, it reads no dataset"),
-        (args.dataset and not args.data, "--dataset: expected --data too, the folder of that dataset"),
+        (args.video and (args.split or args.dataset or args.data),
+         "--split, --dataset and --data: expected without --video, it reads no dataset"),
         (not args.video and (args.show or args.window), "--show and --window: expected --video too"),
         (args.show and args.window, "--show: expected without --window; it draws a whole video"),
         (is_srt and not args.window, "--save FILE.srt: expected --window too; subtitles have times"),
@@ -299,8 +309,8 @@ def main() -> int:
     devices.keep_freed_memory()
     models = {name: value for name in MODEL_FLAGS if (value := getattr(args, name))}
     captioner, folders = load_run(args.run, device, **models)
-    given = {name: value for name in ("dataset", "data", "frames", "beams") if (value := getattr(args, name))}
-    config = replace(captioner.config, **given)
+    given = {name: value for name in ("frames", "beams") if (value := getattr(args, name))}
+    config = replace(captioner.config, **chosen_data(args), **given)
     check_outputs(args, list(folders.values()) + ([] if args.video else [config.data]), videos)
     captioner.check_length(config.frames, config.beams)
     if args.video:

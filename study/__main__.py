@@ -105,9 +105,11 @@ def commands_of_controls() -> list[str]:
     for flags in (row["flags"] for row in CONTENT["controls"]["rows"]):
         path = path_of("controls", f"{flags}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if flags not in read_clips("controls") and path.exists():
+        if flags in read_clips("controls"):
+            continue
+        if path.exists():
             add_clips("controls", flags, read_json(path))
-        if flags not in read_clips("controls"):
+        else:
             commands.append(shlex.join([sys.executable, "-m", "study.controls", *flags.split(), "--save", str(path)]))
     return commands
 

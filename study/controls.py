@@ -15,7 +15,7 @@ from common import cli
 from common.config import DEVICES, PRESETS
 from common.errors import InputError
 from common.files import write_json
-from evaluate import BATCH_SIZE, caption_and_score, check_outputs, load_run, read_run_dataset
+from evaluate import BATCH_SIZE, caption_and_score, check_outputs, chosen_data, load_run, read_run_dataset
 from training import devices
 from training.distributed import ProcessGroup
 from training.inputs import cached_inputs
@@ -69,8 +69,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=DEVICES)
     args = parser.parse_args()
     captioner, folders = load_run(args.run, devices.select_device(args.device))
-    given = {name: value for name in ("dataset", "data") if (value := getattr(args, name))}
-    config, found, ciders = replace(captioner.config, **given), {}, {}
+    config, found, ciders = replace(captioner.config, **chosen_data(args)), {}, {}
     check_outputs(args, [*folders.values(), config.data], [])
     dataset = read_run_dataset(args.run, config, ["test"])
     if len(dataset.splits["test"]) < 2:

@@ -186,15 +186,19 @@ def format_table(name: str) -> str:
 
 
 def format_controls() -> str:
-    """What is left of a captioner's CIDEr if its frames are changed (study/controls.py), ± the standard error over the
-    clips; after the first column, differences from the clip's own frames."""
+    """What changed frames leave of a captioner's CIDEr (study/controls.py)."""
     found, lines = read_clips("controls"), []
-    for row in (row for row in CONTENT["controls"]["rows"] if row["flags"] in found):
-        own, *changed = (np.array(control["CIDEr"]) for control in found[row["flags"]].values())
+    rows = [row for row in CONTENT["controls"]["rows"] if row["flags"] in found]
+    if not rows:
+        return "No run of it is done yet."
+    first, *others = names = [*found[rows[0]["flags"]]]
+    for row in rows:
+        ciders = {name: np.array(found[row["flags"]][name]["CIDEr"]) for name in names}
+        own = ciders[first]
         cells = [f"{x.mean():{sign}.1f} ± {x.std(ddof=1) / len(x) ** 0.5:.1f}"
-                 for x, sign in ((own, ""), *((values - own, "+") for values in changed))]
+                 for x, sign in ((own, ""), *((ciders[name] - own, "+") for name in others))]
         lines.append([row["label"], str(len(own)), *cells, f"`{row['flags']}`"])
-    return to_markdown([["captions of", "clips", *next(iter(found.values()), ()), "flags"], *lines])
+    return f"{CONTENT['controls']['text']}\n\n{to_markdown([['captions of', 'clips', *names, 'flags'], *lines])}"
 
 
 def format_page() -> str:

@@ -100,7 +100,7 @@ class RankGate(HeadGate):
 
 class WriteGate(Gated):
     """With --write-back, sigmoid((Y + E) w + b), one number per token of the ViT, scales what the token reads of the
-    queries; g = 1."""
+    queries; g = 1, which is what a log shows."""
 
     def __init__(self, width: int, config, write_back: bool):
         super().__init__(width, config, write_back)
@@ -116,15 +116,19 @@ class WriteGate(Gated):
 
 
 class SparseGate(Gated):
-    """The loss also has PRESSURE times the mean gate of each block, so a read that is worth little is shut."""
+    """The loss also has PRESSURE times the mean gate of each block, so a read that is worth little is shut. Only its
+    gradient has it: a log shows the loss without."""
 
     PRESSURE = 0.02
+
+    def __init__(self, width: int, config, write_back: bool):
+        super().__init__(width, config, write_back)
+        self.count = config.batch_size * config.queries  # gates of a block in a step, whatever is computed at once
 
     def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
         gates = super().compute_gates(queries, normed_queries, read)  # (B, N, 1)
         if gates.requires_grad:
-            pressure = self.PRESSURE / gates.numel()
-            gates.register_hook(lambda gradient: gradient + pressure)
+            gates.register_hook(lambda gradient: gradient + self.PRESSURE / self.count)
         return gates
 
 
@@ -237,7 +241,7 @@ class WithChanges(Captioner):
     def add_trained_parts(self) -> None:
         super().add_trained_parts()
         if self.time_embed is None:
-            raise InputError("--variant with-changes: expected --method linear, or without --mllm another "
+            raise InputError(f"--variant {self.config.variant}: expected --method linear, or without --mllm another "
                              "one that trains something")
         self.change = nn.Linear(self.backbone.visual_width, self.backbone.visual_width, bias=False)
 
@@ -250,9 +254,9 @@ class AllLinear(Captioner):
     """LoRA in every linear layer of the language model's blocks, not in queries and values alone."""
 
     def add_trained_parts(self) -> None:
-        super().add_trained_parts()
         if self.config.method != "lora-lm":
             raise InputError(f"--variant {self.config.variant}: expected --method lora-lm")
+        super().add_trained_parts()
         for module in [*self.lm.blocks.modules()]:
             for name, layer in module.named_children():
                 if type(layer) is nn.Linear:
@@ -260,7 +264,7 @@ class AllLinear(Captioner):
 
 
 class AllLinearWithChanges(AllLinear, WithChanges):
-    """Both."""
+    """LoRA in all linear layers, and the changes."""
 
 
 def with_block(block: type[GatedCrossAttention]) -> type[QAdapter]:

@@ -177,8 +177,9 @@ def test_paths_may_have_any_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--video VIDEO --split val", "--split and --data: expected without --video"), ("--window 2", "--window"),
-    ("--video VIDEO --data DATA", "--data: expected without"), ("--show x.png", "--show and --window: expected"),
+    ("--video VIDEO --split val", "--split, --dataset and --data: expected without"), ("--window 2", "--window"),
+    ("--video VIDEO --dataset folder", "--data: expected without"), ("--vit=", "--vit: expected text"),
+    ("--show x.png", "--show and --window: expected"),
     ("--video VIDEO --window 2 --show x.png", "--show: expected without --window"), ("--beams 1000", "1000"),
     ("--video VIDEO --save a.srt", "--save FILE.srt: expected --window"), ("--device abacus", "--device: invalid"),
     ("--video VIDEO VIDEO --window 2 --save a.srt", "a.srt: expected one video, found 2"), ("--beams 0", "--beams"),

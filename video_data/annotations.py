@@ -231,7 +231,7 @@ def read_folder(root: Path) -> Annotations:
      "val": {"c.mp4": ["a cat sleeps"]},
      "test": {"d.mp4": ["a child paints"]}}
 
-    val chooses the best weights. test is scored once, at the end, and alone suffices to score a run that is there.
+    val chooses the best weights. test is scored once, at the end. To score a finished run, one split is enough.
     """
     source = root / "captions.json"
     content = read_json(source)

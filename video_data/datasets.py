@@ -81,13 +81,13 @@ def refuse_duplicates(items: Iterable, where: Path, what: str) -> None:
 def select_clips(root: Path, annotated: Annotations, split: str, allow_missing: bool) -> list[Clip]:
     """The clips of a split. Clips without a caption or a video are an InputError, or with `allow_missing` left out."""
     ids, captions, videos = annotated.splits[split], annotated.captions, annotated.videos
+    if not ids:
+        raise InputError(f"{root}: expected clips of the split {split}, found none")
     clips = [Clip(i, videos[i], tuple(captions[i])) for i in ids if i in videos and captions.get(i)]
     missing = [i for i in ids if i not in videos or not captions.get(i)]
     for clip in clips:
         if any(len(caption) > MAX_LETTERS or SURROGATE.search(caption) for caption in clip.captions):
             raise InputError(f"{root}: {clip.id}: expected captions in Unicode, at most {MAX_LETTERS:,} characters")
-    if not ids:
-        raise InputError(f"{root}: expected clips of the split {split}, found none")
     if not clips or missing and not allow_missing:
         names = ", ".join(missing[:5] + ["..."] * (len(missing) > 5))
         counts = f"{len(missing)} of {len(ids)} {split} clips have no video or no caption"

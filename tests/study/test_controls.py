@@ -1,6 +1,7 @@
 """Captions of changed frames. References: the run's test captions, and `Captioner.caption` of frames changed here."""
 
 import numpy as np
+import pytest
 import torch
 
 from common.files import read_json
@@ -13,7 +14,9 @@ from video_data.video import read_frames
 def test_the_frames_are_changed_as_each_control_says(finished_run, flags, tmp_path):
     """Standard error by hand: 1, 2 and 6 have a standard deviation of 2.646, over the root of 3 1.528."""
     output = succeed(controls, finished_run, "--save", tmp_path / "c.json", "--device", "cpu")
-    found, expected = read_json(tmp_path / "c.json"), read_json(finished_run / "test.json")["captions"]
+    found, test = read_json(tmp_path / "c.json"), read_json(finished_run / "test.json")
+    expected, ciders = test["captions"], [100 * test["CIDEr"][clip] for clip in test["captions"]]
+    assert found["the clip"]["CIDEr"] == pytest.approx(ciders, abs=0.06)
     assert found["the clip"]["captions"] == expected
     assert [line.split("  ")[0] for line in output.splitlines()][-5:] == [*found]
     captioner = load_run(finished_run, torch.device("cpu"))[0]

@@ -221,7 +221,8 @@ def test_a_study_is_run_once_and_goes_on(flags, tmp_path, monkeypatch, capsys):
 
 def test_controls_are_kept_and_shown(tmp_path, monkeypatch, capsys):
     """By hand: 10, 20, 30 have a standard deviation of 10; 0, -10 and -5, which the second control adds, 5."""
-    content = {"intro": "", "tables": {}, "controls": {"title": "C", "rows": [{"label": "a", "flags": "RUN --x"}]}}
+    content = {"intro": "", "tables": {}, "controls": {"title": "C", "text": "T",
+               "rows": [{"label": "a", "flags": "RUN --x"}]}}
     for owner, name, value in ((study, "CONTENT", content), (tables, "CONTENT", content),
                                (tables, "RESULTS", tmp_path), (study, "PAGE", tmp_path / "page.md"),
                                (study, "FIGURE", tmp_path / "figure.svg"), (study, "RUNS", tmp_path / "runs")):
@@ -234,5 +235,5 @@ def test_controls_are_kept_and_shown(tmp_path, monkeypatch, capsys):
     study.main()
     assert capsys.readouterr().out == ""
     assert (tmp_path / "page.md").read_text().endswith(
-        "| captions of | clips | own | other | flags |\n| --- | ---: | ---: | ---: | ---: |\n"
+        "T\n\n| captions of | clips | own | other | flags |\n| --- | ---: | ---: | ---: | ---: |\n"
         "| a | 3 | 20.0 ± 5.8 | -5.0 ± 2.9 | `RUN --x` |\n")

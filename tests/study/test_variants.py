@@ -18,7 +18,7 @@ from study.variants import VARIANTS
 from tests.tiny import LABELS, clips, randomized
 
 N, T, P, D, R = 6, 4, 5, 16, 8  # T is that of tests/tiny.py, too
-CONFIG = Config(queries=N, rank=R, frames=T, last_blocks=1)
+CONFIG = Config(queries=N, rank=R, frames=T, last_blocks=1, batch_size=2)
 CONFIG2 = replace(CONFIG, last_blocks=2)
 NO_CHANGES = "no-changes", "per-frame", "no-time-no-changes"
 
@@ -95,14 +95,17 @@ def test_a_variant_of_the_gate_needs_one(name):
 
 @pytest.mark.parametrize("name, pressure", [("gate-sparse", 0.02), ("gate-sparser", 0.2)])
 def test_gates_under_pressure(name, pressure):
-    """Reference: the gradient of the loss and, by hand, of the pressure times the mean gate. Float64, within 1e-12."""
-    z = torch.randn(2, T, 1, P, D, dtype=torch.float64)
-    under, usual = make(name), make(None)
-    under.read_outputs(z).square().sum().backward()
-    block, grown = usual.blocks[0], []
-    block.register_forward_hook(lambda _, inputs, outputs: grown.append(outputs[1].mean()))
-    (usual.read_outputs(z).square().sum() + pressure * grown[0]).backward()
-    torch.testing.assert_close(under.blocks[0].gate.weight.grad, block.gate.weight.grad, rtol=0, atol=1e-12)
+    """Reference: the gradient of the loss and, by hand, of the pressure times the mean gate, though the clips of a step
+    are computed one by one. Float64, within 1e-12."""
+    z, under, usual = torch.randn(2, T, 1, P, D, dtype=torch.float64), make(name), make(None)
+    for clip in z.split(1):
+        under.read_outputs(clip).square().sum().backward()
+    block, gates = usual.blocks[0], []
+    block.register_forward_hook(lambda _, inputs, outputs: gates.append(outputs[1]))
+    loss = usual.read_outputs(z).square().sum()
+    (loss + pressure * torch.cat(gates).mean()).backward()
+    for found, expected in zip(under.parameters(), usual.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-12)
 
 
 def test_gated_writing():
@@ -112,12 +115,14 @@ def test_gated_writing():
     block = VARIANTS["gate-write"].Block(D, replace(CONFIG, write_back=True), True).double()
     for parameter in block.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
+    block.mean.normal_(), block.std.uniform_(0.5, 2)
     queries, tokens = torch.randn(2, N, D).double(), torch.randn(2, T, P, D).double()
     time_embed = torch.randn(T, D).double()
     found_queries, gates, found = block(queries, tokens, time_embed)
     z = F.layer_norm(tokens, (D,))
     added = GatedCrossAttention.write(block, z, found_queries, tokens, time_embed) - tokens
-    gate = torch.sigmoid((z + time_embed[:, None]) @ block.gate.weight.T + block.gate.bias)
+    read = (z - block.mean) / block.std + time_embed[:, None]
+    gate = torch.sigmoid(read @ block.gate.weight.T + block.gate.bias)
     torch.testing.assert_close(found, tokens + gate * added, rtol=0, atol=1e-12)
     assert gates.eq(1).all() and gate.std() > 0.01 and added.abs().max() > 0.01
     with pytest.raises(InputError, match="--variant gate-write: expected with --write-back"):
