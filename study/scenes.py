@@ -1,6 +1,5 @@
 """Harder clips of `shapes`, in which a gate or a deeper read could help: `python -m study.scenes KIND FOLDER`.
 
-    sparse       everything happens within 1/8 of the clip; before and after it, all shapes stand still. No shape blinks
     distractors  0 to 8 grey shapes move, too, behind the others. No caption names them
 
 Captions and folders are like those of `video_data/shapes.py`: `train.py --dataset shapes --data FOLDER` trains on them.
@@ -16,19 +15,7 @@ from common.errors import InputError
 from video_data import shapes
 from video_data.annotations import SPLITS
 
-EVENT = 1 / 8  # of the clip
 MOST_DISTRACTORS = 8
-
-
-def make_sparse(path: Path, seed: int) -> list[str]:
-    """Writes a clip in which all motion is in one short part, anywhere; returns its captions."""
-    rng = np.random.default_rng([seed, SPLITS.index(path.parent.name), int(path.stem), 1])
-    scene, start = shapes.draw_scene(rng), rng.uniform(0, 1 - EVENT)
-    while any(shape.motion == "blink" for shape in scene):  # in two frames nobody could tell
-        scene = shapes.draw_scene(rng)
-    u = ((np.linspace(0, 1, shapes.FRAMES) - start) / EVENT).clip(0, 1)
-    shapes.write_clip(path, shapes.render(scene, u, rng)[0])
-    return shapes.reference_captions(scene, rng)
 
 
 def draw_distracted(path: Path, seed: int) -> tuple:
@@ -47,11 +34,11 @@ def make_distracted(path: Path, seed: int) -> list[str]:
     return captions
 
 
-KINDS = {"usual": shapes.make_clip, "sparse": make_sparse, "distractors": make_distracted}
+KINDS = {"usual": shapes.make_clip, "distractors": make_distracted}
 
 
 def main() -> None:
-    parser = cli.Parser("Makes harder clips of moving shapes.", "python -m study.scenes sparse data/sparse")
+    parser = cli.Parser("Makes harder clips of moving shapes.", "python -m study.scenes distractors data/distractors")
     parser.add_argument("kind", choices=list(KINDS), help="what makes them harder")
     shapes.add_arguments(parser)
     args = parser.parse_args()

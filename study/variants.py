@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 from model import Captioner
-from models.baselines import LoRALinear
 from qadapter import HEADS, CastLinear, GatedCrossAttention, QAdapter, multi_head_attention
 
 # --------------------------------------------------------------------------------------- the gate
@@ -96,46 +95,6 @@ class RankGate(HeadGate):
 
     def count_gates(self) -> int:
         return self.o.in_features
-
-
-class WriteGate(Gated):
-    """With --write-back, sigmoid((Y + E) w + b), one number per token of the ViT, scales what the token reads of the
-    queries; g = 1, which is what a log shows."""
-
-    def __init__(self, width: int, config, write_back: bool):
-        super().__init__(width, config, write_back)
-        if not config.write_back:
-            raise InputError("--variant gate-write: expected with --write-back")
-        self.gate = self.gate if write_back else None  # after the last block nothing is written
-
-    make_gate, compute_gates = TokenGate.make_gate, TokenGate.compute_gates
-
-    def write(self, z: Tensor, queries: Tensor, tokens: Tensor, time_embed: Tensor) -> Tensor:
-        written = super().write(z, queries, torch.zeros_like(tokens), time_embed)  # (B, T, P, D)
-        return tokens + written * self.project(self.gate, z, time_embed).sigmoid().to(written.dtype)
-
-
-class SparseGate(Gated):
-    """The loss also has PRESSURE times the mean gate of each block, so a read that is worth little is shut. Only its
-    gradient has it: a log shows the loss without."""
-
-    PRESSURE = 0.02
-
-    def __init__(self, width: int, config, write_back: bool):
-        super().__init__(width, config, write_back)
-        self.count = config.batch_size * config.queries  # gates of a block in a step, whatever is computed at once
-
-    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
-        gates = super().compute_gates(queries, normed_queries, read)  # (B, N, 1)
-        if gates.requires_grad:
-            gates.register_hook(lambda gradient: gradient + self.PRESSURE / self.count)
-        return gates
-
-
-class SparserGate(SparseGate):
-    """The same with ten times the pressure."""
-
-    PRESSURE = 0.2
 
 
 class BiasedGate(Gated):
@@ -241,30 +200,13 @@ class WithChanges(Captioner):
     def add_trained_parts(self) -> None:
         super().add_trained_parts()
         if self.time_embed is None:
-            raise InputError(f"--variant {self.config.variant}: expected --method linear, or without --mllm another "
+            raise InputError("--variant with-changes: expected --method linear, or without --mllm another "
                              "one that trains something")
         self.change = nn.Linear(self.backbone.visual_width, self.backbone.visual_width, bias=False)
 
     def add_time(self, tokens: Tensor) -> Tensor:
         changes = F.pad(tokens.float().diff(dim=1), (0, 0, 0, 0, 1, 0))  # (B, T, N', D), zero in the first frame
         return super().add_time(tokens) + self.change(changes)
-
-
-class AllLinear(Captioner):
-    """LoRA in every linear layer of the language model's blocks, not in queries and values alone."""
-
-    def add_trained_parts(self) -> None:
-        if self.config.method != "lora-lm":
-            raise InputError(f"--variant {self.config.variant}: expected --method lora-lm")
-        super().add_trained_parts()
-        for module in [*self.lm.blocks.modules()]:
-            for name, layer in module.named_children():
-                if type(layer) is nn.Linear:
-                    setattr(module, name, LoRALinear(layer, self.config.rank))
-
-
-class AllLinearWithChanges(AllLinear, WithChanges):
-    """LoRA in all linear layers, and the changes."""
 
 
 def with_block(block: type[GatedCrossAttention]) -> type[QAdapter]:
@@ -278,9 +220,6 @@ VARIANTS = {
     "gate-patch": with_block(TokenGate),
     "gate-head": with_block(HeadGate),
     "gate-rank": with_block(RankGate),
-    "gate-write": with_block(WriteGate),
-    "gate-sparse": with_block(SparseGate),
-    "gate-sparser": with_block(SparserGate),
     "gate-open": with_block(BiasedGate),
     "gate-shut": with_block(ShutGate),
     "no-changes": with_block(NoChanges),
@@ -292,8 +231,6 @@ VARIANTS = {
     "same-block": SameBlock,
     "blind": Blind,
     "with-changes": WithChanges,
-    "all-linear": AllLinear,
-    "all-linear-with-changes": AllLinearWithChanges,
 }
 
 

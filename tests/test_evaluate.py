@@ -178,7 +178,7 @@ def test_paths_may_have_any_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     ("--video VIDEO --split val", "--split, --dataset and --data: expected without"), ("--window 2", "--window"),
-    ("--video VIDEO --dataset folder", "--data: expected without"), ("--vit=", "--vit: expected text"),
+    ("--video VIDEO --dataset folder", "--data: expected without"), ("--vit=", "--vit: expected Unicode text"),
     ("--show x.png", "--show and --window: expected"),
     ("--video VIDEO --window 2 --show x.png", "--show: expected without --window"), ("--beams 1000", "1000"),
     ("--video VIDEO --save a.srt", "--save FILE.srt: expected --window"), ("--device abacus", "--device: invalid"),
