@@ -43,9 +43,9 @@ def number(kind: type, least: float, most: float = 2**31) -> Callable[[str], flo
 
 
 def text(value: str) -> str:
-    """An argparse type: text that can be written as UTF-8, and some of it."""
+    """An argparse type: text that is not empty and can be written as UTF-8."""
     if not value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise argparse.ArgumentTypeError(f"expected Unicode text, and some of it, found {value!r:.40}")
+        raise argparse.ArgumentTypeError(f"expected Unicode text that is not empty, found {value!r:.40}")
     return value
 
 

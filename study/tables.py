@@ -197,7 +197,7 @@ def format_controls() -> str:
         own = ciders[first]
         cells = [f"{x.mean():{sign}.1f} ± {x.std(ddof=1) / len(x) ** 0.5:.1f}"
                  for x, sign in ((own, ""), *((ciders[name] - own, "+") for name in others))]
-        lines.append([row["label"], str(len(own)), *cells, f"`{row['flags']}`"])
+        lines.append([row["label"], f"{len(own):,}", *cells, f"`{row['flags']}`"])
     return f"{CONTENT['controls']['text']}\n\n{to_markdown([['captions of', 'clips', *names, 'flags'], *lines])}"
 
 
