@@ -83,14 +83,13 @@ def chosen_data(args: argparse.Namespace) -> dict:
     """What --dataset and --data replace in the Config of a run. Raises InputError."""
     if args.dataset and not args.data:
         raise InputError("--dataset: expected --data too, the folder of that dataset")
-    replaced = {"dataset": args.dataset, "shapes_sizes": None} if args.dataset else {}
-    return replaced | ({"data": args.data} if args.data else {})
+    return {name: value for name in ("dataset", "data") if (value := getattr(args, name))}
 
 
 def read_run_dataset(run: Path, config: Config, splits: Sequence[str] = SPLITS) -> VideoDataset:
     """Some splits, or all, of the dataset in a Config, that of the run or another. What differs from the data of the
     run is in their notes. Raises InputError."""
-    dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing, splits)
+    dataset = read_dataset(config.dataset, config.data, config.allow_missing, splits)
     for split, difference in data_differences(run, dataset).items():
         dataset.notes[split].append(difference)
     return dataset

@@ -195,8 +195,8 @@ def main() -> int:
     # 2. Data and model
     with group.first_of_machine():
         if config.dataset == "shapes" and not config.resume:
-            shapes.make_dataset(config.data, config.shapes_sizes or shapes.DEFAULT_SIZES)
-        dataset = read_dataset(config.dataset, config.data, config.shapes_sizes, config.allow_missing)
+            shapes.make_dataset(config.data)
+        dataset = read_dataset(config.dataset, config.data, config.allow_missing)
     if config.resume and (different := data_differences(config.resume, dataset)):
         lines = "; ".join(f"{split}: {line}" for split, line in different.items())
         raise InputError(f"{config.data}: expected the same ids, captions and sizes of videos as the run; {lines}")

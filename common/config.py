@@ -84,8 +84,6 @@ class Config:
                                                metavar=("H", "W"))
     vit_blocks: int | None = clips(None, "use only the first so many blocks of the ViT", type=count(1, 10**4))
     allow_missing: bool = clips(False, "leave out clips without a video or a caption")
-    shapes_sizes: tuple[int, ...] | None = clips(None, "clips in each split of shapes, when its folder is made",
-                                                 type=count(1, 10**6), nargs=3, metavar=("TRAIN", "VAL", "TEST"))
 
     queries: int = adapting(16, "query tokens of the Q-Adapter; prompts per block", type=count(1, 4096))
     rank: int = adapting(32, "rank of the Q-Adapter's projections, of LoRA, of adapters", type=count(1, 8192))

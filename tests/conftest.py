@@ -9,6 +9,7 @@ import torch
 import train
 from metrics import meteor_data
 from tests.scripts import TWELVE_STEPS, make_backbones, succeed
+from video_data import shapes
 
 torch.set_num_threads(1)  # for models this small a second thread costs more than it gains
 
@@ -32,7 +33,7 @@ def backbones(tmp_path_factory) -> Path:
 def flags(backbones, tmp_path_factory) -> list:
     """The flags of a run of twelve steps on 12, 4 and 6 clips, without token dropout; the last one is the dataset's
     folder."""
-    data = tmp_path_factory.mktemp("data") / "shapes"
+    shapes.make_dataset(data := tmp_path_factory.mktemp("data"), (12, 4, 6))
     return [*TWELVE_STEPS, "--vit", backbones / "vit", "--lm", backbones / "lm", "--token-dropout", 0, "--data", data]
 
 

@@ -28,7 +28,7 @@ from models.safetensors import read_safetensors, write_safetensors
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 TIMEOUT = 120  # seconds
-TWELVE_STEPS = ["--shapes-sizes", "12", "4", "6", "--batch-size", "4", "--epochs", "4", "--eval-every", "2",
+TWELVE_STEPS = ["--batch-size", "4", "--epochs", "4", "--eval-every", "2",
                 "--device", "cpu", "--queries", "4", "--rank", "4", "--last-blocks", "0", "--captions-per-clip", "2",
                 "--precision", "fp32", "--lr", "0.02"]
 

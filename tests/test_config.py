@@ -14,7 +14,7 @@ from common.files import read_json, write_json
 VALUES = dict(  # of every field, none of them the default
     dataset="msvd", data=Path("-odd name"), mllm="m", vit="v", lm="l", method="linear", epochs=3, batch_size=5,
     cache_features=True, out=Path("o"), resume=Path("r"), plan=True, device="cuda", frames=7, captions_per_clip=2,
-    image_size=[32], vit_blocks=2, allow_missing=True, shapes_sizes=(5, 6, 7), queries=9, rank=12, last_blocks=0,
+    image_size=[32], vit_blocks=2, allow_missing=True, queries=9, rank=12, last_blocks=0,
     deep_rank=2, gate="none", word_epochs=3, cider_epochs=2, compile=True, write_back=True,
     token_dropout=0.25, variant="v", visual="frames", grid=2, instruction="Name it: -x 'é'", lr=0.5,
     weight_decay=1e-7, micro_batch_size=2, seed=8, precision="bf16", eval_every=2, beams=4)
@@ -86,7 +86,7 @@ def test_the_defaults_of_a_dataset(dataset):
     ("--plan --method none", "--plan"), ("--precision bf16 --method full", "--precision bf16"),
     ("--frames 0", "--frames: expected a whole number from 1 to 4096, found '0'"), ("--lr nan", "--lr: expected"),
     ("--lr 0", "--lr: expected a number from 1e-12"), ("--device meta", "--device: invalid choice"),
-    ("--token-dropout 0.95", "--token-dropout"), ("--seed 1.5", "--seed"), ("--shapes-sizes 1 2", "--shapes-sizes"),
+    ("--token-dropout 0.95", "--token-dropout"), ("--seed 1.5", "--seed"),
     ("--colour red", "--colour"), ("--epoch 3", "--epoch 3 .*--help lists"), ("--gate x", "--gate"),
     ("--instruction \udcff --mllm m", "--instruction: expected Unicode text"), ("--mllm=", "--mllm: expected Unicode"),
     ("--data=", "--data: expected Unicode"),
@@ -112,9 +112,9 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
 
 @pytest.mark.parametrize("name, value", [
     ("frames", 0), ("frames", 10**30), ("frames", {}), ("beams", -1), ("dataset", "x"), ("dataset", []),
-    ("shapes_sizes", [1, 2]), ("shapes_sizes", [1, 2, 10**9]), ("epochs", "x"), ("seed", 1.5), ("lr", "nan"),
-    ("precision", "fp8"), ("rank", 6), ("visual", "frames"), ("write_back", "yes"), ("lr", True), ("lr", None),
-    ("seed", None), ("dataset", None), ("rank", False), ("data", None), ("lm", None), ("precision", "auto"),
+    ("epochs", "x"), ("seed", 1.5), ("lr", "nan"), ("precision", "fp8"), ("rank", 6), ("visual", "frames"),
+    ("write_back", "yes"), ("lr", True), ("lr", None), ("seed", None), ("dataset", None), ("rank", False),
+    ("data", None), ("lm", None), ("precision", "auto"),
 ])
 def test_a_value_that_was_changed_by_hand_is_named_with_its_file(name, value, tmp_path):
     """Each is checked like a flag, and null, which no flag says, is no default."""

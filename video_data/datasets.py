@@ -120,14 +120,11 @@ def list_differences(name: str, annotated: Annotations, split: str, clips: list[
     ) if is_different]
 
 
-def read_dataset(name: str, root: Path, sizes: Sequence[int] = (), allow_missing: bool = False,
+def read_dataset(name: str, root: Path, allow_missing: bool = False,
                  splits: Sequence[str] = SPLITS) -> VideoDataset:
-    """The given splits of a dataset in the folder `root`.
-
-    `sizes` of shapes, if they are given, must be those of the folder. Raises InputError if captions or splits cannot be
-    read or contradict each other, if a clip or video occurs twice, and if a clip has no video or no caption, unless
-    `allow_missing`.
-    """
+    """The given splits of a dataset in the folder `root`. Raises InputError if captions or splits cannot be read or
+    contradict each other, if a clip or video occurs twice, and if a clip has no video or no caption, unless
+    `allow_missing`."""
     if not root.is_dir() or not any(root.iterdir()):
         if name != "shapes":  # whose folder `train.py` makes
             print(f"Put into {root}:\n{inspect.getdoc(READERS[name])}", file=sys.stderr)
@@ -135,9 +132,6 @@ def read_dataset(name: str, root: Path, sizes: Sequence[int] = (), allow_missing
         raise InputError(f"{root}: expected the folder of the dataset (--data), found {found}")
     annotated = READERS[name](root)
     refuse_duplicates([i for ids in annotated.splits.values() for i in ids], root, "occurs twice in the splits")
-    found = [len(ids) for ids in annotated.splits.values()]
-    if name == "shapes" and sizes and found != list(sizes):
-        raise InputError(f"{root}: contains {found} clips of shapes, not {list(sizes)}; give another folder")
     clips = {split: select_clips(root, annotated, split, allow_missing) for split in splits}
     refuse_duplicates((c.path.resolve() for group in clips.values() for c in group), root, "is the video of two clips")
     notes = {split: list_differences(name, annotated, split, clips[split]) for split in splits}

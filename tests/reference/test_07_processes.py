@@ -13,16 +13,17 @@ import torch
 
 import train
 from tests.scripts import ENVIRONMENT, ROOT, act_at_call, fork_two, losses, read_log, succeed
+from video_data import shapes
 
 # With seed 4 the best validation is not the last, so captions of the test split tell which weights they are of.
-TWENTY_STEPS = ["--shapes-sizes", 22, 5, 7, "--batch-size", 5, "--epochs", 5, "--cache-features", "--seed", 4,
-                "--eval-every", 1]
+TWENTY_STEPS = ["--batch-size", 5, "--epochs", 5, "--cache-features", "--seed", 4, "--eval-every", 1]
 TRAIN = "import train; train.LOG_EVERY = 1; train.cli.run(train.main)"
 
 
 @pytest.fixture(scope="module")
 def two_flags(flags, tmp_path_factory) -> list:
-    return [*flags, *TWENTY_STEPS, "--data", tmp_path_factory.mktemp("parallel") / "shapes"]
+    shapes.make_dataset(data := tmp_path_factory.mktemp("parallel"), (22, 5, 7))
+    return [*flags, *TWENTY_STEPS, "--data", data]
 
 
 @pytest.fixture(scope="module")
