@@ -30,7 +30,7 @@ from common.errors import InputError
 from models.baselines import add_baseline, set_frames
 from models.caption_loss import caption_loss, to_device
 from models.deep import TEXT, DeepVectors
-from models.generation import check_length, generate
+from models.generation import generate
 from models.lm import CausalLM, VisualPlaces
 from models.mllm import MLLM
 from models.pair import Pair
@@ -119,9 +119,8 @@ class Captioner(nn.Module):
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, by name: those that are trained, and the statistics that were measured."""
-        parts = {"adapter": self.adapter, "deep": self.deep}
-        return self.trained() | {name: buffer for part, module in parts.items() if module is not None
-                                 for name, buffer in module.named_buffers(part)}
+        return self.trained() | {name: buffer for name, buffer in self.named_buffers()
+                                 if name.startswith(("adapter.", "deep."))}
 
     # -------------------------------------------------------------------------------- what the ViT sees
 
@@ -274,10 +273,15 @@ class Captioner(nn.Module):
     def check_length(self, num_frames: int, beams: int, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
         """Raises InputError, before any work, for a search that the language model has no positions or tokens for, or
         --deep-rank no vectors."""
-        length = self.prefix_length(num_frames)
+        length, lm = self.prefix_length(num_frames), self.lm.config
         if self.deep is not None and length != self.deep.prefix.shape[1]:
             raise InputError(f"--frames {num_frames}: expected {self.config.frames}, as in training with --deep-rank")
-        check_length(self.lm.config, length, max_new_tokens, beams)
+        if beams > (most := lm.vocab - len(lm.eos_ids)):
+            raise InputError(f"beams: {beams}, expected at most {most}, the vocabulary without EOS")
+        needed = length + max_new_tokens - 1  # the last token is not fed back
+        if needed > lm.max_positions:
+            raise InputError(f"--queries, --frames or --grid: expected {lm.max_positions} positions at most, found "
+                             f"{needed}: {length} before a caption of {max_new_tokens}, the last of them not read")
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # --compile is for losses; a cache that grows would be compiled again

@@ -30,7 +30,7 @@ from video_data import shapes
 B, T, K, L, S, RANK = 2, 8, 4, 15, 224, 32
 EOS = 2
 CONFIGS = Path(__file__).resolve().parents[1] / "tests/models/configs"
-TOKENIZER = SimpleNamespace(bos_id=lambda: 1, encode=lambda text: [10, 11, 12])  # what a captioner needs of one
+TOKENIZER = SimpleNamespace(start=[1], encode=lambda text: [10, 11, 12])  # what a captioner needs of one
 
 
 def random_tensor(*shape: int) -> Tensor:
@@ -103,7 +103,7 @@ class PeftCaptioner(nn.Module):
         pooled = self.vit(pixel_values=pixels.flatten(0, 1)).pooler_output.unflatten(0, pixels.shape[:2])
         visual = self.connector(pooled.float())  # (R, T, C)
         embed = self.lm.get_input_embeddings()
-        texts = embed(torch.tensor([TOKENIZER.bos_id(), *TOKENIZER.encode("")])).expand(len(pixels), -1, -1)
+        texts = embed(torch.tensor(TOKENIZER.start + TOKENIZER.encode(""))).expand(len(pixels), -1, -1)
         x = torch.cat([texts[:, :1], visual.to(texts.dtype), texts[:, 1:], embed(labels)], dim=1)
         padded = F.pad(labels, (x.shape[1] - L, 0), value=-100)
         return self.lm(inputs_embeds=x, labels=padded, use_cache=False).loss * labels.numel()

@@ -104,7 +104,7 @@ class BPETokenizer:
     ignore_merges: bool  # whether a piece that is a token is taken as it is
     added: dict[str, int]  # tokens outside the merges, such as "<|im_end|>", as plain text -> id
     special: set[int]  # those of `added` that are not part of texts
-    bos: int | None  # the token that is put before each text
+    start: list[int]  # what whole texts begin with: BOS, or nothing
 
     def __post_init__(self):
         longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
@@ -115,10 +115,6 @@ class BPETokenizer:
 
     def __len__(self) -> int:
         return max(self.tokens, default=-1) + 1
-
-    def bos_id(self) -> int:
-        """-1 if texts have no first token of their own."""
-        return -1 if self.bos is None else self.bos
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text that continues another one: a space comes first.
@@ -186,10 +182,10 @@ def load_bpe(path: Path, bos_id: int | None) -> BPETokenizer:
     """
     file = read_json(path)
     with reading(path):
-        return read_bpe(file, bos_id)
+        return parse_bpe(file, bos_id)
 
 
-def read_bpe(file: dict, bos_id: int | None) -> BPETokenizer:
+def parse_bpe(file: dict, bos_id: int | None) -> BPETokenizer:
     parts = "added_tokens", "pre_tokenizer", "post_processor", "decoder", "model"
     check_fields(file, {"version": ["1.0"], "normalizer": [None, {"type": "NFC"}]} | dict.fromkeys(parts, ANY))
     model, (cut, byte_level) = file["model"], file["pre_tokenizer"]["pretokenizers"]
@@ -207,7 +203,7 @@ def read_bpe(file: dict, bos_id: int | None) -> BPETokenizer:
         ignore_merges=bool(model.get("ignore_merges")),
         added=added,
         special={entry["id"] for entry in file["added_tokens"] if entry.get("special")},
-        bos=read_bos(file.get("post_processor"), added, bos_id),
+        start=read_start(file.get("post_processor"), added, bos_id),
     )
 
 
@@ -234,18 +230,18 @@ def read_merges(entries: list, vocab: dict[str, int]) -> dict[tuple[str, str], i
     return {pair: rank for rank, pair in enumerate(pairs)}
 
 
-def read_bos(post_processor: dict | None, added: dict[str, int], default: int | None) -> int | None:
-    """The token that the post-processor puts before each text."""
+def read_start(post_processor: dict | None, added: dict[str, int], default: int | None) -> list[int]:
+    """The token that the post-processor puts before each text, else the default, if there is one."""
     text = {"Sequence": {"id": "A", "type_id": 0}}
     parts = (post_processor or {"processors": []}).get("processors", [post_processor])
     # ByteLevel only trims offsets, and a template of nothing but the text adds nothing to it.
     templates = [part for part in parts if part["type"] != "ByteLevel" and part.get("single") != [text]]
     if not templates:
-        return default
+        return [] if default is None else [default]
     (template,) = templates
     name = template["single"][0]["SpecialToken"]["id"]
     single = [{"SpecialToken": {"id": name, "type_id": 0}}, text]
     tokens = {name: {"id": name, "ids": [added[name]], "tokens": [name]}}
     supported = {"type": ["TemplateProcessing"], "single": [single], "special_tokens": [tokens], "pair": ANY}
     check_fields(template, supported, "post_processor.")
-    return added[name]
+    return [added[name]]

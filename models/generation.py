@@ -23,40 +23,25 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
-from models.lm import CausalLM, KVCache, LMConfig, VisualPlaces
+from models.lm import CausalLM, KVCache, VisualPlaces
 
 TEMPERATURE = 0.7  # of `sample`: at 1, a small frozen language model hardly writes a sentence
 
 
-def check_length(lm_config: LMConfig, prefix_length: int, max_new_tokens: int, beams: int) -> None:
-    """Raises InputError if `generate` cannot run after a prefix of `prefix_length` positions."""
-    most = lm_config.vocab - len(lm_config.eos_ids)
-    if max_new_tokens < 1:
-        raise InputError(f"tokens of a caption: {max_new_tokens}, expected at least 1")
-    if not 1 <= beams <= most:
-        raise InputError(f"beams: {beams}, expected 1 to {most}, the vocabulary without EOS")
-    needed = prefix_length + max_new_tokens - 1  # the last token is not fed back
-    if needed > lm_config.max_positions:
-        raise InputError(f"--queries, --frames or --grid: expected {lm_config.max_positions} positions at most, found "
-                         f"{needed}: {prefix_length} before a caption of {max_new_tokens}, the last of them not read")
-
-
 @torch.inference_mode()
 def generate(lm: CausalLM, prefix: Tensor, beams: int = 1, max_new_tokens: int = 30,
-             eos_id: int | None = None, places: VisualPlaces | None = None) -> list[list[int]]:
+             places: VisualPlaces | None = None) -> list[list[int]]:
     """Returns the new token ids of each text after prefix embeddings (B, S, C), without EOS. They equal those of [1].
 
-    With one beam the search is greedy. eos_id None: every EOS of the model's config. places: of the prefix. Raises
-    InputError for too few positions, before any work, and for logits that are not finite.
+    With one beam the search is greedy. beams: fewer than the vocabulary without EOS. places: of the prefix. Raises
+    InputError for too few positions and for logits that are not finite.
     """
-    check_length(lm.config, prefix.shape[1], max_new_tokens, beams)
     prefix = prefix.to(lm.embed.weight.dtype)
-    eos_ids = lm.config.eos_ids if eos_id is None else (eos_id,)
     if beams == 1:
-        texts = write_texts(lm, prefix, lambda logits: logits.argmax(-1), max_new_tokens, eos_ids, places)
+        texts = write_texts(lm, prefix, lambda logits: logits.argmax(-1), max_new_tokens, places)
     else:
-        texts = beam_search(lm, prefix, beams, max_new_tokens, eos_ids, places)
-    return [ids[:-1] if ids[-1] in eos_ids else ids for ids in texts]
+        texts = beam_search(lm, prefix, beams, max_new_tokens, places)
+    return [ids[:-1] if ids[-1] in lm.config.eos_ids else ids for ids in texts]
 
 
 def next_logits(lm: CausalLM, x: Tensor, cache: KVCache) -> Tensor:
@@ -68,7 +53,7 @@ def next_logits(lm: CausalLM, x: Tensor, cache: KVCache) -> Tensor:
 
 
 def write_texts(lm: CausalLM, prefix: Tensor, choose: Callable[[Tensor], Tensor], max_new: int,
-                eos_ids: tuple[int, ...], places: VisualPlaces | None, count: int = 1) -> list[list[int]]:
+                places: VisualPlaces | None, count: int = 1) -> list[list[int]]:
     """Returns `count` texts after each prefix (B, S, C), with the EOS of those that end.
 
     choose: from logits (R, V), the token that each of R texts goes on with (R,).
@@ -85,7 +70,7 @@ def write_texts(lm: CausalLM, prefix: Tensor, choose: Callable[[Tensor], Tensor]
         tokens = choose(logits).tolist()
         for text, token in zip(running, tokens, strict=True):
             text.append(token)
-        active = [row for row, token in enumerate(tokens) if token not in eos_ids]
+        active = [row for row, token in enumerate(tokens) if token not in lm.config.eos_ids]
         if not active or length == max_new:
             break
         if len(active) < len(tokens):
@@ -108,7 +93,7 @@ def sample(lm: CausalLM, prefix: Tensor, count: int, max_new_tokens: int = 30,
         return torch.searchsorted(cumulative, drawn)[:, 0]  # torch.multinomial takes ten times as long
 
     prefix = prefix.to(lm.embed.weight.dtype)
-    texts = write_texts(lm, prefix, draw, max_new_tokens, lm.config.eos_ids, places, count)
+    texts = write_texts(lm, prefix, draw, max_new_tokens, places, count)
     return [texts[i : i + count] for i in range(0, len(texts), count)]
 
 
@@ -118,10 +103,10 @@ class Hypothesis(NamedTuple):
     row: int = 0  # of the cache: where all of its tokens but the last are
 
 
-def beam_search(lm: CausalLM, prefix: Tensor, beams: int, max_new: int, eos_ids: tuple[int, ...],
+def beam_search(lm: CausalLM, prefix: Tensor, beams: int, max_new: int,
                 places: VisualPlaces | None) -> list[list[int]]:
     """Returns the best finished hypothesis of each text, with its EOS."""
-    start = prefix.shape[1]
+    start, eos_ids = prefix.shape[1], lm.config.eos_ids
     cache = KVCache(lm.config, len(prefix) * beams, start + max_new - 1, prefix, places)
     running = [[Hypothesis(0.0, [])] for _ in prefix]  # of each text, best first
     finished: list[list[Hypothesis]] = [[] for _ in prefix]

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import InputError, reading
+from common.files import read_json
 from models import hub
-from models.lm_checkpoints import RopeScaling, read_lm_config
+from models.lm_checkpoints import RopeScaling, parse_lm_config
 from models.names import lm_tensor_names
 from models.weights import copy_strict, drop_tied_copy, read_tensors
 
@@ -308,7 +309,7 @@ class CausalLM(nn.Module):
     def from_config(cls, folder: str | Path) -> "CausalLM":
         """The model of a folder on the meta device, from its configs alone. Raises InputError."""
         path = Path(folder) / "config.json"
-        fields = read_lm_config(path)
+        fields = parse_lm_config(read_json(path), path, path)
         with reading(path), torch.device("meta"):
             return cls(LMConfig(**fields))
 

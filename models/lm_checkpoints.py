@@ -66,20 +66,9 @@ class RopeScaling:
     high: float = 2.0  # pairs with more rotations are kept
 
 
-def read_lm_config(path: Path, within_mllm: bool = False) -> dict[str, Any]:
-    """Reads a public config.json; returns the fields of `lm.LMConfig`. within_mllm: it may be that of an MLLM, whose
-    language model has a text_config. (Whether its head is tied, only the MLLM's layout knows.)
-
-    Raises InputError for other families and for every field whose value would need other computations.
-    """
-    published = read_json(path)
-    if within_mllm:
-        published = field(published, "text_config", dict, path, published)
-    return parse_lm_config(published, path, path)
-
-
 def parse_lm_config(published: dict[str, Any], where: str | Path, path: Path) -> dict[str, Any]:
-    """The same from a part of the content of a config.json `path`. Raises an InputError that begins with `where`."""
+    """The content of a public config.json `path`, or its part `where` -> the fields of `lm.LMConfig`. Raises InputError
+    for other families and for every field whose value would need other computations."""
     family = one_of(published, "model_type", FAMILIES, where)
     check_supported(published, dict.fromkeys(OFF, False) | WHOLE | (GEMMA if family == "gemma3_text" else SILU), where)
     config = read_fields(published, LM_FIELDS, family, where)

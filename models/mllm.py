@@ -181,8 +181,7 @@ class MLLM(FrozenModels):
         if is_bpe:
             return [tokenizer.encode_with_added(text) for text in texts]
         ids = [tokenizer.processor.encode(text) for text in texts]  # each gets sentencepiece's own space before it
-        bos = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
-        return [bos + ids[0], *ids[1:]]
+        return [tokenizer.start + ids[0], *ids[1:]]
 
     # ---------------------------------------------------------------------------------------- files
 

@@ -45,5 +45,4 @@ class Pair(FrozenModels):
 
     def prompt(self, tokenizer, frames: int, instruction: str, times=None) -> list[list[int]]:
         """The ids before and after the visual tokens."""
-        bos = tokenizer.bos_id()
-        return [[bos] if bos >= 0 else [], tokenizer.encode(PROMPT)]  # Qwen has no BOS
+        return [tokenizer.start, tokenizer.encode(PROMPT)]

@@ -16,9 +16,10 @@ from pathlib import Path
 import sentencepiece
 
 from common.errors import InputError, reading
+from common.files import field, read_json
 from models import hub
 from models.bpe import BPETokenizer, load_bpe
-from models.lm_checkpoints import read_lm_config
+from models.lm_checkpoints import parse_lm_config
 
 
 class SentencePieceTokenizer:
@@ -26,6 +27,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor):
         self.processor = processor
+        self.start = [i for i in (processor.bos_id(),) if i >= 0]  # what whole texts begin with: BOS, or nothing
         whole, first = processor.encode("b a"), processor.encode("b")
         self.prefix = next((prefix for prefix in ("", " ") if first + processor.encode(prefix + "a") == whole), None)
         if self.prefix is None:
@@ -33,10 +35,6 @@ class SentencePieceTokenizer:
 
     def __len__(self) -> int:
         return self.processor.vocab_size()
-
-    def bos_id(self) -> int:
-        """The token that texts begin with, -1 if there is none."""
-        return self.processor.bos_id()
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(self.prefix + text)
@@ -57,7 +55,8 @@ def load_tokenizer(folder_or_id: str | Path) -> Tokenizer:
     Raises InputError if there is neither, or if the tokenizer has more tokens than the language model.
     """
     folder = hub.resolve(folder_or_id)
-    config = read_lm_config(folder / "config.json", within_mllm=True)
+    published = read_json(path := folder / "config.json")
+    config = parse_lm_config(field(published, "text_config", dict, path, published), path, path)  # of an MLLM, or alone
     vocab = config["vocab"]
     if (path := folder / "tokenizer.model").is_file():
         with reading(path):

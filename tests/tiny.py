@@ -65,8 +65,7 @@ def added_names(method: str) -> set[str]:
 class Letters:
     """The part of a tokenizer that a captioner uses; ids 0 to 2 are unknown, BOS and EOS."""
 
-    def bos_id(self) -> int:
-        return 1
+    start = [1]
 
     def encode(self, text: str) -> list[int]:
         return [3 + max(0, LETTERS.find(letter.lower())) for letter in text]

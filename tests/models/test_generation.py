@@ -71,7 +71,8 @@ def test_120_models_generate_the_ids_of_the_reference(tmp_path):
         theirs, lm = make(tmp_path, seed, rng.randint(11, 20))
         prefix, calls = random_prefix(5, rng.choice([1, 4, 9]), seed), record_calls(lm)
         max_new, beams = rng.choice([1, 5, 9, 18]), rng.randint(1, 5)
-        generated = sum(generate(lm, prefix, beams, max_new, eos_id=-1), [])
+        set_eos(lm)
+        generated = sum(generate(lm, prefix, beams, max_new), [])
         eos = list(dict.fromkeys(rng.choices(generated, k=rng.choice([1, 1, 3]))))
         expected, steps = reference(theirs, prefix, beams, max_new, eos)
         set_eos(lm, *eos)
@@ -97,9 +98,11 @@ def test_other_families_generate_the_ids_of_the_reference(tmp_path, family):
         theirs = test_lm.make(tmp_path, test_lm.CASES[family], seed)
         lm, beams = CausalLM.from_pretrained(tmp_path), rng.randint(1, 5)
         prefix = lm.embed(test_lm.random_ids(3, rng.choice([1, 5, 12]), seed)).detach()
-        eos = rng.choice(sum(generate(lm, prefix, beams, 14, eos_id=-1), []))
+        set_eos(lm)
+        eos = rng.choice(sum(generate(lm, prefix, beams, 14), []))
         expected, _ = reference(theirs, prefix, beams, 14, [eos])
-        assert generate(lm, prefix, beams, 14, eos) == expected, f"seed {seed}"
+        set_eos(lm, eos)
+        assert generate(lm, prefix, beams, 14) == expected, f"seed {seed}"
         with_eos += min(map(len, expected)) < 14
     assert with_eos >= 3
 
@@ -111,10 +114,12 @@ def test_the_cached_search_equals_the_naive_search(tmp_path):
         rng = random.Random(seed)
         _, lm = make(tmp_path, seed, 12)
         prefix, max_new, beams = random_prefix(3, 4, seed), rng.choice([2, 6]), rng.randint(2, 4)
-        eos = rng.choice(generate(lm, prefix, beams, max_new, eos_id=-1)[0])
-        found = generate(lm, prefix, beams, max_new, eos)
+        set_eos(lm)
+        eos = rng.choice(generate(lm, prefix, beams, max_new)[0])
+        set_eos(lm, eos)
+        found = generate(lm, prefix, beams, max_new)
         assert found == [naive_beam_search(lm, row, beams, max_new, eos) for row in prefix], f"seed {seed}"
-        assert generate(lm, prefix, 1, max_new, eos) == naive_generate(lm, prefix, max_new, eos), f"seed {seed}"
+        assert generate(lm, prefix, 1, max_new) == naive_generate(lm, prefix, max_new, eos), f"seed {seed}"
         with_eos += min(map(len, found)) < max_new
     assert with_eos >= 5
 
@@ -128,7 +133,8 @@ def test_finished_texts_leave_the_batch(tmp_path):
     _, lm = make(tmp_path, 4, 30)
     prefix, calls = random_prefix(16, 6, 4), record_calls(lm)
     for beams in (1, 3):
-        rows = generate(lm, prefix, beams, 12, eos_id=-1)
+        set_eos(lm)
+        rows = generate(lm, prefix, beams, 12)
         set_eos(lm, rows[0][2], rows[1][4], rows[2][6])
         steps, expected = [], []
         for row in prefix[:, None]:
@@ -148,34 +154,13 @@ def test_stories260k_generates_the_story_of_its_author(real):
     folder = real / "stories260K"
     lm = CausalLM.from_pretrained(folder)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    # [2] stops at BOS, not at EOS.
-    (ids,) = generate(lm, lm.embed(torch.tensor([[lm.config.bos_id]])), 1, 200, lm.config.bos_id)
+    set_eos(lm, lm.config.bos_id)  # where [2] stops
+    (ids,) = generate(lm, lm.embed(torch.tensor([[lm.config.bos_id]])), 1, 200)
     assert len(ids) == 200
     assert processor.decode(ids) == (folder / "expected_greedy_200.txt").read_text()
 
 
 # ---------------------------------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_too_few_positions_are_refused_before_any_work(tmp_path, beams):
-    """The model has 12 positions, and all may be used: the last token is generated but not read."""
-    _, lm = make(tmp_path, 0, positions=12)
-    x, calls = random_prefix(1, 10, 0), record_calls(lm)
-    assert len(generate(lm, x, beams, 3, eos_id=-1)[0]) == 3
-    calls.clear()
-    with refused("expected 12 positions at most, found 13: 10 before a caption of 4, the last of them not read"):
-        generate(lm, x, beams, 4)
-    assert not calls
-
-
-def test_invalid_options_are_refused(tmp_path):
-    """The model has 24 tokens, so 23 beams are possible with one EOS token."""
-    _, lm = make(tmp_path, 0)
-    generate(lm, random_prefix(1, 2, 0), 23, 3)
-    for beams in (0, 24):
-        with refused("beams: "):
-            generate(lm, random_prefix(1, 2, 0), beams)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

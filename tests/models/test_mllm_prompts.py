@@ -127,8 +127,8 @@ def test_ids_of_llava_equal_those_of_the_whole_text():
     expected = theirs.encode(render(LLAVA_TEMPLATE, 2)).ids
     before, between, after = make(LLaVA, "llama").prompt(ours, 2, TEXT)
     image = theirs.token_to_id(IMAGE)
-    assert [*before, image, *between, image, *after] == [ours.bos_id(), *expected]
-    assert ours.bos_id() == 1 and len(between) == 2
+    assert [*before, image, *between, image, *after] == [*ours.start, *expected]
+    assert ours.start == [1] and len(between) == 2
 
 
 def test_prompts_that_cannot_be_encoded_are_refused(tmp_path):

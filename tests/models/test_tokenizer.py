@@ -50,7 +50,7 @@ def test_encoded_texts_continue_other_texts(marks_first_word):
         assert tokenizer.encode("the cat") + ids == tokenizer.encode("the cat " + text)
         assert processor.decode(tokenizer.encode("a mat") + ids).strip() == "a mat " + text
     assert tokenizer.decode([*rows, [26, *rows[0], 99], []]) == [*TEXTS, TEXTS[0], ""]
-    assert (len(tokenizer), tokenizer.bos_id()) == (26, 1)
+    assert (len(tokenizer), tokenizer.start) == (26, [1])
 
 
 def test_the_tiny_backbone_encodes_as_sentencepiece_does():
@@ -102,11 +102,11 @@ def test_bos_of_a_bpe(tmp_path):
     byte_level, template = sequence["processors"]
     empty = template | {"single": template["single"][1:], "special_tokens": {}}  # transformers 5 writes it for SmolLM2
 
-    def load(post_processor: dict | None, **fields: object) -> int:
+    def load(post_processor: dict | None, **fields: object) -> list[int]:
         content["post_processor"] = post_processor
-        return load_tokenizer(write(tmp_path, tokenizer_json=content, **fields)).bos_id()
+        return load_tokenizer(write(tmp_path, tokenizer_json=content, **fields)).start
 
-    assert [load(each) for each in (sequence, template, byte_level, empty, None)] == [first, first, 5, 5, 5]
-    assert load(None, bos_token_id=None) == -1
+    assert [load(each) for each in (sequence, template, byte_level, empty, None)] == [[first], [first], [5], [5], [5]]
+    assert load(None, bos_token_id=None) == []
     qwen = {"model_type": "qwen2", "eos_token_id": 2}
-    assert [load(each, **qwen) for each in (sequence, byte_level)] == [first, -1]
+    assert [load(each, **qwen) for each in (sequence, byte_level)] == [[first], []]

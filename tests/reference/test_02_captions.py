@@ -195,7 +195,7 @@ def test_the_prefix_is_bos_then_visual_tokens_then_the_prompt(name, frames):
     embed, prompt = captioner.lm.embed.weight, Letters().encode("a video of")
     for row, tokens in zip(prefix, visual, strict=True):
         assert torch.equal(row, torch.cat([embed[1:2], tokens, embed[prompt]]))
-    captioner.tokenizer.bos_id = lambda: -1
+    captioner.tokenizer.start = []
     assert torch.equal(captioner.prefix(pixels), prefix[:, 1:])
     assert captioner.prefix_length(frames) == prefix.shape[1] - 1
 

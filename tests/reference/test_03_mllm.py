@@ -4,6 +4,8 @@ References: embeddings of ids with visual tokens in the place of image tokens, a
 (`--method none`), bit for bit; plain loops. The MLLMs are tiny and random (`tests/tiny.py`).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -160,7 +162,18 @@ def test_each_clip_has_its_own_times(family):
 @pytest.mark.parametrize("family, fields, message", [
     ("llava", dict(grid=5), "--grid 5: expected at most 4, a side"),
     ("llava", dict(frames=200), "--grid: expected 300 positions at most, .* of 41"),
+    ("llava", dict(beams=40), "beams: 40, expected at most 39"),
 ])
 def test_what_does_not_fit_the_frozen_models_is_refused(family, fields, message):
     with pytest.raises(InputError, match=message):
         make("none", 0, family, **fields)
+
+
+def test_all_positions_may_be_used():
+    """A caption of 4 tokens, of which the last is not read, after a prefix of S positions: S + 3 suffice."""
+    captioner = make("none", 0, "llava")
+    needed = captioner.prefix_length(T) + 3
+    captioner.lm.config = replace(captioner.lm.config, max_positions=needed)
+    captioner.caption(clips(1, T, 0), max_new_tokens=4)
+    with pytest.raises(InputError, match=f"{needed} positions at most, found {needed + 1}"):
+        captioner.caption(clips(1, T, 0), max_new_tokens=5)
