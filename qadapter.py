@@ -42,6 +42,14 @@ class CastLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+def zero_linear(inputs: int, outputs: int) -> CastLinear:
+    """A layer that starts at zero."""
+    layer = CastLinear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def split_heads(x: Tensor) -> Tensor:
     """Splits the width r of (B, n, r) into heads."""
     return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # (B, n, r) -> (B, h, n, d)
@@ -110,10 +118,7 @@ class GatedCrossAttention(nn.Module):
 
     def make_gate(self, width: int) -> nn.Module:
         """The gating layer. It starts at zero, so every gate starts at 1/2."""
-        gate = CastLinear(2 * width, 1)
-        nn.init.zeros_(gate.weight)
-        nn.init.zeros_(gate.bias)
-        return gate
+        return zero_linear(2 * width, 1)
 
     def forward(self, queries: Tensor, tokens: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, D), the tokens of a block's output (B, T, P, D), frame vectors (T, D) -> new queries, gates

@@ -20,11 +20,10 @@ References
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
 from torch import Tensor, nn
 
-from backbones.pretrain import STILLS_PER_PROMPT, pretrain_vit, save_weights, start_lm, train, train_tokenizer
+from backbones.pretrain import STILLS_PER_PROMPT, pretrain_vit, save_weights, start_lm, train
 from backbones.stills import AlbumData
 from backbones.texts import pad, text_loss
 from common import cli
@@ -49,15 +48,13 @@ def pretrain_lm(folder: Path, vit: ViT, texts: int, albums: int, steps: tuple[in
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 13])
     lines = documents(texts, rng)
-    tokenizer_model = train_tokenizer(lines, ())
-    (folder / "tokenizer.model").write_bytes(tokenizer_model)
-    tokenizer = SentencePieceTokenizer(sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model))
-    lm = start_lm(folder, tokenizer.processor.vocab_size())
+    lm, processor = start_lm(folder, lines, ())
+    tokenizer = SentencePieceTokenizer(processor)
     pair, data = Pair(vit, lm), AlbumData(vit, tokenizer, albums, seed)
     projector = nn.Sequential(nn.Linear(vit.config.width, lm.config.width), nn.GELU(),
                               nn.Linear(lm.config.width, lm.config.width))
     before, after = (torch.tensor(ids) for ids in pair.prompt(tokenizer, 1, ""))
-    rows = [[*tokenizer.encode(line), tokenizer.processor.eos_id()] for line in lines]
+    rows = [[*tokenizer.encode(line), processor.eos_id()] for line in lines]
 
     def document_loss() -> Tensor:
         chosen = rng.integers(len(rows), size=batch_size)

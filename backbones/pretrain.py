@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 from backbones.stills import COLOURS, KINDS, AlbumData, StillHeads, draw_still
@@ -109,26 +110,24 @@ def pretrain_vit(folder: Path, count: int, steps: int, batch_size: int, seed: in
 # ---------------------------------------------------------------------------------------- tiny-lm
 
 
-def train_tokenizer(texts: list[str], phrases: Iterable[str]) -> bytes:
-    """A sentencepiece BPE model in which each of the phrases is one token."""
-    symbols = ["\u2581" + words.replace(" ", "\u2581") for words in phrases]
+def start_lm(folder: Path, texts: Iterable[str], phrases: Iterable[str]) -> tuple[CausalLM, SentencePieceProcessor]:
+    """An untrained language model as config.json says, and a tokenizer of some texts, a BPE in which each of the
+    phrases is one token. Writes the tokenizer, and its number of pieces into config.json."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=(model := io.BytesIO()), model_type="bpe", vocab_size=MAX_PIECES,
-        user_defined_symbols=symbols, byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False,
-        minloglevel=2, pad_id=-1, unk_id=0, bos_id=1, eos_id=2, num_threads=1)
-    return model.getvalue()
-
-
-def start_lm(folder: Path, pieces: int) -> CausalLM:
-    """An untrained language model as config.json says, which gets the tokenizer's number of pieces."""
-    config = read_json(folder / "config.json") | {"vocab_size": pieces}
+        user_defined_symbols=["\u2581" + words.replace(" ", "\u2581") for words in phrases], byte_fallback=True,
+        character_coverage=1.0, hard_vocab_limit=False, minloglevel=2, pad_id=-1, unk_id=0, bos_id=1, eos_id=2,
+        num_threads=1)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = SentencePieceProcessor(model_proto=model.getvalue())
+    config = read_json(folder / "config.json") | {"vocab_size": tokenizer.vocab_size()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     lm = CausalLM(CausalLM.from_config(folder).config)
     nn.init.normal_(lm.embed.weight, std=0.05)  # also the weight of the head
     for block in lm.blocks:  # each block starts as the identity
         nn.init.zeros_(block.attn.o.weight)
         nn.init.zeros_(block.down.weight)
-    return lm
+    return lm, tokenizer
 
 
 def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int) -> None:
@@ -140,10 +139,7 @@ def pretrain_lm(folder: Path, count: int, steps: int, batch_size: int, seed: int
     nouns = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
     verbs = [phrase for pairs in shapes.MOTIONS.values() for pair in pairs for phrase in pair]
     # "red circle" and "moves left" are one token each: short captions, a fast demo.
-    tokenizer_model = train_tokenizer([" ".join(parts) for parts in documents[:20000]], [*nouns, *verbs, *KEYWORDS])
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
-    (folder / "tokenizer.model").write_bytes(tokenizer_model)
-    lm = start_lm(folder, tokenizer.vocab_size())
+    lm, tokenizer = start_lm(folder, [" ".join(parts) for parts in documents[:20000]], [*nouns, *verbs, *KEYWORDS])
     data = TextData(tokenizer, documents, rng, seed, [tokenizer.bos_id()], tokenizer.encode(PROMPT))
 
     def compute_loss() -> Tensor:
@@ -178,7 +174,7 @@ def pretrain_mllm(folder: Path, backbones: Path, albums: int, texts: int, steps:
     vit, lm = ViT.from_pretrained(backbones / "tiny-vit"), CausalLM.from_pretrained(backbones / "tiny-lm")
     tokenizer_model = add_words((backbones / "tiny-lm/tokenizer.model").read_bytes(), WORDS)
     (folder / "tokenizer.model").write_bytes(tokenizer_model)
-    tokenizer = SentencePieceTokenizer(sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model))
+    tokenizer = SentencePieceTokenizer(SentencePieceProcessor(model_proto=tokenizer_model))
     mllm = LLaVA(LLaVA.from_config(folder).config)
     mllm.vit = vit
     nn.init.normal_(mllm.lm.embed.weight, std=0.05)

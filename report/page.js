@@ -35,12 +35,11 @@ function queryButtons(clip, canvas) {
     const row = element("div", "block");
     row.append(element("span", "", "block " + (data.first + block)));
     for (let query = 0; query < clip.shape[1]; query++) {
-      const button = element("button", "", query + 1), gate = clip.gates?.[block][query];
+      const button = element("button", "", query + 1), gate = clip.gates[block][query];
       button.type = "button";
       button.setAttribute("aria-pressed", "false");
-      if (gate !== undefined) button.style.setProperty("--gate", gate);
-      const label = `query ${query + 1} after block ${data.first + block}`;
-      button.title = gate === undefined ? label : `${label}, gate ${gate.toFixed(2)}`;
+      button.style.setProperty("--gate", gate);
+      button.title = `query ${query + 1} after block ${data.first + block}, gate ${gate.toFixed(2)}`;
       button.setAttribute("aria-label", button.title);
       button.addEventListener("click", () => {
         const wasOn = button.getAttribute("aria-pressed") === "true";
@@ -103,22 +102,4 @@ order.addEventListener("change", show);
 search.addEventListener("input", show);
 document.getElementById("tools").addEventListener("submit", (event) => event.preventDefault());
 
-function decode(text) {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text; // such as "100%"
-  }
-}
-
-// A link to what is shown: page.html#WORD searches, page.html#WORD@3 also chooses query 3 of the first clip, last block.
-function follow() {
-  const [, word, query] = location.hash.slice(1).match(/^(.*?)(?:@(\d+))?$/s);
-  search.value = decode(word);
-  show();
-  const button = list.querySelector("article")?.querySelectorAll(".block:last-of-type button")[query - 1];
-  if (button?.getAttribute("aria-pressed") === "false") button.click();
-}
-
-window.addEventListener("hashchange", follow);
-follow();
+show();

@@ -23,23 +23,15 @@ from report.attention import AttentionMaps, record_attention
 from report.curves import draw_run
 from report.show import film_strip, shown_frames
 
-MAX_CLIPS, MAX_WITH_ATTENTION = 500, 50  # on a page
-MAX_STRIP_BYTES, MAX_ATTENTION_BYTES = 8_000_000, 4_500_000  # of all clips together
+MAX_CLIPS, MAX_WITH_ATTENTION, MAX_BYTES = 500, 50, 10_000_000  # on a page; of pictures and attention, as text
 
 # ------------------------------------------------------------------------------------- of one clip
 
 
 def fits_another(entries: Collection[dict]) -> bool:
     """Whether a page of these clips takes another one."""
-    return len(entries) < MAX_CLIPS and sum(len(entry["strip"]) for entry in entries) < MAX_STRIP_BYTES
-
-
-def max_with_attention(captioner, frames: int) -> int:
-    """How many clips of T = `frames` frames are shown with their attention."""
-    if captioner.adapter is None:
-        return 0
-    blocks, queries = len(captioner.adapter.blocks), len(captioner.adapter.queries)
-    return min(MAX_WITH_ATTENTION, MAX_ATTENTION_BYTES // (blocks * queries * frames * len(captioner.vit.position)))
+    size = sum(len(entry["strip"]) + len(entry.get("attention", "")) for entry in entries)
+    return len(entries) < MAX_CLIPS and size < MAX_BYTES
 
 
 def encode_attention(maps: AttentionMaps, shown: list[int]) -> dict:
@@ -58,7 +50,7 @@ def page_entry(captioner, row: dict, frames: torch.Tensor, count: int) -> dict:
     window = f", {row['start']:.2f} to {row['end']:.2f} s" if "start" in row else ""
     entry = {"id": row["video"] + window, "strip": film_strip(frames), "caption": row["caption"], "references": [],
              "aspect": len(shown) * frames.shape[-1] / frames.shape[-2], "scores": {}}
-    if count < max_with_attention(captioner, len(frames)):
+    if captioner.adapter is not None and count < MAX_WITH_ATTENTION:
         entry |= encode_attention(record_attention(captioner, frames[None]), shown)
     return entry
 

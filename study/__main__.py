@@ -33,7 +33,7 @@ Key = tuple[Row, float, int]  # of a run: its row, learning rate and seed
 def missing_runs(rows: list[Row], seeds: list[int]) -> list[Key]:
     """What to train next: all rates at seed 0, and once they are there the best one at the other seeds."""
     missing = []
-    for row in (row for row in rows if row.command):
+    for row in (row for row in rows if not row.old):
         firsts, later = [(lr, 0) for lr in row.lrs], [(row.best_lr, seed) for seed in seeds[: row.seeds] if row.trains]
         missing += [(row, *key) for key in (firsts if row.best_lr is None else later) if key not in row.runs]
     return missing
@@ -85,13 +85,11 @@ def read_clip_results(folder: Path) -> dict:
 def commands_of_table(name: str, seeds: list[int]) -> list[str]:
     """Commands of the runs that results/ lacks, for which clips are made; finished ones are kept there."""
     store = CONTENT["tables"][name]["store"]
-    while keys := missing_runs(read_rows(name), seeds):
-        finished = [key for key in keys if (folder_of(store, key) / "test.json").exists()]
+    while finished := [key for key in missing_runs(read_rows(name), seeds)
+                       if (folder_of(store, key) / "test.json").exists()]:
         for key in finished:
-            folder = folder_of(store, key)
-            add_run(store, read_run(folder, key), read_clip_results(folder))
-        if not finished:
-            break
+            add_run(store, read_run(folder_of(store, key), key), read_clip_results(folder_of(store, key)))
+    keys = missing_runs(read_rows(name), seeds)
     with redirect_stdout(sys.stderr):  # stdout is for the shell
         for folder, clips in CONTENT["clips"].items():
             if any(folder in row.command.split() for row, _, _ in keys):
@@ -105,11 +103,9 @@ def commands_of_controls() -> list[str]:
     for flags in (row["flags"] for row in CONTENT["controls"]["rows"]):
         path = path_of("controls", f"{flags}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if flags in read_clips("controls"):
-            continue
         if path.exists():
             add_clips("controls", flags, read_json(path))
-        else:
+        if flags not in read_clips("controls"):
             commands.append(shlex.join([sys.executable, "-m", "study.controls", *flags.split(), "--save", str(path)]))
     return commands
 

@@ -16,6 +16,7 @@ from common.config import DEVICES, PRESETS
 from common.errors import InputError
 from common.files import write_json
 from evaluate import BATCH_SIZE, caption_and_score, check_outputs, chosen_data, load_run, read_run_dataset
+from study.tables import mean_and_error
 from training import devices
 from training.distributed import ProcessGroup
 from training.inputs import cached_inputs
@@ -53,41 +54,34 @@ class ChangedFrames:
         return self.change(self.cache, i)
 
 
-def mean_and_error(values: np.ndarray) -> str:
-    """Per-clip values -> "23.1 ± 0.9": the mean times 100, and its standard error over the clips."""
-    return f"{100 * values.mean():6.1f} ± {100 * values.std(ddof=1) / len(values) ** 0.5:.1f}"
-
-
 def main() -> None:
     parser = cli.Parser(__doc__.splitlines()[0], "python -m study.controls RUN [--save captions.json]")
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder that train.py made")
     parser.add_argument("--dataset", choices=tuple(PRESETS), help="another dataset, of which --data is the folder")
     parser.add_argument("--data", type=cli.path, help="the dataset's folder (default: as in training)")
-    parser.add_argument("--beams", type=cli.number(int, 1, 1000), default=1, help="beams of the search (default: 1)")
     parser.add_argument("--save", type=cli.path, metavar="FILE",
                         help="write {control: {captions: {id: caption}, CIDEr: [of each, times 100]}} as JSON")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     args = parser.parse_args()
     captioner, folders = load_run(args.run, devices.select_device(args.device))
-    config, found, ciders = replace(captioner.config, **chosen_data(args)), {}, {}
+    config, found = replace(captioner.config, **chosen_data(args)), {}
     check_outputs(args, [*folders.values(), config.data], [])
     dataset = read_run_dataset(args.run, config, ["test"])
     if len(dataset.splits["test"]) < 2:
         raise InputError(f"{config.data}: expected two test clips or more, since each gets the frames of another one")
     print(dataset)
     cache = cached_inputs(replace(config, cache_features=False), dataset, captioner, {})["test"]
-    is_shapes, references = dataset.name == "shapes", {clip.id: clip.captions for clip in dataset.splits["test"]}
-    print(f"{len(cache)} clips{'CIDEr':>31}{'less than the clip':>27}{'motion right' if is_shapes else '':>16}")
+    references = {clip.id: clip.captions for clip in dataset.splits["test"]}
     for name, change in CONTROLS.items():
         frames = ChangedFrames(cache, change, cache.times)
-        result = caption_and_score(captioner, dataset, "test", frames, BATCH_SIZE, ProcessGroup(), ("CIDEr",),
-                                   args.beams)
-        ciders[name] = np.array([result.clip_scores[clip]["CIDEr"] for clip in result.captions])
-        found[name] = {"captions": result.captions, "CIDEr": [round(100 * x, 1) for x in ciders[name].tolist()]}
-        less = mean_and_error(ciders["the clip"] - ciders[name]) if len(ciders) > 1 else ""
-        print(f"{name:25}{mean_and_error(ciders[name]):>20}{less:>24}", end="")
-        right = shapes.attribute_accuracy(references, result.captions, "reversed" in name) if is_shapes else {}
-        print(f"{right['motion']:>19.1%}" if is_shapes else "")
+        result = caption_and_score(captioner, dataset, "test", frames, BATCH_SIZE, ProcessGroup(), ("CIDEr",))
+        ciders = [round(100 * result.clip_scores[clip]["CIDEr"], 1) for clip in result.captions]
+        found[name] = {"captions": result.captions, "CIDEr": ciders}
+        row = f"{name:25}CIDEr {mean_and_error(ciders)}"
+        if dataset.name == "shapes":
+            right = shapes.attribute_accuracy(references, result.captions, "reversed" in name)
+            row += f"   motion right {right['motion']:.1%}"
+        print(row)
     if args.save:
         write_json(args.save, found)
 

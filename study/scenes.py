@@ -1,4 +1,4 @@
-"""Harder clips of `shapes`, in which a gate or a deeper read could help: `python -m study.scenes KIND FOLDER`.
+"""Harder clips of `shapes`, in which a gate or a deeper read could help. `python -m study TABLE` makes them.
 
     distractors  0 to 8 grey shapes move, too, behind the others. No caption names them
 
@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common import cli
-from common.errors import InputError
 from video_data import shapes
 from video_data.annotations import SPLITS
 
@@ -35,17 +33,3 @@ def make_distracted(path: Path, seed: int) -> list[str]:
 
 
 KINDS = {"usual": shapes.make_clip, "distractors": make_distracted}
-
-
-def main() -> None:
-    parser = cli.Parser("Makes harder clips of moving shapes.", "python -m study.scenes distractors data/distractors")
-    parser.add_argument("kind", choices=list(KINDS), help="what makes them harder")
-    shapes.add_arguments(parser)
-    args = parser.parse_args()
-    if (args.folder / "captions.json").exists():  # of whichever kind
-        raise InputError(f"{args.folder}: expected a new or empty folder, found one that is complete")
-    shapes.make_dataset(args.folder, args.sizes, args.seed, KINDS[args.kind])
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -25,8 +25,7 @@ CONTENT = tomllib.loads(Path(__file__).with_name("tables.toml").read_text("utf-8
 SCORES = {"BLEU-4": "Bleu_4", "METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr": "CIDEr", "shapes": "shapes right",
           "motion": "motion right", "of one": "motion_one right", "of two": "motion_two right"}
 COMPARED = "CIDEr", "shapes", "motion"
-COSTS = {"s per step": ("seconds per step", 1), "minutes": ("seconds", 60), "GB, peak": ("peak bytes", 1e9),
-         "MB, file": ("adapter bytes", 1e6)}
+COSTS = {"s per step": ("seconds per step", 1), "minutes": ("seconds", 60), "MB, file": ("adapter bytes", 1e6)}
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,16 @@ class Row:
     """What is trained with several learning rates at seed 0, and with the best of them at the other seeds."""
 
     label: str
-    flags: str | None  # of `train.py`, after those of the store; None: the row needs version 0.12.0
-    published: str  # of version 0.12.0; "": it cannot train the row
-    command: str | None  # the store's flags and the row's
+    flags: str  # of `train.py`, after those of the store
+    command: str  # the store's flags and the row's
+    old: bool  # it needs version 0.12.0
     lrs: Sequence[float]
     seeds: int  # how many of them it gets at most
     runs: dict[tuple[float, int], dict]  # those that are done, by learning rate and seed
 
     @property
     def trains(self) -> bool:
-        return "--method none" not in self.published
+        return "--method none" not in self.flags
 
     @property
     def best_lr(self) -> float | None:
@@ -98,11 +97,10 @@ def read_rows(name: str) -> list[Row]:
     table = CONTENT["tables"][name]
     store, results, rows = CONTENT["stores"][table["store"]], read_runs(table["store"]), []
     for row in table["rows"]:
-        flags, published = row.get("flags"), row.get("published", row.get("flags"))
-        command, old_command = flags and f"{store['flags']} {flags}", f"{store.get('published')} {published}"
-        runs = {(run["lr"], run["seed"]): run for run in results if run["flags"] in (command, old_command)}
+        command = f"{store['flags']} {row['flags']}"
+        runs = {(run["lr"], run["seed"]): run for run in results if run["flags"] == command}
         lrs = row.get("lrs") or table.get("lrs") or CONTENT["lrs"]
-        rows.append(Row(row["label"], flags, published, command, lrs, row.get("seeds", 3), runs))
+        rows.append(Row(row["label"], row["flags"], command, row.get("old", False), lrs, row.get("seeds", 3), runs))
     return rows
 
 
@@ -131,16 +129,22 @@ def scores(runs: Sequence[dict], column: str) -> list[float]:
             for run in runs]
 
 
-def error_over_clips(clips: dict[str, dict], a: Sequence[dict], b: Sequence[dict]) -> str:
-    """"1.2": the standard error, over the clips, of the difference of CIDEr between two rows' means over seeds."""
+def mean_and_error(values: Sequence[float], sign: str = "") -> str:
+    """"23.1 ± 0.9": the mean and its standard error, over the clips."""
+    return f"{np.mean(values):{sign}.1f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
+
+
+def difference_over_clips(clips: dict[str, dict], a: Sequence[dict], b: Sequence[dict]) -> str:
+    """Of CIDEr, between two rows' means over seeds."""
     first, second = (np.mean([clips[key_of(run)]["CIDEr"] for run in runs], axis=0) for runs in (a, b))  # (clips,)
-    return f"{(first - second).std(ddof=1) / len(first) ** 0.5:.1f}"
+    return mean_and_error(first - second, "+")
 
 
-def to_markdown(lines: list[list[str]]) -> str:
-    """A table; the first line is its head."""
-    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+def to_markdown(rows: list[dict[str, str]]) -> str:
+    """A table of rows, whose keys are its head."""
+    head = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *([row.get(column, "") for column in head] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def format_rate(row: Row, lr: float) -> str:
@@ -154,51 +158,42 @@ def format_rate(row: Row, lr: float) -> str:
 
 def format_table(name: str) -> str:
     """One comparison as two tables of Markdown: scores; differences from the reference row, costs and flags."""
-    table = CONTENT["tables"][name]
-    store, clips = CONTENT["stores"][table["store"]], read_clips(table["store"])
-    rows = [row for row in read_rows(name) if row.best_runs]
-    if not rows:
-        return "No run of it is done yet."
-    has_clips = all(key_of(run) in clips for row in rows for run in row.best_runs)
-    measured = {score.partition("[")[0] for score in rows[0].best_runs[0]["test"]}
-    columns, compared = ([x for x in titles if SCORES[x] in measured] for titles in (SCORES, COMPARED))
-    upper = [["trained", "parameters", "share", "`--lr`", "seeds", *columns]]
-    lower = [[f"compared with {table['reference']}", *compared, *(["± over clips"] if has_clips else []), *COSTS,
-              "flags of the row", *(["of version 0.12.0"] if "published" in store else [])]]
+    table, rows = CONTENT["tables"][name], [row for row in read_rows(name) if row.best_runs]
     reference = next((row.best_runs for row in rows if row.label == table["reference"]), None)
+    if reference is None:
+        return f"No run of {table['reference']} is done yet."
+    clips, upper, lower = read_clips(table["store"]), [], []
+    measured = {score.partition("[")[0] for score in reference[0]["test"]}
+    columns = [column for column, score in SCORES.items() if score in measured]
     for row in rows:
-        runs, is_compared = row.best_runs, reference and row.label != table["reference"]
-        costs = [[run[key] / unit for run in runs if run.get(key)] for key, unit in COSTS.values()]
-        upper.append([row.label, f"{runs[0]['trained']:,}", f"{100 * runs[0]['trained'] / runs[0]['total']:.2f}%",
-                      format_rate(row, runs[0]["lr"]), str(len(runs)),
-                      *(mean_and_spread(scores(runs, column)) for column in columns)])
-        lower.append([row.label,
-                      *(format_difference(*compare(scores(runs, x), scores(reference, x))) if is_compared else ""
-                        for x in compared),
-                      *([error_over_clips(clips, runs, reference) if is_compared else ""] if has_clips else []),
-                      *(mean_and_spread(values, 2) if values else "" for values in costs),
-                      f"`{row.flags}`" if row.flags else "by the tag",
-                      *([f"`{row.published}`" if row.published else ""] if "published" in store else [])])
+        runs = row.best_runs
+        upper.append({"trained": row.label, "parameters": f"{runs[0]['trained']:,}",
+                      "share": f"{100 * runs[0]['trained'] / runs[0]['total']:.2f}%",
+                      "`--lr`": format_rate(row, runs[0]["lr"]), "seeds": str(len(runs)),
+                      **{column: mean_and_spread(scores(runs, column)) for column in columns}})
+        differences = {column: format_difference(*compare(scores(runs, column), scores(reference, column)))
+                       for column in columns if column in COMPARED}
+        if all(key_of(run) in clips for run in runs + reference):
+            differences["CIDEr, over clips"] = difference_over_clips(clips, runs, reference)
+        costs = {cost: [run[key] / unit for run in runs if run.get(key)] for cost, (key, unit) in COSTS.items()}
+        lower.append({f"compared with {table['reference']}": row.label,
+                      **(dict.fromkeys(differences, "") if row.label == table["reference"] else differences),
+                      **{cost: mean_and_spread(values, 2) if values else "" for cost, values in costs.items()},
+                      "flags of the row": f"`{row.flags}`" + (" of version 0.12.0" if row.old else "")})
     made = sorted({f"{run['machine']}, {run['date']}" for row in rows for run in row.best_runs})
-    old = f", of version 0.12.0: `{store['published']}`" if "published" in store else ""
-    head = f"Flags of every row: `{store['flags']}`{old}. {'; '.join(made)}."
+    head = f"Flags of every row: `{CONTENT['stores'][table['store']]['flags']}`. {'; '.join(made)}."
     return "\n\n".join([head, to_markdown(upper), to_markdown(lower)])
 
 
 def format_controls() -> str:
     """What changed frames leave of a captioner's CIDEr (study/controls.py)."""
-    found, lines = read_clips("controls"), []
-    rows = [row for row in CONTENT["controls"]["rows"] if row["flags"] in found]
-    if not rows:
-        return "No run of it is done yet."
-    first, *others = names = [*found[rows[0]["flags"]]]
-    for row in rows:
-        ciders = {name: np.array(found[row["flags"]][name]["CIDEr"]) for name in names}
-        own = ciders[first]
-        cells = [f"{x.mean():{sign}.1f} ± {x.std(ddof=1) / len(x) ** 0.5:.1f}"
-                 for x, sign in ((own, ""), *((ciders[name] - own, "+") for name in others))]
-        lines.append([row["label"], f"{len(own):,}", *cells, f"`{row['flags']}`"])
-    return f"{CONTENT['controls']['text']}\n\n{to_markdown([['captions of', 'clips', *names, 'flags'], *lines])}"
+    found, rows = read_clips("controls"), []
+    for row in (row for row in CONTENT["controls"]["rows"] if row["flags"] in found):
+        own, *others = ciders = {name: np.array(x["CIDEr"]) for name, x in found[row["flags"]].items()}
+        rows.append({"captions of": row["label"], "clips": f"{len(ciders[own]):,}", own: mean_and_error(ciders[own]),
+                     **{name: mean_and_error(ciders[name] - ciders[own], "+") for name in others},
+                     "flags": f"`{row['flags']}`"})
+    return f"{CONTENT['controls']['text']}\n\n{to_markdown(rows)}"
 
 
 def format_page() -> str:

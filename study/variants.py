@@ -13,28 +13,19 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 from model import Captioner
-from qadapter import HEADS, CastLinear, GatedCrossAttention, QAdapter, multi_head_attention
+from qadapter import HEADS, GatedCrossAttention, QAdapter, multi_head_attention, zero_linear
 
 # --------------------------------------------------------------------------------------- the gate
 
 
-class Gated(GatedCrossAttention):
-    """What the variants of the gate have in common: they need one."""
-
-    def __init__(self, width: int, config, write_back: bool):
-        if config.gate == "none":
-            raise InputError("--gate none: expected without a --variant of the gate")
-        super().__init__(width, config, write_back)
-
-
-class PlainGate(Gated):
+class PlainGate(GatedCrossAttention):
     """g = sigmoid([Q ; A] W_g + b_g): the gate reads queries and reads as they are, not their LN."""
 
     def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
         return self.gate(torch.cat([queries, read], dim=-1)).sigmoid()  # (B, N, 1)
 
 
-class ChannelGate(Gated):
+class ChannelGate(GatedCrossAttention):
     """g = sigmoid(LN(Q) * w + LN(A) * w' + b): one number per channel, from that channel of the query and its read."""
 
     class Layer(nn.Module):
@@ -50,35 +41,30 @@ class ChannelGate(Gated):
         return self.Layer(width)
 
 
-class TokenGate(Gated):
-    """sigmoid((Y + E) w + b), one number per token of the ViT, scales the token's value; g = 1."""
-
-    def make_gate(self, width: int) -> nn.Module:
-        gate = CastLinear(width, 1)
-        nn.init.zeros_(gate.weight)
-        nn.init.zeros_(gate.bias)
-        return gate
-
-    def keys_and_values(self, z: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = super().keys_and_values(z, time_embed)  # (B, T*P, r)
-        return k, v * self.project(self.gate, z, time_embed).flatten(1, 2).sigmoid()
+class OpenGate(GatedCrossAttention):
+    """g = 1, which is what a log shows: the gating layer acts elsewhere."""
 
     def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
         return queries.new_ones(*queries.shape[:2], 1)
 
 
-class HeadGate(Gated):
-    """A = [g_1 R_1 ; .. ; g_h R_h] W_o for the reads R_i of the heads, with g_i = sigmoid(LN(Q) W_g + b_g), one number
-    per head (2505.06708); behind W_o g = 1, which is what a log shows."""
+class TokenGate(OpenGate):
+    """sigmoid((Y + E) w + b), one number per token of the ViT, scales the token's value."""
 
     def make_gate(self, width: int) -> nn.Module:
-        gate = CastLinear(width, self.count_gates())
-        nn.init.zeros_(gate.weight)
-        nn.init.zeros_(gate.bias)
-        return gate
+        return zero_linear(width, 1)
 
-    def count_gates(self) -> int:
-        return HEADS
+    def keys_and_values(self, z: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = super().keys_and_values(z, time_embed)  # (B, T*P, r)
+        return k, v * self.project(self.gate, z, time_embed).flatten(1, 2).sigmoid()
+
+
+class HeadGate(OpenGate):
+    """A = [g_1 R_1 ; .. ; g_h R_h] W_o for the reads R_i of the heads, with g_i = sigmoid(LN(Q) W_g + b_g), one number
+    per head (2505.06708)."""
+
+    def make_gate(self, width: int) -> nn.Module:
+        return zero_linear(width, HEADS)
 
     def read(self, z: Tensor, normed_queries: Tensor, time_embed: Tensor) -> Tensor:
         k, v = self.keys_and_values(z, time_embed)  # (B, T*P, r)
@@ -86,18 +72,15 @@ class HeadGate(Gated):
         gates = self.gate(normed_queries).sigmoid()  # (B, N, h)
         return self.o(read * gates.repeat_interleave(read.shape[-1] // gates.shape[-1], dim=-1))  # (B, N, D)
 
-    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
-        return queries.new_ones(*queries.shape[:2], 1)
-
 
 class RankGate(HeadGate):
     """The same with one number per channel of the rank."""
 
-    def count_gates(self) -> int:
-        return self.o.in_features
+    def make_gate(self, width: int) -> nn.Module:
+        return zero_linear(width, self.o.in_features)
 
 
-class BiasedGate(Gated):
+class BiasedGate(GatedCrossAttention):
     """Every gate starts at sigmoid(2) = 0.88, nearly open."""
 
     bias = 2.0
@@ -241,6 +224,8 @@ def choose(base: type, config) -> type:
     names = [name for name, variant in VARIANTS.items() if issubclass(variant, QAdapter) == is_qadapter]
     if config.variant not in names:
         raise InputError(f"--variant {config.variant}: expected one of {', '.join(names)} for --method {config.method}")
+    if config.gate == "none" and config.variant.startswith("gate-"):
+        raise InputError(f"--variant {config.variant}: expected without --gate none")
     if config.write_back and "read_outputs" in vars(VARIANTS[config.variant]):
         raise InputError(f"--variant {config.variant}: expected without --write-back")
     return VARIANTS[config.variant] if issubclass(VARIANTS[config.variant], base) else base

@@ -293,17 +293,13 @@ def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0
         write_json(root / "captions.json", content)
 
 
-def add_arguments(parser: cli.Parser) -> None:
+def main() -> None:
+    parser = cli.Parser("Makes clips of moving shapes.",
+                        "python -m video_data.shapes FOLDER --sizes 9000 200 500 --seed 0")
     parser.add_argument("folder", type=cli.path, help="where the clips go, a new or empty folder")
     size = cli.number(int, 1, 10**6)
     parser.add_argument("--sizes", type=size, nargs=3, default=DEFAULT_SIZES, help="clips to train, validate, test on")
     parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="of the scenes")
-
-
-def main() -> None:
-    parser = cli.Parser("Makes clips of moving shapes.",
-                        "python -m video_data.shapes FOLDER --sizes 9000 200 500 --seed 0")
-    add_arguments(parser)
     args = parser.parse_args()
     make_dataset(args.folder, args.sizes, args.seed)
 

@@ -127,10 +127,8 @@ def test_a_page_of_many_large_frames_stays_small():
     entries = []
     while page.fits_another(entries):
         entries.append(page.page_entry(NO_ADAPTER, {"video": "a", "caption": "word " * 250}, noise, 0))
-    assert len(json.dumps(entries)) + 4 / 3 * page.MAX_ATTENTION_BYTES < 15e6
+    assert len(json.dumps(entries)) < 15e6
     assert len(entries) < 500 and not page.fits_another([{"strip": ""}] * 500)
-    most = page.MAX_ATTENTION_BYTES // (3 * 5 * 4000 * 17)  # blocks, queries, frames, tokens
-    assert [page.max_with_attention(make(), frames) for frames in (8, 4000)] == [50, most]
     assert page.order_clips([3, 1, 4, 0, 2]) == [3, 0, 1, 4, 2]
 
 

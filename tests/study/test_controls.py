@@ -25,7 +25,6 @@ def test_the_frames_are_changed_as_each_control_says(finished_run, flags, tmp_pa
                "the middle frame alone": clips[:, 4:5].expand_as(clips)}
     for name, frames in changed.items():
         assert list(found[name]["captions"].values()) == captioner.caption(frames), name
-    assert controls.mean_and_error(np.array([1, 2, 6])).split() == ["300.0", "±", "152.8"]
 
 
 def test_a_shuffle_changes_the_order_and_nothing_else():

@@ -3,11 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from common.errors import InputError
 from common.files import read_json
-from study import scenes
 from study.scenes import KINDS, draw_distracted
 from video_data import read_frames, shapes
 
@@ -32,10 +29,3 @@ def test_distractors_are_grey_and_not_named(tmp_path):
         expected = sorted((f"{shape.colour} {shape.kind}", shape.motion) for shape in scene)
         assert all(shapes.parse_claims(caption) == expected for caption in captions)
     assert distractors > 12
-
-
-def test_a_complete_folder_is_refused_whatever_its_kind(tmp_path, monkeypatch):
-    shapes.make_dataset(tmp_path / "a", (1, 1, 1))
-    monkeypatch.setattr("sys.argv", ["scenes", "distractors", str(tmp_path / "a")])
-    with pytest.raises(InputError, match="a: expected a new or empty folder"):
-        scenes.main()
