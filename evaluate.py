@@ -3,7 +3,6 @@
     python evaluate.py RUN [--split {val,test}] [--save predictions.json]
     python evaluate.py RUN --dataset folder --data DIR        another dataset than that of the training
     python evaluate.py RUN --video a.mp4 folder/ [--save captions.jsonl]
-    ls clips/*.mov | python evaluate.py RUN --video -
     python evaluate.py RUN --video film.mp4 --window 10 --save film.srt
     python evaluate.py --mllm HuggingFaceTB/SmolVLM2-256M-Video-Instruct --video a.mp4      the model as it is, no run
 
@@ -15,7 +14,6 @@ Shapes: B clips, T frames, S side in pixels.
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,10 +160,7 @@ def evaluate_split(captioner: Captioner, dataset: VideoDataset, args: argparse.N
 
 
 def expand_video_paths(names: list[str]) -> list[Path]:
-    """Files as they are, folders as the videos in them by name; a single `-` stands for paths on the standard input,
-    one per line. Raises InputError if there are none."""
-    if names == ["-"]:
-        names = [os.fsdecode(line) for line in sys.stdin.buffer.read().split(b"\n") if line.strip()]
+    """Files as they are, folders as the videos in them by name. Raises InputError if there are none."""
     paths = []
     for path in map(Path, names):
         if path.is_dir():
@@ -241,7 +236,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--split", choices=["val", "test"], help="which split of the dataset (default: test)")
     group.add_argument("--dataset", choices=tuple(PRESETS), help="another dataset, of which --data is the folder")
     group.add_argument("--video", nargs="+", action="extend", metavar="FILE",
-                       help="caption your own videos instead, or folders of them; - reads paths, one per line")
+                       help="caption your own videos instead, or folders of them")
     group.add_argument("--window", type=cli.number(float, 0.1), metavar="SECONDS",
                        help="caption each --video piece by piece, with times; --save FILE.srt writes subtitles")
     group.add_argument("--frames", type=cli.number(int, 1, 4096), help="frames per clip (default: as in training)")

@@ -301,10 +301,10 @@ class Captioner(nn.Module):
 
     # ---------------------------------------------------------------------------------------- files
 
-    def save(self, path: Path, metadata: dict[str, str]) -> None:
+    def save(self, path: Path) -> None:
         """Writes `checkpoint_tensors`, and nothing else, as a safetensors file, with their checksum in its metadata."""
         tensors = self.checkpoint_tensors()
-        write_safetensors(path, tensors, metadata | {"sha256": checksum(tensors)})
+        write_safetensors(path, tensors, {"sha256": checksum(tensors)})
 
     def load(self, path: Path) -> None:
         """Reads what `save` wrote. Raises InputError for a damaged file and for tensors of another model."""

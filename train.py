@@ -225,14 +225,14 @@ def main() -> int:
 
     # 3. Optimizer, and the step to start from
     optimizer = make_optimizer(captioner.trained(), config.weight_decay) if steps else None
-    run = Run(config.out, group, fingerprints, start_time)  # with --resume, `out` is that folder
+    run = Run(config.out, group, start_time)  # with --resume, `out` is that folder
     step, best_cider = 0, -1.0  # the untrained weights of step 0 never become the best
     if config.resume:
         step, best_cider = run.resume(captioner, optimizer, steps, device)
         print(f"resuming after step {step}")
     else:
         measure_channels(captioner, examples)
-        run.create(captioner, optimizer, dataset)
+        run.create(captioner, optimizer, dataset, fingerprints)
     group.broadcast(captioner.checkpoint_tensors().values())
 
     # 4. The loop
@@ -262,10 +262,10 @@ def main() -> int:
                 progress.restart(step)
                 if cider > best_cider:
                     best_cider = cider
-                    run.save("best", captioner, step)
+                    run.save_best(captioner)
             stop = group.all_reduce(len(interrupts)) > 0
             if step in validation_steps or stop or step % SAVE_EVERY == 0:
-                run.save("last", captioner, step, optimizer, best_cider)
+                run.save_last(captioner, step, optimizer, best_cider)
             if stop:
                 group.barrier()  # torchrun ends all processes when one has ended
                 print(f"\nstopped after step {step}; --resume {run.folder} continues")

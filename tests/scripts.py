@@ -1,14 +1,11 @@
 """How tests run the project's scripts: in an interpreter of their own, or in forked copies of this process."""
 
-import contextlib
 import json
+import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +24,7 @@ from models.safetensors import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-TIMEOUT = 120  # seconds
+FORK, TIMEOUT = multiprocessing.get_context("fork"), 120  # seconds
 TWELVE_STEPS = ["--batch-size", "4", "--epochs", "4", "--eval-every", "2",
                 "--device", "cpu", "--queries", "4", "--rank", "4", "--last-blocks", "0", "--captions-per-clip", "2",
                 "--precision", "fp32", "--lr", "0.02"]
@@ -57,60 +54,32 @@ def run_python(*words, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, **options)
 
 
-def fork_script(script, words: Sequence, out, err, environment: dict) -> int:
-    """Starts a script in a fork of this process, which has imported everything already. Returns its process id. Each
-    step of training is logged."""
-    if not (child := os.fork()):
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))
-        sys.argv = [script.__name__, *map(str, words)]
-        os.environ.update(environment)
-        os.chdir(ROOT)
-        train.LOG_EVERY = 1
-        warnings.simplefilter("error")
-        code = 1
-        try:
-            cli.run(script.main)
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
-    return child
-
-
-def wait_for(children: list[int]) -> list[int]:
-    """The exit codes of processes. 5 seconds after one has failed, those that still run are killed."""
-    codes, deadline = {}, time.monotonic() + TIMEOUT
-    try:
-        while len(codes) < len(children):
-            for child in children:
-                if child not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
-                    codes[child] = os.waitstatus_to_exitcode(ended[1])
-                    deadline = min(deadline, time.monotonic() + 5) if codes[child] else deadline
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.005)
-    finally:
-        for child in children:
-            if child not in codes:
-                os.kill(child, signal.SIGKILL)
-                codes[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return [codes[child] for child in children]
+def run_script(script, words: Sequence, out, err, environment: dict) -> None:
+    """In a fork of this process, which has imported everything already. Each step of training is logged."""
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))
+    sys.argv = [script.__name__, *map(str, words)]
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    train.LOG_EVERY = 1
+    warnings.simplefilter("error")
+    cli.run(script.main)
 
 
 def run_forked(script, *words, environments: Sequence[dict] = ({},)) -> subprocess.CompletedProcess:
     """Runs a script in a forked process, or in one for each environment at the same time. Returns the first exit code
     that is not 0, and the output of all."""
     with TemporaryFile("w+b", buffering=0) as out, TemporaryFile("w+b", buffering=0) as err:
-        children = [fork_script(script, words, out, err, environment) for environment in environments]
-        codes = wait_for(children)
-        texts = []
+        processes = [FORK.Process(target=run_script, args=(script, words, out, err, environment))
+                     for environment in environments]
+        for process in processes:
+            process.start()
+        for process in processes:  # if one has failed, those that wait for it are killed
+            process.join(5 if any(other.exitcode for other in processes) else TIMEOUT)
+            process.kill()
+            process.join()
+        texts, codes = [], [process.exitcode for process in processes]
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode())

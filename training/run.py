@@ -84,9 +84,6 @@ def load_state(path: Path, captioner, optimizer: torch.optim.Optimizer | None,
         if optimizer is not None:
             # The settings of the groups are the config's; what is restored are the moments.
             optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
-            for parameter, moments in optimizer.state.items():  # the fused step would read beyond a smaller one
-                if {moments[name].shape for name in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
-                    raise InputError("a moment of the optimizer has another shape than its tensor")
         step, best = int(state["step"]), float(state["best"])
     return step, best
 
@@ -104,11 +101,11 @@ def truncate_log(path: Path, step: int) -> float:
 
 
 class Run:
-    """The folder of one run, written by rank 0 only: on other ranks `log`, `save` and `save_captions` do nothing."""
+    """The folder of one run, written by rank 0 only: on other ranks what logs or saves does nothing."""
 
-    def __init__(self, folder: Path, group: ProcessGroup, fingerprints: dict[str, str], start_time: float):
+    def __init__(self, folder: Path, group: ProcessGroup, start_time: float):
         """start_time: when the run began, on the clock time.monotonic."""
-        self.folder, self.group, self.fingerprints, self.start_time = folder, group, fingerprints, start_time
+        self.folder, self.group, self.start_time = folder, group, start_time
 
     def elapsed(self) -> float:
         """Seconds since the run began, without the time between a stop and its resuming."""
@@ -125,23 +122,24 @@ class Run:
                 temporary.unlink()
         self.group.barrier()
 
-    def create(self, captioner, optimizer: torch.optim.Optimizer | None, dataset) -> None:
-        """Writes the checkpoint of step 0, then config.json, which makes the folder a run."""
+    def create(self, captioner, optimizer: torch.optim.Optimizer | None, dataset, fingerprints: dict[str, str]) -> None:
+        """Writes the checkpoint of step 0, then config.json, which makes the folder a run. fingerprints: of the frozen
+        models."""
         self._open()
         if self.group.rank != 0:
             return
         check_out(self.folder)  # again, now that it is locked
-        self.save("last", captioner, 0, optimizer)
+        self.save_last(captioner, 0, optimizer)
         write_json(self.folder / "config.json", {
-            "version": VERSION, "config": to_json(captioner.config), "models": self.fingerprints,
-            "splits": dataset.fingerprints(), "differences": dataset.differences(),
+            "version": VERSION, "config": to_json(captioner.config), "models": fingerprints,
+            "splits": dataset.fingerprints(),
             "trained": sum(p.numel() for p in captioner.trained().values()),
             "total": sum(p.numel() for p in captioner.parameters()),
             "versions": {"commit": find_commit(), "python": platform.python_version(), "torch": torch.__version__,
                          "av": av.__version__},
         })
         if optimizer is None:  # --method none: the models as they are
-            self.save("best", captioner, 0)
+            self.save_best(captioner)
 
     def resume(self, captioner, optimizer: torch.optim.Optimizer | None, steps: int,
                device: torch.device) -> tuple[int, float]:
@@ -173,15 +171,17 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def save(self, which: str, captioner, step: int, optimizer: torch.optim.Optimizer | None = None,
-             best: float = -1.0) -> None:
-        """Writes `best/adapter.safetensors`, or all of `last/`, with the state that a resumed run needs."""
-        if self.group.rank != 0:
-            return
-        folder = self.folder / which
-        folder.mkdir(exist_ok=True)
-        captioner.save(folder / "adapter.safetensors", self.fingerprints | {"step": str(step)})
-        if which == "last":
+    def save_best(self, captioner) -> None:
+        """Writes `best/`."""
+        if self.group.rank == 0:
+            (folder := self.folder / "best").mkdir(exist_ok=True)
+            captioner.save(folder / "adapter.safetensors")
+
+    def save_last(self, captioner, step: int, optimizer: torch.optim.Optimizer | None, best: float = -1.0) -> None:
+        """Writes `last/`, with the state that a resumed run needs. best: the best validation score so far."""
+        if self.group.rank == 0:
+            (folder := self.folder / "last").mkdir(exist_ok=True)
+            captioner.save(folder / "adapter.safetensors")
             state = {"tensors": captioner.checkpoint_tensors(), "step": step, "best": best,
                      "optimizer": optimizer and optimizer.state_dict()}
             torch.save(state, buffer := io.BytesIO())  # in memory: torch hides the error of a full disk

@@ -88,7 +88,7 @@ def test_a_run_is_measured_with_and_without_each_block(finished_run, flags, monk
     for block in adapter.blocks:
         block.gate.weight.data.normal_(generator=generator)
         block.gate.bias.data.fill_(-3)
-    captioner.save(run / "best/adapter.safetensors", {})
+    captioner.save(run / "best/adapter.safetensors")
     monkeypatch.setattr(shapes, "attribute_accuracy", lambda references, captions: print(json.dumps(captions)) or
                         {"shapes": 0.25, "motion": 0.125})
     lines = succeed(attention, run).splitlines()
