@@ -131,7 +131,7 @@ def score(
     are already tokenized and are split at spaces. meteor_data: folder of METEOR's tables. strict: missing tables raise
     an error. subset: videos without a hypothesis are left out instead of raising an error. metrics: which of METRICS
     to compute; METEOR's tables are only read for METEOR. names: what error messages call the two inputs. progress:
-    called as progress(text, done, total) during METEOR, and as progress(text) before its tables are compiled.
+    called with a line of text before METEOR's tables are compiled.
 
     Returns Scores. Raises InputError, a ValueError, whose text names the input, the id and what was expected. The order
     of videos and of references does not matter, with two exceptions: ties between references in METEOR's counts, and
@@ -146,7 +146,7 @@ def score(
     refs, hyps = tokenize(refs, hyps, tokenizer)
     results = score_ngrams(refs, hyps, metrics)
     if tables is not None:
-        results[meteor_name(tables)] = meteor.score(refs, hyps, tables, progress)[:2]
+        results[meteor_name(tables)] = meteor.score(refs, hyps, tables)[:2]
     if "ROUGE_L" in metrics:
         results["ROUGE_L"] = rouge.score(refs, hyps)
     if "CIDEr" in metrics:

@@ -9,32 +9,16 @@ import csv
 import json
 import os
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 from . import METRICS, TOKENIZERS, InputError, inputs, printed_name, score
 
 
-def warn(text, end="\n"):
+def warn(text):
     """Prints on the standard error. What takes it may be full; the exit code tells an error, too."""
     with suppress(OSError):
-        print(text, end=end, file=sys.stderr, flush=True)
-
-
-class Progress:
-    """Prints notes, and on a terminal, once the work takes longer than two seconds, a line that is rewritten."""
-
-    def __init__(self):
-        self.start_time = self.last_time = time.monotonic()
-
-    def __call__(self, text, done=None, total=None):
-        now = time.monotonic()
-        if done is None:
-            warn(text)
-        elif sys.stderr.isatty() and now - self.start_time > 2 and (now - self.last_time > 0.2 or done == total):
-            warn(f"{text} {done}/{total}", end="\r" if done < total else "\n")
-            self.last_time = now
+        print(text, file=sys.stderr, flush=True)
 
 
 def format_table(scores):
@@ -97,7 +81,7 @@ def run(argv):
     references, hypotheses = inputs.read_references(args.references), inputs.read_hypotheses(args.hypotheses)
     options = {name: getattr(args, name) for name in ("tokenizer", "meteor_data", "strict", "subset", "metrics")}
     names = args.references, args.hypotheses
-    scores = score(references, hypotheses, names=names, progress=Progress(), **options)
+    scores = score(references, hypotheses, names=names, progress=warn, **options)
     for note in scores.notes:
         warn(note)
     as_json = json.dumps({**scores.corpus, "signature": scores.signature})

@@ -223,11 +223,10 @@ def score_segment(hypothesis, references):
     return best_counts, best_score
 
 
-def score(references, hypotheses, tables, progress=None):
+def score(references, hypotheses, tables):
     """METEOR of tokenised captions.
 
-    references: for each video a list of str; hypotheses: for each video one str; tables: meteor_data.Tables;
-    progress: called as progress("METEOR", done, total) after every video.
+    references: for each video a list of str; hypotheses: for each video one str; tables: meteor_data.Tables.
     Returns (corpus score, per-video scores (V,), per-video counts (V, 23)). Raises InputError for captions that are too
     long.
     """
@@ -250,6 +249,4 @@ def score(references, hypotheses, tables, progress=None):
         counts, segment_score = score_segment(Hypothesis(lexicon.texts[words[text]], texts, lexicon), texts)
         segments.append(counts)
         scores.append(segment_score)
-        if progress:
-            progress("METEOR", len(scores), len(hypotheses))
     return score_counts(sum_counts(segments)), np.array(scores), np.array(segments, np.int64)

@@ -4,7 +4,6 @@ All tests use small tables and a cache folder of their own.
 """
 
 import gzip
-import random
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +40,18 @@ def test_compiled_once_and_reused(small_tables, tmp_path, monkeypatch):
 
 
 def test_damage_is_detected_and_repaired(small_tables, tmp_path):
-    """The compiled file truncated at 40 places, or with one of 400 bits flipped, seed 7."""
+    """The compiled file cut in half, empty, or with a flipped bit in the middle."""
     reload()
     (compiled,) = compiled_files(tmp_path)
-    rng, content = random.Random(7), compiled.read_bytes()
+    content = compiled.read_bytes()
+    middle = len(content) // 2
     with np.load(compiled) as file:
-        expected = {name: array.tolist() for name, array in file.items()}
-    results, damaged = [], [content[:size] for size in rng.sample(range(len(content)), 40)]
-    for i in rng.sample(range(len(content)), 400):
-        damaged.append(content[:i] + bytes([content[i] ^ 1 << rng.randrange(8)]) + content[i + 1 :])
-    for data in damaged:
+        source = file["source"].tolist()
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for data in (content[:middle], b"", flipped):
         compiled.write_bytes(data)
-        results.append(meteor_paraphrases.read_compiled(compiled, expected["source"]))
-    # Only what the zip does not use, such as times, may change undetected.
-    assert all(a is None or {name: array.tolist() for name, array in a.items()} == expected for a in results)
-    assert results[:40] == [None] * 40 and results.count(None) > 200
-    assert decode_pairs(reload().paraphrases) == PAIRS and compiled.stat().st_size == len(content)
+        assert meteor_paraphrases.read_compiled(compiled, source) is None
+        assert decode_pairs(reload().paraphrases) == PAIRS and compiled.stat().st_size == len(content)
 
 
 def test_changed_source_is_compiled_again(small_tables, tmp_path):

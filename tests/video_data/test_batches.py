@@ -206,42 +206,6 @@ def test_the_space_for_all_caches_is_checked_before_any_work(tmp_path, monkeypat
     assert f"cache: frames 92.2 kB, features 1.0 kB, go into {root}" in capsys.readouterr().out
 
 
-def test_random_kills_lose_nothing_and_damage_nothing(tmp_path, monkeypatch, decoded):
-    """8 SIGKILLs of the parent after random delays, seed 0. After each, every file that has a key as its name has the
-    right bytes, and the next call does not decode these clips again. Writes take 30 ms longer: kills happen in them."""
-    clips = make_clips(tmp_path, 4)
-    clips = [replace(clips[i % 4], id=f"{i}") for i in range(20)]
-    frames = fill(clips, tmp_path, count=2)
-    expected = {key: frames[i].tobytes() for i, key in enumerate(frames.keys)}
-    shutil.rmtree(frames.folder)
-    decoded()
-    monkeypatch.setattr(os, "fsync", lambda _: time.sleep(0.03))
-
-    def complete() -> int:
-        """How many files are there, compared with their bytes."""
-        paths = [frames.folder / key for key in expected if (frames.folder / key).exists()]
-        assert all(path.read_bytes() == expected[path.name] for path in paths)
-        return len(paths)
-
-    rng, midway = np.random.default_rng(0), 0
-    for _ in range(8):
-        before = complete()
-        process = multiprocessing.Process(target=cached_frames, args=(clips, tmp_path / "cache", "train", 2, SIZE))
-        process.start()
-        while complete() < 20 and not (tmp_path / "decoded.log").exists():
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0.05, 0.3))
-        process.kill()
-        process.join()
-        time.sleep(0.3)  # until its processes have finished their tasks
-        assert before <= complete() and len(decoded()) <= 20 - before
-        midway += 0 < complete() < 20
-        if complete() == 20:
-            shutil.rmtree(frames.folder)
-    assert midway >= 2
-    fill(clips, tmp_path, count=2)
-
-
 def test_features_continue_where_they_were_stopped(tmp_path):
     """Random frames, seed 0; 2 x the mean of each frame in bf16, exact. Stopped in the seventh clip, continued in other
     batches; another key makes all again."""
