@@ -49,19 +49,6 @@ MLLM_CONFIGS = {
 }
 
 
-def added_names(method: str) -> set[str]:
-    """The tensors that a method adds to the frozen models, spelled out."""
-    vit, lm = ([f"{part}.blocks.{i}" for i in range(depth)] for part, depth in (("vit", DEPTH), ("lm", LM.depth)))
-    parts = {"lora": (vit, [f"attn.{x}.lora_{y}" for x in "qv" for y in "ab"]),
-             "lora-lm": (lm, [f"attn.{x}.lora_{y}" for x in "qv" for y in "ab"]),
-             "adapter": (vit, [f"mlp.adapter_{x}.{y}" for x in ("down", "up") for y in ("weight", "bias")]),
-             "st-adapter": (vit, [f"st_{x}.{y}" for x in ("down", "time", "up") for y in ("weight", "bias")]),
-             "prompt": (vit, ["prompts"]), "linear": ([], []), "none": ([], [])}
-    blocks, names = parts[method]
-    connector = {"time_embed", "connector.weight", "connector.bias"} if method == "linear" else set()
-    return connector | {f"{block}.{name}" for block in blocks for name in names}
-
-
 class Letters:
     """The part of a tokenizer that a captioner uses; ids 0 to 2 are unknown, BOS and EOS."""
 
@@ -98,6 +85,11 @@ def make(name: str, seed: int = 0, mllm: str | None = None, dtype: torch.dtype =
     return variant_of(Captioner, config)(backbone.to(dtype), Letters(), config)
 
 
+def frozen_names(name: str, mllm: str | None = None) -> set[str]:
+    """The tensors of the models that a method adapts, which stay frozen; `full` freezes none."""
+    return set() if name == "full" else {key for key, _ in make("linear", mllm=mllm, method="none").named_parameters()}
+
+
 def randomize(module: torch.nn.Module, seed: int) -> None:
     """Adds noise to all that is trained, also to what starts at zero, and to m and s, which stay positive."""
     generator = torch.Generator().manual_seed(seed)
@@ -132,14 +124,14 @@ def labels(*groups: list[str]) -> torch.Tensor:
 LABELS = labels(["a cat", "two dogs run", ""], ["red", "a red ball moves", "it rolls away"])
 
 
-def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """The bytes of each tensor: 0.0 and -0.0 differ, and NaN equals itself."""
-    return {name: tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            for name, tensor in tensors.items()}
+def bits(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
+    """The dtype, shape and bytes of each tensor: 0.0 and -0.0 differ, and NaN equals itself."""
+    return {name: (x.dtype, x.shape, x.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            for name, x in tensors.items()}
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and bits({"": a}) == bits({"": b})
+    return bits({"": a}) == bits({"": b})
 
 
 def record_block_outputs(model: torch.nn.Module, run) -> list[torch.Tensor]:

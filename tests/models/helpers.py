@@ -33,13 +33,3 @@ def last_field(fields: dict) -> str:
 def assert_near(found: Tensor, expected: Tensor, atol: float = 1e-5, min_std: float = 0.1) -> None:
     assert expected.std() > min_std  # the tolerance is absolute, so the values must not be small
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-
-
-def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name in expected:
-        a, b = found[name], expected[name]
-        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
-        # As bytes: NaN != NaN, and 0.0 == -0.0.
-        a, b = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
-        assert a.equal(b), name

@@ -21,71 +21,19 @@ from transformers.models.internvl.video_processing_internvl import InternVLVideo
 
 import evaluate
 import train
-from common.files import read_json
 from common.preprocessing import HALF, Preprocessing
-from models.generation import generate
 from models.internvl import InternVL
 from models.mllm import MLLM, MLLMConfig
 from models.tokenizer import load_bpe
 from tests import tiny
 from tests.models.helpers import change_json, write_weights
 from tests.models.test_bpe import make_tokenizer_json
-from tests.models.test_mllm import CASES, DYNAMIC, IMAGE, QWEN3, assert_same, internvl, save_model
+from tests.models.test_mllm import CASES, QWEN3, assert_same, internvl, save_model
 from tests.models.test_mllm_checkpoints import INTERNVL, OF_INTERNVL, make_folder
 from tests.models.test_vit import read_weights
 from tests.scripts import TWELVE_STEPS, act_at_call, assert_error, contents, fork_two, losses, run_forked, succeed
 
 TEXT = "Describe the video."
-# Of published config.json files, with InternVL 3's spelling of rotary embeddings.
-VISION_FIELDS = """model_type hidden_size num_hidden_layers num_attention_heads intermediate_size image_size patch_size
-    attention_bias use_mean_pooling hidden_act norm_type layer_norm_eps""".split()
-TEXT_FIELDS = """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
-    num_key_value_heads max_position_embeddings rms_norm_eps bos_token_id eos_token_id""".split()
-
-
-def publish(folder: Path) -> None:
-    """Cuts config.json to the fields of a published one; theta is said beside rope_scaling."""
-    config = read_json(folder / "config.json")
-    vision, text = ({name: config[part][name] for name in names if name in config[part]}
-                    for part, names in (("vision_config", VISION_FIELDS), ("text_config", TEXT_FIELDS)))
-    rope = config["text_config"]["rope_parameters"]
-    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": dict(DYNAMIC, type="dynamic") if len(rope) > 2 else None}
-    text["rope_scaling"] and text["rope_scaling"].pop("rope_theta")
-    published = {"model_type": "internvl", "downsample_ratio": 0.5, "image_token_id": IMAGE, "vision_feature_layer": -1}
-    (folder / "config.json").write_text(json.dumps(published | {"vision_config": vision, "text_config": text}))
-
-
-@pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize("case", ["internvl, qwen2", "internvl, qwen3"])
-@torch.no_grad()
-def test_every_stage_equals_the_reference(tmp_path, case, frames):
-    """Weights seed 0, pixels seed 1, a published config: each block's output, the last of which is the vision tower's,
-    visual tokens, logits, greedy and 3-beam ids."""
-    theirs = save_model(tmp_path, CASES[case])
-    theirs.model.language_model.embed_tokens.weight *= 5  # else each generated token is the same
-    theirs.save_pretrained(tmp_path)
-    publish(tmp_path)
-    ours = MLLM.from_pretrained(tmp_path)
-    pixels = torch.randn(frames, 3, 84, 84, generator=torch.Generator().manual_seed(1))
-    z = theirs.model.vision_tower(pixels, output_hidden_states=True)
-    outputs = ours.vit.block_outputs(pixels, range(len(ours.vit.blocks)))
-    for i, expected in enumerate(z.hidden_states[1:]):
-        assert_same(outputs[:, i], expected)
-    assert_same(ours.vit(pixels), z.last_hidden_state)
-    tokens = ours.frame_tokens(outputs[:, -1], 0)
-    assert_same(tokens, theirs.model.get_image_features(pixels).pooler_output)
-    quiet = 3e-3 * pixels[0].flatten()[: 36 * 32].view(1, 36, 32)  # whose variance is near the projector's eps
-    squares = theirs.model.pixel_shuffle(quiet.unflatten(1, (6, 6)), scale_factor=0.5).flatten(1, 2)
-    assert_same(ours.projector(quiet), theirs.model.multi_modal_projector(squares))
-    texts = [[1, 5], *[[7, i + 10] for i in range(frames - 1)], [8, 9]]
-    ids = torch.tensor([sum((text + [IMAGE] * 9 for text in texts[:-1]), []) + texts[-1]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    x = ours.merge([torch.tensor(text) for text in texts], tokens[:, None].unbind(0))
-    assert_same(ours.lm(x), theirs(**inputs).logits)
-    for beams in (1, 3):
-        found = generate(ours.lm, x, beams=beams, max_new_tokens=12)[0]
-        expected = theirs.generate(**inputs, num_beams=beams, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-        assert found == [i for i in expected.tolist() if i != 2] and len(set(found)) > 2
 
 
 # ----------------------------------------------------------------------------------------- prompts
@@ -122,8 +70,9 @@ def test_the_file_decides_whether_the_head_is_tied(tmp_path):
     tensors = read_weights(tmp_path)
     assert "language_model.lm_head.weight" in tensors
     for _ in range(2):
-        theirs = transformers.InternVLForConditionalGeneration.from_pretrained(tmp_path)
+        # Ours first: transformers replaces torch.linspace while it loads; torch keeps what its first device block sees.
         ids, ours = torch.tensor([[1, 5, 9]]), MLLM.from_pretrained(tmp_path)
+        theirs = transformers.InternVLForConditionalGeneration.from_pretrained(tmp_path)
         assert_same(ours.lm(ours.lm.embed(ids)), theirs(input_ids=ids).logits)
         tensors.pop("language_model.lm_head.weight", None)
         write_weights(tmp_path, tensors)
@@ -169,9 +118,8 @@ def tiny_internvl(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("words", [["--cache-features"], ["--visual", "frames", "--write-back", "--grid", 1]])
-def test_a_run_resumes_bit_for_bit_and_knows_its_model(tiny_internvl, words, flags, tmp_path, monkeypatch):
-    check_run(tiny_internvl, words, flags, tmp_path, monkeypatch)
+def test_a_run_resumes_bit_for_bit_and_knows_its_model(tiny_internvl, flags, tmp_path, monkeypatch):
+    check_run(tiny_internvl, ["--cache-features"], flags, tmp_path, monkeypatch)
 
 
 def check_run(folder: Path, words: list, flags: list, tmp_path: Path, monkeypatch) -> None:

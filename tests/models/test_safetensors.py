@@ -14,7 +14,7 @@ from torch import nn
 
 from models.safetensors import DTYPES, read_safetensors, read_with_metadata, write_safetensors
 from tests.common.helpers import refused
-from tests.models.helpers import assert_bit_equal
+from tests.tiny import bits
 
 METADATA = {"format": "pt", "a": "ü\n"}
 
@@ -52,7 +52,7 @@ def test_reads_files_of_the_package(tmp_path):
         path = tmp_path / f"{spaces}"
         path.write_bytes(container(raw[8 : 8 + length].rstrip() + b" " * spaces, raw[8 + length :]))
         read = read_safetensors(path)
-        assert_bit_equal(read, expected)
+        assert bits(read) == bits(expected)
         assert all(t.data_ptr() % t.dtype.itemsize == 0 for t in read.values())
         assert read_with_metadata(path)[1] == METADATA
 
@@ -63,7 +63,7 @@ def test_the_package_reads_our_files(tmp_path):
     write_safetensors(path, examples(), METADATA)
     expected = {name: tensor.detach().contiguous() for name, tensor in examples().items()}
     for read in (safetensors.torch.load_file, read_safetensors):
-        assert_bit_equal(read(path), expected)
+        assert bits(read(path)) == bits(expected)
     with safe_open(path, "pt") as file:
         assert file.metadata() == METADATA == read_with_metadata(path)[1]
     write_safetensors(tmp_path / "b", dict(reversed(examples().items())), dict(reversed(METADATA.items())))
@@ -81,7 +81,7 @@ def test_order_of_header_and_data_may_differ(tmp_path):
     (tmp_path / "f").write_bytes(container(header, bytes([7, 8, 9])))
     read = read_safetensors(tmp_path / "f")
     assert {name: t.tolist() for name, t in read.items()} == {"b": [8, 9], "a": [7], "e": []}
-    assert_bit_equal(read, safetensors.torch.load_file(tmp_path / "f"))
+    assert bits(read) == bits(safetensors.torch.load_file(tmp_path / "f"))
 
 
 # ------------------------------------------------------------------ damaged and malicious files

@@ -1,7 +1,7 @@
-"""Public vision models: configs and parameter counts, strict loading, preprocessing, and refused files.
+"""Public vision models: configs and parameter counts, preprocessing, and refused files.
 
 References
-[1] transformers, models/{clip,siglip,dinov2,idefics3}: defaults and parameter counts.
+[1] transformers, models/{clip,siglip,dinov2,idefics3,internvl}: defaults and parameter counts.
 [2] torchvision, transforms/_presets.py: preprocessing of its published weights.
 """
 
@@ -23,7 +23,6 @@ from tests.common.helpers import refused
 from tests.models.helpers import CONFIGS, change_json, last_field, write_weights
 from tests.models.test_vit import make_torchvision, make_transformers, read_weights
 
-FORMATS = ["clip", "siglip_vision_model", "dinov2", "torchvision.pth"]
 COUNTS = {
     "clip-vit-base-patch16": 85_799_424,
     "clip-vit-large-patch14": 303_179_776,
@@ -31,16 +30,6 @@ COUNTS = {
     "siglip-so400m-patch14-384": 428_225_600,
     "dinov2-small": 22_056_576,
 }
-
-
-def make(tmp_path: Path, file_format: str) -> Path:
-    """Writes a random model; returns the path to load."""
-    if file_format.endswith(".pth"):
-        path = tmp_path / file_format
-        make_torchvision(path)
-        return path
-    make_transformers(tmp_path, file_format)
-    return tmp_path
 
 
 def refuse(path: Path, *words: str) -> None:
@@ -61,47 +50,18 @@ def test_a_public_config_has_the_published_number_of_parameters(tmp_path, name):
     assert sum(p.numel() for p in ours.parameters()) + ours.config.width * ("dino" in name) == COUNTS[name]
 
 
-@pytest.mark.parametrize("family", ["clip_vision_model", "siglip_vision_model", "dinov2", "idefics3_vision"])
+@pytest.mark.parametrize("family", ["clip_vision_model", "siglip_vision_model", "dinov2", "idefics3_vision",
+                                    "internvl_vision"])
 def test_missing_fields_have_the_defaults_of_transformers(family):
+    """transformers gives InternVL's sizes twice, height and width."""
     ours, theirs = parse_vit_config({}, family.split("_")[0], "config.json"), transformers.AutoConfig.for_model(family)
-    sizes = (ours["image_size"], ours["patch_size"], ours["width"], ours["depth"], ours["heads"])
+    for name in ("image_size", "patch_size"):
+        assert getattr(theirs, name) in (ours[name], (ours[name], ours[name]))
     expected = theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads
-    assert sizes == (theirs.image_size, theirs.patch_size, *expected)
+    assert (ours["width"], ours["depth"], ours["heads"]) == expected
     assert (ours["activation"], ours["norm_eps"]) == (theirs.hidden_act, theirs.layer_norm_eps)
     mlp_width = theirs.mlp_ratio * theirs.hidden_size if family == "dinov2" else theirs.intermediate_size
     assert ours["mlp_width"] == mlp_width
-
-
-# --------------------------------------------------------------------------------- strict loading
-
-
-def vision_tensors(path: Path) -> list[str]:
-    """The names of all tensors of the vision model in a file."""
-    others = ("text_model", "logit", "text_projection", "visual_projection", "heads", "mask_token", "embeddings.mask")
-    return [name for name in read_weights(path) if not name.startswith(others)]
-
-
-@pytest.mark.parametrize("file_format", FORMATS)
-def test_loading_is_strict(tmp_path, file_format):
-    """Each missing, unexpected and misshapen tensor is named. A misshapen one has another row, or three rows if three
-    tensors are fused. In a .pth file the MLP's first weight tells the width, so its bias is reported."""
-    path = make(tmp_path, file_format)
-    tensors = read_weights(path)
-    for name in vision_tensors(path):
-        tensor, parts = tensors[name], 3 if "in_proj" in name else 1
-        if tensor.dim() > 1 and len(tensor) == 1:  # a leading dimension of 1 is optional
-            wrong = torch.cat([tensor, tensor[..., :1, :]], dim=-2)
-        else:
-            wrong = torch.cat([tensor, tensor[:parts]])
-        tells = name.endswith("encoder_layer_0.mlp.0.weight")
-        anchor = name.endswith("patch_embedding.weight")
-        write_weights(path, {other: tensor for other, tensor in tensors.items() if other != name})
-        refuse(path, str(path), "expected" if tells else name.removeprefix("vision_model.") if anchor else name)
-        write_weights(path, tensors | {name: wrong})
-        refuse(path, str(path), name.replace("weight", "bias") if tells else name, "expected")
-    for extra in (f"{name}.more", "logit_scale_2", "head.weight", "embeddings.mask_tokens"):
-        write_weights(path, tensors | {extra: torch.zeros(2)})
-        refuse(path, str(path), "unexpected", extra)
 
 
 # ---------------------------------------------------------------------------------- refused models
@@ -137,11 +97,12 @@ REFUSED_FILES = [
 
 @pytest.mark.parametrize("changes, word", REFUSED_FILES)
 def test_an_unsupported_file_is_refused(tmp_path, changes, word):
-    path = make(tmp_path, "torchvision.pth")
+    make_torchvision(path := tmp_path / "vit.pth")
     write_weights(path, read_weights(path) | {name: torch.zeros(shape) for name, shape in changes.items()})
     refuse(path, str(path), word)
-    write_weights(path, {"conv1.weight": torch.zeros(2), "fc.bias": torch.zeros(2)})
-    refuse(path, str(path), "torchvision's vit_*")
+    for name, words in (("conv_proj.weight", "expected a field 'encoder."), ("fc.bias", "torchvision's vit_*")):
+        write_weights(path, {name: torch.zeros(768, 3, 8, 8)})
+        refuse(path, str(path), words)
 
 
 # ---------------------------------------------------------------------------------- preprocessing

@@ -11,7 +11,7 @@ import torch
 from common.config import Config
 from models.baselines import AdaptedMLP, LoRALinear, PromptedBlock, SpaceTimeBlock, add_baseline, set_frames
 from models.vit import ViT, ViTBlock
-from tests.tiny import SIDE, VIT, WIDTH, added_names, randomize, same_bits
+from tests.tiny import DEPTH, SIDE, VIT, WIDTH, randomize, same_bits
 
 CLOSE = dict(rtol=0, atol=1e-12)
 
@@ -77,7 +77,14 @@ def test_st_adapter():
         torch.testing.assert_close(out, block(torch.cat([clip[:, :1], clip[:, 1:] + added], dim=1)), **CLOSE)
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter", "st-adapter", "prompt"])
+ADDED = {  # to each block
+    "lora": {f"attn.{x}.lora_{y}" for x in "qv" for y in "ab"}, "prompt": {"prompts"},
+    "adapter": {f"mlp.adapter_{x}.{y}" for x in ("down", "up") for y in ("weight", "bias")},
+    "st-adapter": {f"st_{x}.{y}" for x in ("down", "time", "up") for y in ("weight", "bias")},
+}
+
+
+@pytest.mark.parametrize("method", ADDED)
 def test_every_block_of_a_vit_gets_its_own(method):
     """Seeds 6 and 7. The frozen tensors keep their names; adapters and LoRA change no bit at first; prompts start
     between plus and minus sqrt(6 / (3 * 4 * 4 + width)), as VPT's. In bf16 all of them get float32 gradients."""
@@ -88,7 +95,7 @@ def test_every_block_of_a_vit_gets_its_own(method):
     set_frames(vit, 2)
     after = {name: p for name, p in vit.named_parameters()}
     assert same_bits(vit(pixels), before) == (method != "prompt")
-    added = {name.removeprefix("vit.") for name in added_names(method)}
+    added = {f"blocks.{i}.{name}" for i in range(DEPTH) for name in ADDED[method]}
     assert {name for name, p in after.items() if p.requires_grad} == added
     assert {name: id(p) for name, p in after.items() if name not in added} == frozen
     if method == "prompt":

@@ -1,4 +1,4 @@
-"""Learning rates that are scaled with 1 / fan_in. References: the rule of training/optimizer.py, torch's own AdamW."""
+"""Learning rates that are scaled with 1 / fan_in. Reference: the rule of training/optimizer.py."""
 
 import math
 
@@ -25,34 +25,16 @@ def test_which_tensors_are_scaled(width):
 
 
 def test_the_first_step_moves_an_output_alike_at_every_width():
-    """Adam's first step is lr x the sign of the gradient: from zero weights and inputs of size 1 the output of a layer
-    moves by lr x 128, whatever the width."""
+    """AdamW's first step is lr x (the sign of the gradient + weight_decay x the weight), here 50 x 0.01: for inputs of
+    size 1 the output of a layer moves by lr x 128 x 1.5, whatever the width."""
     for width in (128, 384, 1152):
         layer, x = nn.Linear(width, 1, bias=False), torch.ones(1, width)
-        nn.init.zeros_(layer.weight)
-        optimizer = make_optimizer(dict(layer.named_parameters()), weight_decay=0.0)
+        nn.init.constant_(layer.weight, 0.01)
+        optimizer = make_optimizer(dict(layer.named_parameters()), weight_decay=50.0)
         set_learning_rate(optimizer, 0.01)
-        layer(x).sum().backward()
+        (before := layer(x)).sum().backward()
         optimizer.step()
-        assert -layer(x).item() == pytest.approx(1.28, rel=1e-4)
-
-
-def test_otherwise_it_is_adamw():
-    """Three steps of a layer that is not scaled, seed 0, equal bit for bit."""
-    torch.manual_seed(0)
-    layers, weights = [nn.Linear(100, 4), nn.Linear(100, 4)], []
-    layers[1].load_state_dict(layers[0].state_dict())
-    ours = make_optimizer(dict(layers[0].named_parameters()), 0.1)
-    theirs = torch.optim.AdamW(layers[1].parameters(), 0.01, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
-    for layer, optimizer in zip(layers, (ours, theirs), strict=True):
-        torch.manual_seed(0)
-        for _ in range(3):
-            set_learning_rate(ours, 0.01)
-            optimizer.zero_grad()
-            layer(torch.randn(5, 100)).square().sum().backward()
-            optimizer.step()
-        weights.append(layer.weight)
-    assert weights[0].equal(weights[1])
+        assert (before - layer(x)).item() == pytest.approx(1.92, rel=1e-4)
 
 
 def test_the_schedule():

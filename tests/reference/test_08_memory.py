@@ -64,12 +64,11 @@ def test_the_counter_counts_what_lives():
 
 
 def test_a_model_chooses_as_on_the_cpu():
-    """By hand: the device that is reported, and where tensors are made and moved."""
-    x, labels = torch.empty(3, device="meta"), torch.zeros(3, dtype=torch.long)
+    """A tensor on the meta device says that it is on the CPU."""
+    x = torch.empty(3, device="meta")
     with plan.PretendDevice(is_cpu=True):
         assert x.device.type == "cpu"
-        assert torch.zeros(2, device=x.device).is_meta and labels.to(x.device).is_meta
-    assert x.device.type == "meta" and torch.zeros(2, device="cpu").device.type == "cpu"
+    assert x.device.type == "meta"
 
 
 def test_what_a_step_consists_of(backbones):
