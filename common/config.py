@@ -31,7 +31,7 @@ from common.errors import InputError, reading
 from common.files import field as json_field
 from common.files import read_json
 
-VERSION = "1.6.0"
+VERSION = "1.7.0"
 METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "st-adapter", "prompt", "full")
 INSTRUCTION = "Describe the video."
 DEVICES = ("auto", "cuda", "mps", "cpu")
