@@ -146,7 +146,7 @@ def format_scores(scores: dict[str, float]) -> str:
 
 def evaluate_split(captioner: Captioner, dataset: VideoDataset, args: argparse.Namespace, config: Config) -> None:
     """Captions a split of a dataset, prints its scores, and writes --save and --report."""
-    cache = cached_inputs(replace(config, cache_features=False), dataset, captioner, {})[args.split]
+    cache = cached_inputs(replace(config, cache_features=False), dataset, captioner, {})[args.split]  # read once
     batch_size = config.micro_batch_size or BATCH_SIZE
     result = caption_and_score(captioner, dataset, args.split, cache, batch_size, ProcessGroup(), beams=config.beams)
     print(f"{args.split}: {format_scores(result.scores)}\n{result.signature}")

@@ -103,7 +103,7 @@ class Captioner(nn.Module):
             self.connector = nn.Linear(lm_width, lm_width)
             nn.init.zeros_(self.connector.weight)
             nn.init.zeros_(self.connector.bias)
-        if config.deep_rank:
+        if config.deep_rank:  # visual tokens act on every block of the language model, not on its input alone
             text = torch.tensor(self.tokenizer.encode(TEXT), device=self.lm.embed.weight.device)
             self.deep = DeepVectors(width, self.lm, config.deep_rank, self.prefix_length(config.frames), text)
 
@@ -135,7 +135,7 @@ class Captioner(nn.Module):
         return [*(self.deepstack if self.adapter is None else ()), *range(self.first_block, len(self.vit.blocks))]
 
     def block_outputs_shape(self, num_frames: int) -> tuple[int, ...]:
-        """The shape of `block_outputs` for one clip: (T, J, P, D)."""
+        """The shape of `block_outputs` for one clip: (T, J, P, D). With Qwen3-VL T counts pairs of frames."""
         return self.vit.num_steps(num_frames), len(self.read_blocks), *self.vit.position.shape
 
     def block_outputs(self, frames: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class Captioner(nn.Module):
         block with those of DeepStack's blocks beside it (B, T, P, D + jD)."""
         if frames.dtype != torch.uint8:
             outputs = frames.to(self.dtype)  # (B, T, J, P, D)
-        elif self.config.can_cache_vit:  # no trained weight acts inside the ViT
+        elif self.config.can_cache_vit:  # cached or not, no trained weight acts inside the ViT
             outputs = self.block_outputs(frames)  # (B, T, J, P, D)
         else:
             pixels = self.vit.normalize(frames).to(self.dtype)

@@ -20,7 +20,7 @@ the ViT.
 
 Shapes: B clips, T frames of S x S pixels, T' frames in training, P tokens per frame (class token and patches), D ViT
 width, N queries Q, Q_J after the last block, A what they read, J adapted blocks, r rank, h heads, d = r/h; n and m
-count any queries and keys. Z, Y, E and X are those above; z in the code is LN(Z).
+count any queries and keys. Z, Y, E and X are those above; z is LN(Z) in `GatedCrossAttention`, Z elsewhere.
 
 References
 [1] Q-Adapter, https://arxiv.org/abs/2510.10022 (abstract only).
@@ -94,7 +94,7 @@ def interpolate_time_embed(time_embed: Tensor, frames: int) -> Tensor:
 class GatedCrossAttention(nn.Module):
     """The adapter of one ViT block: the queries' cross-attention, its gate and, with write-back, the patches' own.
 
-    config: the fields rank, gate and token_dropout of `QAdapter`'s.
+    config: has the fields rank, gate and token_dropout, see `QAdapter`.
     """
 
     def __init__(self, width: int, config, write_back: bool):
@@ -117,7 +117,7 @@ class GatedCrossAttention(nn.Module):
             nn.init.zeros_(self.write_o.weight)  # step 0 is the frozen ViT, bit for bit
 
     def make_gate(self, width: int) -> nn.Module:
-        """The gating layer. It starts at zero, so every gate starts at 1/2."""
+        """The gating layer. It starts at zero, so every gate starts at 1/2. Its name gives it a tenth of the rate."""
         return zero_linear(2 * width, 1)
 
     def forward(self, queries: Tensor, tokens: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +142,7 @@ class GatedCrossAttention(nn.Module):
         return self.o(multi_head_attention(q, k, v, self.mask(z)))  # (B, N, D)
 
     def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
-        """How much each query keeps of its read (B, N, D). Returns (B, N, 1)."""
+        """How much each query keeps of its read (B, N, D). Returns (B, N, 1). Only variants use Q itself."""
         if self.gate is None:
             return queries.new_ones(*queries.shape[:2], 1)
         return self.gate(torch.cat([normed_queries, F.layer_norm(read, read.shape[-1:])], dim=-1)).sigmoid()
@@ -170,7 +170,7 @@ class GatedCrossAttention(nn.Module):
 
     def mask(self, z: Tensor) -> Tensor | None:
         """Which of the T*P tokens the queries see (B, 1, 1, T*P). None: all, as always but in a training step."""
-        if not (self.token_dropout and self.training and torch.is_grad_enabled()):
+        if not (self.token_dropout and self.training and torch.is_grad_enabled()):  # CIDEr's samples see all
             return None
         return random_visibility(*z.shape[:3], self.token_dropout, z.device)[:, None, None]
 
@@ -212,7 +212,7 @@ class QAdapter(nn.Module):
     queries in training, at random, for each block and clip [2].
     """
 
-    Block = GatedCrossAttention  # a variant has another
+    Block = GatedCrossAttention  # other gates: study/variants.py
 
     def __init__(self, width: int, depth: int, config):
         super().__init__()

@@ -4,7 +4,8 @@ A run is a folder (`training/run.py`), and `--resume RUN` continues it bit for b
 the highest CIDEr on the validation split after any training; the test split is scored once, at the end. `torchrun
 --nproc-per-node 2 train.py ...` trains the same with two processes (`training/distributed.py`).
 
-Shapes: see `Batch` in video_data/batches.py.
+Shapes: frames (B, T, 3, S, S) or features (B, T, ...), labels (B, K, L), times (B, T + 1); see `Batch` in
+video_data/batches.py.
 """
 
 import math
@@ -142,7 +143,7 @@ def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, st
     """
     config = captioner.config
     trained = [parameter for param_group in optimizer.param_groups for parameter in param_group["params"]]
-    # Seeds --token-dropout and samples: each step and process draws others, a resumed run the same ones.
+    # Seeds --token-dropout and samples: each step and process draws others, a run resumed with as many the same.
     torch.manual_seed((config.seed * 2**20 + step) * 2**10 + group.rank)
     total = group.all_reduce(compute_loss.terms(batch))  # the loss is a mean over the terms of all processes
     optimizer.zero_grad(set_to_none=True)
@@ -211,7 +212,7 @@ def main() -> int:
         return group.destroy()
     if config.resume:
         check_models(config.resume, fingerprints)
-    with group.first_of_machine():  # decodes, and with --cache-features runs the frozen ViT
+    with group.first_of_machine():  # stores frames and, with --cache-features, the frozen ViT's outputs on the disk
         inputs = cached_inputs(config, dataset, captioner, fingerprints)
     examples = make_examples(captioner, clips, inputs.get("train"))
     phases = make_phases(config, steps, captioner, clips, examples.captions) if steps else []
@@ -238,7 +239,7 @@ def main() -> int:
     # 4. The loop
     order = epoch_batches(len(clips), config.batch_size, config.all_epochs, config.seed, step) if steps else ()
     per_epoch = max(1, steps // config.all_epochs)
-    # At the end of the captions, too: their rate is zero there, and CIDEr may lead to worse weights.
+    # Also where the captions end: their rate is zero there, and the phase of CIDEr may lead to worse weights.
     validation_steps = {steps, *(phase.end for phase in phases if phase.name == "captions"),
                         *range(per_epoch * (config.word_epochs + config.eval_every), steps,
                                per_epoch * config.eval_every)}
@@ -247,7 +248,7 @@ def main() -> int:
     progress = Progress(steps, step)
     with cli.deferred_interrupts(repeatable=group.world_size > 1) as interrupts:
         for batch in prefetch(load_batch, order):
-            phase = next(phase for phase in phases if step < phase.end)
+            phase = next(phase for phase in phases if step < phase.end)  # words, captions or CIDEr
             if progress.total != phase.end:  # the time left is that of a phase: a step takes longer in the next one
                 progress = Progress(phase.end, step)
             lr = phase.learning_rate(step)

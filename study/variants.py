@@ -3,7 +3,7 @@
 Read `qadapter.py` first; letters and shapes are those. A variant of a block replaces one method of
 `GatedCrossAttention`, a variant of what is around the blocks one of `QAdapter`, and a variant of another `--method`
 replaces one of `Captioner` in `model.py`. A new idea is a class here and a line in VARIANTS. docs/study-tables.md has
-the scores. The names of the gates' layers contain "gate": their learning rate is that of the gating layer
+the scores. The gating layer of a variant is called `gate`, which gives it that layer's learning rate
 (`training/optimizer.py`).
 """
 
