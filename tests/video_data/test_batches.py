@@ -6,7 +6,6 @@ so they inherit patched functions.
 
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import InputError
 from common.preprocessing import Preprocessing
 from tests.common.helpers import ROOT, refused
 from tests.video_data.test_video import write_video
@@ -97,20 +95,13 @@ def make_clips(folder: Path, count: int = 5) -> list[Clip]:
     return [Clip(path.name, path, ("a caption",)) for path in paths]
 
 
-def cached_frames(clips: list[Clip], root: Path, split: str, count: int, preprocessing=SIZE, **options) -> ClipCache:
-    cache = batches.frames_cache(clips, root, split, count, preprocessing, **options)
-    batches.check_space({"frames": [cache]})
-    batches.fill_frames(cache, clips, preprocessing)
-    return cache
-
-
-def fill(clips: list[Clip], folder: Path, split="train", count=4, preprocessing=SIZE) -> ClipCache:
+def fill(clips: list[Clip], folder: Path, split="train", count=4, preprocessing=SIZE, with_times=False) -> ClipCache:
     """The cache, compared with what `read_frames` reads."""
-    frames = cached_frames(clips, folder / "cache", split, count, preprocessing)
-    assert len(frames) == len(clips)
-    for array, clip in zip(frames, clips, strict=True):
+    cache = batches.frames_cache(clips, folder / "cache", split, count, preprocessing, with_times)
+    batches.fill_frames(cache, clips, preprocessing)
+    for array, clip in zip(cache, clips, strict=True):
         assert np.array_equal(array, read_frames(clip.path, count, preprocessing))
-    return frames
+    return cache
 
 
 @pytest.fixture
@@ -133,14 +124,13 @@ def decoded(tmp_path, monkeypatch) -> Callable[[], list[str]]:
 
 
 def test_arrays_are_stored_as_raw_bytes(tmp_path):
+    """A clip is stored, another not, and a third is one byte short."""
     stored = ClipCache(tmp_path, ["a", "b", "c"], (2, 3), np.uint16)
-    assert stored.missing() == [0, 1, 2]
     stored.write(1, np.arange(6, dtype=np.uint16).reshape(3, 2).T)
     assert (tmp_path / "b").read_bytes() == np.array([0, 2, 4, 1, 3, 5], np.uint16).tobytes()
-    assert stored[1].tolist() == [[0, 2, 4], [1, 3, 5]]
     assert stored.read(1, [1, 0, 1]).tolist() == [[1, 3, 5], [0, 2, 4], [1, 3, 5]]
     (tmp_path / "c").write_bytes(bytes(11))
-    assert stored.missing() == [0, 2] and len(stored) == 3
+    assert stored.missing() == [0, 2]
     for i, name in ((2, "c"), (0, "a")):
         with refused(f"{tmp_path}/{name}: was deleted or cut short; start again to make it anew"):
             stored[i]
@@ -156,8 +146,7 @@ def test_only_new_changed_and_cut_files_are_decoded(tmp_path, decoded):
     os.utime(clips[1].path, ns=(0, 1))
     fill(clips, tmp_path)
     assert decoded() == ["1.mp4", "2.mp4"]
-    clips[0] = replace(clips[0], id="another")
-    clips = [clips[3], added, clips[0], clips[4]]
+    clips = [clips[3], added, replace(clips[0], id="another"), clips[4]]
     frames = fill(clips, tmp_path)
     assert decoded() == ["0.mp4", "5.mp4"]
     path = frames.folder / frames.keys[1]
@@ -170,25 +159,23 @@ def test_other_settings_have_other_folders(tmp_path, decoded):
     clips, lanczos = make_clips(tmp_path, 1), Preprocessing(30, 30, True, "lanczos", longest_edge=31)
     settings = [Preprocessing(24, 30), Preprocessing(30, 30), Preprocessing(30, 31), Preprocessing(30, 31, True)]
     settings += [Preprocessing(30, 31, True, "bilinear"), lanczos, replace(lanczos, longest_edge=32)]
-    folders = {fill(clips, tmp_path, count=3, preprocessing=preprocessing).folder for preprocessing in settings}
-    folders |= {fill(clips, tmp_path, split, count).folder for split, count in (("train", 4), ("train", 3), ("val", 3))}
-    assert len(folders) == len(decoded()) == 10
-    fill(clips, tmp_path, count=3, preprocessing=replace(settings[0], mean=(0, 0, 0)))
+    settings = [("train", 3, preprocessing) for preprocessing in settings] + [("train", 4, SIZE), ("val", 4, SIZE)]
+    assert len({fill(clips, tmp_path, *each).folder for each in settings}) == len(decoded()) == 9
+    fill(clips, tmp_path, "train", 4, replace(SIZE, mean=(0, 0, 0)))
     assert decoded() == []  # uint8 frames do not depend on the mean
 
 
 def test_all_bad_clips_are_named_at_once_and_the_others_are_kept(tmp_path, decoded):
-    clips, folder = make_clips(tmp_path), re.escape(str(tmp_path))
-    contents = {i: clips[i].path.read_bytes() for i in (1, 3)}
-    for i in contents:
+    clips = make_clips(tmp_path)
+    for i in (1, 3):
         clips[i].path.write_bytes(b"no video")
-    for expected in (["0.mp4", "1.mp4", "2.mp4", "3.mp4", "4.mp4"], ["1.mp4", "3.mp4"]):
-        with pytest.raises(InputError, match=rf"^2 clips cannot be read: {folder}/1\.mp4: .*; {folder}/3\.mp4: "):
+    for expected in ([clip.id for clip in clips], ["1.mp4", "3.mp4"]):
+        with refused("2 clips cannot be read: ", f"{tmp_path}/1.mp4: ", f"; {tmp_path}/3.mp4: "):
             fill(clips, tmp_path)
         assert decoded() == expected
 
 
-def test_the_space_for_all_caches_is_checked_before_any_work(tmp_path, monkeypatch, decoded, capsys):
+def test_the_space_for_all_caches_is_checked_before_any_work(tmp_path, monkeypatch, capsys):
     """By hand: 5 clips of 4 frames of 32 x 32 are 61,440 bytes, 5 of 2 frames 30,720; features of 100 bf16 numbers for
     each of 5 clips are 1,000."""
     clips, usage, root = make_clips(tmp_path), type(shutil.disk_usage(tmp_path)), tmp_path / "cache"
@@ -197,13 +184,12 @@ def test_the_space_for_all_caches_is_checked_before_any_work(tmp_path, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 93_159))
     with refused("cache, frames 92.2 kB, features 1.0 kB: needs 93.2 kB", " 93.2 kB free"):
         batches.check_space(planned)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 61_439))
-    with refused("frames 61.4 kB: needs 61.4 kB"):
-        fill(clips, tmp_path)
-    assert decoded() == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 93_160))
     batches.check_space(planned)
     assert f"cache: frames 92.2 kB, features 1.0 kB, go into {root}" in capsys.readouterr().out
+    batches.fill_frames(frames[0], clips, SIZE)
+    batches.check_space(planned)
+    assert "cache: frames 30.7 kB, features 1.0 kB" in capsys.readouterr().out
 
 
 def test_features_continue_where_they_were_stopped(tmp_path):
@@ -227,7 +213,7 @@ def test_features_continue_where_they_were_stopped(tmp_path):
         sizes.clear()
         features = batches.features_cache(frames, key, (2, 1))
         batches.fill_features(features, frames, encode, images)
-        assert sizes == expected and features.folder.parent == tmp_path
+        assert sizes == expected
         assert np.array_equal(np.stack(list(features)), encode(tensor).view(torch.uint16))
 
 
@@ -267,8 +253,7 @@ def test_randomness_is_the_documented_one(tmp_path):
         cycles = [np.random.default_rng([5, 1, clip, cycle]).permutation(3) for cycle in (0, 1)]
         sampled = [ids for epoch in range(3) for ids in examples.sample_captions(clip, epoch)]
         assert sampled == [examples.captions[clip][i] for cycle in cycles for i in cycle]
-    frames, labels, *_ = examples.read([(0, 0), (1, 0)])
-    assert frames.shape == (2, 3, 3, 2, 2) and labels.shape[:2] == (2, 2)
+    labels = examples.read([(0, 0), (1, 0)]).labels  # (2, 2, L)
     expected = examples.sample_captions(0, 0) + examples.sample_captions(1, 0)
     for row, ids in zip(labels.flatten(0, 1).tolist(), expected, strict=True):
         assert row == ids + [-100] * (len(row) - len(ids))
@@ -280,19 +265,18 @@ def test_times_are_stored_beside_frames(tmp_path, decoded):
     clips = make_clips(tmp_path, 2)
     fill(clips, tmp_path, count=6)
     decoded()
-    caches = [cached_frames(clips, tmp_path / "cache", "train", 6, SIZE, with_times=True) for _ in range(2)]
+    _, cache = (fill(clips, tmp_path, count=6, with_times=True) for _ in range(2))
     assert decoded() == ["0.mp4", "1.mp4"]
     times = [read_clip(clip.path, 6, SIZE)[1] for clip in clips]
-    assert [row.tolist() for row in caches[1].times] == times
-    examples = batches.TrainingExamples(clips, caches[1], CHARACTERS, 3, 1, seed=0, eos_id=7, max_tokens=40)
+    assert [row.tolist() for row in cache.times] == times
+    examples = batches.TrainingExamples(clips, cache, CHARACTERS, 3, 1, seed=0, eos_id=7, max_tokens=40)
     keys = [(0, 3), (1, 0)]
-    for key, found in zip(keys, examples.times(keys).tolist(), strict=True):
-        stored = caches[1][key[0]].astype(int)
-        read = [int(np.abs(stored - frame).sum((1, 2, 3)).argmin()) for frame in examples.read([key]).frames[0].numpy()]
-        assert found == [times[key[0]][i] for i in [*read, 6]] and len(set(read)) == 3
-    pairs = batches.features_cache(caches[1], "key", (3, 5))
-    for i in range(2):
-        pairs.write(i, np.full((3, 5), i, np.uint16))
+    for (i, epoch), found in zip(keys, examples.times(keys).tolist(), strict=True):
+        frames = examples.read([(i, epoch)]).frames[0].numpy()
+        read = [[np.array_equal(frame, stored) for stored in cache[i]].index(True) for frame in frames]
+        assert found == [times[i][k] for k in [*read, 6]] and len(set(read)) == 3
+    pairs = batches.features_cache(cache, "key", (3, 5))
+    pairs.write(1, np.zeros((3, 5), np.uint16))
     examples = batches.TrainingExamples(clips, pairs, CHARACTERS, 3, 1, seed=0, eos_id=7, max_tokens=40)
     assert examples.read([(1, 0)]).frames.shape == (1, 3, 5) and examples.times(keys).tolist() == times
 

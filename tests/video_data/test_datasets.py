@@ -27,12 +27,6 @@ from video_data.annotations import SPLITS
 LISTS = [f"{split}_list.txt" for split in SPLITS]
 
 
-def link_files(source: Path, folder: Path, *names: str) -> Path:
-    for name in names:
-        os.symlink(source / name, folder / name)
-    return folder
-
-
 def sizes(annotated: annotations.Annotations) -> list[tuple[int, int]]:
     """Clips and captions of each split."""
     groups = [[annotated.captions.get(clip_id, []) for clip_id in annotated.splits[split]] for split in SPLITS]
@@ -42,26 +36,22 @@ def sizes(annotated: annotations.Annotations) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------------ the real files
 
 
-CAPTIONS = {
-    "raw-captions.pkl": [(1200, 48774), (100, 4290), (670, 27763)],
-    # 12 captions more than in the tokenised source, 3 of them in scripts without a Latin letter
-    "AllVideoDescriptions.txt": [(1200, 48778), (100, 4291), (670, 27767)],
-}
+PICKLED = "raw-captions.pkl", [(1200, 48774), (100, 4290), (670, 27763)]
+# 12 captions more than in the tokenised source, 3 of them in scripts without a Latin letter
+DESCRIBED = "AllVideoDescriptions.txt", [(1200, 48778), (100, 4291), (670, 27767)]
+# This copy has rows for validation and test clips only. One row is in another script.
+ROWS = "MSR_Video_Description_Corpus.csv", [(1200, 0), (100, 4291), (670, 27767)]
 
 
-@pytest.mark.parametrize("split_by", [LISTS, ["youtube_mapping.txt"], []], ids=["lists", "mapping", "order"])
-@pytest.mark.parametrize("source", CAPTIONS)
-def test_msvd_has_its_published_sizes(real, tmp_path, split_by, source):
-    annotated = annotations.read_msvd(link_files(real / "msvd", tmp_path, source, *split_by))
-    assert sizes(annotated) == CAPTIONS[source]
+@pytest.mark.parametrize("source, expected, split_by", [
+    (*PICKLED, LISTS), (*PICKLED, ["youtube_mapping.txt"]), (*PICKLED, []), (*DESCRIBED, []), (*ROWS, LISTS)])
+def test_msvd_has_its_published_sizes(real, tmp_path, source, expected, split_by):
+    for name in (source, *split_by):
+        os.symlink(real / "msvd" / name, tmp_path / name)
+    annotated = annotations.read_msvd(tmp_path)
+    assert sizes(annotated) == expected
     listed = {split: (real / f"msvd/{split}_list.txt").read_text().split() for split in SPLITS}
     assert annotated.splits == listed
-
-
-def test_the_csv_of_msvd(real, tmp_path):
-    """This copy has rows for validation and test clips only. One row is in another script."""
-    annotated = annotations.read_msvd(link_files(real / "msvd", tmp_path, "MSR_Video_Description_Corpus.csv", *LISTS))
-    assert sizes(annotated) == [(1200, 0), (100, 4291), (670, 27767)]
 
 
 def test_msrvtt_has_its_published_sizes(real, tmp_path):
@@ -282,24 +272,22 @@ def link_second_clip(root: Path) -> None:
     os.symlink(root / "a.mp4", root / "d.mp4")
 
 
-def replace_captions(captions: str):
-    """A change of captions.json: other training captions of a.mp4."""
-    text = f'{{"train": {{"a.mp4": {captions}}}, "val": {{"b.mp4": ["x"]}}, "test": {{"c.mp4": ["x"]}}}}'
-    return lambda root: (root / "captions.json").write_text(text)
+def write(name: str, text: str):
+    """A change: a file with this text."""
+    return lambda root: (root / name).write_text(text)
 
 
+SPLIT_TWICE = '{"videos": [{"video_id": "video8", "split": "test"}], "sentences": []}'
 INCONSISTENT = [  # a layout, what is done to it, the error
     (make_msvd, lambda root: add_line(root / "test_list.txt", "-00_a_1_2"), "-00_a_1_2 occurs twice in the splits"),
     (make_msvd, lambda root: (root / "-02_a_1_4.mp4").touch(), "-02_a_1_4.avi: two videos of one clip"),
     (make_folder, link_second_clip, "a.mp4 is the video of two clips"),
-    (make_msrvtt, lambda root: (root / "MSRVTT_data.json").write_text(
-        '{"videos": [{"video_id": "video8", "split": "test"}], "sentences": []}'), "split of 'video8' is"),
+    (make_msrvtt, write("MSRVTT_data.json", SPLIT_TWICE), "split of 'video8' is"),
     (make_msvd, lambda root: (root / "AllVideoDescriptions.txt").unlink(), "expected one of AllVideoDescriptions.txt"),
-    (make_folder, replace_captions('"a man"'), "'a.mp4': expected a list of captions"),
-    (make_folder, replace_captions('["a man", "?!"]'), "'a.mp4': expected a list of captions, each with a word in it"),
-    (make_folder, replace_captions('["a man"]}, "dev": {"d.mp4": ["x"]'), "expected the splits train, val, test"),
-    (make_folder, replace_captions('["a man"]}, "val": {'), "a name occurs twice"),
-    (make_folder, lambda root: (root / "captions.json").write_text("{}"), "expected clips of the split train, found"),
+    (make_folder, write("captions.json", '{"train": {"a.mp4": "man"}}'), "'a.mp4': expected a list of captions"),
+    (make_folder, write("captions.json", '{"train": {"a.mp4": ["a man", "?!"]}}'), "captions, each with a word in it"),
+    (make_folder, write("captions.json", '{"dev": {"d.mp4": ["x"]}}'), "expected the splits train, val, test"),
+    (make_folder, write("captions.json", "{}"), "expected clips of the split train, found"),
 ]
 
 
@@ -311,16 +299,12 @@ def test_inconsistent_data_is_a_one_line_error(tmp_path, make, change, words):
         datasets.read_dataset(make.__name__.removeprefix("make_"), tmp_path)
 
 
-def test_a_file_is_no_folder(tmp_path):
-    (file := tmp_path / "a").touch()
-    with refused(f"{file}: expected the folder of the dataset (--data), found a file"):
-        datasets.read_dataset("msvd", file)
-
-
 @pytest.mark.parametrize("name", ["msvd", "msrvtt", "folder"])
-def test_a_missing_or_empty_folder_prints_what_belongs_in_it(tmp_path, capsys, name):
-    for folder in (tmp_path / "none", tmp_path):
-        with refused(f"{folder}: expected the folder of the dataset"):
+def test_a_folder_that_is_missing_or_empty_or_a_file_prints_what_belongs_in_it(tmp_path, capsys, name):
+    (tmp_path / "a").touch()
+    (empty := tmp_path / "b").mkdir()
+    for folder, found in ((tmp_path / "none", "none"), (empty, "an empty one"), (tmp_path / "a", "a file")):
+        with refused(f"{folder}: expected the folder of the dataset (--data), found {found}"):
             datasets.read_dataset(name, folder)
         lines = capsys.readouterr().err.splitlines()
         assert str(folder) in lines[0] and len(lines) >= 6 and max(map(len, lines[1:])) <= 120
@@ -334,8 +318,6 @@ def test_a_pickle_that_calls_a_function_is_an_error(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/called",)
 
-    make_msvd(tmp_path)
-    (tmp_path / "AllVideoDescriptions.txt").unlink()
     for content in (Malicious(), {"a": [Malicious()]}, {"a": [["x", 3]]}, [1]):
         (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(content))
         with refused(f"{tmp_path}/raw-captions.pkl: "):
@@ -345,26 +327,23 @@ def test_a_pickle_that_calls_a_function_is_an_error(tmp_path):
 
 def test_damaged_sources_are_read_or_an_error(tmp_path):
     """60 variants of each kind of file, seeds 0 to 59, each within 5 seconds."""
-    make_msrvtt(tmp_path / "msrvtt")
-    make_folder(tmp_path / "folder")
-    pickled = pickle.dumps({f"v{i}": [["a", "man"]] for i in range(50)}, 2)
-    table = b"VideoID,Start,End,Language,Description\n" + b'x,1,2,English,"A"\n' * 9
-    jsons = [tmp_path / "msrvtt/test_videodatainfo.json", tmp_path / "folder/captions.json"]
-    kinds = [
-        (annotations.parse_descriptions, tmp_path / "a.txt", b"v_1_2 Une fille \xc3\xa9crit.\n" * 9),
-        (annotations.parse_pickle, tmp_path / "a.pkl", pickled),
-        (annotations.parse_csv, tmp_path / "a.csv", table),
-        (annotations.parse_mapping, tmp_path / "map.txt", b"".join(b"v%d vid%d\n" % (i, i) for i in range(9))),
-        (annotations.read_msrvtt, jsons[0], jsons[0].read_bytes()),
-        (annotations.read_folder, jsons[1], jsons[1].read_bytes()),
-    ]
+    make_msrvtt(tmp_path)
+    make_folder(tmp_path)
+    kinds = {
+        "a.txt": (annotations.parse_descriptions, b"v_1_2 Une fille \xc3\xa9crit.\n" * 9),
+        "a.pkl": (annotations.parse_pickle, pickle.dumps({f"v{i}": [["a", "man"]] for i in range(50)}, 2)),
+        "a.csv": (annotations.parse_csv, b"VideoID,Start,End,Language,Description\n" + b'x,1,2,English,"A"\n' * 9),
+        "map.txt": (annotations.parse_mapping, b"".join(b"v%d vid%d\n" % (i, i) for i in range(9))),
+        **{name: (read, (tmp_path / name).read_bytes()) for name, read in (
+            ("test_videodatainfo.json", annotations.read_msrvtt), ("captions.json", annotations.read_folder))},
+    }
     results = []
     for seed in range(60):
-        for read, path, content in kinds:
-            path.write_bytes(damaged(content, seed))
+        for name, (read, content) in kinds.items():
+            (path := tmp_path / name).write_bytes(damaged(content, seed))
             start_time = time.monotonic()
             try:
-                read(path.parent) if path in jsons else annotations.parse_file(path, read)
+                read(tmp_path) if path.suffix == ".json" else annotations.parse_file(path, read)
                 results.append("read")
             except InputError as error:
                 assert str(path) in str(error) and str(error).isprintable(), (path, seed, error)
