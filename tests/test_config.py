@@ -71,25 +71,19 @@ def test_the_defaults_of_a_dataset(dataset):
 
 @pytest.mark.parametrize("words, message", [
     ("--mllm m --vit v", "--vit, --lm and --vit-blocks: expected without --mllm"),
-    ("--mllm m --image-size 32 32 32", "--image-size: expected one number"),
-    ("--image-size 32 64", "--image-size"),
-    ("--visual frames --write-back", "--visual frames: expected --mllm"),
-    ("--mllm m --visual frames", "--visual frames: expected .*--write-back"),
+    ("--mllm m --image-size 32 32 32", "--image-size: expected one number"), ("--image-size 32 64", "--image-size"),
     ("--dataset msvd --lm l --visual frames --write-back", "--visual frames: expected --mllm"),
+    ("--mllm m --visual frames", "--visual frames: expected .*--write-back"), ("--plan --method none", "--plan"),
     ("--method lora --write-back", "--write-back"), ("--method lora --last-blocks 2", ".*--last-blocks: expected"),
     ("--method st-adapter --gate none", ".*--gate"), ("--grid 2", "--grid: expected --visual frames"),
     ("--word-epochs 1 --method none", "--word-epochs"), ("--word-epochs 1 --mllm m --method lora-lm", "--word-epochs"),
-    ("--epochs 2 --cider-epochs 3", "--cider-epochs: expected at most the 2"), ("--epochs 1e9", "--epochs"),
+    ("--epochs 2 --cider-epochs 3", "--cider-epochs: expected at most the 2"), ("--rank 6", "--rank: expected a mult"),
+    ("--cider-epochs 1 --method none", "--cider-epochs"), ("--precision bf16 --method full", "--precision bf16"),
     ("--deep-rank 4 --method none", "--deep-rank: expected"), ("--instruction x", "--instruction: expected --mllm"),
-    ("--rank 6", "--rank: expected a multiple of 4"), ("--cache-features --write-back", "--cache-features"),
-    ("--cache-features --method lora", "--cache-features"), ("--cache-features --method none", "--cache-features"),
-    ("--plan --method none", "--plan"), ("--precision bf16 --method full", "--precision bf16"),
-    ("--frames 0", "--frames: expected a whole number from 1 to 4096, found '0'"), ("--lr nan", "--lr: expected"),
+    ("--cache-features --write-back", "--cache-features"), ("--cache-features --method none", "--cache-features"),
+    ("--frames 0", "--frames: expected a whole number from 1 to 4096, found '0'"), ("--epoch 3", "--epoch 3 .*--help"),
     ("--lr 0", "--lr: expected a number from 1e-12"), ("--device meta", "--device: invalid choice"),
-    ("--token-dropout 0.95", "--token-dropout"), ("--seed 1.5", "--seed"),
-    ("--colour red", "--colour"), ("--epoch 3", "--epoch 3 .*--help lists"), ("--gate x", "--gate"),
-    ("--instruction \udcff --mllm m", "--instruction: expected Unicode text"), ("--mllm=", "--mllm: expected Unicode"),
-    ("--data=", "--data: expected Unicode"),
+    ("--instruction \udcff --mllm m", "--instruction: expected Unicode text"), ("--data=", "--data: expected Unicode"),
 ])
 def test_what_does_not_fit_is_refused(words, message):
     with pytest.raises(InputError, match=message):
@@ -106,15 +100,12 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
     for refused in ("--lr=1", "--out=x", "--plan", "--method=none"):
         with pytest.raises(InputError, match=f"{refused.partition('=')[0]}: a run keeps its own flags"):
             parse_args(["--resume", str(run), refused])
-    with pytest.raises(InputError, match="x/config.json: expected a file, found none"):
-        parse_args(["--resume", str(tmp_path / "x")])
 
 
 @pytest.mark.parametrize("name, value", [
-    ("frames", 0), ("frames", 10**30), ("frames", {}), ("beams", -1), ("dataset", "x"), ("dataset", []),
-    ("epochs", "x"), ("seed", 1.5), ("lr", "nan"), ("precision", "fp8"), ("rank", 6), ("visual", "frames"),
-    ("write_back", "yes"), ("lr", True), ("lr", None), ("seed", None), ("dataset", None), ("rank", False),
-    ("data", None), ("lm", None), ("precision", "auto"),
+    ("frames", 0), ("frames", 10**30), ("frames", {}), ("dataset", "x"), ("dataset", []), ("seed", 1.5), ("lr", "nan"),
+    ("rank", 6), ("visual", "frames"), ("write_back", "yes"), ("lr", True), ("rank", False), ("seed", None),
+    ("dataset", None), ("data", None), ("lm", None), ("precision", "auto"),
 ])
 def test_a_value_that_was_changed_by_hand_is_named_with_its_file(name, value, tmp_path):
     """Each is checked like a flag, and null, which no flag says, is no default."""
@@ -125,24 +116,19 @@ def test_a_value_that_was_changed_by_hand_is_named_with_its_file(name, value, tm
 
 def test_another_version_or_other_fields_are_refused(tmp_path):
     stored = to_json(RESOLVED)
+    without = {name: value for name, value in stored.items() if name != "epochs"}
     for changes, message in (
             ({"version": "0.12.0"}, f"made by version '0.12.0', this is version {VERSION}"),
             ({"version": None}, "made by version None"), ({"config": []}, "'config': expected an object"),
-            ({"config": stored | {"x": 1}}, "config: expected just the fields of a run, differs in 'x'")):
+            ({"config": stored | {"x": 1}}, "config: expected just the fields of a run, differs in 'x'"),
+            ({"config": without}, "config: .* differs in 'epochs'")):
         run = write_config(tmp_path / "run", Config(), **changes)
         with pytest.raises(InputError, match=f"run/config.json: .*{message}"):
             read_config(run)
-    del stored["epochs"]
-    with pytest.raises(InputError, match="config: .* differs in 'epochs'"):
-        read_config(write_config(tmp_path / "run", Config(), config=stored))
-    (tmp_path / "run/config.json").write_text("[3]")
-    with pytest.raises(InputError, match="run/config.json: expected a JSON object"):
-        read_config(tmp_path / "run")
 
 
-@pytest.mark.parametrize("parser, most", [(common.config.make_parser(), 40), (evaluate.make_parser(), 14)])
-def test_there_are_not_too_many_flags(parser, most):
+def test_there_are_not_too_many_flags():
     """Without --help; each says what it is for."""
-    actions = [action for action in parser._actions if action.option_strings and action.dest != "help"]
-    assert len(actions) <= most and all(action.help for action in actions)
-    assert parser.format_help()
+    for parser, most in ((common.config.make_parser(), 40), (evaluate.make_parser(), 14)):
+        flags = [action for action in parser._actions if action.option_strings and action.dest != "help"]
+        assert len(flags) <= most and all(action.help for action in flags) and parser.format_help()

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,17 +24,12 @@ from common.config import Config, parse_args
 from common.errors import InputError
 from common.files import acquire_lock, fingerprint_of, read_json, write_json
 from models import hub
-from models.lm import CausalLM
-from models.mllm import MLLM
 from models.safetensors import read_safetensors
-from models.tokenizer import load_tokenizer
-from models.vit import ViT
 from tests import scripts
 from tests.scripts import ROOT, TWELVE_STEPS, act_at_call, assert_error, contents, losses, read_log, run_forked, succeed
 from training import frozen_models
 from training.distributed import ProcessGroup
 from training.phases import CaptionLoss
-from video_data import shapes
 from video_data.batches import Batch
 
 CPU = torch.device("cpu")
@@ -53,19 +47,12 @@ def mllm_flags(flags: list) -> list:
     return [*TWELVE_STEPS, "--mllm", ROOT / "backbones/tiny-mllm", "--data", flags[-1], "--frames", 2, "--epochs", 1]
 
 
-def test_an_unknown_variant_is_refused_before_clips_are_made(tmp_path):
-    done = run_forked(train, "--data", tmp_path / "new", "--variant", "nope")
-    assert_error(done, "--variant nope: expected one of gate-sigmoid")
-    assert not (tmp_path / "new").exists()
-
-
 # ------------------------------------------------------------------------------------ what a run is
 
 
 def test_the_files_and_the_output_of_a_run(finished_run, backbones):
     config = read_json(finished_run / "config.json")
     assert [text.split()[0] for text in config["splits"].values()] == ["12", "4", "6"]
-    assert config["config"]["epochs"] == 4
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert (config["versions"]["commit"] or "").removesuffix("-dirty") == head  # both empty outside of a repository
     assert all(os.path.isabs(config["config"][name]) for name in ("data", "vit", "lm"))
@@ -103,19 +90,17 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished_run,
 
 
 def test_a_batch_is_processed_in_micro_batches():
-    """5 clips in micro-batches of 2: three passes. Reference: the sum of the passes' losses, by 10 tokens, and its
+    """5 clips in micro-batches of 2, or at once. Reference: the sum of the passes' losses, by 10 tokens, and its
     gradient; a loss of 3 w for each clip. See tests/reference/test_07_processes.py for runs."""
     weight, parts = torch.nn.Parameter(torch.tensor(2.0)), []
 
     def loss(captioner, batch):
-        parts.append((len(batch.frames), len(batch.labels), batch.clips))
+        parts.append("".join(batch.clips))
         return 3 * weight * len(batch.frames)
 
-    captioner = torch.nn.ParameterList([weight])
-    batch = Batch(torch.zeros(5, 1), torch.zeros(5, 1, 4), None, [*"abcde"])
-    assert train.accumulate_gradients(captioner, batch, loss, 10, 2) == 5 * 3 * 2 / 10
-    assert parts == [(2, 2, [*"ab"]), (2, 2, [*"cd"]), (1, 1, [*"e"])] and weight.grad == 5 * 3 / 10
-    assert train.accumulate_gradients(captioner, batch, loss, 10, None) == 3 and parts[3:] == [(5, 5, [*"abcde"])]
+    captioner, batch = torch.nn.ParameterList([weight]), Batch(torch.zeros(5, 1), None, None, [*"abcde"])
+    assert train.accumulate_gradients(captioner, batch, loss, 10, 2) == 5 * 3 * 2 / 10 and weight.grad == 5 * 3 / 10
+    assert train.accumulate_gradients(captioner, batch, loss, 10, None) == 3 and parts == ["ab", "cd", "e", "abcde"]
 
 
 def test_each_step_and_block_hides_other_tokens(flags, tmp_path, monkeypatch):
@@ -170,42 +155,30 @@ def test_clips_of_your_own_are_trained_on(finished_run, flags, tmp_path):
     succeed(train, *flags, "--dataset", "folder", "--data", folder, "--epochs", 1, "--out", tmp_path / "run")
     folder.rename(tmp_path / "moved")
     assert_error(run_forked(evaluate, tmp_path / "run"), "expected the folder of the dataset")
-    words = ["--resume", tmp_path / "run", "--data", tmp_path / "moved", "--epochs", 2]
-    succeed(train, *words)
-    assert read_json(tmp_path / "run/config.json")["config"]["data"] == str(tmp_path / "moved")
-    done = run_forked(evaluate, tmp_path / "run", "--split", "val")
-    assert done.returncode == 0 and "|data:folder val" in done.stdout
+    succeed(train, "--resume", tmp_path / "run", "--data", tmp_path / "moved", "--epochs", 2)
+    assert "|data:folder val" in succeed(evaluate, tmp_path / "run", "--split", "val")  # in the folder that is stored
 
 
-@pytest.mark.parametrize("change", ["caption", "video", "swapped"])
-def test_other_data_than_those_of_the_run_are_noticed(change, finished_run, flags, tmp_path):
-    """A caption or a video of the test split replaced, a clip of train and one of test swapped: a resumed run refuses,
-    a score says so."""
-    data = tmp_path / "data"
-    shutil.copytree(flags[-1], data, ignore=shutil.ignore_patterns(".cache"))
+def test_other_data_than_those_of_the_run_are_noticed(finished_run, flags, tmp_path):
+    """Another caption in the test split: a resumed run refuses, a score says so. What else is compared, see
+    tests/video_data/test_datasets.py."""
+    data = shutil.copytree(flags[-1], tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
     content = read_json(data / "captions.json")
-    name, other = min(content["test"]), min(content["train"])
-    if change == "caption":
-        content["test"][name][0] = "a red circle"
-    elif change == "video":
-        shutil.copy(data / min(content["val"]), data / name)
-    else:
-        content["test"][other], content["train"][name] = content["train"].pop(other), content["test"].pop(name)
+    content["test"]["test/00000.mp4"][0] = "a red circle"
     write_json(data / "captions.json", content)
-    shutil.copytree(finished_run, tmp_path / "run")
-    before = contents(tmp_path / "run")
-    done = run_forked(train, "--resume", tmp_path / "run", "--data", data)
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    before = contents(run)
+    done = run_forked(train, "--resume", run, "--data", data)
     assert_error(done, f"{data}: expected the same ids, captions", "test: not the data of the run, 6 clips")
-    assert contents(tmp_path / "run") == before
-    output = succeed(evaluate, tmp_path / "run", "--data", data)
+    assert contents(run) == before
+    output = succeed(evaluate, run, "--data", data)
     line = "not the data of the run, 6 clips with SHA-256"
     assert f"differs: test: {line}" in output and line in output.splitlines()[-1]
 
 
 def test_a_finished_run_is_trained_longer(finished_run, tmp_path):
     """6 epochs instead of 4: 18 steps, the first 12 are not done again; the run keeps the new number."""
-    out = tmp_path / "r"
-    shutil.copytree(finished_run, out)
+    out = shutil.copytree(finished_run, tmp_path / "r")
     succeed(train, "--resume", out, "--epochs", 6)
     rows, before = read_log(out), [row for row in read_log(finished_run) if "test" not in row]
     assert rows[: len(before)] == before and [row["step"] for row in rows if "loss" in row] == [*range(1, 19)]
@@ -227,29 +200,17 @@ def test_a_plan_trains_nothing(words, flags, tmp_path):
 # --------------------------------------------------------------------------------------- the models
 
 
-def test_the_committed_models_load_and_stay_small():
-    """The folders in backbones/: loaded strictly, at most 17 MB together, the tokenizer knows every word."""
-    vit, lm = ViT.from_pretrained(ROOT / "backbones/tiny-vit"), CausalLM.from_pretrained(ROOT / "backbones/tiny-lm")
-    assert MLLM.from_pretrained(ROOT / "backbones/tiny-mllm").grid
-    tokenizer = load_tokenizer(ROOT / "backbones/tiny-lm")
-    assert vit.config.image_size == shapes.SIDE and lm.config.vocab == len(tokenizer)
-    assert sum(f.stat().st_size for f in (ROOT / "backbones").rglob("*") if "__pycache__" not in f.parts) < 17e6
-    caption = shapes.describe(shapes.draw_scene(np.random.default_rng(0)), np.random.default_rng(0))
-    ids = tokenizer.encode(caption)
-    assert tokenizer.decode([ids]) == [caption] and 0 not in ids
-
-
 def test_default_models_and_pinned_commits(monkeypatch):
     """An MLLM, of the device, on msvd and msrvtt; a flag about a ViT or a language model asks for a pair, which is the
     default of the others. A run stores the commit of a hub id."""
     clip = "openai/clip-vit-base-patch16"
     for device, lm, mllm in ((CPU, "JackFram/llama-160m", "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"),
                              (torch.device("cuda"), frozen_models.TINYLLAMA, "OpenGVLab/InternVL3_5-1B-HF")):
-        of_video = {"": (mllm, None, None), "--visual frames --write-back": (mllm, None, None),
-                    "--mllm m": ("m", None, None), "--vit v": (None, "v", lm), "--lm l": (None, clip, "l"),
-                    "--image-size 336": (None, clip, lm), "--vit-blocks 9": (None, clip, lm)}
-        expected = {f"{dataset} {words}": names for dataset in ("msvd", "msrvtt") for words, names in of_video.items()}
-        expected |= {"folder": (None, clip, lm), "shapes": (None, "backbones/tiny-vit", "backbones/tiny-lm")}
+        expected = {"msvd": (mllm, None, None), "msrvtt --visual frames --write-back": (mllm, None, None),
+                    "msvd --mllm m": ("m", None, None), "msrvtt --vit v": (None, "v", lm),
+                    "msvd --lm l": (None, clip, "l"), "msrvtt --image-size 336": (None, clip, lm),
+                    "msvd --vit-blocks 9": (None, clip, lm), "folder": (None, clip, lm),
+                    "shapes": (None, "backbones/tiny-vit", "backbones/tiny-lm")}
         for words, names in expected.items():
             config = frozen_models.with_default_models(parse_args(["--dataset", *words.split()]), device)
             assert (config.mllm, config.vit, config.lm) == names, words
@@ -266,9 +227,8 @@ def test_default_models_and_pinned_commits(monkeypatch):
                                         ("mllm", "preprocessor_config.json"), ("lm", "generation_config.json")])
 def test_a_run_of_other_models_is_refused(part, name, finished_run, mllm_run, backbones, tmp_path):
     """A copy of the folder is taken; with another last byte in one file, or a new file, it is named and refused."""
-    run, model = tmp_path / "run", tmp_path / "model"
-    shutil.copytree(mllm_run if part == "mllm" else finished_run, run)
-    shutil.copytree(ROOT / "backbones/tiny-mllm" if part == "mllm" else backbones / part, model)
+    run = shutil.copytree(mllm_run if part == "mllm" else finished_run, tmp_path / "run")
+    model = shutil.copytree(ROOT / "backbones/tiny-mllm" if part == "mllm" else backbones / part, tmp_path / "model")
     succeed(evaluate, run, f"--{part}", model, "--split", "val", "--device", "cpu")
     content = (model / name).read_bytes() if (model / name).exists() else b"{}"
     (model / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if name.endswith("s") else content + b" ")
@@ -291,25 +251,21 @@ def flip(path: Path) -> None:
 
 
 DAMAGE = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:100]), "empty": lambda path: path.write_bytes(b""),
-    "flipped": flip, "gone": Path.unlink, "a folder": lambda path: path.unlink() or path.mkdir(),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:100]), "flipped": flip, "gone": Path.unlink,
     "a pipe": lambda path: path.unlink() or os.mkfifo(path),  # reading it would wait for ever
-    "a bad row": lambda path: path.write_bytes(b'{"step": 1, "loss": 2\n' + path.read_bytes()),
-    "no object": lambda path: path.write_bytes(b"[]\n" + path.read_bytes()),
     "no number": lambda path: path.write_bytes(b'{"step": null, "elapsed": 1}\n' + path.read_bytes()),
 }
-OF_ALL = "cut", "empty", "gone", "a folder", "a pipe"
+OF_ALL = "cut", "gone", "a pipe"
 DAMAGED = [*((script, name, kind) for kind in (*OF_ALL, "flipped") for script, name in (
                (train, "last/state.pt"), (train, "best/adapter.safetensors"), (evaluate, "best/adapter.safetensors"))),
            *((script, "config.json", kind) for script in (train, evaluate) for kind in OF_ALL),
-           *((train, "log.jsonl", kind) for kind in ("a bad row", "no object", "no number", "a folder"))]
+           (train, "log.jsonl", "no number"), (train, "log.jsonl", "a pipe")]
 
 
 @pytest.mark.parametrize("script, name, kind", DAMAGED, ids=lambda x: getattr(x, "__name__", x))
 def test_a_damaged_file_of_a_run_is_named_and_nothing_is_changed(script, name, kind, finished_run, tmp_path):
     """Exit code 2, and one line; all files stay as they are."""
-    run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
+    run = shutil.copytree(finished_run, tmp_path / "run")
     DAMAGE[kind](run / name)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     done = run_forked(script, *([run] if script is evaluate else ["--resume", run]), "--device", "cpu")
@@ -335,9 +291,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(n, finished_run, flag
 
 def test_a_run_has_one_writer(finished_run, flags, tmp_path):
     """While the lock is held, neither a resumed run nor a new one changes a file."""
-    out, new = tmp_path / "run", tmp_path / "new"
-    shutil.copytree(finished_run, out)
-    new.mkdir()
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    (new := tmp_path / "new").mkdir()
     before = contents(out)
     locks = [acquire_lock(folder / "lock", wait=False) for folder in (out, new)]
     assert_error(run_forked(train, "--resume", out), str(out), "another process")
@@ -373,11 +328,10 @@ def test_a_folder_with_other_files_is_not_trained_into(flags, tmp_path, name):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--queries", 300], "--queries, .* 256 positions at most"),
+    (["--queries", 300], "--queries, .* 256 positions at most"), (["--variant", "nope"], "expected one of gate-sig"),
     (["--last-blocks", 3], "--last-blocks 3: the ViT has 2 blocks"), (["--beams", 1000], "1000"),
     (["--vit", "gone"], "gone: expected a folder"), (["--image-size", 100], "size 16"),
     (["--batch-size", 64], "--batch-size 64: the dataset has only 12"), (["--grid", 2, "--method", "none"], "--grid 2"),
-    (["--data", ROOT], str(ROOT)),
     (["--out", "/dev/null/x"], "--out /dev/null/x: cannot be written"),
 ])
 def test_a_flag_that_does_not_fit_is_refused_before_a_run_is_made(words, message, flags, tmp_path):

@@ -29,7 +29,7 @@ EVEN = list(range(0, 80, 4))  # hundredths of a second
 QUALITY = {"mpeg4": {"qmin": "2", "qmax": "2"}, "libx264": {"crf": "1"}}
 
 
-def write_video(path, times, width=48, height=32, codec="mpeg4", options=(), pix_fmt="yuv420p", full_range=False,
+def write_video(path, times, width=48, height=32, codec="mpeg4", options=(), pix_fmt="yuv420p",
                 aspect=None) -> Path:
     """Frame i, displayed from times[i] hundredths of a second on, has grey level 12 i and a white top left corner."""
     with av.open(str(path), "w") as container:
@@ -38,13 +38,11 @@ def write_video(path, times, width=48, height=32, codec="mpeg4", options=(), pix
         stream.codec_context.time_base = Fraction(1, 100)
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
-        if full_range:
-            stream.codec_context.color_range = 2
         for i, time in enumerate(times):
             picture = np.full((height, width, 3), STEP * i, np.uint8)
             picture[: height // 4, : width // 4] = 255
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame = frame.reformat(format=pix_fmt, dst_color_range="JPEG" if full_range else None)
+            frame = frame.reformat(format=pix_fmt)
             frame.pts, frame.time_base = time, Fraction(1, 100)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -148,10 +146,9 @@ FILES = {  # name: the times in the file, those of display if they are others, h
     # No times, or the same for all frames: evenly spaced. Of two frames with one time, the later is displayed.
     "none.h264": (EVEN, None, H264), "same.mkv": ([7] * 20, EVEN, H264),
     "twice.mkv": ([t // 8 * 8 for t in EVEN], None, H264),
-    # Full range, 10 bits, alpha, interlaced, grey, odd and extreme sizes, a colon in the name.
+    # 10 bits, alpha, interlaced, odd and extreme sizes, a colon in the name.
     **{name: (EVEN[:8], None, options) for name, options in {
-        "full.mp4": dict(codec="libx264", full_range=True), "ten.mp4": dict(codec="libx264", pix_fmt="yuv420p10le"),
-        "alpha.mov": dict(codec="qtrle", pix_fmt="argb"), "gray.mkv": dict(codec="ffv1", pix_fmt="gray"),
+        "ten.mp4": dict(codec="libx264", pix_fmt="yuv420p10le"), "alpha.mov": dict(codec="qtrle", pix_fmt="argb"),
         "fields.avi": dict(options={"flags": "+ildct+ilme"}), "take:1.mp4": {},
         "1.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=1, height=1),
         "long.mkv": dict(codec="ffv1", pix_fmt="bgr0", width=2000, height=4),
@@ -166,14 +163,6 @@ def test_all_kinds_of_files_give_the_frames_that_are_displayed(tmp_path, monkeyp
     write_video(tmp_path / name, times, **options)
     for count in (4, len(times)):
         assert frame_indices(video.read_frames(Path(name), count, 32)) == displayed(effective or times, count)
-
-
-def test_a_size_that_changes_within_the_video(tmp_path):
-    """48 x 32, then 64 x 96."""
-    parts = [write_video(tmp_path / f"{w}.h264", EVEN[:10], w, h, "libx264") for w, h in ((48, 32), (64, 96))]
-    path = tmp_path / "both.h264"
-    path.write_bytes(b"".join(part.read_bytes() for part in parts))
-    assert frame_indices(video.read_frames(path, 20, 32)) == [*range(10), *range(10)]
 
 
 def test_side_data_that_pyav_does_not_know(tmp_path, monkeypatch):
