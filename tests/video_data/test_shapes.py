@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -166,10 +167,6 @@ def test_processes_that_make_one_folder_at_once_all_succeed(tmp_path, monkeypatc
     context, write = multiprocessing.get_context("fork"), shapes.write_clip
     written = context.SimpleQueue()
     monkeypatch.setattr(shapes, "write_clip", lambda *args: (time.sleep(0.05), write(*args), written.put(1)))
-    processes = [context.Process(target=shapes.make_dataset, args=(tmp_path / "a", SIZES)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    with ProcessPoolExecutor(3, context) as processes:
+        list(processes.map(shapes.make_dataset, [tmp_path / "a"] * 3, [SIZES] * 3))
     assert [written.get() for _ in range(4)] and written.empty()
