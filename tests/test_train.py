@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -30,6 +31,7 @@ from tests.scripts import ROOT, TWELVE_STEPS, act_at_call, assert_error, content
 from training import frozen_models
 from training.distributed import ProcessGroup
 from training.phases import CaptionLoss
+from video_data import shapes
 from video_data.batches import Batch
 
 CPU = torch.device("cpu")
@@ -188,8 +190,9 @@ def test_a_finished_run_is_trained_longer(finished_run, tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["--mllm"]])
-def test_a_plan_trains_nothing(words, flags, tmp_path):
-    """The dataset of shapes is made, neither a cache nor a run is."""
+def test_a_plan_trains_nothing(words, flags, tmp_path, monkeypatch):
+    """The dataset of shapes, here of 22 clips, is made; neither a cache nor a run is."""
+    monkeypatch.setattr(shapes, "make_dataset", partial(shapes.make_dataset, sizes=(12, 4, 6)))
     base = mllm_flags(flags) if words else [*flags, "--cache-features"]
     output = succeed(train, *base, "--data", tmp_path / "shapes", "--out", tmp_path / "run", "--plan")
     assert "steps of 4 clips" in output and "memory of a step on cpu" in output

@@ -215,20 +215,16 @@ def test_datasets_have_separate_cache_folders(tmp_path, monkeypatch):
 CHARACTERS = SimpleNamespace(encode=lambda text: [ord(c) for c in text])  # a tokenizer: one token per character
 
 
-def make_examples(folder: Path, seed: int) -> batches.TrainingExamples:
-    """3 clips with 6 cached frames of 2 x 2; all pixels of frame j of clip i are 6 i + j."""
+def test_randomness_is_the_documented_one(tmp_path):
+    """Frames and captions recomputed from the generators [seed, 2, clip, epoch] and [seed, 1, clip, cycle]. K = 2 of 3
+    captions: over 3 epochs each occurs twice, and none twice before all have occurred. 3 clips with 6 cached frames of
+    2 x 2; all pixels of frame j of clip i are 6 i + j."""
     clips = [Clip(f"{i}", Path(f"{i}.mp4"), (f"caption {i}", "another", "a third")) for i in range(3)]
-    cache = ClipCache(folder, ["0", "1", "2"], (6, 3, 2, 2), np.uint8)
+    cache = ClipCache(tmp_path, ["0", "1", "2"], (6, 3, 2, 2), np.uint8)
     for i in range(3):
         levels = np.arange(6 * i, 6 * i + 6, dtype=np.uint8)
         cache.write(i, levels[:, None, None, None] * np.ones((3, 2, 2), np.uint8))
-    return batches.TrainingExamples(clips, cache, CHARACTERS, 3, 2, seed, eos_id=7, max_tokens=40)
-
-
-def test_randomness_is_the_documented_one(tmp_path):
-    """Frames and captions recomputed from the generators [seed, 2, clip, epoch] and [seed, 1, clip, cycle]. K = 2 of 3
-    captions: over 3 epochs each occurs twice, and none twice before all have occurred."""
-    examples = make_examples(tmp_path, seed=5)
+    examples = batches.TrainingExamples(clips, cache, CHARACTERS, 3, 2, seed=5, eos_id=7, max_tokens=40)
     for clip, epoch in ((0, 0), (2, 4)):
         positions = (np.arange(3) + np.random.default_rng([5, 2, clip, epoch]).uniform(0, 1, 3)) / 3
         found = examples.read([(clip, epoch)]).frames[0, :, 0, 0, 0].tolist()

@@ -133,6 +133,8 @@ def test_unneeded_frames_are_not_decoded(tmp_path):
         data[at + 5 : at + size] = bytes(size - 5)
     path.write_bytes(data)
     assert len(unneeded) >= 9 and torch.equal(video.read_frames(path, 5, 32), expected)
+    with video.open_video(path) as opened:
+        assert video.skip_to_frames(*opened, video.sample_positions(5)) is not None
 
 
 H264, H264_B = (dict(codec="libx264", options={"bf": count}) for count in "02")
