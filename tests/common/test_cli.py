@@ -13,9 +13,8 @@ from tests.scripts import ROOT
 
 
 @pytest.mark.parametrize("text, kind, found", [
-    ("0", int, 0), ("17", int, 17), ("0.5", float, 0.5), ("1e-3", float, 0.001), ("-3", int, None), ("0x1", int, None),
-    ("", int, None), ("1.5", int, None), ("-0000000000005", int, None), ("9" * 5000, int, None), ("41", int, None),
-    ("nan", float, None), ("inf", float, None), ("1e999", float, None), ("-1", float, None), ("x", float, None),
+    ("0", int, 0), ("40", int, 40), ("1e-3", float, 0.001), ("-1", int, None), ("41", int, None), ("1.5", int, None),
+    ("9" * 5000, int, None), ("nan", float, None), ("x", float, None),
 ])
 def test_numbers(text, kind, found):
     """From 0 to 40."""
@@ -46,12 +45,11 @@ cli.run(main)
     ("return 3", 3, ""), ("raise InputError('x: y')", 2, "error: x: y\n"),
     ("raise KeyboardInterrupt", 130, "stopped\n"),
     ("open('/none/x')", 2, "error: /none/x: No such file or directory\n"),
-    ("raise InputError('a\\x1b[31m\\udcff: y')", 2, "error: a\\x1b[31m\\udcff: y\n"),
     ("raise RuntimeError('could not create a primitive')", 2, "error: out of memory"),
     ("raise RuntimeError('CUDA out of memory. Tried')", 2, "error: out of memory"),
-    ("raise MemoryError", 2, "error: out of memory"), ("raise RuntimeError('shapes differ')", 1, "Traceback"),
     ("import torch; torch.empty(2**62, dtype=torch.uint8)", 2, "error: out of memory"),
-    ("1 / 0", 1, "Traceback"), ("raise BrokenPipeError", 141, ""),
+    ("raise MemoryError", 2, "error: out of memory"), ("1 / 0", 1, "Traceback"), ("raise BrokenPipeError", 141, ""),
+    ("raise RuntimeError('shapes differ')", 1, "Traceback"),
 ])
 def test_exit_codes_and_messages(statement, code, message):
     done = run_main(statement)

@@ -1,8 +1,6 @@
 """How what is wrong with a file or a field becomes one line."""
 
-import pickle
 import struct
-import zipfile
 
 import pytest
 
@@ -17,10 +15,8 @@ def test_an_input_error_is_one_short_line():
 @pytest.mark.parametrize("error, text", [
     (ValueError("bad\nnews"), "f: is damaged or of another kind: ValueError: bad"),
     (KeyError("x"), "f: expected a field 'x'"), (OSError(5, "Input/output error", "f"), "f: Input/output error"),
-    (InputError("no z"), "f: no z"), (InputError("f: line 3"), "f: line 3"), (RecursionError("deep"), "f: .* deep"),
-    (UnicodeError("x"), "f: .* x"), (struct.error("x"), "f: .* x"), (zipfile.BadZipFile("x"), "f: .* x"),
-    (pickle.UnpicklingError("x"), "f: .* x"),
-    (EOFError(), "f: .*EOFError"), (RuntimeError("y" * 999), "f: .*y{200}$"), (IndexError("x"), "f: .* x"),
+    (InputError("no z"), "f: no z"), (InputError("f: line 3"), "f: line 3"), (struct.error("x"), "f: .* x"),
+    (EOFError(), "f: .*EOFError"), (RuntimeError("y" * 999), "f: .*y{200}$"),
 ])
 def test_what_a_parser_raises_names_the_file_once(error, text):
     with pytest.raises(InputError, match=f"^{text}"):

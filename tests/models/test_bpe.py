@@ -6,7 +6,6 @@ names a folder of public files, the tokenizers of SmolLM2, SmolVLM2, Qwen 2.5, Q
 [1] https://github.com/huggingface/tokenizers, which comes with transformers
 """
 
-import copy
 import json
 import random
 import unicodedata
@@ -135,38 +134,21 @@ def test_random_ids_have_the_text_of_the_reference(case):
 # ---------------------------------------------------------------------------------- files refused
 
 
-def change(content: dict, path: list, value: object) -> dict:
-    """A copy with another value at a path of keys and indices; ... removes it."""
-    content = copy.deepcopy(content)
-    target = reduce(getitem, path[:-1], content)
-    target[path[-1]] = value
-    if value is ...:
-        del target[path[-1]]
-    return content
-
-
 STEP, TEMPLATE = "pre_tokenizer.pretokenizers.", "post_processor.processors.1"
 QWEN3_5 = QWEN.replace(r"\p{L}+", r"[\p{L}\p{M}]+")
 BOS, TEXT = ({name: {"id": i, "type_id": 0}} for name, i in (("SpecialToken", "<|endoftext|>"), ("Sequence", "A")))
 UNSUPPORTED = [  # part of a file like Llama 3's; values of its fields, one at a time; words of the message
-    ("", {"version": "2.0", "truncation": {"max_length": 5}, "padding": {"length": 5}, "something": 1}, None),
-    ("", {"normalizer": {"type": "NFKC"}}, "normalizer"),
+    ("", {"version": "2.0", "truncation": {"max_length": 5}, "normalizer": {"type": "NFKC"}}, None),
     ("", {"pre_tokenizer": {"type": "Whitespace"}}, "pretokenizers"),
-    ("", {"post_processor": {"type": "RobertaProcessing"}}, "single"),
-    (STEP + "0", {"behavior": "Removed", "invert": True, "pattern": {"Regex": QWEN3_5}}, "pretokenizers[0]"),
-    (STEP[:-1], {0: {"type": "Digits", "individual_digits": False}}, "pretokenizers[0]"),
+    (STEP + "0", {"behavior": "Removed", "pattern": {"Regex": QWEN3_5}}, "pretokenizers[0]"),
     (STEP + "1", {"add_prefix_space": True, "type": "Digits"}, "byte_level"),
-    ("model", {"type": "Unigram", "dropout": 0.1, "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}, None),
-    ("model", {"continuing_subword_prefix": "##", "end_of_word_suffix": "</w>", "vocab": ...}, None),
-    ("model.vocab", {"Ġ": -1, "Ġa": True, "a": 0, "Ċ": 1.5}, "expected a text and an id of its own"),
+    ("model", {"type": "Unigram", "unk_token": "<unk>", "byte_fallback": True, "end_of_word_suffix": "</w>"}, None),
+    ("model.vocab", {"Ġ": -1, "Ġa": True, "a": 0}, "expected a text and an id of its own"),
     ("model.vocab", {"a b": 9999}, "characters of their bytes"),
     ("model.merges", {0: ["Ġ", "unknown"], 1: ["b", "a"]}, "expected parts of a token"),
-    ("model.merges", {0: "Ġ a b", 1: ["Ġ"], 2: [["Ġ"], "a"], 3: None}, "damaged"),
-    ("added_tokens.1", {"lstrip": True, "rstrip": True, "normalized": True, "single_word": True}, None),
-    ("added_tokens.0", {"id": 7, "content": "a"}, "expected a text and an id of its own"),
-    ("added_tokens.0", {"content": "<|im_end|>"}, "expected a text and an id of its own"),
-    ("added_tokens.2", {"content": "", "id": True}, "expected a text and an id of its own"),
-    ("added_tokens.1", {"content": "\ud800"}, "surrogates"),
+    ("model.merges", {0: "Ġ a b", 3: None}, "damaged"),
+    ("added_tokens.1", {"lstrip": True, "normalized": True}, None),
+    ("added_tokens.0", {"id": 7, "content": "<|im_end|>"}, "expected a text and an id of its own"),
     ("decoder", {"type": "WordPiece"}, "decoder"),
     (TEMPLATE, {"single": [BOS, TEXT, BOS]}, "post_processor.single: found"),
     (TEMPLATE + ".single.0.SpecialToken", {"id": "<s>"}, "<s>"),
@@ -176,9 +158,10 @@ UNSUPPORTED = [  # part of a file like Llama 3's; values of its fields, one at a
 
 @pytest.mark.parametrize("part, fields, words", UNSUPPORTED)
 def test_unsupported_fields_are_named(tmp_path, part, fields, words):
-    file, content = tmp_path / "tokenizer.json", make_tokenizer_json("tiny Llama 3")
-    parents = [int(key) if key.isdecimal() else key for key in part.split(".") if key]
+    file, keys = tmp_path / "tokenizer.json", [int(key) if key.isdecimal() else key for key in part.split(".") if key]
     for name, value in fields.items():
-        file.write_text(json.dumps(change(content, [*parents, name], value)))
+        content = make_tokenizer_json("tiny Llama 3")
+        reduce(getitem, keys, content)[name] = value
+        file.write_text(json.dumps(content))
         with refused(f"{file}: ", words or name):
             load_bpe(file, None)

@@ -78,16 +78,16 @@ class Server(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def publish(self, files, revision="main", commit=COMMIT, repo=REPO, **changes):
+    def publish(self, files, revision="main", commit=COMMIT, **changes):
         """Publishes a model as the hub lists it; `changes` replace fields of the listing."""
         siblings = []
         for name, data in files.items():
             siblings.append({"rfilename": name, "size": len(data)})
             if name.endswith((".safetensors", ".bin")):
                 siblings[-1]["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-            self.files[f"/{repo}/resolve/{commit}/{name}"] = data
-        listing = {"id": repo, "sha": commit, "siblings": siblings} | changes
-        self.files[f"/api/models/{repo}/revision/{revision}"] = json.dumps(listing).encode()
+            self.files[f"/{REPO}/resolve/{commit}/{name}"] = data
+        listing = {"sha": commit, "siblings": siblings} | changes
+        self.files[f"/api/models/{REPO}/revision/{revision}"] = json.dumps(listing).encode()
 
     def ranges(self, path):
         return [headers.get("Range") for requested, headers in self.requests if requested == path]
@@ -187,14 +187,10 @@ def test_a_bad_name_is_refused_without_a_request(server, name):
     assert server.requests == [] and not hub.CACHE.exists()
 
 
-def index_of(*shards) -> bytes:
-    return json.dumps({"weight_map": {f"w{i}": shard for i, shard in enumerate(shards)}}).encode()
-
-
 def test_an_index_and_its_shards_are_downloaded(server):
     """Not another format, and no file that the index does not name. Revisions are percent-encoded."""
-    files = {"model.safetensors.index.json": index_of("1.safetensors", "2.safetensors"), "config.json": b"{}",
-             "1.safetensors": OTHER, "2.safetensors": CONTENT}
+    files = {"model.safetensors.index.json": b'{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}',
+             "config.json": b"{}", "1.safetensors": OTHER, "2.safetensors": CONTENT}
     server.publish(files | {"pytorch_model.bin": CONTENT, "other.safetensors": b"x"}, "refs%2Fpr%2F1")
     assert contents(hub.resolve(f"{REPO}@refs/pr/1")) == files
 
@@ -202,10 +198,8 @@ def test_an_index_and_its_shards_are_downloaded(server):
 # ----------------------------------------------------------------------------- untrusted listings
 
 CONFIG_ENTRY, WEIGHTS_ENTRY = ({"rfilename": name, "size": 8} for name in MODEL)
-BAD_LISTINGS = [{"sha": None}, {"sha": "../../../x"}, {"siblings": None}, {"siblings": ["config.json"]}]
-BAD_LISTINGS += [{"siblings": [WEIGHTS_ENTRY]}, {"siblings": [CONFIG_ENTRY]}]
-BAD_WEIGHTS = {"size": "x"}, {"lfs": {"size": 8}}
-BAD_LISTINGS += [{"siblings": [CONFIG_ENTRY, WEIGHTS_ENTRY | fields]} for fields in BAD_WEIGHTS]
+BAD_LISTINGS = [{"sha": "../../../x"}, {"siblings": ["config.json"]}, {"siblings": [WEIGHTS_ENTRY]},
+                {"siblings": [CONFIG_ENTRY]}, {"siblings": [CONFIG_ENTRY, WEIGHTS_ENTRY | {"lfs": {"size": 8}}]}]
 
 
 @pytest.mark.parametrize("changes", BAD_LISTINGS, ids=range(len(BAD_LISTINGS)))
@@ -222,18 +216,10 @@ def test_another_commit_than_requested_is_refused(server):
         hub.resolve(f"{REPO}@{'f' * 40}")
 
 
-def test_an_index_of_a_missing_file_is_refused(server):
-    server.publish({"config.json": b"{}", "model.safetensors.index.json": index_of("missing.safetensors")})
-    with refused("model.safetensors.index.json: names missing.safetensors"):
-        hub.resolve(REPO)
-    assert contents(model_folder()).keys() == {"model.safetensors.index.json"}
-
-
 # ---------------------------------------------------------------------------------- interruptions
 
 DOWNLOADS = {  # what an earlier call left, plans for the weights, and the ranges that must be requested
     "complete": (CONTENT, [], []),
-    "partial": (CONTENT[:60_000], [], ["bytes=60000-"]),
     "breaks": (b"", [{"cut": 100_000}, {"cut": 50_000}], [None, "bytes=100000-", "bytes=150000-"]),
     "ranges are ignored": (CONTENT[:9], [{"ranges": False}], ["bytes=9-"]),
     "silence": (b"", [{"cut": 2**17, "stall": 30}], [None, "bytes=131072-"]),
@@ -315,18 +301,15 @@ def test_the_token_is_sent_to_the_hub_only(server, monkeypatch):
     assert not any("secret" in value for _, headers in other.requests for value in headers.values())
 
 
-@pytest.mark.parametrize("token", ["secret\nX: 1", "secret\u20ac"])
-def test_an_invalid_token_is_not_shown(server, monkeypatch, token):
-    monkeypatch.setenv("HF_TOKEN", token)
+def test_an_invalid_token_is_not_shown(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret\nX: 1")
     with pytest.raises(hub.InputError, match="a token of ASCII") as error:
         hub.resolve(REPO)
     assert "secret" not in str(error.value)
 
 
-def test_a_user_without_a_home_folder_is_told_what_to_set(server):
-    """Instead of a folder called "~"."""
-    code = ("import pwd; pwd.getpwuid = {}.__getitem__\nfrom models import hub\n"
-            "try: hub.resolve('owner/name')\nexcept ValueError as error: print(error)")
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "QADAPTER_CACHE")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.startswith("QADAPTER_CACHE: expected a folder"), done.stderr
+def test_a_user_without_a_home_folder_is_told_what_to_set(server, monkeypatch):
+    """Instead of a folder called "~", which Python leaves as it is then."""
+    monkeypatch.setattr(hub, "CACHE", Path("~/.cache"))
+    with refused("QADAPTER_CACHE: expected a folder"):
+        hub.resolve(REPO)

@@ -58,7 +58,7 @@ def test_reads_files_of_the_package(tmp_path):
 
 
 def test_the_package_reads_our_files(tmp_path):
-    """Equal input gives equal bytes, whatever its order; each tensor is aligned."""
+    """Equal input gives equal bytes, whatever its order."""
     path = tmp_path / "ours"
     write_safetensors(path, examples(), METADATA)
     expected = {name: tensor.detach().contiguous() for name, tensor in examples().items()}
@@ -67,12 +67,7 @@ def test_the_package_reads_our_files(tmp_path):
     with safe_open(path, "pt") as file:
         assert file.metadata() == METADATA == read_with_metadata(path)[1]
     write_safetensors(tmp_path / "b", dict(reversed(examples().items())), dict(reversed(METADATA.items())))
-    content = path.read_bytes()
-    assert content == (tmp_path / "b").read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    assert length % 8 == 0 and header.pop("__metadata__")
-    assert all(item["data_offsets"][0] % DTYPES[item["dtype"]].itemsize == 0 for item in header.values())
+    assert path.read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_order_of_header_and_data_may_differ(tmp_path):
@@ -88,8 +83,7 @@ def test_order_of_header_and_data_may_differ(tmp_path):
 
 F32 = entry("F32", [2], 0, 8)
 DAMAGED = {
-    "empty": b"", "length of 2**64 - 1": b"\xff" * 8 + b"{}", "entry a string": container({"w": "F32"}),
-    "name twice": container(b'{"w":%s,"w":%s}' % ((json.dumps(F32).encode(),) * 2), bytes(8)),
+    "empty": b"", "length of 2**64 - 1": b"\xff" * 8 + b"{}",
     "no offsets": container({"w": {"dtype": "F32", "shape": [2]}}, bytes(8)),
     "hole": container({"a": F32, "b": entry("F32", [2], 12, 20)}, bytes(20)),
     "overlap": container({"a": F32, "b": entry("F32", [2], 4, 12)}, bytes(12)),
@@ -97,12 +91,8 @@ DAMAGED = {
     "terminal escapes": container({"\x1b[2J\r\n\u202e\ud800": entry("X", [], 0, 0)}),
     **{fault: container({"w": entry(*fields)}, bytes(8)) for fault, fields in {
         "8-bit floats": ("F8_E4M3", [8], 0, 8), "size to be inferred": ("F32", [-1, -2], 0, 8),
-        "size a list": ("F32", [2**40, [0]], 0, 8), "size 2.0": ("F32", [2.0], 0, 8),
-        "offsets behind the file": ("F32", [2], 8, 16), "offsets backwards": ("F32", [2], 8, 0),
-        "size and offsets differ": ("F32", [3], 0, 8)}.items()},
-    **{fault: container({"w": entry(*fields)}) for fault, fields in {
-        "elements without bytes": ("F32", [3], 0, 0), "0 x 2**80": ("U8", [0, 2**40, 2**40], 0, 0),
-        "2**64 elements, which overflow to 0": ("U8", [2**32] * 2, 0, 0)}.items()},
+        "size 2.0": ("F32", [2.0], 0, 8), "size and offsets differ": ("F32", [3], 0, 8)}.items()},
+    "2**64 elements, which overflow to 0": container({"w": entry("U8", [2**32] * 2, 0, 0)}),
 }
 
 

@@ -21,7 +21,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common.errors import InputError
 from models.weights import WEIGHT_FILE_NAMES, copy_strict, read_tensors, weight_files
 from tests.common.helpers import damaged, refused
-from tests.scripts import run_python
 from tests.tiny import bits
 
 INDEX = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}
@@ -58,20 +57,18 @@ def write(path: Path, tensors: dict[str, Tensor], count: int = 3) -> Path:
 # ---------------------------------------------------------------------- files of other packages
 
 
-@pytest.mark.parametrize("shard_size", ["20KB", "1GB"])
-def test_files_of_transformers(tmp_path, shard_size):
-    """Seed 0; these files do not contain the tied head."""
+def test_shards_of_transformers(tmp_path):
+    """Seed 0; they do not contain the tied head."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=3, tie_word_embeddings=True)
     theirs = LlamaForCausalLM(config).to(torch.bfloat16)
-    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     tensors, where = read_tensors(tmp_path)
     expected = theirs.state_dict()
     del expected["lm_head.weight"]
     assert bits(tensors) == bits(expected)
-    written = sorted(p for p in tmp_path.iterdir() if p.name.startswith("model"))
-    assert sorted(weight_files(tmp_path)) == written and (len(written) == 1) == (shard_size == "1GB")
-    assert where.name == ("model.safetensors" if shard_size == "1GB" else INDEX["safetensors"])
+    assert where.name == INDEX["safetensors"]
+    assert sorted(weight_files(tmp_path)) == sorted(p for p in tmp_path.iterdir() if p.name.startswith("model"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -89,22 +86,27 @@ def test_files_of_torch(tmp_path, dtype, name):
     assert found["transposed"].data_ptr() == found["base"].data_ptr()
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_zip_of_another_program(tmp_path, method):
-    """A compressed one cannot be memory-mapped."""
+def test_a_compressed_zip(tmp_path):
+    """torch writes none; it cannot be memory-mapped."""
     with zipfile.ZipFile(write(tmp_path / "w.pt", random_tensors())) as old:
-        with zipfile.ZipFile(tmp_path / "new.pt", "w", method) as new:
+        with zipfile.ZipFile(tmp_path / "new.pt", "w", zipfile.ZIP_DEFLATED) as new:
             for entry in old.infolist():
                 new.writestr(entry.filename, old.read(entry))
     assert bits(read_tensors(tmp_path / "new.pt")[0]) == bits(random_tensors())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_stay_unchanged_and_may_be_replaced(tmp_path, kind):
-    """Writing to a tensor does not change the file; replacing the file does not change loaded tensors."""
+def test_files_are_memory_mapped_stay_unchanged_and_may_be_replaced(tmp_path, kind):
+    """Tensors lie in the mapped pages of their files, but for torch's older container, so no copy takes memory. Writing
+    to a tensor does not change the file; replacing the file does not change loaded tensors."""
     path = write(tmp_path / "a" / kind, random_tensors())
     before = {p: p.read_bytes() for p in weight_files(path)}
     tensors, _ = read_tensors(path)
+    if Path("/proc/self/maps").exists():  # of Linux
+        mappings = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+        spans = [range(*(int(end, 16) for end in words[0].split("-"))) for words in mappings]
+        for tensor in tensors.values():
+            assert any(tensor.data_ptr() in span for span in spans) == (kind != "old.bin")
     tensors["out.bias"].fill_(7.0)
     assert before == {p: p.read_bytes() for p in weight_files(path)}
     for p in before:
@@ -140,7 +142,6 @@ class MakesAFolder:
 
 PICKLES = {
     "code": {"w": torch.ones(2), "x": MakesAFolder()},
-    "a number beside a tensor": {"w": torch.ones(3), "epoch": 3},
     "numbers as names": {0: torch.ones(3)},
     "empty": {},
     "a state of training": {"model": {"w": torch.ones(3)}, "epoch": 3},
@@ -247,9 +248,7 @@ MISFITS = {  # a change of the tensors and names, words of the error
     "unexpected": (lambda t, n: t.update(dict.fromkeys(["logit_scale", *OTHERS.split(", ")], t[BIAS])),
                    f"unexpected: {OTHERS}"),
     "shape": (lambda t, n: t.update({BIAS: torch.ones(4, 5)}), "bias is [4, 5] of floats, expected [4] of floats for"),
-    "one axis more": (lambda t, n: t.update({COUNT: t[COUNT][None]}), "is [1] of torch.int64, expected [] of torch"),
     "integers": (lambda t, n: t.update({BIAS: t[BIAS].int()}), "is [4] of torch.int32, expected [4] of floats"),
-    "complex": (lambda t, n: t.update({BIAS: t[BIAS] * 1j}), "is [4] of torch.complex64, expected [4] of floats"),
     "floats": (lambda t, n: t.update({COUNT: torch.tensor(0.0)}), "is [] of floats, expected [] of torch.int64"),
     "no name": (lambda t, n: (t.pop(BIAS), n.pop("body.0.bias")), "without a counterpart: body.0.bias"),
     "no target": (lambda t, n: n.update({"body.9.bias": BIAS}), "without a counterpart: body.9.bias"),
@@ -267,27 +266,3 @@ def test_copy_strict_names_what_does_not_fit(case):
     with refused("m/model.safetensors: ", words):
         copy_strict(module, tensors, names, "m/model.safetensors")
     assert bits(module.state_dict()) == bits(before)
-
-
-# --------------------------------------------------------------------------------------- memory
-
-MEASURE = """
-import sys
-from models.weights import read_tensors
-def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
-for path in sys.argv[1:]:
-    before = anonymous()
-    tensors, _ = read_tensors(path)
-    assert sum(tensor.min().item() for tensor in tensors.values()) == 45
-    print(anonymous() - before)
-"""
-
-
-def test_files_are_memory_mapped(tmp_path):
-    """42 MB of tensors, all of them used, take less than 4 MB beside the pages of their files."""
-    tensors = {f"{i}.weight": torch.full((1024, 1024), float(i)) for i in range(10)}
-    paths = [write(tmp_path / name, tensors) for name in ("one.safetensors", "zip.bin", INDEX["safetensors"])]
-    done = run_python("-c", MEASURE, *paths)
-    assert done.returncode == 0, done.stderr
-    assert all(int(kilobytes) < 4000 for kilobytes in done.stdout.split())
