@@ -1,6 +1,6 @@
 """The training data of the tiny models, and the tiny MLLM.
 
-References: the scenes of `shapes` that the data are drawn from; sentencepiece; the tiny ViT's own tensors.
+References: the scenes of `shapes` that the data are drawn from; the tiny ViT's own tensors.
 """
 
 import shutil
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 
 from backbones import neutral, pretrain, stills
@@ -60,15 +59,6 @@ def test_captions_of_a_batch_name_what_its_stills_show():
     assert {motion for caption in captions for _, motion in shapes.parse_claims(caption)} == {""}
 
 
-def test_added_words_are_one_token_each_and_change_no_other_id():
-    model = (BACKBONES / "tiny-lm/tokenizer.model").read_bytes()
-    models = model, pretrain.add_words(model, pretrain.WORDS)
-    old, new = (sentencepiece.SentencePieceProcessor(model_proto=model) for model in models)
-    assert [new.encode(word) for word in pretrain.WORDS] == [[len(old) + i] for i in range(len(pretrain.WORDS))]
-    for caption in (*stills.KINDS, "a red circle moves left and a blue ring spins", "Other words: 1, 2."):
-        assert new.encode(caption) == old.encode(caption)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("count", [1, 8])
 def test_the_tiny_mllm_names_the_shapes_of_stills(count):
@@ -90,32 +80,16 @@ def test_the_tiny_mllm_names_the_shapes_of_stills(count):
     assert sum(named(caption) == nouns(scene) for caption, scene in zip(captions, scenes, strict=True)) >= 19
 
 
-def test_a_tiny_mllm_is_made_again_bit_for_bit(tmp_path):
+def test_models_are_made_again_bit_for_bit(tmp_path):
+    """One step of each stage, of the tiny MLLM and of the neutral models; another seed gives other tensors."""
     files = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        folder = shutil.copytree(BACKBONES / "tiny-mllm", tmp_path / name)
-        pretrain.pretrain_mllm(folder, BACKBONES, albums=3, texts=20, steps=(1, 1), batch_size=2, seed=seed)
-        MLLM.from_pretrained(folder)
-        files.append((folder / "model.safetensors").read_bytes())
-    assert files[0] == files[1] != files[2]
-
-
-def test_neutral_models_are_made_again_bit_for_bit(tmp_path):
-    """One step of each stage."""
-    files = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        folder = shutil.copytree(BACKBONES, tmp_path / name, ignore=lambda *_: {"model.safetensors"})
+        folder = shutil.copytree(BACKBONES, tmp_path / name)
+        pretrain.pretrain_mllm(folder / "tiny-mllm", folder, albums=3, texts=20, steps=(1, 1), batch_size=2, seed=seed)
         pretrain.pretrain_vit(folder / "neutral-vit", 8, 1, 4, seed, patches=False)
         vit = ViT.from_pretrained(folder / "neutral-vit")
         neutral.pretrain_lm(folder / "neutral-lm", vit, texts=200, albums=2, steps=(1, 1), batch_size=2, seed=seed)
-        CausalLM.from_pretrained(folder / "neutral-lm")
-        files.append([(folder / part / "model.safetensors").read_bytes() for part in ("neutral-vit", "neutral-lm")])
+        MLLM.from_pretrained(folder / "tiny-mllm"), CausalLM.from_pretrained(folder / "neutral-lm")
+        parts = "tiny-mllm", "neutral-vit", "neutral-lm"
+        files.append([(folder / part / "model.safetensors").read_bytes() for part in parts])
     assert files[0] == files[1] and all(a != c for a, c in zip(files[0], files[2], strict=True))
-
-
-def test_the_neutral_tokenizer_splits_colour_kind_and_motion():
-    tokenizer = load_tokenizer(BACKBONES / "neutral-lm")
-    for colour in stills.COLOURS:
-        for kind in stills.KINDS:
-            pieces = tokenizer.processor.encode(f"a {colour} {kind} moves left", out_type=str)
-            assert pieces == [f"\u2581{word}" for word in ("a", colour, kind, "moves", "left")]

@@ -15,7 +15,7 @@ from evaluate import load_run
 from report.attention import record_attention
 from study import attention
 from tests import tiny
-from tests.scripts import assert_error, run_forked, succeed
+from tests.scripts import refuse, succeed
 from video_data import load, read_frames, shapes
 
 DRAWN = [1, 3, 5, 7, 9, 11, 13, 15]  # the frames of a clip that are read, if it is 8 of 16
@@ -121,12 +121,10 @@ def test_a_run_is_measured_with_and_without_each_block(finished_run, flags, monk
     assert all(one != captions[0] for one in captions[1:])
 
 
-def test_what_cannot_be_measured_is_one_line(finished_run, flags, tmp_path):
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    assert_error(run_forked(attention, tmp_path), "config.json")
-    assert_error(run_forked(attention, run, "--data", tmp_path / "none"), "expected the folder of the dataset")
-    assert_error(run_forked(attention, run, "--seed", 1), "test/00000.mp4", "--seed 1")
-    config = read_json(run / "config.json")
+def test_what_cannot_be_measured_is_one_line(finished_run, tmp_path):
+    refuse(attention, [finished_run, "--seed", 1], "test/00000.mp4: .* --seed 1")
+    config = read_json(finished_run / "config.json")
     config["config"]["dataset"] = "folder"
+    run = shutil.copytree(finished_run, tmp_path / "run")
     write_json(run / "config.json", config)
-    assert_error(run_forked(attention, run, "--data", flags[-1]), "--dataset shapes")
+    refuse(attention, [run], "on --dataset shapes")
