@@ -1,4 +1,4 @@
-"""Captions for the tests: recorded ones with pycocoevalcap's output (golden/), and random ones from a seed."""
+"""Captions for the tests: recorded ones with pycocoevalcap's output (golden/), and random strings from a seed."""
 
 import json
 import random
@@ -29,20 +29,3 @@ def random_strings(count: int, seed: int) -> list[str]:
         return " " if draw < 0.7 else rng.choice(ascii_characters)
 
     return ["".join(random_piece(i % 2 == 1) for _ in range(rng.randrange(41))) for i in range(count)]
-
-
-def random_captions(seed: int) -> tuple[dict, dict]:
-    """40 videos of 1 to 8 references: golden captions, cut, spliced and shuffled, with punctuation inserted."""
-    rng, data = random.Random(seed), golden("golden_vttlike")["refs"] | golden("golden_msvdlike")["refs"]
-    pool = [text.split() for group in data.values() for text in group]
-    inserted = [*", . ! ? ... ; 's n't - / !! (x) 3 1,000 10:30 & \"".split(), *rng.choice(pool), *rng.choice(pool)]
-
-    def vary(words):
-        words = [word for word in words if rng.random() > 0.15]
-        for _ in range(rng.choice((0, 0, 1, 2, 4))):
-            words.insert(rng.randrange(len(words) + 1), rng.choice(inserted))
-        words = rng.sample(words, len(words)) if rng.random() < 0.2 else words
-        return rng.choice((str, str, str.capitalize, str.upper, str.title))(" ".join(words))
-
-    groups = [[vary(words) for _ in range(rng.randrange(2, 10))] for words in rng.choices(pool, k=40)]
-    return {f"v{i}": group[1:] for i, group in enumerate(groups)}, {f"v{i}": group[0] for i, group in enumerate(groups)}
