@@ -90,8 +90,9 @@ DAMAGED = {
     "bytes left over": container({"w": F32}, bytes(9)),
     "terminal escapes": container({"\x1b[2J\r\n\u202e\ud800": entry("X", [], 0, 0)}),
     **{fault: container({"w": entry(*fields)}, bytes(8)) for fault, fields in {
-        "8-bit floats": ("F8_E4M3", [8], 0, 8), "size to be inferred": ("F32", [-1, -2], 0, 8),
-        "size 2.0": ("F32", [2.0], 0, 8), "size and offsets differ": ("F32", [3], 0, 8)}.items()},
+        "8-bit floats": ("F8_E4M3", [8], 0, 8), "size to be inferred": ("F32", [-1], 0, 8),
+        "negative sizes": ("F32", [-1, -2], 0, 8), "size 2.0": ("F32", [2.0], 0, 8),
+        "size and offsets differ": ("F32", [3], 0, 8)}.items()},
     "2**64 elements, which overflow to 0": container({"w": entry("U8", [2**32] * 2, 0, 0)}),
 }
 
