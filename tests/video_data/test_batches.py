@@ -143,9 +143,9 @@ def test_other_settings_have_other_folders(tmp_path, decoded):
     clips, lanczos = make_clips(tmp_path, 1), Preprocessing(30, 30, True, "lanczos", longest_edge=31)
     settings = [Preprocessing(24, 30), Preprocessing(30, 30), Preprocessing(30, 31), Preprocessing(30, 31, True)]
     settings += [Preprocessing(30, 31, True, "bilinear"), lanczos, replace(lanczos, longest_edge=32)]
-    settings = [("train", 3, preprocessing) for preprocessing in settings] + [("train", 4, SIZE), ("val", 4, SIZE)]
+    settings = [("train", 3, each) for each in settings] + [("train", 4, lanczos), ("val", 3, lanczos)]
     assert len({fill(clips, tmp_path, *each).folder for each in settings}) == len(decoded()) == 9
-    fill(clips, tmp_path, "train", 4, replace(SIZE, mean=(0, 0, 0)))
+    fill(clips, tmp_path, "val", 3, replace(lanczos, mean=(0, 0, 0)))
     assert decoded() == []  # uint8 frames do not depend on the mean
 
 
