@@ -306,10 +306,3 @@ def test_an_invalid_token_is_not_shown(server, monkeypatch):
     with pytest.raises(hub.InputError, match="a token of ASCII") as error:
         hub.resolve(REPO)
     assert "secret" not in str(error.value)
-
-
-def test_a_user_without_a_home_folder_is_told_what_to_set(server, monkeypatch):
-    """Instead of a folder called "~", which Python leaves as it is then."""
-    monkeypatch.setattr(hub, "CACHE", Path("~/.cache"))
-    with refused("QADAPTER_CACHE: expected a folder"):
-        hub.resolve(REPO)

@@ -16,14 +16,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common.config import Config
-from model import Captioner
 from models.lm import CausalLM, LMConfig
 from models.names import lm_tensor_names
-from models.pair import Pair
-from models.tokenizer import load_tokenizer
-from models.vit import ViT
-from tests.common.helpers import ROOT, refused
+from tests.common.helpers import refused
 from tests.models.helpers import CONFIGS, last_field, write_weights
 from tests.models.test_lm import FAMILIES, LLAMA, LLAMA3, make, published_tensors
 
@@ -96,42 +91,23 @@ def test_missing_fields_have_the_defaults_of_transformers(tmp_path, family):
     assert ours.qkv_bias == (family == "qwen2") and not ours.o_bias and not ours.mlp_bias
 
 
-def test_the_default_q_adapter_trains_less_than_1_4_percent_of_public_backbones(tmp_path):
-    """CLIP B/16 and TinyLlama on the meta device."""
-    for name, part in (("clip-vit-base-patch16", "vit"), ("tinyllama-1.1b", "lm")):
-        (tmp_path / part).mkdir()
-        shutil.copy(CONFIGS / f"{name}.json", tmp_path / part / "config.json")
-    vit, lm = ViT.from_config(tmp_path / "vit"), CausalLM.from_config(tmp_path / "lm")
-    with torch.device("meta"):
-        captioner = Captioner(Pair(vit, lm), load_tokenizer(ROOT / "backbones" / "tiny-lm"), Config())
-    trained = sum(p.numel() for p in captioner.trained().values())
-    assert count_parameters(captioner) == count_parameters(vit) + count_parameters(lm) + trained
-    *_, last = captioner.parameter_table().splitlines()
-    assert last.split()[1:3] == [f"{trained:,}", f"{count_parameters(captioner):,}"]
-    assert trained == 2_046_467 and trained <= 0.014 * count_parameters(captioner)  # as in docs/design.md
-
-
 def rope(**fields) -> dict:
     return {"rope_scaling": fields}
 
 
 REFUSED = [  # a family, fields of its config, and a word of the message, if that is not the name of the last field
     ("llama", {"model_type": "gemma3"}, "llama or mistral or qwen2 or qwen3 or qwen3_vl_text or gemma3_text"),
-    ("llama", rope(factor=4.0, type="yarn")), ("llama", rope(type="linear", factor=0.5)),
-    ("llama", rope(type="linear", factor=2.0, mscale=0.7)), ("llama", rope(**LLAMA3, attention_factor=0.7)),
+    ("llama", rope(factor=4.0, type="yarn")), ("llama", rope(**LLAMA3, attention_factor=0.7)),
     ("llama", rope(**LLAMA3 | {"low_freq_factor": 4.0}), "high_freq_factor"),
     ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
-    ("llama", {"partial_rotary_factor": 0.5}), ("llama", {"hidden_act": "gelu"}), ("llama", {"qk_layer_norms": True}),
+    ("llama", {"partial_rotary_factor": 0.5}), ("llama", {"hidden_act": "gelu"}),
     ("llama", {"num_key_value_heads": 3}, "kv_heads=3"), ("llama", {"head_dim": 7}, "head_width=7"),
-    ("llama", {"eos_token_id": [2, "3"]}), ("llama", {"eos_token_id": []}), ("llama", {"bos_token_id": -1}),
-    ("llama", {"num_hidden_layers": 2**40}), ("llama", {"rms_norm_eps": -1}), ("mistral", {"sliding_window": 0}),
+    ("llama", {"eos_token_id": [2, "3"]}), ("llama", {"eos_token_id": []}), ("llama", {"num_hidden_layers": 2**40}),
     ("qwen2", {"eos_token_id": None}), ("qwen2", {"use_sliding_window": True}),
     ("qwen2", {"layer_types": ["sliding_attention"] * 2}), ("qwen3", {"layer_types": ["full_attention"]}),
-    ("gemma", {"attn_logit_softcapping": 50.0}), ("gemma", {"final_logit_softcapping": 30.0}),
-    ("gemma", {"use_bidirectional_attention": True}), ("gemma", {"tie_word_embeddings": False}),
-    ("gemma", {"hidden_activation": "gelu"}), ("gemma", {"layer_types": ["chunked_attention"] * 3}),
-    ("gemma", {"rope_parameters": {"rope_type": "default"}}),
+    ("gemma", {"attn_logit_softcapping": 50.0}), ("gemma", {"use_bidirectional_attention": True}),
+    ("gemma", {"tie_word_embeddings": False}), ("gemma", {"rope_parameters": {"rope_type": "default"}}),
     ("gemma", {"rope_parameters": {"sliding_attention": {"factor": 2.0, "rope_type": "linear"}}}),
 ]
 

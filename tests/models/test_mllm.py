@@ -57,12 +57,6 @@ def llava(vision: dict, text: dict, **fields) -> Case:
     return Case("Llava", fields, vision["image_size"], "pixel_values", file)
 
 
-def onevision() -> Case:
-    text = QWEN2 | {"tie_word_embeddings": True}
-    fields = {"vision_config": SIGLIP, "text_config": text, "image_token_index": 97, "video_token_index": IMAGE}
-    return Case("LlavaOnevision", fields, 45, "pixel_values_videos", (VIDEO_FILE, SQUASH))
-
-
 def idefics3(name: str) -> Case:
     fields = {"vision_config": IDEFICS3, "text_config": LLAMA, "image_token_id": IMAGE, "scale_factor": 4}
     return Case(name, fields, 32, "pixel_values", ("preprocessor_config.json", TWO_STEPS))
@@ -75,6 +69,7 @@ def internvl(text: dict, tied: bool = False) -> Case:
 
 
 TIED = QWEN2 | {"tie_word_embeddings": True}
+ONEVISION = {"vision_config": SIGLIP, "text_config": TIED, "image_token_index": 97, "video_token_index": IMAGE}
 BLOCK_1 = {"vision_feature_layer": 1, "vision_feature_select_strategy": "default"}
 BLOCK_2 = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 LAST = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
@@ -82,7 +77,7 @@ CASES = {
     "llava, clip": llava(CLIP, LLAMA, **BLOCK_2),
     "llava, clip, first block": llava(CLIP, LLAMA, **BLOCK_1),
     "llava, siglip": llava(SIGLIP, TIED, **LAST),
-    "llava_onevision": onevision(),
+    "llava_onevision": Case("LlavaOnevision", ONEVISION, 45, "pixel_values_videos", (VIDEO_FILE, SQUASH)),
     "idefics3": idefics3("Idefics3"),
     "smolvlm": idefics3("SmolVLM"),
     "internvl, qwen2": internvl(QWEN2 | {"rope_parameters": DYNAMIC}),

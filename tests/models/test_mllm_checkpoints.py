@@ -2,7 +2,7 @@
 
 References
 [1] transformers, models/{llava,llava_onevision,idefics3,smolvlm,internvl}: defaults, names and shapes of tensors.
-[2] The sizes of the published files: 14,126,854,144 bytes for LLaVA 1.5 in fp16, 489 tensors for SmolVLM2-500M.
+[2] The sizes of the published files: 14,126,854,144 bytes for LLaVA 1.5 in fp16, 471 tensors for SmolVLM2-256M.
 [3] SmolVLMVideoProcessor of transformers.
 """
 
@@ -32,10 +32,8 @@ PUBLISHED = {  # name: parameters, tensors, visual tokens per image
     LLAVA: (7_063_427_072, 686, 576),
     INTERLEAVE: (864_031_264, 715, 729),
     SMOLVLM: (256_484_928, 471, 64),
-    "smolvlm2-500m": (507_482_304, 489, 64),
     ONEVISION: (893_675_552, 716, 196),
     INTERNVL: (938_193_024, 733, 256),
-    "internvl3-2b": (2_088_957_440, 781, 256),
     "internvl3.5-1b": (1_060_897_792, 753, 256),
 }
 
@@ -55,8 +53,7 @@ FILES = {  # name: its preprocessor_config.json
     INTERLEAVE: squash(384),
     ONEVISION: squash(384) | {"do_center_crop": None, "do_pad": True},
     SMOLVLM: OF_SMOLVLM,
-    "smolvlm2-500m": OF_SMOLVLM,
-    **dict.fromkeys((INTERNVL, "internvl3-2b", "internvl3.5-1b"), OF_INTERNVL),
+    **dict.fromkeys((INTERNVL, "internvl3.5-1b"), OF_INTERNVL),
 }
 
 
@@ -124,23 +121,18 @@ def test_the_head_is_tied_where_transformers_ties_it(tmp_path, name):
 REFUSED = [  # a model, a part of its config, and a word of the message, if that is not the name of the last field
     (LLAVA, {"model_type": "llava_next"}, "llava or llava_onevision or idefics3 or smolvlm or internvl"),
     (LLAVA, {"vision_config": {"model_type": "pixtral"}}), (LLAVA, {"vision_config": {"hidden_act": "relu"}}),
-    (LLAVA, {"text_config": []}), (LLAVA, {"text_config": {"model_type": "mistral"}}),
-    (LLAVA, {"text_config": {"hidden_act": "gelu"}}, "text_config: hidden_act"),
+    (LLAVA, {"text_config": []}), (LLAVA, {"text_config": {"hidden_act": "gelu"}}, "text_config: hidden_act"),
     (LLAVA, {"vision_feature_layer": [-2, -1]}), (LLAVA, {"vision_feature_layer": 0}),
     (LLAVA, {"vision_feature_layer": -25}), (LLAVA, {"vision_feature_select_strategy": "full"}, "expected default"),
     (INTERLEAVE, {"vision_feature_select_strategy": "default"}, "expected full"),
-    (LLAVA, {"projector_hidden_act": "relu"}), (LLAVA, {"multimodal_projector_bias": False}),
-    (ONEVISION, {"text_config": {"model_type": "llama"}}, "expected qwen2"),
+    (LLAVA, {"projector_hidden_act": "relu"}), (ONEVISION, {"text_config": {"model_type": "llama"}}, "expected qwen2"),
     (ONEVISION, {"vision_config": {"model_type": "clip_vision_model"}}, "expected siglip_vision_model"),
     (SMOLVLM, {"scale_factor": 5}, "5 x 5"), (SMOLVLM, {"text_config": {"use_resampler": True}}),
     *((INTERNVL, {"vision_config": fields}) for fields in (
-        {"attention_bias": False}, {"use_qk_norm": True}, {"norm_type": "rms_norm"}, {"use_mask_token": True},
-        {"use_mean_pooling": False}, {"use_absolute_position_embeddings": False}, {"hidden_act": "relu"},
-        {"image_size": [448, 336]}, {"patch_size": [14]})),
+        {"attention_bias": False}, {"norm_type": "rms_norm"}, {"use_mean_pooling": False}, {"image_size": [448, 336]})),
     (INTERNVL, {"vision_config": {"patch_size": 64}}, "2 x 2"),  # of a grid of 7 x 7
     (INTERNVL, {"text_config": {"model_type": "llama"}}), (INTERNVL, {"downsample_ratio": 0.25}),
-    (INTERNVL, {"text_config": {"rope_scaling": {"rope_type": "yarn"}}}), (INTERNVL, {"vision_feature_layer": -2}),
-    (INTERNVL, {"vision_feature_select_strategy": "full"}), (INTERNVL, {"projector_hidden_act": "relu"}),
+    (INTERNVL, {"vision_feature_layer": -2}),
 ]
 
 
@@ -173,11 +165,6 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> MLLM:
         return MLLM.from_pretrained(folder)
 
 
-def is_unused(saved: Path, name: str) -> bool:
-    """Whether a tensor belongs to the last of the three blocks, of which LLaVA with CLIP uses two."""
-    return "clip" in saved.name and name.startswith("vision_tower.encoder.layers.2.")
-
-
 @pytest.mark.parametrize("saved", [*SAVED, "internvl, qwen3"], indirect=True)
 def test_no_other_tensors_are_ignored(saved):
     """A block more than in the config, and a norm behind the blocks, which InternVL does not have."""
@@ -194,7 +181,8 @@ def test_tensors_that_change_nothing_are_ignored(saved):
     tensors = read_weights(saved)
     k = next(name for name in tensors if "layers.1.self_attn.k_proj.weight" in name and "encoder" not in name)
     positions = next(name for name in tensors if "position_embedding" in name)
-    others = {name: torch.zeros(2) for name in tensors if is_unused(saved, name)}
+    others = {name: torch.zeros(2) for name in tensors  # LLaVA with CLIP uses two of its three blocks
+              if "clip" in saved.name and name.startswith("vision_tower.encoder.layers.2.")}
     others[k.replace("k_proj.weight", "rotary_emb.inv_freq")] = torch.ones(3)
     others[positions.replace("position_embedding.weight", "position_ids")] = torch.arange(9)[None]
     if "onevision" in saved.name:
@@ -237,7 +225,6 @@ REFUSED_PREPROCESSING = [
     (LLAVA, {"do_pad": True}, "do_pad"),
     (ONEVISION, squash(378), "378 pixels"),
     (SMOLVLM, OF_SMOLVLM | {"resample": 3}, "'resample'"),
-    (SMOLVLM, OF_SMOLVLM | {"max_image_size": None}, "'max_image_size'"),
     (SMOLVLM, OF_SMOLVLM | {"max_image_size": {"longest_edge": 364}}, "364"),
     (SMOLVLM, OF_SMOLVLM | {"video_sampling": {"fps": 1}}, "'video_size'"),
     (SMOLVLM, OF_SMOLVLM | {"do_rescale": False}, "do_rescale"),
@@ -251,8 +238,7 @@ def test_unsupported_preprocessing_is_refused(tmp_path, name, fields, word):
         MLLM.from_config(tmp_path)
 
 
-@pytest.mark.parametrize("height, width", [(90, 200), (233, 101), (120, 121), (700, 520), (512, 512), (2, 1100),
-                                           (1100, 30)])
+@pytest.mark.parametrize("height, width", [(90, 200), (233, 101), (700, 520), (2, 1100), (1100, 30)])
 def test_frames_become_the_pixels_of_transformers(tmp_path, height, width):
     """SmolVLM's two steps on random frames, seed 0, as [3] preprocesses them; other mean and std in each channel."""
     fields = OF_SMOLVLM | {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}

@@ -172,11 +172,9 @@ def test_the_published_model(tmp_path):
 
 
 @pytest.mark.parametrize("part, fields", [
-    ("vision_config", {"spatial_merge_size": 4}), ("vision_config", {"temporal_patch_size": 1}),
-    ("vision_config", {"hidden_act": "relu"}), ("text_config", {"model_type": "qwen3"}),
-    ("vision_config", {"deepstack_visual_indexes": []}), ("vision_config", {"deepstack_visual_indexes": [2, 0]}),
-    ("vision_config", {"deepstack_visual_indexes": [1, 3]}), ("text_config", {"rope_scaling": {"mrope_section": [4]}}),
-    ("text_config", {"rope_scaling": {"mrope_section": [4, 2, 2], "rope_type": "yarn"}}),
+    ("vision_config", {"spatial_merge_size": 4}), ("text_config", {"model_type": "qwen3"}),
+    ("vision_config", {"deepstack_visual_indexes": []}), ("vision_config", {"deepstack_visual_indexes": [1, 3]}),
+    ("text_config", {"rope_scaling": {"mrope_section": [4]}}),
     ("text_config", {"rope_scaling": {"mrope_interleaved": False}}),
 ])
 def test_another_model_is_refused(models, tmp_path, part, fields):
@@ -247,7 +245,7 @@ def tiny_qwen3_vl(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("words", [
     ["--method", "linear", "--cache-features", "--frames", 3, "--image-size", 128, 192],
     ["--visual", "frames", "--write-back", "--grid", 3, "--frames", 4]])
-def test_a_run_resumes_bit_for_bit_and_knows_its_model(tiny_qwen3_vl, words, flags, tmp_path, monkeypatch):
+def test_a_run_resumes_bit_for_bit(tiny_qwen3_vl, words, flags, tmp_path, monkeypatch):
     check_run(tiny_qwen3_vl, words, flags, tmp_path, monkeypatch)
 
 

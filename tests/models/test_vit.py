@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import transformers
 from torch import nn
 from torchvision.models import vision_transformer as torchvision_vit
 from transformers import AutoConfig, AutoModel, Dinov2Model
@@ -22,7 +21,7 @@ from transformers import AutoConfig, AutoModel, Dinov2Model
 from common.errors import InputError
 from models.vit import ViT
 from tests.common.helpers import refused
-from tests.models.helpers import assert_near, change_json, write_weights
+from tests.models.helpers import assert_near, write_weights
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 VISION = SIZES | {"image_size": 24, "patch_size": 4}
@@ -137,19 +136,6 @@ def test_options_and_shapes(tmp_path, kind, fields):
     if kind.endswith("_vision_model"):
         add_prefix(tmp_path)
     assert_same(ViT.from_pretrained(tmp_path), theirs, fields.get("image_size", 24), seed=3)
-
-
-WITH_HEADS = [(transformers.CLIPVisionModelWithProjection, "clip_vision_model", "vision_model")]
-WITH_HEADS += [(transformers.Dinov2ForImageClassification, "dinov2", "dinov2")]
-
-
-@pytest.mark.parametrize("model, kind, part", WITH_HEADS)
-def test_heads_for_other_uses_are_ignored(tmp_path, model, kind, part):
-    """Model seed 4, pixels seed 5; the encoder within the model is the reference."""
-    theirs = randomize(model(AutoConfig.for_model(kind, **VISION)), 4)
-    theirs.save_pretrained(tmp_path)
-    change_json(tmp_path / "preprocessor_config.json", **CROP_24)
-    assert_same(ViT.from_pretrained(tmp_path), getattr(theirs, part), 24, seed=5)
 
 
 @pytest.mark.parametrize("old_names", [False, True])
