@@ -82,8 +82,7 @@ def test_the_defaults_of_a_dataset(dataset):
     ("--deep-rank 4 --method none", "--deep-rank: expected"), ("--instruction x", "--instruction: expected --mllm"),
     ("--cache-features --write-back", "--cache-features"), ("--cache-features --method none", "--cache-features"),
     ("--frames 0", "--frames: expected a whole number from 1 to 4096, found '0'"), ("--epoch 3", "--epoch 3 .*--help"),
-    ("--lr 0", "--lr: expected a number from 1e-12"), ("--device meta", "--device: invalid choice"),
-    ("--instruction \udcff --mllm m", "--instruction: expected Unicode text"), ("--data=", "--data: expected Unicode"),
+    ("--device meta", "--device: invalid choice"), ("--data=", "--data: expected Unicode"),
 ])
 def test_what_does_not_fit_is_refused(words, message):
     with pytest.raises(InputError, match=message):
