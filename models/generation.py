@@ -33,8 +33,8 @@ def generate(lm: CausalLM, prefix: Tensor, beams: int = 1, max_new_tokens: int =
              places: VisualPlaces | None = None) -> list[list[int]]:
     """Returns the new token ids of each text after prefix embeddings (B, S, C), without EOS. They equal those of [1].
 
-    With one beam the search is greedy. beams: fewer than the vocabulary without EOS. places: of the prefix. Raises
-    InputError for too few positions and for logits that are not finite.
+    With one beam the search is greedy. places: of the prefix. Raises InputError for logits that are not finite;
+    `Captioner.check_length` refuses, before any work, more beams or positions than there are.
     """
     prefix = prefix.to(lm.embed.weight.dtype)
     if beams == 1:

@@ -103,7 +103,7 @@ def commands_of_controls() -> list[str]:
     for flags in (row["flags"] for row in CONTENT["controls"]["rows"]):
         path = path_of("controls", f"{flags}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.exists() and flags not in read_clips("controls"):
             add_clips("controls", flags, read_json(path))
         if flags not in read_clips("controls"):
             commands.append(shlex.join([sys.executable, "-m", "study.controls", *flags.split(), "--save", str(path)]))

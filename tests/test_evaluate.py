@@ -17,7 +17,7 @@ import torch
 
 import evaluate
 from common.config import INSTRUCTION
-from common.errors import printable
+from common.errors import InputError, printable
 from common.files import write_json
 from models.generation import generate
 from models.mllm import MLLM
@@ -50,6 +50,8 @@ def test_frames_and_beams_reach_the_captioner(finished_run, videos, tmp_path):
     frames = torch.stack([read_frames(video, 5, captioner.vit.preprocessing) for video in videos])
     found = json.loads((tmp_path / "p.json").read_text())
     assert list(found.values()) == captioner.caption(frames, beams=3) and list(found)[1] == "test/00001.mp4"
+    with pytest.raises(InputError, match="beams: 0"):
+        captioner.caption(frames, beams=0)
     assert found != json.loads((finished_run / "test.json").read_text())["captions"]
     page = (tmp_path / "p.html").read_text()
     assert all(json.dumps(caption)[1:-1] in page for caption in found.values())

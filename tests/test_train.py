@@ -231,7 +231,16 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def shorten(path: Path) -> None:
+    """A moment of the optimizer lacks a number."""
+    state = torch.load(path, weights_only=True)
+    moments = state["optimizer"]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"].flatten()[:-1].clone()
+    torch.save(state, path)
+
+
 DAMAGE = {
+    "short": shorten,
     "cut": lambda path: path.write_bytes(path.read_bytes()[:100]), "flipped": flip, "gone": Path.unlink,
     "a pipe": lambda path: path.unlink() or os.mkfifo(path),  # reading it would wait for ever
     "no number": lambda path: path.write_bytes(b'{"step": null, "elapsed": 1}\n' + path.read_bytes()),
@@ -240,7 +249,7 @@ OF_ALL = "cut", "gone", "a pipe"
 DAMAGED = [*((script, name, kind) for kind in (*OF_ALL, "flipped") for script, name in (
                (train, "last/state.pt"), (train, "best/adapter.safetensors"), (evaluate, "best/adapter.safetensors"))),
            *((script, "config.json", kind) for script in (train, evaluate) for kind in OF_ALL),
-           (train, "log.jsonl", "no number"), (train, "log.jsonl", "a pipe")]
+           (train, "last/state.pt", "short"), (train, "log.jsonl", "no number"), (train, "log.jsonl", "a pipe")]
 
 
 @pytest.mark.parametrize("script, name, kind", DAMAGED, ids=lambda x: getattr(x, "__name__", x))

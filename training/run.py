@@ -84,6 +84,9 @@ def load_state(path: Path, captioner, optimizer: torch.optim.Optimizer | None,
         if optimizer is not None:
             # The settings of the groups are the config's; what is restored are the moments.
             optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
+            for parameter, moments in optimizer.state.items():  # the fused step would read beyond a smaller one
+                if {moments[name].shape for name in ("exp_avg", "exp_avg_sq")} != {parameter.shape}:
+                    raise InputError("a moment of the optimizer has another shape than its tensor")
         step, best = int(state["step"]), float(state["best"])
     return step, best
 
