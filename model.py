@@ -277,9 +277,10 @@ class Captioner(nn.Module):
         if self.deep is not None and length != self.deep.prefix.shape[1]:
             raise InputError(f"--frames {num_frames}: expected {self.config.frames}, as in training with --deep-rank")
         most = lm.vocab - len(lm.eos_ids)
-        if not 1 <= beams <= most or max_new_tokens < 1:
-            raise InputError(f"beams: {beams}, of {max_new_tokens} tokens; expected 1 to {most}, all tokens without "
-                             "EOS, of one token or more")
+        if not 1 <= beams <= most:
+            raise InputError(f"beams: {beams}, expected 1 to {most}, the vocabulary without EOS")
+        if max_new_tokens < 1:
+            raise InputError(f"tokens of a caption: {max_new_tokens}, expected at least 1")
         needed = length + max_new_tokens - 1  # the last token is not fed back
         if needed > lm.max_positions:
             raise InputError(f"--queries, --frames or --grid: expected {lm.max_positions} positions at most, found "

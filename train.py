@@ -143,7 +143,7 @@ def backward_and_step(captioner: Captioner, optimizer: torch.optim.Optimizer, st
     """
     config = captioner.config
     trained = [parameter for param_group in optimizer.param_groups for parameter in param_group["params"]]
-    # Seeds --token-dropout and samples: each step and process draws others, a run resumed with as many the same.
+    # Seeds --token-dropout and samples: others in each step and process, the same in a run resumed with as many.
     torch.manual_seed((config.seed * 2**20 + step) * 2**10 + group.rank)
     total = group.all_reduce(compute_loss.terms(batch))  # the loss is a mean over the terms of all processes
     optimizer.zero_grad(set_to_none=True)

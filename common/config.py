@@ -109,8 +109,8 @@ class Config:
                                  "captioner draws", type=count(0, 10**5))
     lr: float = training(5e-3, "peak learning rate of AdamW", type=cli.number(float, 1e-12, 1e6))
     weight_decay: float = training(0.01, "weight decay of AdamW", type=cli.number(float, 0, 1e6))
-    micro_batch_size: int | None = training(None, "clips of a process in memory at once; gradients are summed; without "
-                                            "it all of its share", type=count(1))
+    micro_batch_size: int | None = training(None, "clips that a process holds in memory at once (None: all of them); "
+                                            "gradients are summed", type=count(1))
     compile: bool = training(False, "compile the language model's blocks: faster steps after two minutes; CPUs need a "
                              "C++ compiler")
     seed: int = training(0, "seed of weights, clip order, frames and captions", type=count(0, 10**9))

@@ -100,12 +100,12 @@ def commands_of_table(name: str, seeds: list[int]) -> list[str]:
 def commands_of_controls() -> list[str]:
     """Commands of the controls that results/ lacks; finished ones are kept there."""
     commands = []
-    for flags in (row["flags"] for row in CONTENT["controls"]["rows"]):
+    for flags in (row["flags"] for row in CONTENT["controls"]["rows"] if row["flags"] not in read_clips("controls")):
         path = path_of("controls", f"{flags}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and flags not in read_clips("controls"):
+        if path.exists():
             add_clips("controls", flags, read_json(path))
-        if flags not in read_clips("controls"):
+        else:
             commands.append(shlex.join([sys.executable, "-m", "study.controls", *flags.split(), "--save", str(path)]))
     return commands
 

@@ -153,7 +153,7 @@ def test_each_clip_has_its_own_times(family):
 @pytest.mark.parametrize("family, fields, message", [
     ("llava", dict(grid=5), "--grid 5: expected at most 4, a side"),
     ("llava", dict(frames=200), "--grid: expected 300 positions at most, .* of 41"),
-    ("llava", dict(beams=40), "beams: 40, .* expected 1 to 39"),
+    ("llava", dict(beams=40), "beams: 40, expected 1 to 39"),
 ])
 def test_what_does_not_fit_the_frozen_models_is_refused(family, fields, message):
     with pytest.raises(InputError, match=message):
