@@ -178,7 +178,7 @@ class Captioner(nn.Module):
     def prompt(self, num_frames: int, times: list[float] | None = None) -> list[list[int]]:
         """The ids before, between and after the M groups of visual tokens: M + 1 texts for T = `num_frames` frames."""
         frames = 1 if self.config.reads_queries else num_frames
-        return self.backbone.prompt(self.tokenizer, frames, self.config.instruction, times)
+        return self.backbone.prompt(self.tokenizer, frames, times)
 
     def group_by_prompt(self, frames: Tensor, times: Tensor | None) -> Iterator[tuple[list[int], list[Tensor]]]:
         """The input, and its times -> for each group of clips with equally long texts: their numbers, and the M + 1

@@ -107,8 +107,8 @@ def score_test(captioner: Captioner, dataset, cache, group: distributed.ProcessG
     print(f"run: {words}, {cli.format_seconds(run.elapsed())}\n"
           f"look at its captions:  {words}/report.html\n"
           f"caption your videos:   {python} evaluate.py {words} --video FILE")
-    if step and not config.cider_epochs:  # more epochs would be of captions, before those of CIDEr
-        print(f"train it longer:       {python} train.py --resume {words} --epochs {2 * config.epochs}")
+    if step and len(config.epochs) == 1:
+        print(f"train it longer:       {python} train.py --resume {words} --epochs {2 * config.epochs[0]}")
 
 
 def compile_blocks(lm: CausalLM, device: torch.device) -> None:
@@ -237,11 +237,11 @@ def main() -> int:
     group.broadcast(captioner.checkpoint_tensors().values())
 
     # 4. The loop
-    order = epoch_batches(len(clips), config.batch_size, config.all_epochs, config.seed, step) if steps else ()
-    per_epoch = max(1, steps // config.all_epochs)
+    order = epoch_batches(len(clips), config.batch_size, sum(config.phase_epochs), config.seed, step) if steps else ()
+    per_epoch = max(1, steps // sum(config.phase_epochs))
     # Also where the captions end: their rate is zero there, and the phase of CIDEr may lead to worse weights.
     validation_steps = {steps, *(phase.end for phase in phases if phase.name == "captions"),
-                        *range(per_epoch * (config.word_epochs + config.eval_every), steps,
+                        *range(per_epoch * (config.phase_epochs[0] + config.eval_every), steps,
                                per_epoch * config.eval_every)}
     if step == 0:
         validate(captioner, dataset, inputs["val"], group, run, step)

@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from backbones.stills import COLOURS, KINDS, AlbumData, StillHeads, draw_still
 from backbones.texts import KEYWORDS, PROMPT, TextData, document
 from common import cli
-from common.config import INSTRUCTION
 from common.files import read_json
 from models.llava import LLaVA
 from models.lm import CausalLM
@@ -183,7 +182,7 @@ def pretrain_mllm(folder: Path, backbones: Path, albums: int, texts: int, steps:
     rng = np.random.default_rng([seed, 12])
     stills = AlbumData(mllm.vit, tokenizer, albums, seed)
     documents = [document(rng) for _ in range(texts)]
-    data = TextData(tokenizer.processor, documents, rng, seed, *mllm.prompt(tokenizer, 1, INSTRUCTION))
+    data = TextData(tokenizer.processor, documents, rng, seed, *mllm.prompt(tokenizer, 1))
 
     def still_loss() -> Tensor:
         return stills.loss(mllm, batch_size, int(rng.choice(STILLS_PER_PROMPT)))

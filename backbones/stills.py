@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.texts import pad, text_loss
-from common.config import INSTRUCTION
 from models.mllm import MLLM
 from models.tokenizer import Tokenizer
 from models.vit import ViT
@@ -143,5 +142,5 @@ class AlbumData:
         """Cross-entropy of the captions of a batch, each after the model's own prompt with T stills."""
         features, labels = self.batch(size, stills)
         visual = mllm.connect(features.flatten(0, 1)).unflatten(0, (size, stills)).unbind(1)  # T times (B, P', C)
-        texts = [torch.tensor(ids, dtype=torch.long) for ids in mllm.prompt(self.tokenizer, stills, INSTRUCTION)]
+        texts = [torch.tensor(ids, dtype=torch.long) for ids in mllm.prompt(self.tokenizer, stills)]
         return text_loss(mllm.lm, mllm.merge(texts, visual), labels)

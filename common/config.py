@@ -31,16 +31,15 @@ from common.errors import InputError, reading
 from common.files import field as json_field
 from common.files import read_json
 
-VERSION = "1.7.0"
+VERSION = "1.8.0"
 METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "st-adapter", "prompt", "full")
-INSTRUCTION = "Describe the video."
 DEVICES = ("auto", "cuda", "mps", "cpu")
 HEADS = 4  # of the attention in qadapter.py; the rank is a multiple of them
 PRESETS = {
-    "shapes": dict(captions_per_clip=1, batch_size=64, epochs=8, weight_decay=0.2, token_dropout=0.3, beams=1),
-    "msvd": dict(captions_per_clip=5, batch_size=32, micro_batch_size=8, epochs=49, lr=0.002),
-    "msrvtt": dict(frames=12, captions_per_clip=4, batch_size=64, micro_batch_size=8, epochs=20, lr=0.002),
-    "folder": dict(captions_per_clip=1, batch_size=16, epochs=20, lr=0.002),
+    "shapes": dict(captions_per_clip=1, batch_size=64, epochs=(8,), weight_decay=0.2, token_dropout=0.3, beams=1),
+    "msvd": dict(captions_per_clip=5, batch_size=32, micro_batch_size=8, epochs=(49,), lr=0.002),
+    "msrvtt": dict(frames=12, captions_per_clip=4, batch_size=64, micro_batch_size=8, epochs=(20,), lr=0.002),
+    "folder": dict(captions_per_clip=1, batch_size=16, epochs=(20,), lr=0.002),
 }
 ALLOWED_WITH_RESUME = {"resume", "device", "data", "epochs"}
 NOT_STORED = {"resume", "plan", "device", "out"}  # of a run's config.json
@@ -69,7 +68,8 @@ class Config:
     vit: str | None = daily(None, "or this ViT: a folder, a .pth file or a hub id", type=cli.text)
     lm: str | None = daily(None, "with this language model: a folder or a hub id", type=cli.text)
     method: str = daily("qadapter", "what is trained; docs/design.md describes each", choices=METHODS)
-    epochs: int = daily(8, "passes over the training clips, those of --cider-epochs among them", type=count(1, 10**5))
+    epochs: tuple[int, ...] = daily((8,), "passes over the training clips; three numbers: of words, of captions, of "
+                                    "CIDEr (docs/runs.md)", type=count(0, 10**5), nargs="+", metavar="N")
     batch_size: int = daily(16, "clips per step, over all processes", type=count(1))
     cache_features: bool = daily(False, "run the frozen ViT once per frame and store its outputs on the disk, in bf16")
     out: Path | None = daily(None, "the folder of the run (default: runs/DATASET-METHOD)", type=cli.path)
@@ -101,12 +101,7 @@ class Config:
                             choices=("queries", "frames"))
     grid: int = prompting(0, "average what is read of a frame to G x G tokens; 0: an MLLM's own tokens, a ViT's pooled "
                           "feature", type=count(0, 256), metavar="G")
-    instruction: str = prompting(INSTRUCTION, "what an MLLM is told to do", type=cli.text)
 
-    word_epochs: int = training(0, "epochs before the others, without the language model: visual tokens learn to point "
-                                "at the words of captions", type=count(0, 10**5))
-    cider_epochs: int = training(0, "of the epochs, how many at the end learn from the CIDEr of captions that the "
-                                 "captioner draws", type=count(0, 10**5))
     lr: float = training(5e-3, "peak learning rate of AdamW", type=cli.number(float, 1e-12, 1e6))
     weight_decay: float = training(0.01, "weight decay of AdamW", type=cli.number(float, 0, 1e6))
     micro_batch_size: int | None = training(None, "clips that a process holds in memory at once (None: all of them); "
@@ -138,9 +133,10 @@ class Config:
         return self.method in ("none", "linear", "lora-lm") or (self.method == "qadapter" and not self.write_back)
 
     @property
-    def all_epochs(self) -> int:
-        """Passes over the training clips, with those of --word-epochs."""
-        return self.word_epochs + self.epochs
+    def phase_epochs(self) -> tuple[int, ...]:
+        """Epochs of words, of captions and of CIDEr; one number is of captions, two are of words and captions."""
+        epochs = self.epochs if len(self.epochs) > 1 else (0, *self.epochs)
+        return (*epochs, 0)[:3]
 
     @property
     def stored_frames(self) -> int:
@@ -161,14 +157,12 @@ class Config:
             (not is_qadapter and (self.write_back or self.gate == "none"
                                   or self.last_blocks not in (0, Config.last_blocks)),
              "--write-back, --gate and --last-blocks: expected --method qadapter"),
-            (self.instruction != INSTRUCTION and self.is_pair,
-             "--instruction: expected --mllm: the prompt of a ViT with a language model is fixed"),
             (self.grid and self.reads_queries,
              "--grid: expected --visual frames or another method; queries have no grid"),
-            (self.word_epochs and (self.method == "none" or (self.method == "lora-lm" and not self.is_pair)),
-             "--word-epochs: expected a method that trains something before the language model"),
-            (self.cider_epochs > self.epochs, f"--cider-epochs: expected at most the {self.epochs} of --epochs"),
-            (self.cider_epochs and self.method == "none", "--cider-epochs: expected a method that trains"),
+            (len(self.epochs) > 3 or not any(self.epochs), "--epochs: expected one to three numbers, not all 0"),
+            (self.phase_epochs[0] and (self.method == "none" or (self.method == "lora-lm" and not self.is_pair)),
+             "--epochs: expected none of words; nothing is trained before the language model"),
+            (self.phase_epochs[2] and self.method == "none", "--epochs: expected none of CIDEr; nothing is trained"),
             (self.deep_rank and not (self.reads_queries or (self.is_pair and self.method != "none")),
              "--deep-rank: expected queries, or a ViT with a language model and a method that trains"),
             (is_qadapter and self.rank % HEADS, f"--rank: expected a multiple of {HEADS}"),
@@ -193,9 +187,11 @@ def make_parser() -> argparse.ArgumentParser:
         options = dict(option.metadata)
         name, words = options.pop("group"), options.pop("help")
         if option.default not in (None, False, 0) or any(option.name in preset for preset in PRESETS.values()):
-            presets = [f"{preset[option.name]} on {dataset}" for dataset, preset in PRESETS.items()
-                       if preset.get(option.name, option.default) != option.default]
-            words += f" (default: {', '.join([str(option.default), *presets])})"
+            values = {"": option.default} | {
+                f" on {dataset}": preset[option.name] for dataset, preset in PRESETS.items()
+                if preset.get(option.name, option.default) != option.default}
+            defaults = (f"{x[0] if isinstance(x, tuple) else x}{where}" for where, x in values.items())
+            words += f" (default: {', '.join(defaults)})"
         if option.type is bool:
             options["action"] = "store_true"
         group = groups[name] = groups.get(name) or parser.add_argument_group(name)
@@ -206,7 +202,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_words(words: Sequence[str]) -> tuple[Config, set[str]]:
     """The words of a command line -> the Config, and the names of the flags that are given. Raises InputError."""
-    given = vars(make_parser().parse_args(words))
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(make_parser().parse_args(words)).items()}
     config = Config(**(PRESETS[given.get("dataset", "shapes")] | given))
     config.check()
     return config, set(given)
@@ -257,6 +254,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     if refused := sorted(given - ALLOWED_WITH_RESUME):
         raise InputError(f"--{refused[0].replace('_', '-')}: a run keeps its own flags; --resume takes only --device, "
                          "--data and --epochs")
-    config = replace(read_config(config.resume), **{name: getattr(config, name) for name in given})
+    stored = read_config(config.resume)
+    config = replace(stored, **{name: getattr(config, name) for name in given})
     config.check()
+    if config.phase_epochs[0] != stored.phase_epochs[0]:  # the steps that are done were of words
+        raise InputError(f"--epochs: expected {stored.phase_epochs[0]} of words first, as the run has them")
     return config

@@ -25,7 +25,7 @@ from common.errors import InputError
 from common.files import field
 from common.preprocessing import Preprocessing, read_preprocessing
 from models.lm_checkpoints import check_supported
-from models.mllm import MLLM, MLLMConfig, shuffle_pixels
+from models.mllm import INSTRUCTION, MLLM, MLLMConfig, shuffle_pixels
 from models.names import VITS
 
 VISION = {  # fields with a single supported value; the 38B model's encoder has others
@@ -70,10 +70,10 @@ class InternVL(MLLM):
     }
     has_video_file = True
 
-    def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:
+    def prompt_texts(self, frames: int, times: Sequence[float]) -> list[str]:
         """Numbers the frames of a video. For a single frame it is the prompt for an image."""
         labels = [f"Frame{i + 1}: <img>" for i in range(frames)] if frames > 1 else ["<img>"]
-        end = f"</img>\n{instruction}<|im_end|>\n<|im_start|>assistant\n"
+        end = f"</img>\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
         return ["<|im_start|>user\n" + labels[0], *[f"</img>\n{label}" for label in labels[1:]], end]
 
     @classmethod

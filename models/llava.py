@@ -29,7 +29,7 @@ from common.errors import InputError
 from common.files import field, one_of
 from common.preprocessing import Preprocessing, read_preprocessing, read_processor
 from models.lm_checkpoints import check_supported
-from models.mllm import MLLM, MLLMConfig
+from models.mllm import INSTRUCTION, MLLM, MLLMConfig
 from models.names import find_prefix
 from models.vit_checkpoints import default_preprocessing
 
@@ -61,10 +61,10 @@ class LLaVA(MLLM):
     make_projector = MLPProjector
     projector_names = {"linear1.*": "linear_1.*", "linear2.*": "linear_2.*"}
 
-    def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:
+    def prompt_texts(self, frames: int, times: Sequence[float]) -> list[str]:
         if self.config.lm_family == "llama":  # [3]
-            return ["USER: ", *["\n"] * (frames - 1), f"\n{instruction} ASSISTANT:"]
-        return ["<|im_start|>user\n", *["\n"] * (frames - 1), f"\n{instruction}<|im_end|>\n<|im_start|>assistant\n"]
+            return ["USER: ", *["\n"] * (frames - 1), f"\n{INSTRUCTION} ASSISTANT:"]
+        return ["<|im_start|>user\n", *["\n"] * (frames - 1), f"\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"]
 
     @classmethod
     def read_config(cls, published: dict, path: Path) -> dict:
@@ -100,8 +100,8 @@ class OneVision(LLaVA):
     def connect(self, features: Tensor) -> Tensor:
         return halve_grid(super().connect(features))
 
-    def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:  # [4]
-        return ["<|im_start|>user ", *[""] * (frames - 1), f"\n{instruction}<|im_end|><|im_start|>assistant\n"]
+    def prompt_texts(self, frames: int, times: Sequence[float]) -> list[str]:  # [4]
+        return ["<|im_start|>user ", *[""] * (frames - 1), f"\n{INSTRUCTION}<|im_end|><|im_start|>assistant\n"]
 
     def merge(self, texts: Sequence[Tensor], visual: Sequence[Tensor]) -> Tensor:
         """The newline follows the last group."""

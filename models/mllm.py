@@ -30,7 +30,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from reprlib import repr as short
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +56,7 @@ LAYOUTS = {  # model_type in config.json: the file and the class. By name, becau
     "internvl": ("models.internvl", "InternVL"),
     "qwen3_vl": ("models.qwen3_vl", "Qwen3VL"),
 }
+INSTRUCTION = "Describe the video."  # of every prompt
 CONTROL_TOKEN = re.compile(r"</?[\w|-]+>")
 
 
@@ -116,7 +116,7 @@ class MLLM(FrozenModels):
         text_types           what model_type of text_config may be
         make_projector       the class of its projector, which is made from an MLLMConfig
         projector_names      {our tensor in the projector: theirs}
-        prompt_texts(frames: int, instruction: str, times: Sequence[float]) -> list[str]
+        prompt_texts(frames: int, times: Sequence[float]) -> list[str]
                              the M + 1 texts before, between and after the M groups of visual tokens of `frames`
                              frames, in the format that the language model was trained with; times: see `prompt`
         read_preprocessing(path: Path, vit: dict) -> Preprocessing
@@ -160,24 +160,20 @@ class MLLM(FrozenModels):
         """Last hidden states of the ViT (n, P, D) -> visual tokens (n, P', C). A class token becomes none."""
         return self.projector(features[:, 1:] if self.config.vit.class_token else features)
 
-    def prompt(self, tokenizer: Tokenizer, frames: int, instruction: str,
-               times: Sequence[float] | None = None) -> list[list[int]]:
+    def prompt(self, tokenizer: Tokenizer, frames: int, times: Sequence[float] | None = None) -> list[list[int]]:
         """The ids of `prompt_texts`, M + 1 lists, with BOS where texts begin with one.
 
         times: of the T frames in seconds, and the duration of the video; by default one frame per second, from 0 on.
-        Raises InputError if the tokenizer is of another kind or lacks a control token of the prompt, and if the
-        instruction contains a control token of a byte-level BPE.
+        Raises InputError if the tokenizer is of another kind or lacks a control token of the prompt.
         """
         times = range(frames + 1) if times is None else times
-        texts, is_bpe = self.prompt_texts(frames, instruction, times), isinstance(tokenizer, BPETokenizer)
-        needed = CONTROL_TOKEN.findall("".join(self.prompt_texts(frames, "", times)))
+        texts, is_bpe = self.prompt_texts(frames, times), isinstance(tokenizer, BPETokenizer)
+        needed = CONTROL_TOKEN.findall("".join(texts))
         added = tokenizer.added if is_bpe else {}
         if is_bpe and not needed:  # Llama's first prompt; Llama 3, which has a BPE, was trained with another one
             raise InputError("tokenizer: a byte-level BPE, the model's prompt needs a tokenizer.model")
         if missing := [token for token in needed if token not in added]:
             raise InputError(f"tokenizer: has no token {missing[0]}, which the model's prompt needs")
-        if present := [token for token in added if token in instruction]:
-            raise InputError(f"instruction: has the control token {short(present[0])}, expected plain text")
         if is_bpe:
             return [tokenizer.encode_with_added(text) for text in texts]
         ids = [tokenizer.processor.encode(text) for text in texts]  # each gets sentencepiece's own space before it

@@ -43,6 +43,6 @@ class Pair(FrozenModels):
         """Groups of visual tokens in a prompt: one, however many frames."""
         return 1
 
-    def prompt(self, tokenizer, frames: int, instruction: str, times=None) -> list[list[int]]:
+    def prompt(self, tokenizer, frames: int, times=None) -> list[list[int]]:
         """The ids before and after the visual tokens."""
         return [tokenizer.start, tokenizer.encode(PROMPT)]

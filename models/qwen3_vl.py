@@ -39,7 +39,7 @@ from common.files import field
 from common.preprocessing import HALF, Preprocessing, read_colours, read_processor
 from models.lm import VisualPlaces, apply_rotary
 from models.lm_checkpoints import check_supported
-from models.mllm import MLLM, MLLMConfig, shuffle_pixels
+from models.mllm import INSTRUCTION, MLLM, MLLMConfig, shuffle_pixels
 from models.vit import ViT, ViTAttention, ViTConfig
 
 SIDE = 448  # S by default; the published models take any multiple of 32
@@ -152,12 +152,12 @@ class Qwen3VL(MLLM):
     }
     has_video_file = states_times = any_size = True
 
-    def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:
+    def prompt_texts(self, frames: int, times: Sequence[float]) -> list[str]:
         """A text more than there are pairs. States the mean time of each pair; a single frame is an image."""
         *seconds, _ = times
         pairs = zip(seconds[::PAIR], (seconds + seconds[-1:])[1::PAIR], strict=False)
         stamps = [f"<{(a + b) / 2:.1f} seconds>" for a, b in pairs] if frames > 1 else [""]
-        end = f"<|vision_end|>{instruction}<|im_end|>\n<|im_start|>assistant\n"
+        end = f"<|vision_end|>{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
         between = [f"<|vision_end|>{stamp}<|vision_start|>" for stamp in stamps[1:]]
         return [f"<|im_start|>user\n{stamps[0]}<|vision_start|>", *between, end]
 

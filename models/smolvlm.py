@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from common.errors import InputError
 from common.files import field
 from common.preprocessing import Preprocessing, read_lanczos_preprocessing
-from models.mllm import MLLM, MLLMConfig, shuffle_pixels
+from models.mllm import INSTRUCTION, MLLM, MLLMConfig, shuffle_pixels
 
 BEFORE, AFTER = "<fake_token_around_image><global-img>", "<fake_token_around_image>"  # around the tokens of an image
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
@@ -49,8 +49,8 @@ class Idefics3(MLLM):
     make_projector = ShuffleProjector
     projector_names = {"linear.weight": "modality_projection.proj.weight"}
 
-    def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:
-        end = f"{AFTER}{instruction}<end_of_utterance>\nAssistant:"
+    def prompt_texts(self, frames: int, times: Sequence[float]) -> list[str]:
+        end = f"{AFTER}{INSTRUCTION}<end_of_utterance>\nAssistant:"
         return [f"<|im_start|>User:{BEFORE}", *[AFTER + BEFORE] * (frames - 1), end]
 
     @classmethod
@@ -66,15 +66,15 @@ class Idefics3(MLLM):
 class SmolVLM(Idefics3):
     states_times = True
 
-    def prompt_texts(self, frames: int, instruction: str, times: Sequence[float]) -> list[str]:
+    def prompt_texts(self, frames: int, times: Sequence[float]) -> list[str]:
         """States the times of frames. For a single frame it is the prompt for an image."""
         if frames == 1:
-            return super().prompt_texts(frames, instruction, times)
+            return super().prompt_texts(frames, times)
         if frames > 99:
             raise InputError(f"{frames} frames: expected at most 99 for the prompt of smolvlm")
         *seconds, duration = map(int, times)
         labels = [f"\nFrame from {time // 60:02d}:{time % 60:02d}:{BEFORE}" for time in seconds]
         intro = f"<|im_start|>User: You are provided the following series of {NUMBERS[frames]} frames from a "
         intro += f"{timedelta(seconds=duration)} [H:MM:SS] video.\n"
-        end = f"{AFTER}\n\n{instruction}<end_of_utterance>\nAssistant:"
+        end = f"{AFTER}\n\n{INSTRUCTION}<end_of_utterance>\nAssistant:"
         return [intro + labels[0], *[AFTER + label for label in labels[1:]], end]

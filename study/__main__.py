@@ -19,6 +19,7 @@ from statistics import median
 
 from bench.measure import cpu_name
 from common import cli
+from common.config import Config
 from common.files import read_json, read_json_lines
 from study.figure import FIGURE, draw_ablations
 from study.scenes import KINDS
@@ -61,8 +62,8 @@ def read_run(folder: Path, key: Key) -> dict:
     """What results/ keeps of a finished run, from the files in its folder."""
     row, lr, seed = key
     config, rows = read_json(folder / "config.json"), read_json_lines(folder / "log.jsonl")
-    words, epochs = config["config"]["word_epochs"], config["config"]["epochs"]
-    first = rows[-1]["step"] * words // (words + epochs)  # step of captions: those of words are faster
+    epochs = Config(epochs=config["config"]["epochs"]).phase_epochs
+    first = rows[-1]["step"] * epochs[0] // sum(epochs)  # step of captions: those of words are faster
     speeds = [row["clips/s"] for row in rows if "clips/s" in row and row["step"] > first]
     validations = [row for row in rows if "val" in row]
     best = max(validations[1:] or validations, key=lambda row: row["val"]["CIDEr"])  # step 0's weights are not kept

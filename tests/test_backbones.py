@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from backbones import neutral, pretrain, stills
-from common.config import INSTRUCTION
 from models.generation import generate
 from models.lm import CausalLM
 from models.mllm import MLLM
@@ -59,7 +58,7 @@ def test_the_tiny_mllm_names_the_shapes_of_stills(count):
         images.append(shapes.render(scene, np.full(count, 0.5), rng)[0])
     frames = torch.from_numpy(np.stack(images)).permute(0, 1, 4, 2, 3)  # (B, T, 3, S, S)
     visual = TINY_MLLM.connect(TINY_MLLM.vit(TINY_MLLM.vit.normalize(frames).flatten(0, 1))).unflatten(0, (20, count))
-    ids = [torch.tensor(ids, dtype=torch.long) for ids in TINY_MLLM.prompt(TOKENIZER, count, INSTRUCTION)]
+    ids = [torch.tensor(ids, dtype=torch.long) for ids in TINY_MLLM.prompt(TOKENIZER, count)]
     captions = TOKENIZER.decode(generate(TINY_MLLM.lm, TINY_MLLM.merge(ids, visual.unbind(1)), max_new_tokens=20))
     assert sum(named(caption) == nouns(scene) for caption, scene in zip(captions, scenes, strict=True)) >= 19
 

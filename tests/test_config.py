@@ -12,13 +12,13 @@ from common.errors import InputError
 from common.files import read_json, write_json
 
 VALUES = dict(  # of every field, none of them the default
-    dataset="msvd", data=Path("-odd name"), mllm="m", vit="v", lm="l", method="linear", epochs=3, batch_size=5,
+    dataset="msvd", data=Path("-odd name"), mllm="m", vit="v", lm="l", method="linear", epochs=(3, 1, 2), batch_size=5,
     cache_features=True, out=Path("o"), resume=Path("r"), plan=True, device="cuda", frames=7, captions_per_clip=2,
-    image_size=[32], vit_blocks=2, allow_missing=True, queries=9, rank=12, last_blocks=0,
-    deep_rank=2, gate="none", word_epochs=3, cider_epochs=2, compile=True, write_back=True,
-    token_dropout=0.25, variant="v", visual="frames", grid=2, instruction="Name it: -x 'é'", lr=0.5,
+    image_size=(32,), vit_blocks=2, allow_missing=True, queries=9, rank=12, last_blocks=0,
+    deep_rank=2, gate="none", compile=True, write_back=True,
+    token_dropout=0.25, variant="v", visual="frames", grid=2, lr=0.5,
     weight_decay=1e-7, micro_batch_size=2, seed=8, precision="bf16", eval_every=2, beams=4)
-NEEDS = {"visual": dict(mllm="m", write_back=True), "grid": dict(method="linear"), "instruction": dict(mllm="m")}
+NEEDS = {"visual": dict(mllm="m", write_back=True), "grid": dict(method="linear")}
 STORED = [name for name in VALUES if name not in common.config.NOT_STORED]
 
 
@@ -49,8 +49,7 @@ def test_flags_config_and_file_say_the_same(name, tmp_path):
     given = {name: VALUES[name]} | NEEDS.get(name, {})
     words = to_words({key: list(value) if isinstance(value, tuple) else value for key, value in given.items()})
     config, names = parse_words(words)
-    assert names == given.keys() and all(getattr(config, key) == value or list(value) == getattr(config, key)
-                                         for key, value in given.items())
+    assert names == given.keys() and all(getattr(config, key) == value for key, value in given.items())
     run = write_config(tmp_path / "run", resolved(config))
     again = read_config(run)
     assert to_json(again) == to_json(resolved(config)) and again.out == run
@@ -76,10 +75,10 @@ def test_the_defaults_of_a_dataset(dataset):
     ("--mllm m --visual frames", "--visual frames: expected .*--write-back"), ("--plan --method none", "--plan"),
     ("--method lora --write-back", "--write-back"), ("--method lora --last-blocks 2", ".*--last-blocks: expected"),
     ("--method st-adapter --gate none", ".*--gate"), ("--grid 2", "--grid: expected --visual frames"),
-    ("--word-epochs 1 --method none", "--word-epochs"), ("--word-epochs 1 --mllm m --method lora-lm", "--word-epochs"),
-    ("--epochs 2 --cider-epochs 3", "--cider-epochs: expected at most the 2"), ("--rank 6", "--rank: expected a mult"),
-    ("--cider-epochs 1 --method none", "--cider-epochs"), ("--precision bf16 --method full", "--precision bf16"),
-    ("--deep-rank 4 --method none", "--deep-rank: expected"), ("--instruction x", "--instruction: expected --mllm"),
+    ("--epochs 1 1 --method none", "--epochs: .* words"), ("--mllm m --method lora-lm --epochs 1 1", ".* words"),
+    ("--epochs 1 1 1 1", "--epochs: expected one to three"), ("--epochs 0 0", "--epochs: .* not all 0"),
+    ("--epochs 0 1 1 --method none", "--epochs: .* CIDEr"), ("--precision bf16 --method full", "--precision bf16"),
+    ("--deep-rank 4 --method none", "--deep-rank: expected"), ("--rank 6", "--rank: expected a multiple"),
     ("--cache-features --write-back", "--cache-features"), ("--cache-features --method none", "--cache-features"),
     ("--frames 0", "--frames: expected a whole number from 1 to 4096, found '0'"), ("--epoch 3", "--epoch 3 .*--help"),
     ("--device meta", "--device: invalid choice"), ("--data=", "--data: expected Unicode"),
@@ -90,21 +89,24 @@ def test_what_does_not_fit_is_refused(words, message):
 
 
 def test_a_resumed_run_keeps_its_flags(tmp_path):
-    config = replace(RESOLVED, dataset="folder", data=tmp_path, out=tmp_path / "run", epochs=3, lr=0.5)
+    config = replace(RESOLVED, dataset="folder", data=tmp_path, out=tmp_path / "run", epochs=(3,), lr=0.5)
     run = write_config(tmp_path / "run", config)
     assert parse_args(["--resume", str(run)]) == replace(config, resume=run)
-    values = {"epochs": 9, "device": "cpu", "data": tmp_path / "run"}
+    values = {"epochs": [9], "device": "cpu", "data": tmp_path / "run"}
     assert {"resume", *values} == common.config.ALLOWED_WITH_RESUME
-    assert parse_args(["--resume", str(run), *to_words(values)]) == replace(config, resume=run, **values)
+    expected = replace(config, resume=run, **values | {"epochs": (9,)})
+    assert parse_args(["--resume", str(run), *to_words(values)]) == expected
     for refused in ("--lr=1", "--out=x", "--plan", "--method=none"):
         with pytest.raises(InputError, match=f"{refused.partition('=')[0]}: a run keeps its own flags"):
             parse_args(["--resume", str(run), refused])
+    with pytest.raises(InputError, match="--epochs: expected 0 of words first"):
+        parse_args(["--resume", str(run), "--epochs", "2", "3"])
 
 
 @pytest.mark.parametrize("name, value", [
-    ("frames", 0), ("frames", 10**30), ("frames", {}), ("dataset", "x"), ("dataset", []), ("seed", 1.5), ("lr", "nan"),
-    ("rank", 6), ("visual", "frames"), ("write_back", "yes"), ("lr", True), ("rank", False), ("seed", None),
-    ("dataset", None), ("data", None), ("lm", None), ("precision", "auto"),
+    ("frames", 0), ("frames", 10**30), ("frames", {}), ("dataset", "x"), ("dataset", []), ("seed", 1.5), ("epochs", 8),
+    ("lr", "nan"), ("rank", 6), ("visual", "frames"), ("write_back", "yes"), ("lr", True), ("rank", False),
+    ("seed", None), ("dataset", None), ("data", None), ("lm", None), ("precision", "auto"),
 ])
 def test_a_value_that_was_changed_by_hand_is_named_with_its_file(name, value, tmp_path):
     """Each is checked like a flag, and null, which no flag says, is no default."""
@@ -128,6 +130,6 @@ def test_another_version_or_other_fields_are_refused(tmp_path):
 
 def test_there_are_not_too_many_flags():
     """Without --help; each says what it is for."""
-    for parser, most in ((common.config.make_parser(), 40), (evaluate.make_parser(), 14)):
+    for parser, most in ((common.config.make_parser(), 36), (evaluate.make_parser(), 14)):
         flags = [action for action in parser._actions if action.option_strings and action.dest != "help"]
         assert len(flags) <= most and all(action.help for action in flags) and parser.format_help()

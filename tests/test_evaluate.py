@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import evaluate
-from common.config import INSTRUCTION
 from common.errors import InputError, printable
 from common.files import write_json
 from models.generation import generate
@@ -79,7 +78,7 @@ def test_without_a_run_an_mllm_captions_as_it_is(videos, tmp_path):
     mllm = MLLM.from_pretrained(folder, dtype)
     pixels = mllm.vit.normalize(read_frames(videos[0], 8, mllm.vit.preprocessing)).to(mllm.vit.position.dtype)
     tokens = mllm.frame_tokens(mllm.vit.run_blocks(pixels), 0)  # (T, P', C)
-    texts = [torch.tensor(ids, dtype=torch.long) for ids in mllm.prompt(tokenizer, 8, INSTRUCTION)]
+    texts = [torch.tensor(ids, dtype=torch.long) for ids in mllm.prompt(tokenizer, 8)]
     ids = generate(mllm.lm, mllm.merge(texts, list(tokens[:, None])), beams=5, max_new_tokens=30)
     assert read_rows(tmp_path / "c.jsonl") == [{"video": str(videos[0]), "caption": tokenizer.decode(ids)[0]}]
     refuse(evaluate, words, "RUN: expected first")

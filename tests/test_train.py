@@ -162,7 +162,7 @@ def test_a_finished_run_is_trained_longer(finished_run, tmp_path):
     succeed(train, "--resume", out, "--epochs", 6)
     rows, before = read_log(out), [row for row in read_log(finished_run) if "test" not in row]
     assert rows[: len(before)] == before and [row["step"] for row in rows if "loss" in row] == [*range(1, 19)]
-    assert read_json(out / "config.json")["config"]["epochs"] == 6
+    assert read_json(out / "config.json")["config"]["epochs"] == [6]
     assert torch.load(out / "last/state.pt", weights_only=True)["step"] == 18
     assert_error(run_forked(train, "--resume", out, "--epochs", 2), "make 6 steps", "is at step 18")
 

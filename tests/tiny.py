@@ -61,9 +61,9 @@ class Letters:
         return ["".join(LETTERS[i - 3] if 3 <= i < 3 + len(LETTERS) else "?" for i in row) for row in rows]
 
 
-def prompt_of_letters(tokenizer: Letters, images: int, instruction: str, times=None) -> list[list[int]]:
+def prompt_of_letters(tokenizer: Letters, images: int, times=None) -> list[list[int]]:
     """An MLLM's prompt without the special tokens that the stub lacks: one text more than images, all different."""
-    return [tokenizer.encode(text) for text in ("user:", *(f"{'a' * i}." for i in range(images - 1)), instruction)]
+    return [tokenizer.encode(text) for text in ("user:", *(f"{'a' * i}." for i in range(images - 1)), "say it")]
 
 
 def make(name: str, seed: int = 0, mllm: str | None = None, dtype: torch.dtype = torch.float32,
@@ -76,8 +76,8 @@ def make(name: str, seed: int = 0, mllm: str | None = None, dtype: torch.dtype =
     else:
         layout, config = MLLMS[mllm]
         backbone = layout(config)
-        backbone.prompt = lambda tokenizer, frames, instruction, times=None: prompt_of_letters(
-            tokenizer, backbone.num_images(frames), instruction)
+        backbone.prompt = lambda tokenizer, frames, times=None: prompt_of_letters(
+            tokenizer, backbone.num_images(frames))
         with torch.no_grad():
             for parameter in backbone.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape))

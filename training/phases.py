@@ -1,8 +1,9 @@
-"""The phases of a run. Each has a loss, and the learning rate rises and falls once in each:
+"""The phases of a run, as many epochs of each as `--epochs W E C` says. Each has a loss, and the learning rate rises
+and falls once in each:
 
-    --word-epochs W    W epochs: visual tokens learn the words of captions; no language model   words.py
-    --epochs E         E - C epochs: captions that people wrote become likely                   CaptionLoss
-    --cider-epochs C   C epochs: captions that are drawn become likely by their CIDEr           cider.py
+    words      W epochs: visual tokens learn the words of captions; no language model   words.py
+    captions   E epochs: captions that people wrote become likely                       CaptionLoss
+    CIDEr      C epochs: captions that are drawn become likely by their CIDEr           cider.py
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from training.words import WordLoss
 from video_data.annotations import Clip
 from video_data.batches import Batch
 
-CIDER_LR = 0.2  # the peak of the rate in --cider-epochs, as a share of --lr
+CIDER_LR = 0.2  # the peak of CIDEr's rate, as a share of --lr
 
 
 class CaptionLoss:
@@ -51,11 +52,12 @@ class Phase:
 def make_phases(config: Config, steps: int, captioner, clips: list[Clip],
                 captions: list[list[list[int]]]) -> list[Phase]:
     """The phases of a run of so many steps, in their order. `captions`: token ids of the captions of each clip."""
-    per_epoch = steps // config.all_epochs
-    first, end = config.word_epochs * per_epoch, steps - config.cider_epochs * per_epoch
+    epochs = config.phase_epochs
+    per_epoch = steps // sum(epochs)
+    first, end = epochs[0] * per_epoch, steps - epochs[2] * per_epoch
     phases = [Phase("captions", first, end, config.lr, CaptionLoss())]
-    if config.word_epochs:
+    if first:
         phases.insert(0, Phase("words", 0, first, config.lr, WordLoss(captioner, captions)))
-    if config.cider_epochs:
+    if end < steps:
         phases.append(Phase("CIDEr", end, steps, CIDER_LR * config.lr, CiderLoss(clips)))
     return phases

@@ -44,18 +44,17 @@ def count_steps(config: Config, clips: int) -> int:
     """
     if config.method == "none":
         return 0
-    if config.cider_epochs and clips < 2:  # every idf would be zero
-        raise InputError("--cider-epochs: expected two training clips or more, found one")
+    if config.phase_epochs[2] and clips < 2:  # every idf would be zero
+        raise InputError("--epochs: CIDEr: expected two training clips or more, found one")
     if clips < config.batch_size:
         raise InputError(f"--batch-size {config.batch_size}: the dataset has only {clips} training clips")
-    return config.all_epochs * (clips // config.batch_size)
+    return sum(config.phase_epochs) * (clips // config.batch_size)
 
 
 def format_steps(config: Config, steps: int, captions: int) -> str:
     """The line about its steps that a run with so many training captions prints."""
-    of_cider = config.cider_epochs
-    epochs = {"words": config.word_epochs, "captions": config.epochs - of_cider, "CIDEr": of_cider}
-    clips = steps // config.all_epochs * config.batch_size  # of an epoch
+    epochs = dict(zip(("words", "captions", "CIDEr"), config.phase_epochs, strict=True))
+    clips = steps // sum(epochs.values()) * config.batch_size  # of an epoch
     passes = epochs["captions"] * clips * config.captions_per_clip / captions
     phases = ", ".join(f"{count} of {what}" for what, count in epochs.items() if count)
     return (f"training: {steps:,} steps of {config.batch_size} clips; epochs: {phases}; {passes:.2f} passes over "
@@ -137,7 +136,7 @@ def step_memory(captioner, config: Config, device: torch.device, caption_tokens:
     frames = torch.empty(clips, config.frames, 3, *shape, dtype=torch.uint8, device=META)
     if config.cache_features:
         frames = torch.empty(clips, *captioner.block_outputs_shape(config.frames), dtype=torch.bfloat16, device=META)
-    captions = max(config.captions_per_clip, SAMPLES if config.cider_epochs else 0)
+    captions = max(config.captions_per_clip, SAMPLES if config.phase_epochs[2] else 0)
     labels = torch.zeros(clips, captions, caption_tokens, dtype=torch.long)
     trained = captioner.trained().values()
     for parameter in trained:

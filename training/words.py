@@ -1,9 +1,9 @@
 """The words before the captions: visual tokens first learn to point at the words that people use for a clip.
 
 Through a frozen language model the adapter learns slowly which clip is which: for thousands of steps the safe caption,
-"a man is talking", is nearly as likely as the right one. So for a few epochs (`--word-epochs`) the language model stays
-out of it. A visual token v_n points at a word w as far as it has the direction of the word's embedding e_w, and a clip
-has a word if any of its tokens points there:
+"a man is talking", is nearly as likely as the right one. So for a few epochs at first (`--epochs WORDS CAPTIONS`) the
+language model stays out of it. A visual token v_n points at a word w as far as it has the direction of the word's
+embedding e_w, and a clip has a word if any of its tokens points there:
 
     s_w = log f_w + log sum_n exp(a cos(v_n, e_w - e))    e: mean embedding of all words, f_w: mean of p_w over clips
     loss = - sum_w p_w log softmax(s)_w                   p_w: in how many captions of the clip w is, times its idf,
@@ -35,7 +35,7 @@ def count_words(captions: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
     clips_with = Counter(token for count in counts for token in count)
     words = sorted(token for token, n in clips_with.items() if MIN_CLIPS <= n < MAX_SHARE * len(captions))
     if len(words) < 2:
-        raise InputError(f"--word-epochs: expected tokens in captions of {MIN_CLIPS} clips or more, and of less than "
+        raise InputError(f"--epochs: words: expected tokens in captions of {MIN_CLIPS} clips or more, and of less than "
                          f"{MAX_SHARE:.0%} of the {len(captions)}, found {len(words)}")
     idf = torch.tensor([math.log(len(captions) / clips_with[word]) for word in words])
     shares = torch.tensor([[count[word] for word in words] for count in counts], dtype=torch.float32) * idf

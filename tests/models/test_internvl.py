@@ -53,7 +53,7 @@ def test_prompts_equal_the_processors(tiny_internvl, frames):
     token = "<IMG_CONTEXT>" if is_image else "<video>"
     text = f"<|im_start|>user\n{token}\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
     expected = processor(text=text, **visual)["input_ids"][0]
-    texts = InternVL(MLLMConfig(tiny.INTERNVIT, tiny.LM, "qwen2", shuffle=2)).prompt(load_bpe(path, None), frames, TEXT)
+    texts = InternVL(MLLMConfig(tiny.INTERNVIT, tiny.LM, "qwen2", shuffle=2)).prompt(load_bpe(path, None), frames)
     found = sum((ids + [theirs.convert_tokens_to_ids("<IMG_CONTEXT>")] * 256 for ids in texts[:-1]), []) + texts[-1]
     assert found == torch.as_tensor(expected).flatten().tolist()
 

@@ -121,7 +121,7 @@ def test_binding_is_what_docs_say():
 def test_the_kept_run_can_be_read():
     """Its flags are those of today."""
     config = read_config(tables.RESULTS / "msrvtt-half")
-    assert (config.method, config.cider_epochs) == ("qadapter", 2)
+    assert (config.method, config.epochs) == ("qadapter", (3, 3, 2))
 
 
 def test_the_page_and_the_figure_are_those_of_the_results():
@@ -155,8 +155,8 @@ def test_what_is_kept_of_a_run(tmp_path):
             *({"step": i, "clips/s": speed} for i, speed in ((1, 10), (2, 40), (3, 20))),
             {"step": 3, "val": {"CIDEr": 0.9}}, {"step": 6, "val": {"CIDEr": 0.5}},
             {"step": 6, "test": {"CIDEr": 0.3}, "elapsed": 7.0}]
-    config = {"version": "1", "versions": {"torch": "2"}, "models": {}, "config": {"batch_size": 5, "epochs": 2,
-              "word_epochs": 0}, "trained": 1, "total": 2}
+    config = {"version": "1", "versions": {"torch": "2"}, "models": {}, "config": {"batch_size": 5, "epochs": [2]},
+              "trained": 1, "total": 2}
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "best").mkdir()

@@ -90,7 +90,7 @@ def test_samples_are_those_without_a_cache(captioner):
 def test_each_phase_has_its_steps_and_rates():
     """By hand: 100 steps an epoch, one of words, two of captions, one of CIDEr with a fifth of the rate. Each begins at
     1/50 of its peak and has it after 50 steps; three quarters through, half a cosine is half done."""
-    config = Config(word_epochs=1, epochs=3, cider_epochs=1, lr=0.1)
+    config = Config(epochs=(1, 2, 1), lr=0.1)
     captions = [[[3, 4]], [[5, 6]], [[7, 8]]] * 10
     found = make_phases(config, 400, randomized("no write-back", 0), CLIPS, captions)
     assert [(p.name, p.first, p.end) for p in found] == [("words", 0, 100), ("captions", 100, 300), ("CIDEr", 300, 400)]
@@ -104,7 +104,7 @@ def test_a_run_of_all_phases_resumes(flags, tmp_path, monkeypatch):
     """An epoch of words, 2 of captions, 4 of CIDEr; killed in each, the run goes on to the same bits."""
     monkeypatch.setattr(words, "MIN_CLIPS", 1)
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
-    base = [*flags, "--token-dropout", 0.5, "--word-epochs", 1, "--epochs", 6, "--cider-epochs", 4, "--eval-every", 6]
+    base = [*flags, "--token-dropout", 0.5, "--epochs", 1, 2, 4, "--eval-every", 6]
     succeed(train, *base, "--out", tmp_path / "whole")
     found, words_next = losses(tmp_path / "whole"), [*base, "--out", tmp_path / "killed"]
     assert len(found) == 3 * 7 and (found[:9] > 0).all() and (found[9:] <= 0).all() and found[9:].mean() < 0

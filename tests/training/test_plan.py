@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("clips, batch_size, epochs", [(12, 4, 3), (13, 4, 3), (5, 5, 1), (7, 2, 10)])
 def test_steps_are_those_of_the_batches(clips, batch_size, epochs):
     """Reference: epoch_batches itself. Each clip has 2 captions, of which a step shows 3."""
-    config = Config(batch_size=batch_size, captions_per_clip=3, word_epochs=2, epochs=epochs + 1, cider_epochs=1)
+    config = Config(batch_size=batch_size, captions_per_clip=3, epochs=(2, epochs, 1))
     batches, steps = list(epoch_batches(clips, batch_size, epochs + 3, seed=0)), plan.count_steps(config, clips)
     passes = 3 * sum(map(len, batches)) / (2 * clips) * epochs / (epochs + 3)
     expected = f"epochs: 2 of words, {epochs} of captions, 1 of CIDEr; {passes:.2f} "
@@ -35,7 +35,7 @@ def test_steps_are_those_of_the_batches(clips, batch_size, epochs):
     assert f"{steps} steps of {batch_size} clips; {expected}" in plan.format_steps(config, steps, 2 * clips)
     assert plan.count_steps(replace(config, method="none"), clips) == 0
     with pytest.raises(InputError, match="--batch-size"):
-        plan.count_steps(replace(config, cider_epochs=0), batch_size - 1)
+        plan.count_steps(replace(config, epochs=(2, 1)), batch_size - 1)
 
 
 # ------------------------------------------------------------------------------- cached inputs

@@ -19,7 +19,7 @@ def test_words_and_their_shares(monkeypatch):
     assert ids.tolist() == [5, 7]
     # idf of both is log(4 / 2): the first clip has 7 in two captions and 5 in one; the last has none.
     torch.testing.assert_close(targets, torch.tensor([[1 / 3, 2 / 3], [0, 1], [1, 0], [0, 0]]))
-    with pytest.raises(InputError, match="--word-epochs: expected tokens .* found 0"):
+    with pytest.raises(InputError, match="--epochs: words: expected tokens .* found 0"):
         words.count_words(captions[2:])
 
 
@@ -40,7 +40,7 @@ def test_words_are_learnt_before_captions(method, flags, tmp_path, monkeypatch):
     """40 epochs of 12 clips: the loss falls by a tenth. Two processes give the same losses within a relative
     1e-5."""
     monkeypatch.setattr(words, "MIN_CLIPS", 1)
-    base = [*flags, *method, "--epochs", 1, "--word-epochs", 40]
+    base = [*flags, *method, "--epochs", 40, 1]
     done = [run_forked(train, *base, "--out", tmp_path / "one"), fork_two(*base, "--out", tmp_path / "two")]
     assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
     one, two = (losses(tmp_path / name) for name in ("one", "two"))
