@@ -74,7 +74,8 @@ def read_run(folder: Path, key: Key) -> dict:
             "seconds": rows[-1]["elapsed"] - validations[0]["elapsed"],
             "seconds per step": config["config"]["batch_size"] / median(speeds) if speeds else None,
             "adapter bytes": (folder / "best/adapter.safetensors").stat().st_size,
-            "trained": config["trained"], "total": config["total"]}
+            "trained": config["trained"], "total": config["total"],
+            "gates": next((row["gates"] for row in reversed(rows) if "gates" in row), [])}  # means in the last batch
 
 
 def read_clip_results(folder: Path) -> dict:

@@ -97,6 +97,18 @@ class ShutGate(BiasedGate):
     bias = -2.0
 
 
+class CostlyGate(GatedCrossAttention):
+    """Each block's mean gate, times `cost`, adds to the loss: in the gradient, not in the value that a log has."""
+
+    cost: float
+
+    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
+        gates = super().compute_gates(queries, normed_queries, read)  # (B, N, 1)
+        if gates.requires_grad:
+            gates.register_hook(lambda gradient: gradient + self.cost / gates.numel())
+        return gates
+
+
 # ------------------------------------------------------------------------------- what tells frames apart
 
 
@@ -197,6 +209,10 @@ def with_block(block: type[GatedCrossAttention]) -> type[QAdapter]:
     return type(block.__name__, (QAdapter,), {"Block": block})
 
 
+def with_gate_cost(cost: float) -> type[QAdapter]:
+    return with_block(type("CostlyGate", (CostlyGate,), {"cost": cost}))
+
+
 VARIANTS = {
     "gate-sigmoid": with_block(PlainGate),
     "gate-channel": with_block(ChannelGate),
@@ -205,6 +221,7 @@ VARIANTS = {
     "gate-rank": with_block(RankGate),
     "gate-open": with_block(BiasedGate),
     "gate-shut": with_block(ShutGate),
+    **{f"gate-cost-{cost}": with_gate_cost(cost) for cost in (0.01, 0.1, 1.0)},
     "no-changes": with_block(NoChanges),
     "per-frame": with_block(PerFrame),
     "time-random": RandomTime,

@@ -152,7 +152,7 @@ def test_means_and_differences():
 def test_what_is_kept_of_a_run(tmp_path):
     """A log of validations before training and after 3 and 6 steps; the median speed is that of the middle row."""
     rows = [{"step": 0, "val": {"CIDEr": 1.1}, "elapsed": 2.5},
-            *({"step": i, "clips/s": speed} for i, speed in ((1, 10), (2, 40), (3, 20))),
+            *({"step": i, "clips/s": speed, "gates": [i / 6]} for i, speed in ((1, 10), (2, 40), (3, 20))),
             {"step": 3, "val": {"CIDEr": 0.9}}, {"step": 6, "val": {"CIDEr": 0.5}},
             {"step": 6, "test": {"CIDEr": 0.3}, "elapsed": 7.0}]
     config = {"version": "1", "versions": {"torch": "2"}, "models": {}, "config": {"batch_size": 5, "epochs": [2]},
@@ -164,7 +164,7 @@ def test_what_is_kept_of_a_run(tmp_path):
     row, expected = row_of(), {
         "version": "1", "versions": {"torch": "2"}, "lr": 0.1, "seed": 4, "steps": 6, "best step": 3,
         "val": {"CIDEr": 0.9}, "test": {"CIDEr": 0.3}, "seconds": 4.5, "seconds per step": 0.25, "adapter bytes": 5,
-        "trained": 1, "total": 2}
+        "trained": 1, "total": 2, "gates": [0.5]}
     found = study.read_run(tmp_path, (row, 0.1, 4))
     assert found == found | expected and found["flags"] == row.command
 

@@ -96,6 +96,17 @@ def test_what_starts_otherwise():
     assert ranks == [T, 1]
 
 
+def test_a_gate_that_costs():
+    """The gradient is that of the loss with the cost times the mean gate, within 1e-9; the value is not."""
+    adapter, usual, z = make("gate-cost-0.1"), make(None), torch.randn(2, T, 1, P, D, dtype=torch.float64)
+    adapter.read_outputs(z).square().sum().backward()
+    gates = []
+    usual.blocks[0].gate.register_forward_hook(lambda layer, inputs, logits: gates.append(logits.sigmoid()))
+    (usual.read_outputs(z).square().sum() + 0.1 * gates[0].mean()).backward()
+    for found, expected in zip(adapter.parameters(), usual.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-9)
+
+
 def test_same_block_reads_the_last_block_each_time():
     """Seed 0, two reads: the Q-Adapter with the outputs of that block in place of both."""
     torch.manual_seed(0)
