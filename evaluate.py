@@ -278,12 +278,12 @@ def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequ
     """Raises InputError for an output that cannot be written, or would replace a file of the run or of `inputs`, files
     and folders that are read; and for several videos with an output for one."""
     of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "report.html", "lock") if args.run else ()
-    taken = [path.resolve() for path in (*inputs, *videos, *(args.run / name for name in of_run))]
+    taken = [Path(os.path.realpath(path)) for path in (*inputs, *videos, *(args.run / name for name in of_run))]
     read = [path for path in taken if path.exists()]
     for flag in ("save", "report", "show"):
         if not (path := getattr(args, flag, None)):
             continue
-        target = path.resolve()
+        target = Path(os.path.realpath(path))
         is_taken = any(target.is_relative_to(other) for other in taken)
         if target.exists():  # not a folder or a device, and not an input by another name
             is_taken |= not target.is_file() or any(map(target.samefile, read))

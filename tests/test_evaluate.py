@@ -148,11 +148,12 @@ def test_captions_are_saved_as_they_come_and_shown_after_sigterm(finished_run, v
     ("--data TMP/typo", "typo: expected the folder"), ("--dataset folder", "--dataset: expected --data too"),
     ("--save TMP/a --report TMP/a", "--report .*/a: expected a file that is not read"),
     ("--save DATA/test/new.json", "new.json: expected a file that is not read"), ("--video TMP", "found none"),
-    ("--save TMP/gone/p.json", "gone/p.json: expected a file"),
+    ("--video TMP/loop --save TMP/gone/p.json", "gone/p.json: expected a file"),
 ])
 def test_what_does_not_fit_is_refused(words, message, finished_run, flags, videos, tmp_path):
     for name, value in (("VIDEO", videos[0]), ("DATA", flags[-1]), ("TMP", tmp_path)):
         words = words.replace(name, str(value))
+    (tmp_path / "loop").symlink_to("loop")
     refuse(evaluate, [finished_run, *words.split()], message)
 
 
