@@ -25,6 +25,7 @@ from common.errors import InputError
 from evaluate import caption_and_score, format_scores, make_captioner
 from model import MAX_CAPTION_TOKENS, Captioner, variant_of
 from models.lm import CausalLM
+from report.curves import draw_run
 from report.page import report_split
 from training import devices, distributed
 from training.frozen_models import fingerprint_models, resolve_models, with_default_models
@@ -212,6 +213,7 @@ def main() -> int:
         return group.destroy()
     if config.resume:
         check_models(config.resume, fingerprints)
+        draw_run(config.resume, 0)  # the page of a damaged log would fail after training
     with group.first_of_machine():  # stores frames and, with --cache-features, the frozen ViT's outputs on the disk
         inputs = cached_inputs(config, dataset, captioner, fingerprints)
     examples = make_examples(captioner, clips, inputs.get("train"))

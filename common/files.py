@@ -90,7 +90,7 @@ def acquire_lock(path: Path, wait: bool) -> int | None:
     """
     import fcntl  # not on Windows
 
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)  # a pipe is an error, not a wait
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):  # POSIX allows either

@@ -18,7 +18,7 @@ MAX_LETTERS = 10_000  # of a caption; the rules of the tokenizer take long on mo
 # caption to the wrong video; here it becomes a space.
 LINE_BREAKS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
 NAMES = ("references", "hypotheses")
-DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class InputError(ValueError):

@@ -181,11 +181,13 @@ def write_compiled(path, arrays):
 
 def read_compiled(path, source):
     """Arrays of a compiled file, or None if it is missing, damaged or of another source."""
+    if not os.path.isfile(path):  # a pipe would block for ever
+        return None
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
+        with open(path, "rb") as file, np.load(file) as content:  # np.load alone leaves a damaged file open
+            arrays = dict(content)
         return arrays if arrays["source"] == source else None
-    except (*DAMAGE, SyntaxError, RuntimeError):  # numpy parses a header as Python; the file is only a copy
+    except (*DAMAGE, SyntaxError):  # numpy parses a header as Python; the file is only a copy
         return None
 
 

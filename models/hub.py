@@ -167,7 +167,10 @@ def resolve(name: str | Path, check: Callable[[Path], object] = lambda folder: N
                 for path in (refs / commit, ref):
                     with replace_atomically(path) as file:
                         file.write(commit.encode())
-    return home / ref.read_text()
+    with reading(ref):
+        if not COMMIT.fullmatch(commit := ref.read_text()):
+            raise InputError(f"expected a commit, 40 hex digits, found {commit!r:.50}")
+    return home / commit
 
 
 def pin_revision(name: str | Path, folder: Path) -> str:

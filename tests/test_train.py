@@ -245,14 +245,15 @@ DAMAGE = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:100]), "flipped": flip, "gone": Path.unlink,
     "a pipe": lambda path: path.unlink() or os.mkfifo(path),  # reading it would wait for ever
     "no number": lambda path: path.write_bytes(b'{"step": null, "elapsed": 1}\n' + path.read_bytes()),
-    "for ever": lambda path: path.write_bytes(re.sub(rb'"elapsed": [^}]+', b'"elapsed": 1e999', path.read_bytes())),
+    "no phase": lambda path: path.write_bytes(path.read_bytes().replace(b'"phase"', b'"?"')),
+    "for ever": lambda path: path.write_bytes(re.sub(rb'"elapsed": [^}]+', b'"elapsed": 1e300', path.read_bytes())),
 }
 OF_ALL = "cut", "gone", "a pipe"
 DAMAGED = [*((script, name, kind) for kind in (*OF_ALL, "flipped") for script, name in (
                (train, "last/state.pt"), (train, "best/adapter.safetensors"), (evaluate, "best/adapter.safetensors"))),
            *((script, "config.json", kind) for script in (train, evaluate) for kind in OF_ALL),
            (train, "last/state.pt", "short"), (train, "log.jsonl", "no number"),
-           (train, "log.jsonl", "for ever"), (train, "log.jsonl", "a pipe")]
+           (train, "log.jsonl", "for ever"), (train, "log.jsonl", "no phase"), (train, "log.jsonl", "a pipe")]
 
 
 @pytest.mark.parametrize("script, name, kind", DAMAGED, ids=lambda x: getattr(x, "__name__", x))

@@ -97,7 +97,7 @@ def truncate_log(path: Path, step: int) -> float:
     with reading(path):
         rows = [row for row in (read_json_lines(path) if path.exists() else ())
                 if 0 < step >= row["step"] and "test" not in row]
-        elapsed = field(rows[-1], "elapsed", float, path) if rows else 0.0
+        elapsed = field(rows[-1], "elapsed", float, path, least=0, most=1e9) if rows else 0.0
     with replace_atomically(path) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     return elapsed

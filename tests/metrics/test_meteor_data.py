@@ -4,6 +4,9 @@ All tests use small tables and a cache folder of their own.
 """
 
 import gzip
+import io
+import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -68,10 +71,18 @@ def test_failed_write_leaves_no_file_and_the_tables_load(small_tables, tmp_path,
     assert compiled_files(tmp_path) == [] and "No space left" in messages[-1]
 
 
+def odd_zip() -> bytes:
+    """A file in it is compressed in a way that nobody knows."""
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("function/english.words", "1\nthe\n")
+    return re.sub(b"(PK\x03\x04.{4}|PK\x01\x02.{6})\x08", b"\\1\x09", buffer.getvalue(), flags=re.S)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         (meteor_data.JAR, b"no zip"),
+        (meteor_data.JAR, odd_zip()),
         (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\n", mtime=0)),
         (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\nright\n" * 50, mtime=0)[:-9]),
         (meteor_data.PARAPHRASES, gzip.compress(b"", mtime=0)),

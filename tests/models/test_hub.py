@@ -210,6 +210,15 @@ def test_a_bad_listing_is_refused(server, changes):
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"/etc"])
+def test_a_damaged_name_of_the_commit_is_refused(server, content):
+    server.publish(MODEL)
+    ref = hub.resolve(REPO).parent / "refs/main"
+    ref.write_bytes(content)
+    with refused(str(ref)):
+        hub.resolve(REPO)
+
+
 def test_another_commit_than_requested_is_refused(server):
     server.publish(MODEL, revision="f" * 40)
     with refused(COMMIT):
