@@ -123,15 +123,12 @@ def test_captions_that_take_too_long_are_named(small_tables):
         meteor.score([["x " * 250]], ["x " * 401], meteor_data.load())
 
 
-@pytest.mark.parametrize(
-    ("pairs", "expected"),
-    [
-        # Phrases of the reference on the table's left side come before phrases of the hypothesis on that side.
-        ([("y", "q"), ("q", "x"), ("q", "y x")], [(1, 1), (0, 2), (0, 1)]),
-        # Phrases of the hypothesis on the left side that start at one word come by length: "y" before "y x".
-        ([("y x", "q"), ("y", "q")], [(0, 1), (0, 2)]),
-    ],
-)
+@pytest.mark.parametrize(("pairs", "expected"), [
+    # Phrases of the reference on the table's left side come before phrases of the hypothesis on that side.
+    ([("y", "q"), ("q", "x"), ("q", "y x")], [(1, 1), (0, 2), (0, 1)]),
+    # Phrases of the hypothesis on the left side that start at one word come by length: "y" before "y x".
+    ([("y x", "q"), ("y", "q")], [(0, 1), (0, 2)]),
+])
 def test_order_of_paraphrase_matches(small_tables, pairs, expected):
     """It decides ties in the aligner."""
     write_tables(small_tables, pairs)

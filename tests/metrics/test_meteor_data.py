@@ -78,16 +78,13 @@ def odd_zip() -> bytes:
     return re.sub(b"(PK\x03\x04.{4}|PK\x01\x02.{6})\x08", b"\\1\x09", buffer.getvalue(), flags=re.S)
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        (meteor_data.JAR, b"no zip"),
-        (meteor_data.JAR, odd_zip()),
-        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\n", mtime=0)),
-        (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\nright\n" * 50, mtime=0)[:-9]),
-        (meteor_data.PARAPHRASES, gzip.compress(b"", mtime=0)),
-    ],
-)
+@pytest.mark.parametrize(("name", "content"), [
+    (meteor_data.JAR, b"no zip"),
+    (meteor_data.JAR, odd_zip()),
+    (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\n", mtime=0)),
+    (meteor_data.PARAPHRASES, gzip.compress(b"0.5\nleft\nright\n" * 50, mtime=0)[:-9]),
+    (meteor_data.PARAPHRASES, gzip.compress(b"", mtime=0)),
+])
 def test_damaged_tables_are_named(small_tables, tmp_path, name, content):
     (small_tables / name).write_bytes(content)
     with pytest.raises(InputError) as caught:

@@ -75,18 +75,15 @@ def test_random_strings():
 REFS = {"v1": ["a man runs"], "v2": ["a dog"]}
 
 
-@pytest.mark.parametrize(
-    ("refs", "hyps", "message"),
-    [
-        (REFS, {"v1": "a", "v2": "b", "v3": "c"}, "hypotheses: id 'v3' has no references in references"),
-        (REFS, {"v1": "a"}, "hypotheses: id 'v2' has no hypothesis"),
-        (REFS | {1: ["x"], "1": ["y"]}, {"v1": "a", "v2": "b", "1": "c"}, "references: id '1' occurs twice"),
-        ({}, {}, "references: has no videos"),
-        (REFS | {"v2": []}, {"v1": "a", "v2": "b"}, "references, id 'v2': expected a list of at least one caption"),
-        (REFS | {"v2": ["a", None]}, {"v1": "a", "v2": "b"}, "id 'v2', caption 2: expected one string, found NoneType"),
-        (REFS, {"v1": ["a", "b"], "v2": "b"}, "hypotheses, id 'v1': expected one string, found list"),
-    ],
-)
+@pytest.mark.parametrize(("refs", "hyps", "message"), [
+    (REFS, {"v1": "a", "v2": "b", "v3": "c"}, "hypotheses: id 'v3' has no references in references"),
+    (REFS, {"v1": "a"}, "hypotheses: id 'v2' has no hypothesis"),
+    (REFS | {1: ["x"], "1": ["y"]}, {"v1": "a", "v2": "b", "1": "c"}, "references: id '1' occurs twice"),
+    ({}, {}, "references: has no videos"),
+    (REFS | {"v2": []}, {"v1": "a", "v2": "b"}, "references, id 'v2': expected a list of at least one caption"),
+    (REFS | {"v2": ["a", None]}, {"v1": "a", "v2": "b"}, "id 'v2', caption 2: expected one string, found NoneType"),
+    (REFS, {"v1": ["a", "b"], "v2": "b"}, "hypotheses, id 'v1': expected one string, found list"),
+])
 def test_bad_captions_are_named(refs, hyps, message):
     with pytest.raises(InputError) as caught:
         score(refs, hyps, metrics=WITHOUT_METEOR)
