@@ -278,6 +278,7 @@ def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequ
     """Raises InputError for an output that cannot be written, or would replace a file of the run or of `inputs`, files
     and folders that are read; and for several videos with an output for one."""
     of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "report.html", "lock") if args.run else ()
+    # realpath: Path.resolve raises a RuntimeError for a link to itself
     taken = [Path(os.path.realpath(path)) for path in (*inputs, *videos, *(args.run / name for name in of_run))]
     read = [path for path in taken if path.exists()]
     for flag in ("save", "report", "show"):

@@ -68,8 +68,9 @@ class Config:
     vit: str | None = daily(None, "or this ViT: a folder, a .pth file or a hub id", type=cli.text)
     lm: str | None = daily(None, "with this language model: a folder or a hub id", type=cli.text)
     method: str = daily("qadapter", "what is trained; docs/design.md describes each", choices=METHODS)
-    epochs: tuple[int, ...] = daily((8,), "passes over the training clips; three numbers: of words, of captions, of "
-                                    "CIDEr (docs/runs.md)", type=count(0, 10**5), nargs="+", metavar="N")
+    epochs: tuple[int, ...] = daily((8,), "passes over the training clips: of captions; two or three numbers: of "
+                                    "words, captions, CIDEr (docs/runs.md)", nargs="+", type=count(0, 10**5),
+                                    metavar="N")
     batch_size: int = daily(16, "clips per step, over all processes", type=count(1))
     cache_features: bool = daily(False, "run the frozen ViT once per frame and store its outputs on the disk, in bf16")
     out: Path | None = daily(None, "the folder of the run (default: runs/DATASET-METHOD)", type=cli.path)
@@ -257,6 +258,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     stored = read_config(config.resume)
     config = replace(stored, **{name: getattr(config, name) for name in given})
     config.check()
-    if config.phase_epochs[0] != stored.phase_epochs[0]:  # the steps that are done were of words
-        raise InputError(f"--epochs: expected {stored.phase_epochs[0]} of words first, as the run has them")
+    words, captions, _ = stored.phase_epochs
+    if config.phase_epochs[0] != words:  # else steps that are done would be of another phase
+        raise InputError(f"--epochs: expected {words} of words, as many as the run has")
+    if config.phase_epochs[2] and config.phase_epochs[1] < captions:
+        raise InputError(f"--epochs: expected {captions} of captions or more before those of CIDEr")
     return config

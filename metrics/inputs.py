@@ -18,6 +18,7 @@ MAX_LETTERS = 10_000  # of a caption; the rules of the tokenizer take long on mo
 # caption to the wrong video; here it becomes a space.
 LINE_BREAKS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
 NAMES = ("references", "hypotheses")
+# RuntimeError: a zip with an unknown compression or a password, JSON that is nested too deeply
 DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 

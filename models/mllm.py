@@ -56,7 +56,7 @@ LAYOUTS = {  # model_type in config.json: the file and the class. By name, becau
     "internvl": ("models.internvl", "InternVL"),
     "qwen3_vl": ("models.qwen3_vl", "Qwen3VL"),
 }
-INSTRUCTION = "Describe the video."  # of every prompt
+INSTRUCTION = "Describe the video."  # of every MLLM's prompt
 CONTROL_TOKEN = re.compile(r"</?[\w|-]+>")
 
 

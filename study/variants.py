@@ -98,7 +98,7 @@ class ShutGate(BiasedGate):
 
 
 class CostlyGate(GatedCrossAttention):
-    """Each block's mean gate, times `cost`, adds to the loss: in the gradient, not in the value that a log has."""
+    """Each block's mean gate, times `cost`, adds to the loss of a micro-batch: in the gradient, not in the log."""
 
     cost: float
 
@@ -209,10 +209,6 @@ def with_block(block: type[GatedCrossAttention]) -> type[QAdapter]:
     return type(block.__name__, (QAdapter,), {"Block": block})
 
 
-def with_gate_cost(cost: float) -> type[QAdapter]:
-    return with_block(type("CostlyGate", (CostlyGate,), {"cost": cost}))
-
-
 VARIANTS = {
     "gate-sigmoid": with_block(PlainGate),
     "gate-channel": with_block(ChannelGate),
@@ -221,7 +217,7 @@ VARIANTS = {
     "gate-rank": with_block(RankGate),
     "gate-open": with_block(BiasedGate),
     "gate-shut": with_block(ShutGate),
-    **{f"gate-cost-{cost}": with_gate_cost(cost) for cost in (0.01, 0.1, 1.0)},
+    **{f"gate-cost-{cost}": with_block(type("CostlyGate", (CostlyGate,), {"cost": cost})) for cost in (0.01, 0.1, 1.0)},
     "no-changes": with_block(NoChanges),
     "per-frame": with_block(PerFrame),
     "time-random": RandomTime,

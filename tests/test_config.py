@@ -99,8 +99,9 @@ def test_a_resumed_run_keeps_its_flags(tmp_path):
     for refused in ("--lr=1", "--out=x", "--plan", "--method=none"):
         with pytest.raises(InputError, match=f"{refused.partition('=')[0]}: a run keeps its own flags"):
             parse_args(["--resume", str(run), refused])
-    with pytest.raises(InputError, match="--epochs: expected 0 of words first"):
-        parse_args(["--resume", str(run), "--epochs", "2", "3"])
+    for epochs, message in (("2 3", "0 of words, as many"), ("0 2 1", "3 of captions or more")):
+        with pytest.raises(InputError, match=f"--epochs: expected {message}"):
+            parse_args(["--resume", str(run), "--epochs", *epochs.split()])
 
 
 @pytest.mark.parametrize("name, value", [

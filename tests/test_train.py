@@ -252,8 +252,8 @@ OF_ALL = "cut", "gone", "a pipe"
 DAMAGED = [*((script, name, kind) for kind in (*OF_ALL, "flipped") for script, name in (
                (train, "last/state.pt"), (train, "best/adapter.safetensors"), (evaluate, "best/adapter.safetensors"))),
            *((script, "config.json", kind) for script in (train, evaluate) for kind in OF_ALL),
-           (train, "last/state.pt", "short"), (train, "log.jsonl", "no number"),
-           (train, "log.jsonl", "for ever"), (train, "log.jsonl", "no phase"), (train, "log.jsonl", "a pipe")]
+           (train, "last/state.pt", "short"), (train, "lock", "a pipe"),
+           *((train, "log.jsonl", kind) for kind in ("no number", "for ever", "no phase", "a pipe"))]
 
 
 @pytest.mark.parametrize("script, name, kind", DAMAGED, ids=lambda x: getattr(x, "__name__", x))

@@ -1,4 +1,4 @@
-"""Captions that people would agree with: the last phase of a run trains on the CIDEr of its own captions.
+"""Captions that people would agree with: the last phase of a run trains on the CIDEr of the captioner's own captions.
 
 Cross-entropy asks for every caption that people wrote. What an unsure captioner then writes is the safe one, "a man
 is talking", which scores little. So in the last epochs it draws M captions c_1, ..., c_M of each clip itself, each gets

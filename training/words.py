@@ -1,7 +1,7 @@
 """The words before the captions: visual tokens first learn to point at the words that people use for a clip.
 
 Through a frozen language model the adapter learns slowly which clip is which: for thousands of steps the safe caption,
-"a man is talking", is nearly as likely as the right one. So for a few epochs at first (`--epochs WORDS CAPTIONS`) the
+"a man is talking", is nearly as likely as the right one. So for a few epochs (the W of `--epochs W E C`) the
 language model stays out of it. A visual token v_n points at a word w as far as it has the direction of the word's
 embedding e_w, and a clip has a word if any of its tokens points there:
 

@@ -12,7 +12,6 @@ References
 
 import csv
 import io
-import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -84,7 +83,7 @@ def find_videos(files: list[Path], names: dict[str, str]) -> dict[str, Path]:
     found = {clip_id: [path for key in spellings(clip_id, name) for path in by_name.get(key, [])]
              for clip_id, name in names.items()}
     for paths in found.values():
-        if len({os.path.realpath(path) for path in paths}) > 1:  # several links to one file are allowed
+        if len({path.resolve() for path in paths}) > 1:  # several links to one file are allowed
             raise InputError(f"{paths[0]}: and {paths[1]}: two videos of one clip, expected one")
     return {clip_id: paths[0] for clip_id, paths in found.items() if paths}
 

@@ -16,7 +16,6 @@ import filecmp
 import hashlib
 import inspect
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -134,8 +133,7 @@ def read_dataset(name: str, root: Path, allow_missing: bool = False,
     annotated = READERS[name](root)
     refuse_duplicates([i for ids in annotated.splits.values() for i in ids], root, "occurs twice in the splits")
     clips = {split: select_clips(root, annotated, split, allow_missing) for split in splits}
-    videos = (os.path.realpath(clip.path) for group in clips.values() for clip in group)
-    refuse_duplicates(videos, root, "is the video of two clips")
+    refuse_duplicates((c.path.resolve() for group in clips.values() for c in group), root, "is the video of two clips")
     notes = {split: list_differences(name, annotated, split, clips[split]) for split in splits}
     return VideoDataset(name, clips, tuple(annotated.files), notes)
 

@@ -119,13 +119,10 @@ def test_missing_tables_are_named_or_an_error_if_strict(files, capsys, monkeypat
 
 
 @pytest.mark.parametrize("file", [1, 2], ids=["references", "hypotheses"])
-@pytest.mark.parametrize(
-    "content",
-    [None, b"", b"[1, 2]", b'{"v1": ["a"], "v1": ["b"]}', b"\xff\xfe", b"[" * 100_000, b'[{"caption": "a"}]']
-    + [b'{"annotations": [{"image_id": 1}]}', json.dumps({"x\n\x1b[31m" * 10**5: 3}).encode()]
-    + [json.dumps({"v1": ["n't" * 4000], "v2": ["a"], "v3": ["a"]}).encode()],
-    ids=range(10),
-)
+@pytest.mark.parametrize("content", [
+    None, b"", b"[1, 2]", b'{"v1": ["a"], "v1": ["b"]}', b"\xff\xfe", b"[" * 100_000, b'[{"caption": "a"}]',
+    b'{"annotations": [{"image_id": 1}]}', json.dumps({"x\n\x1b[31m" * 10**5: 3}).encode(),
+    json.dumps({"v1": ["n't" * 4000], "v2": ["a"], "v3": ["a"]}).encode()], ids=range(10))
 def test_bad_files_give_one_line(files, capsys, file, content):
     """Missing, empty, foreign, deeply nested files; an id twice; escapes; missing fields; long captions."""
     files[file].unlink()

@@ -5,6 +5,7 @@ All tests use small tables and a cache folder of their own.
 
 import gzip
 import io
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -51,6 +52,9 @@ def test_damage_is_detected_and_repaired(small_tables, tmp_path):
     for data in (content[:middle], b"", flipped):
         compiled.write_bytes(data)
         assert decode_pairs(reload().paraphrases) == PAIRS and compiled.read_bytes() == content
+    compiled.unlink()
+    os.mkfifo(compiled)  # reading it would wait for ever
+    assert decode_pairs(reload().paraphrases) == PAIRS and compiled.read_bytes() == content
 
 
 def test_changed_source_is_compiled_again(small_tables):
@@ -72,7 +76,7 @@ def test_failed_write_leaves_no_file_and_the_tables_load(small_tables, tmp_path,
 
 
 def odd_zip() -> bytes:
-    """A file in it is compressed in a way that nobody knows."""
+    """A file in it is compressed in a way that Python does not know."""
     with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("function/english.words", "1\nthe\n")
     return re.sub(b"(PK\x03\x04.{4}|PK\x01\x02.{6})\x08", b"\\1\x09", buffer.getvalue(), flags=re.S)

@@ -212,7 +212,6 @@ def test_a_bad_listing_is_refused(server, changes):
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"/etc"])
 def test_a_damaged_name_of_the_commit_is_refused(server, content):
-    server.publish(MODEL)
     ref = hub.resolve(REPO).parent / "refs/main"
     ref.write_bytes(content)
     with refused(str(ref)):

@@ -97,10 +97,9 @@ def test_what_starts_otherwise():
 
 
 def test_a_gate_that_costs():
-    """The gradient is that of the loss with the cost times the mean gate, within 1e-9; the value is not."""
-    adapter, usual, z = make("gate-cost-0.1"), make(None), torch.randn(2, T, 1, P, D, dtype=torch.float64)
-    adapter.read_outputs(z).square().sum().backward()
-    gates = []
+    """The gradient is that of the loss plus the cost times the mean gate, within 1e-9."""
+    adapter, usual, gates = make("gate-cost-0.1"), make(None), []
+    adapter.read_outputs(z := torch.randn(2, T, 1, P, D, dtype=torch.float64)).square().sum().backward()
     usual.blocks[0].gate.register_forward_hook(lambda layer, inputs, logits: gates.append(logits.sigmoid()))
     (usual.read_outputs(z).square().sum() + 0.1 * gates[0].mean()).backward()
     for found, expected in zip(adapter.parameters(), usual.parameters(), strict=True):

@@ -98,6 +98,8 @@ def test_each_phase_has_its_steps_and_rates():
         quarter = (phase.end - phase.first) // 4
         rates = [phase.learning_rate(step) / peak for step in (phase.first, phase.first + 50, phase.end - quarter)]
         assert rates == pytest.approx([1 / 50, 1, 1 / 2])
+    found = make_phases(Config(epochs=(1, 0, 1)), 4, randomized("no write-back", 0), CLIPS, captions)
+    assert [next(p.name for p in found if step < p.end) for step in range(4)] == ["words"] * 2 + ["CIDEr"] * 2
 
 
 def test_a_run_of_all_phases_resumes(flags, tmp_path, monkeypatch):
