@@ -1,6 +1,7 @@
 """Harder clips of `shapes`, in which a gate or a deeper read could help. `python -m study TABLE` makes them.
 
     distractors  0 to 8 grey shapes move, too, behind the others. No caption names them
+    sparse       4 seconds, in which the shapes move for half a second: in 4 of the 32 steps from frame to frame
 
 Captions and folders are like those of `video_data/shapes.py`: `train.py --dataset shapes --data FOLDER` trains on them.
 """
@@ -14,6 +15,7 @@ from video_data import shapes
 from video_data.annotations import SPLITS
 
 MOST_DISTRACTORS = 8
+SPARSE_FRAMES, MOVING_STEPS = 32, 4
 
 
 def draw_distracted(path: Path, seed: int) -> tuple:
@@ -32,4 +34,21 @@ def make_distracted(path: Path, seed: int) -> list[str]:
     return captions
 
 
-KINDS = {"usual": shapes.make_clip, "distractors": make_distracted}
+def draw_sparse(path: Path, seed: int) -> tuple:
+    """The scene, the frame after which it moves, the frames and the captions."""
+    rng = np.random.default_rng([seed, SPLITS.index(path.parent.name), int(path.stem), 3])
+    scene = tuple(replace(shape, speed=2.0, phase=0.0) if shape.motion == "blink" else shape  # seen while it rests
+                  for shape in shapes.draw_scene(rng))
+    start = int(rng.integers(SPARSE_FRAMES - MOVING_STEPS))
+    u = np.clip((np.arange(SPARSE_FRAMES) - start) / MOVING_STEPS, 0, 1)
+    return scene, start, shapes.render(scene, u, rng)[0], shapes.reference_captions(scene, rng)
+
+
+def make_sparse(path: Path, seed: int) -> list[str]:
+    """Writes a clip whose shapes rest most of the time; returns its captions."""
+    *_, frames, captions = draw_sparse(path, seed)
+    shapes.write_clip(path, frames)
+    return captions
+
+
+KINDS = {"usual": shapes.make_clip, "distractors": make_distracted, "sparse": make_sparse}

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 from model import Captioner
+from models.baselines import LoRALinear
+from models.vit import ViTMLP
 from qadapter import HEADS, GatedCrossAttention, QAdapter, multi_head_attention, zero_linear
 
 # --------------------------------------------------------------------------------------- the gate
@@ -78,6 +80,22 @@ class RankGate(HeadGate):
 
     def make_gate(self, width: int) -> nn.Module:
         return zero_linear(width, self.o.in_features)
+
+
+class WriteGate(OpenGate):
+    """Z <- Z + sigmoid((Y + E) w + b) * what Z reads of the queries: one number per token of the ViT."""
+
+    def __init__(self, width: int, config, write_back: bool):
+        super().__init__(width, config, write_back)
+        if not write_back:  # behind the last block nothing is written
+            self.gate = None
+
+    def make_gate(self, width: int) -> nn.Module:
+        return zero_linear(width, 1)
+
+    def write(self, z: Tensor, queries: Tensor, tokens: Tensor, time_embed: Tensor) -> Tensor:
+        gates = self.project(self.gate, z, time_embed).sigmoid().to(z.dtype)  # (B, T, P, 1)
+        return tokens.lerp(super().write(z, queries, tokens, time_embed), gates)
 
 
 class BiasedGate(GatedCrossAttention):
@@ -204,6 +222,33 @@ class WithChanges(Captioner):
         return super().add_time(tokens) + self.change(changes)
 
 
+class AllLinear(Captioner):
+    """LoRA in every linear layer of the blocks, not in queries and values alone (2305.14314)."""
+
+    class CalledMLP(ViTMLP):
+        """A ViT's MLP that calls its layers, where the usual one takes their weights."""
+
+        def __init__(self, base: ViTMLP):
+            nn.Module.__init__(self)
+            self.up, self.down, self.activation, self.scale = base.up, base.down, base.activation, base.scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.activation(self.scale * self.up(x)) / self.scale)
+
+    def add_trained_parts(self) -> None:
+        super().add_trained_parts()
+        if self.config.method not in ("lora", "lora-lm"):
+            raise InputError("--variant all-linear: expected --method lora or lora-lm")
+        blocks = self.vit.blocks if self.config.method == "lora" else self.lm.blocks
+        if self.config.method == "lora":
+            for block in blocks:
+                block.mlp = self.CalledMLP(block.mlp)
+        for module in list(blocks.modules()):
+            for name, layer in module.named_children():
+                if type(layer) is nn.Linear:
+                    setattr(module, name, LoRALinear(layer, self.config.rank))
+
+
 def with_block(block: type[GatedCrossAttention]) -> type[QAdapter]:
     """The Q-Adapter with another block."""
     return type(block.__name__, (QAdapter,), {"Block": block})
@@ -215,6 +260,7 @@ VARIANTS = {
     "gate-patch": with_block(TokenGate),
     "gate-head": with_block(HeadGate),
     "gate-rank": with_block(RankGate),
+    "gate-write": with_block(WriteGate),
     "gate-open": with_block(BiasedGate),
     "gate-shut": with_block(ShutGate),
     **{f"gate-cost-{cost}": with_block(type("CostlyGate", (CostlyGate,), {"cost": cost})) for cost in (0.01, 0.1, 1.0)},
@@ -227,6 +273,7 @@ VARIANTS = {
     "same-block": SameBlock,
     "blind": Blind,
     "with-changes": WithChanges,
+    "all-linear": AllLinear,
 }
 
 
@@ -241,4 +288,6 @@ def choose(base: type, config) -> type:
         raise InputError(f"--variant {config.variant}: expected without --gate none")
     if config.write_back and "read_outputs" in vars(VARIANTS[config.variant]):
         raise InputError(f"--variant {config.variant}: expected without --write-back")
+    if config.variant == "gate-write" and not config.write_back:
+        raise InputError("--variant gate-write: expected with --write-back")
     return VARIANTS[config.variant] if issubclass(VARIANTS[config.variant], base) else base

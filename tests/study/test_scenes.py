@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from common.files import read_json
-from study.scenes import KINDS, draw_distracted
+from study.scenes import KINDS, MOVING_STEPS, draw_distracted, draw_sparse
 from video_data import read_frames, shapes
 
 
@@ -29,3 +29,15 @@ def test_distractors_are_grey_and_not_named(tmp_path):
         expected = sorted((f"{shape.colour} {shape.kind}", shape.motion) for shape in scene)
         assert all(shapes.parse_claims(caption) == expected for caption in captions)
     assert distractors > 12
+
+
+def test_sparse_clips_rest_outside_a_moment():
+    """From frame to frame the pixels differ by the noise alone outside the moment, by 3% more in each step of it."""
+    for index in range(12):
+        scene, start, frames, captions = draw_sparse(Path(f"train/{index:05d}.mp4"), 0)
+        steps = np.abs(np.diff(frames.astype(np.float32), axis=0)).mean((1, 2, 3))  # (F - 1,)
+        moment = (np.arange(len(steps)) - start) // MOVING_STEPS == 0
+        if any(shape.motion != "still" for shape in scene):
+            assert steps[moment].min() > 1.03 * steps[~moment].max()
+        claims = sorted((f"{shape.colour} {shape.kind}", shape.motion) for shape in scene)
+        assert all(shapes.parse_claims(caption) == claims for caption in captions)

@@ -13,7 +13,7 @@ from torch import Tensor
 from common.config import Config
 from common.errors import InputError
 from model import Captioner, variant_of
-from qadapter import HEADS, QAdapter
+from qadapter import HEADS, GatedCrossAttention, QAdapter
 from study.variants import VARIANTS
 from tests.tiny import LABELS, clips, randomized
 
@@ -68,7 +68,7 @@ def naive(name: str | None, adapter: QAdapter, z: Tensor) -> Tensor:
         normed, normed_a, layer = block.norm(q), F.layer_norm(a, (D,)), block.gate
         if name == "gate-channel":
             g = torch.sigmoid(normed * layer.of_query + normed_a * layer.of_read + layer.bias)
-        elif name in ("gate-patch", "gate-head", "gate-rank"):
+        elif name in ("gate-patch", "gate-head", "gate-rank", "gate-write"):
             g = 1
         else:
             g = torch.sigmoid(layer(torch.cat([q, a] if name == "gate-sigmoid" else [normed, normed_a])))
@@ -76,7 +76,7 @@ def naive(name: str | None, adapter: QAdapter, z: Tensor) -> Tensor:
     return adapter.norm(torch.stack(rows))
 
 
-@pytest.mark.parametrize("name", [None, *(name for name in VARIANTS if name != "with-changes")])
+@pytest.mark.parametrize("name", [None, *(name for name in VARIANTS if name not in ("with-changes", "all-linear"))])
 def test_a_variant_is_its_equations(name):
     adapter, z = make(name), torch.randn(2, T, 1, P, D, dtype=torch.float64)
     found = adapter.read_outputs(z)
@@ -104,6 +104,35 @@ def test_a_gate_that_costs():
     (usual.read_outputs(z).square().sum() + 0.1 * gates[0].mean()).backward()
     for found, expected in zip(adapter.parameters(), usual.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-9)
+
+
+def test_a_gate_of_what_is_written():
+    """Each token plus sigmoid((Y + E) w + b) times what write-back adds without that gate. What it reads is ungated."""
+    torch.manual_seed(0)
+    block = VARIANTS["gate-write"].Block(D, CONFIG, write_back=True).double()
+    for parameter in block.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    z, queries, time = (torch.randn(*s, dtype=torch.float64) for s in ((2, T, P, D), (2, N, D), (T, D)))
+    new, gates, written = block(queries, z, time)
+    usual = GatedCrossAttention.write(block, F.layer_norm(z, (D,)), new, z, time)
+    gate = torch.sigmoid((F.layer_norm(z, (D,)) + time[:, None]) @ block.gate.weight.T + block.gate.bias)
+    torch.testing.assert_close(written, z + gate * (usual - z), rtol=0, atol=1e-9)
+    assert (gates == 1).all()
+
+
+@pytest.mark.parametrize("method, layers", [("lora", 6), ("lora-lm", 7)])
+def test_lora_in_all_linear_layers(method, layers):
+    """Every linear layer of every block, and no other, gets a gradient for an update. Without it nothing is changed."""
+    captioner, usual = (randomized(method, 1, variant=variant) for variant in ("all-linear", None))
+    for name, parameter in captioner.trained().items():
+        parameter.data = usual.trained()[name].data if name in usual.trained() else parameter.data * ("lora_a" in name)
+    torch.testing.assert_close(captioner(clips(2, T, 2), LABELS), usual(clips(2, T, 2), LABELS), rtol=1e-5, atol=0)
+    captioner(clips(2, T, 2), LABELS).backward()
+    blocks = (captioner.vit if method == "lora" else captioner.lm).blocks
+    linear = [layer for layer in blocks.modules() if isinstance(layer, torch.nn.Linear)]
+    assert len(linear) == layers * len(blocks)
+    assert all(layer.lora_b.grad is not None and layer.weight.grad is None for layer in linear)
+    assert sum("lora" in name for name in captioner.trained()) == 2 * len(linear)
 
 
 def test_same_block_reads_the_last_block_each_time():
@@ -134,7 +163,8 @@ def test_with_changes():
 @pytest.mark.parametrize("fields, message", [
     ({"variant": "gate-head", "gate": "none"}, "gate-head: expected without --gate none"),
     ({"variant": "blind", "write_back": True}, "blind: expected without --write-back"),
-    ({"variant": "blind", "method": "linear"}, "expected one of with-changes for --method linear")])
+    ({"variant": "gate-write"}, "gate-write: expected with --write-back"),
+    ({"variant": "blind", "method": "linear"}, "expected one of with-changes, all-linear for --method linear")])
 def test_a_variant_that_does_not_fit_is_refused(fields, message):
     with pytest.raises(InputError, match=message):
         variant_of(Captioner, Config(**fields))
