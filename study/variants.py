@@ -249,6 +249,24 @@ class AllLinear(Captioner):
                     setattr(module, name, LoRALinear(layer, self.config.rank))
 
 
+class TrainedProjector(Captioner):
+    """The projector of an MLLM is trained, too, in float32."""
+
+    class Projector(nn.Module):
+        def __init__(self, frozen: nn.Module):
+            super().__init__()
+            self.trained = frozen.float().requires_grad_()
+
+        def forward(self, features: Tensor) -> Tensor:
+            return self.trained(features.float()).to(features.dtype)
+
+    def add_trained_parts(self) -> None:
+        super().add_trained_parts()
+        if not self.backbone.trained_together:
+            raise InputError("--variant train-projector: expected with --mllm")
+        self.backbone.projector = self.Projector(self.backbone.projector)
+
+
 def with_block(block: type[GatedCrossAttention]) -> type[QAdapter]:
     """The Q-Adapter with another block."""
     return type(block.__name__, (QAdapter,), {"Block": block})
@@ -274,6 +292,7 @@ VARIANTS = {
     "blind": Blind,
     "with-changes": WithChanges,
     "all-linear": AllLinear,
+    "train-projector": TrainedProjector,
 }
 
 
