@@ -15,7 +15,7 @@ from common.errors import InputError
 from model import Captioner
 from models.baselines import LoRALinear
 from models.vit import ViTMLP
-from qadapter import HEADS, GatedCrossAttention, QAdapter, multi_head_attention, zero_linear
+from qadapter import HEADS, GatedCrossAttention, QAdapter, init_time_embed, multi_head_attention, zero_linear
 
 # --------------------------------------------------------------------------------------- the gate
 
@@ -208,14 +208,17 @@ class Blind(QAdapter):
 
 class WithChanges(Captioner):
     """The connector also reads, through a matrix, how each token differs from that of the frame before, at the same
-    place. The queries read such changes, too, of three blocks."""
+    place. The queries read such changes, too, of three blocks. LoRA from an MLLM gets the connector of `linear`."""
 
     def add_trained_parts(self) -> None:
         super().add_trained_parts()
+        width = self.backbone.visual_width
         if self.time_embed is None:
-            raise InputError("--variant with-changes: expected --method linear, or without --mllm another "
-                             "one that trains something")
-        self.change = nn.Linear(self.backbone.visual_width, self.backbone.visual_width, bias=False)
+            if not self.backbone.trained_together:
+                raise InputError("--variant with-changes: expected a --method that trains something")
+            self.time_embed = nn.Parameter(init_time_embed(self.config.frames, width))
+            self.connector = zero_linear(width, width)
+        self.change = nn.Linear(width, width, bias=False)
 
     def add_time(self, tokens: Tensor) -> Tensor:
         changes = F.pad(tokens.float().diff(dim=1), (0, 0, 0, 0, 1, 0))  # (B, T, N', D), zero in the first frame

@@ -162,7 +162,11 @@ def test_same_block_reads_the_last_block_each_time():
 
 def test_with_changes():
     """Model seed 1, frames seed 2, within 1e-5: connector(token + E + W (token - the one before)), frame by frame. It
-    trains beside frozen models in bf16, too."""
+    trains beside frozen models in bf16, too. Step 0 of LoRA from an MLLM is the MLLM, bit for bit."""
+    lora, usual = (make_captioner("lora-lm", 1, "llava", variant=name) for name in ("with-changes", None))
+    assert lora(clips(2, T, 2), LABELS) == usual(clips(2, T, 2), LABELS)
+    new = lora.trained().keys() - usual.trained().keys()
+    assert new == {"time_embed", "change.weight", "connector.weight", "connector.bias"}
     randomized("linear", 1, dtype=torch.bfloat16, variant="with-changes")(clips(2, T, 2), LABELS).backward()
     captioner, frames = randomized("linear", 1, variant="with-changes", grid=2), clips(2, T, 2)
     tokens = captioner.backbone.frame_tokens(captioner.run_encoder(frames)[1].flatten(0, 1), 2).unflatten(0, (2, T))
