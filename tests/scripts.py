@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
+from unittest import mock
 
 import pytest
 import torch
@@ -46,12 +47,6 @@ def make_backbones(folder: Path) -> Path:
     random = {name: 0.3 * torch.randn(tensor.shape) for name, tensor in tensors.items() if "norm" not in name}
     write_safetensors(path, tensors | {name: tensor.half() for name, tensor in random.items()})
     return folder
-
-
-def run_python(*words, **options) -> subprocess.CompletedProcess:
-    """Runs a script in a new interpreter, in the root of the repository."""
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, **options)
 
 
 def run_script(script, words: Sequence, out, err, environment: dict) -> None:
@@ -109,8 +104,8 @@ def fork_two(*words) -> subprocess.CompletedProcess:
     return run_forked(train, *words, environments=[shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"])
 
 
-def act_at_call(monkeypatch, owner, name: str, n: int, action) -> None:
-    """The n-th call of a function, in this process or in a fork of it, runs `action` first."""
+def act_at_call(owner, name: str, n: int, action):
+    """A context in which the n-th call of a function, in this process or in a fork of it, runs `action` first."""
     function, calls = getattr(owner, name), []
 
     def call(*args, **options):
@@ -119,7 +114,7 @@ def act_at_call(monkeypatch, owner, name: str, n: int, action) -> None:
             action()
         return function(*args, **options)
 
-    monkeypatch.setattr(owner, name, call)
+    return mock.patch.object(owner, name, call)
 
 
 def assert_error(done: subprocess.CompletedProcess, *words: str) -> None:

@@ -21,17 +21,14 @@ COMMAND = re.compile(r"(?:python3? -m ([\w.]+)|(?<![\w/.])(\w+)\.py)((?:\s+[^\s|
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-def code_blocks(page: Path) -> list[str]:
-    return re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(), re.DOTALL | re.MULTILINE)
-
-
 def prose(page: Path) -> str:
     return re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 @every_page
 def test_commands_and_their_flags_exist(page):
-    for line in "".join(code_blocks(page)).replace("\\\n", " ").splitlines():
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(), re.DOTALL | re.MULTILINE)
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
         for module, script, words in COMMAND.findall(line.split(" #")[0]):
             name = module or script
             assert name.startswith("torch.") or importlib.util.find_spec(name), f"no module {name}: {line}"

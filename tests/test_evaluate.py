@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import evaluate
-from common.errors import InputError, printable
+from common.errors import printable
 from common.files import write_json
+from evaluate import load_run
 from models.generation import generate
 from models.mllm import MLLM
 from models.tokenizer import load_tokenizer
@@ -34,23 +35,17 @@ def videos(finished_run, flags) -> list[Path]:
     return sorted((Path(flags[-1]) / "test").glob("*.mp4"))
 
 
-def load(run: Path) -> evaluate.Captioner:
-    return evaluate.load_run(run, CPU)[0]
-
-
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_frames_and_beams_reach_the_captioner(finished_run, videos, tmp_path):
     """Captions of the test split with other frames and beams are those of `Captioner.caption`, and not the run's."""
-    captioner, words = load(finished_run), ["--beams", 3, "--frames", 5, "--save", tmp_path / "p.json"]
+    captioner, words = load_run(finished_run, CPU)[0], ["--beams", 3, "--frames", 5, "--save", tmp_path / "p.json"]
     succeed(evaluate, finished_run, *words, "--report", tmp_path / "p.html", "--device", "cpu")
     frames = torch.stack([read_frames(video, 5, captioner.vit.preprocessing) for video in videos])
     found = json.loads((tmp_path / "p.json").read_text())
     assert list(found.values()) == captioner.caption(frames, beams=3) and list(found)[1] == "test/00001.mp4"
-    with pytest.raises(InputError, match="beams: 0"):
-        captioner.caption(frames, beams=0)
     assert found != json.loads((finished_run / "test.json").read_text())["captions"]
     page = (tmp_path / "p.html").read_text()
     assert all(json.dumps(caption)[1:-1] in page for caption in found.values())
@@ -87,7 +82,7 @@ def test_without_a_run_an_mllm_captions_as_it_is(videos, tmp_path):
 
 def test_videos_good_and_bad(finished_run, videos, tmp_path):
     """Four files, two of them bad: two captions, two errors, exit code 2."""
-    captioner = load(finished_run)
+    captioner = load_run(finished_run, CPU)[0]
     (folder := tmp_path / "videos").mkdir()
     for name, content in (("0.mp4", videos[0].read_bytes()), ("1bad.mp4", b""), ("2.mp4", videos[2].read_bytes()),
                           ("4bad.mp4", b"not a video"), ("notes.txt", b"text")):
@@ -105,7 +100,7 @@ def test_videos_good_and_bad(finished_run, videos, tmp_path):
 
 def test_a_long_video_is_captioned_piece_by_piece(finished_run, videos, tmp_path):
     """Windows of half a second: captions of the frames of `iter_windows`, as JSON, subtitles and a page."""
-    captioner, words = load(finished_run), [finished_run, "--video", videos[0], "--window", 0.5, "--save"]
+    captioner, words = load_run(finished_run, CPU)[0], [finished_run, "--video", videos[0], "--window", 0.5, "--save"]
     succeed(evaluate, *words, tmp_path / "c.jsonl", "--report", tmp_path / "r.html")
     expected = [{"video": str(videos[0]), "start": round(start, 3), "end": round(end, 3),
                  "caption": captioner.caption(frames[None])[0]}

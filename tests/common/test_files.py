@@ -59,10 +59,6 @@ def replace(path: Path, content: bytes = b"new" * 100_000) -> None:
         file.write(content)
 
 
-def assert_unchanged(path: Path) -> None:
-    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
-
-
 FULL = OSError(28, "No space left on device")
 
 
@@ -75,7 +71,7 @@ def test_an_exception_in_the_block_keeps_the_old_file(tmp_path, failure):
             file.write(b"new" * 100_000)
             raise failure
     assert error.value is failure or str(error.value) == f"cannot write {path}: No space left on device"
-    assert_unchanged(path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_order_of_system_calls_survives_a_power_cut(tmp_path, monkeypatch):

@@ -33,9 +33,8 @@ SPELLINGS = [  # OpenAI's files of 2021, then those of transformers today
     (CLIPImageProcessor, CLIP, {"size": {"shortest_edge": 30}, "crop_size": 24, "do_center_crop": None}),
     (CLIPImageProcessor, CLIP, {"size": {"height": 30, "width": 30}, "crop_size": 24, "resample": 2}),
     (BitImageProcessor, DINOV2, BIT | NORM),
-    (SiglipImageProcessor, SIGLIP, SQUARE_24 | {"resample": 3, "do_convert_rgb": None}),
+    (SiglipImageProcessor, SIGLIP, SQUARE_24 | {"do_convert_rgb": None, "do_center_crop": False, "crop_size": 12}),
     (SiglipImageProcessor, SIGLIP, SQUARE_24 | {"resample": 2, "crop_size": 12}),  # SigLIP 2
-    (SiglipImageProcessor, SIGLIP, SQUARE_24 | {"do_center_crop": False, "crop_size": 12}),
 ]
 
 

@@ -50,7 +50,8 @@ def test_the_loss_and_the_captions_are_those_of_hooks(captioner):
     """Two captions of each of two clips, packed behind one prefix; greedy ids of each clip, without a cache."""
     frames, ids = clips(2, T, 1), labels(["a cat", "a dog runs"], ["rain", "the sun"])
     expected = torch.zeros(())
-    found = generate_ids(captioner, frames)
+    (_, prefixes, places), = captioner.prefixes(frames)
+    found = generate(captioner.lm, prefixes, max_new_tokens=6, places=places)
     for clip in range(2):
         vectors = visual_vectors(captioner, frames[clip : clip + 1])
         prefix, start = captioner.prefix(frames[clip : clip + 1]), len(captioner.prompt(T)[0])
@@ -68,11 +69,6 @@ def test_the_loss_and_the_captions_are_those_of_hooks(captioner):
             written.append(token)
         assert found[clip] == written
     torch.testing.assert_close(captioner(frames, ids), expected, rtol=1e-5, atol=0)
-
-
-def generate_ids(captioner, frames: torch.Tensor) -> list[list[int]]:
-    (_, prefix, places), = captioner.prefixes(frames)
-    return generate(captioner.lm, prefix, max_new_tokens=6, places=places)
 
 
 def test_at_first_nothing_is_added_and_everything_learns():

@@ -32,9 +32,6 @@ from tests.models.test_mllm_checkpoints import INTERNVL, OF_INTERNVL, make_folde
 from tests.models.test_vit import read_weights
 from tests.scripts import TWELVE_STEPS, act_at_call, contents, fork_two, losses, run_forked, succeed
 
-TEXT = "Describe the video."
-
-
 # ----------------------------------------------------------------------------------------- prompts
 
 
@@ -51,7 +48,7 @@ def test_prompts_equal_the_processors(tiny_internvl, frames):
     visual = {"images": pixels[0], "images_kwargs": {"size": size, "crop_to_patches": False}} if is_image else {
         "videos": [pixels], "videos_kwargs": {"size": size, "do_sample_frames": False}}
     token = "<IMG_CONTEXT>" if is_image else "<video>"
-    text = f"<|im_start|>user\n{token}\n{TEXT}<|im_end|>\n<|im_start|>assistant\n"
+    text = f"<|im_start|>user\n{token}\nDescribe the video.<|im_end|>\n<|im_start|>assistant\n"
     expected = processor(text=text, **visual)["input_ids"][0]
     texts = InternVL(MLLMConfig(tiny.INTERNVIT, tiny.LM, "qwen2", shuffle=2)).prompt(load_bpe(path, None), frames)
     found = sum((ids + [theirs.convert_tokens_to_ids("<IMG_CONTEXT>")] * 256 for ids in texts[:-1]), []) + texts[-1]
@@ -117,17 +114,16 @@ def tiny_internvl(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_resumes_bit_for_bit(tiny_internvl, flags, tmp_path, monkeypatch):
-    check_run(tiny_internvl, ["--cache-features"], flags, tmp_path, monkeypatch)
+def test_a_run_resumes_bit_for_bit(tiny_internvl, flags, tmp_path):
+    check_run(tiny_internvl, ["--cache-features"], flags, tmp_path)
 
 
-def check_run(folder: Path, words: list, flags: list, tmp_path: Path, monkeypatch) -> None:
+def check_run(folder: Path, words: list, flags: list, tmp_path: Path) -> None:
     """Three steps, stopped by a signal in the second; by two processes; a plan and a picture of it."""
     command = [*TWELVE_STEPS, "--mllm", folder, "--data", flags[-1], "--frames", 2, "--epochs", 1, "--token-dropout", 0,
                *words, "--out"]
     succeed(train, *command, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        act_at_call(patch, torch.optim.AdamW, "step", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with act_at_call(torch.optim.AdamW, "step", 2, lambda: os.kill(os.getpid(), signal.SIGINT)):
         assert run_forked(train, *command, tmp_path / "stopped").returncode == 130
     assert "resuming after step 2" in succeed(train, "--resume", tmp_path / "stopped")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")

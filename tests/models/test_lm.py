@@ -36,10 +36,8 @@ GEMMA = {name: value for name, value in LLAMA.items() if name != "hidden_act"} |
 LLAMA3_WITHOUT_LENGTH = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 = LLAMA3_WITHOUT_LENGTH | {"original_max_position_embeddings": 32}
 SLIDING, FULL = "sliding_attention", "full_attention"
-
-
-CASES = {
-    "llama": LLAMA,
+FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "gemma": GEMMA}
+CASES = FAMILIES | {
     "llama, tied, one key-value head": LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "llama, wide heads, ungrouped": LLAMA | {"hidden_size": 20, "num_attention_heads": 2, "rope_theta": 1e6},
     "llama, narrow heads, large epsilon": LLAMA | {"hidden_size": 48, "head_dim": 6, "rms_norm_eps": 0.5},
@@ -48,18 +46,12 @@ CASES = {
     "llama3": LLAMA | {"rope_scaling": LLAMA3},
     "llama3, length outside": LLAMA | {"original_max_position_embeddings": 16, "rope_scaling": LLAMA3},
     "llama3, length missing": LLAMA | {"rope_scaling": LLAMA3_WITHOUT_LENGTH},
-    "mistral": MISTRAL,
     "mistral, no window": MISTRAL | {"sliding_window": None, "rope_scaling": LLAMA3},
-    "mistral, default window": {name: value for name, value in MISTRAL.items() if name != "sliding_window"},
-    "qwen2": QWEN2,
     "qwen2, tied": QWEN2 | {"tie_word_embeddings": True, "num_key_value_heads": 1, "use_sliding_window": False},
-    "qwen3": QWEN3,
     "qwen3, biases": QWEN3 | {"attention_bias": True, "layer_types": [FULL, FULL]},
-    "gemma": GEMMA,
     "gemma, layer_types": GEMMA | {"layer_types": [FULL, SLIDING, SLIDING]},
     "gemma, linear": GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
 }
-FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "gemma": GEMMA}
 every_case = pytest.mark.parametrize("case", CASES)
 every_family = pytest.mark.parametrize("case", FAMILIES)
 

@@ -23,20 +23,10 @@ from tests.models.helpers import CONFIGS, last_field, write_weights
 from tests.models.test_lm import FAMILIES, LLAMA, LLAMA3, make, published_tensors
 
 PARAMETERS = {
-    "tinyllama-1.1b": 1_100_048_384,
-    "llama-160m": 162_417_408,
-    "llama-3.2-1b-instruct": 1_235_814_400,
-    "mistral-7b-v0.1": 7_241_732_096,
-    "smollm2-135m": 134_515_008,
-    "qwen2.5-0.5b": 494_032_768,
-    "qwen3-0.6b": 596_049_920,
-    "gemma-3-270m": 268_098_176,
-    "gemma-3-1b-it": 999_885_952,
+    "tinyllama-1.1b": 1_100_048_384, "llama-160m": 162_417_408, "llama-3.2-1b-instruct": 1_235_814_400,
+    "mistral-7b-v0.1": 7_241_732_096, "smollm2-135m": 134_515_008, "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920, "gemma-3-270m": 268_098_176, "gemma-3-1b-it": 999_885_952,
 }
-
-
-def count_parameters(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())  # a tied head counts once
 
 
 def read(folder: Path, config: dict) -> LMConfig:
@@ -71,7 +61,8 @@ def test_a_public_model_has_the_published_parameters(tmp_path, name):
     ours, config = CausalLM.from_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config)
-    assert count_parameters(ours) == count_parameters(theirs) == PARAMETERS[name]
+    for model in (ours, theirs):
+        assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]  # a tied head counts once
     names, shapes = lm_tensor_names(ours), {n: p.shape for n, p in theirs.state_dict().items()}
     if ours.config.tied:
         assert shapes.pop("lm_head.weight") == ours.head.weight.shape
@@ -123,12 +114,9 @@ def test_tokens_that_begin_and_end_a_text(tmp_path):
     """null means no BOS, unlike a missing field. The EOS of generation_config.json count, else those of config.json."""
     for config, expected in ((LLAMA, 1), (LLAMA | {"bos_token_id": None}, None)):
         assert read(tmp_path, config).bos_id == AutoConfig.from_pretrained(tmp_path).bos_token_id == expected
-    for eos, generation, expected in (
-        (None, {}, (2,)),  # the family's default
-        (None, {"eos_token_id": 7}, (7,)),
-        (3, {"eos_token_id": [7, 3]}, (7, 3)),
-        ([5, 3], {"eos_token_id": None}, (5, 3)),
-    ):
+    cases = [(None, {}, (2,)), (None, {"eos_token_id": 7}, (7,)),  # the first is the family's default
+             (3, {"eos_token_id": [7, 3]}, (7, 3)), ([5, 3], {"eos_token_id": None}, (5, 3))]
+    for eos, generation, expected in cases:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
         assert read(tmp_path, LLAMA | {"eos_token_id": eos}).eos_ids == expected
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 50}))

@@ -101,7 +101,6 @@ class Reference:
     logits: Tensor
 
 
-@torch.no_grad()
 def save_model(folder: Path, case: Case) -> nn.Module:
     """Saves a random model, seed 0, and its preprocessing; returns it."""
     config, model = (getattr(transformers, case.name + x) for x in ("Config", "ForConditionalGeneration"))
@@ -112,14 +111,15 @@ def save_model(folder: Path, case: Case) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def make_reference(folder: Path, case: Case) -> Reference:
+@pytest.fixture(scope="module")
+def reference(request, tmp_path_factory) -> Reference:
     """Saves a model and runs it on random pixels, seed 1."""
+    folder, case = tmp_path_factory.mktemp("mllm"), CASES[request.param]
     model = save_model(folder, case)
     inner = model.model
     lm = inner.text_model if hasattr(inner, "text_model") else inner.language_model
     inputs = []
-    hook = lm.register_forward_pre_hook(lambda _module, _args, kw: inputs.append(kw["inputs_embeds"]), with_kwargs=True)
+    lm.register_forward_pre_hook(lambda _module, _args, kw: inputs.append(kw["inputs_embeds"]), with_kwargs=True)
     pixels = torch.randn(2, 3, case.image_side, case.image_side, generator=torch.Generator().manual_seed(1))
     # The images of one text: LLaVA's and InternVL's have no batch dimension.
     has_batch = case.name not in ("Llava", "InternVL")
@@ -131,14 +131,8 @@ def make_reference(folder: Path, case: Case) -> Reference:
     slots, texts = [IMAGE] * image_tokens.shape[1], [[1, 5], [] if is_video else [6], [7, 8]]
     ids = torch.tensor([[*texts[0], *slots, *texts[1], *slots, *[IMAGE] * is_video, *texts[2]]])
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits
-    hook.remove()
     texts = [torch.tensor(text, dtype=torch.long) for text in texts]
     return Reference(case, folder, model, pixels, texts, image_tokens, inputs[0], logits)
-
-
-@pytest.fixture(scope="module")
-def reference(request, tmp_path_factory) -> Reference:
-    return make_reference(tmp_path_factory.mktemp("mllm"), CASES[request.param])
 
 
 def respell(tensors: dict[str, Tensor], spelling: str) -> dict[str, Tensor]:

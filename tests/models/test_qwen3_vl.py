@@ -73,11 +73,6 @@ def models(request, tmp_path_factory) -> tuple[nn.Module, MLLM, Path]:
     return theirs, MLLM.from_pretrained(folder), folder
 
 
-def by_squares(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patches row by row (n, P, D) -> in the reference's order (n * P, D)."""
-    return shuffle_pixels(x, grid, 2).unflatten(-1, (4, -1)).flatten(0, 2)
-
-
 def reference_inputs(frames: int, shape=(SIDE, SIDE)) -> tuple[Tensor, list[list[int]], dict[str, Tensor]]:
     """Random frames uint8 (T, 3, *shape), texts around their pairs, and both as the reference gets them. A single frame
     is an image, which it puts in twice."""
@@ -113,8 +108,8 @@ def test_every_stage_equals_the_reference(models, frames, shape):
     steps = ours.vit.normalize(clip)
     assert steps.shape == (ours.vit.num_steps(frames), 6, *shape) and ours.vit.preprocessing.shape == shape
     found = ours.vit.block_outputs(steps, range(3))
-    for i, output in enumerate(outputs):
-        assert_same(by_squares(found[:, i], ours.vit.config.grid), output)
+    for i, output in enumerate(outputs):  # whose patches (n * P, D) come by squares
+        assert_same(shuffle_pixels(found[:, i], ours.vit.config.grid, 2).unflatten(-1, (4, -1)).flatten(0, 2), output)
     tokens = ours.frame_tokens(ours.vit.run_blocks(steps, ours.deepstack), 0)  # (pairs, P', 3C)
     expected = results[0].pooler_output, *results[0].deepstack_features
     for part, output in zip(tokens.chunk(3, -1), expected, strict=True):
@@ -245,8 +240,8 @@ def tiny_qwen3_vl(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("words", [
     ["--method", "linear", "--cache-features", "--frames", 3, "--image-size", 128, 192],
     ["--visual", "frames", "--write-back", "--grid", 3, "--frames", 4]])
-def test_a_run_resumes_bit_for_bit(tiny_qwen3_vl, words, flags, tmp_path, monkeypatch):
-    check_run(tiny_qwen3_vl, words, flags, tmp_path, monkeypatch)
+def test_a_run_resumes_bit_for_bit(tiny_qwen3_vl, words, flags, tmp_path):
+    check_run(tiny_qwen3_vl, words, flags, tmp_path)
 
 
 @pytest.mark.parametrize("window", [None, 0.9])

@@ -133,14 +133,9 @@ def test_only_frozen_weights_are_bf16(name):
             assert F.cosine_similarity(found[key].flatten(), gradient.flatten(), dim=0) > 0.95, key
 
 
-def test_the_loss_on_cached_block_outputs_is_that_on_frames():
-    """Model seed 16, frames seed 17: in bf16, as a cache stores them, equal bit for bit. So are channel statistics,
-    also of a model in float32."""
-    captioner, frames = randomized("no write-back", 16, dtype=torch.bfloat16), clips(2, T, 17)
-    outputs = captioner.block_outputs(frames)
-    assert outputs.dtype == torch.bfloat16 and outputs.shape == (2, *captioner.block_outputs_shape(T))
-    assert captioner(outputs, LABELS) == captioner(frames, LABELS)
-    captioner = make("no write-back", 16)
+def test_channel_statistics_of_cached_block_outputs_are_those_of_frames():
+    """Model seed 16, in float32, frames seed 17; a cache stores bf16. test_03_mllm.py has losses."""
+    captioner, frames = make("no write-back", 16), clips(2, T, 17)
     captioner.measure_channels(frames)
     found = bits(dict(captioner.adapter.named_buffers()))
     captioner.measure_channels(captioner.block_outputs(frames).bfloat16())

@@ -16,7 +16,6 @@ from tests.tiny import LABELS, MLLM_CONFIGS, MLLMS, TOKENS, Letters, N, T, clips
 IMAGE = 39  # the image token: no other id of a prompt
 JOIN_PATCHES = "internvl", "qwen3_vl", "smolvlm"  # their projectors map no single vectors
 every_family = pytest.mark.parametrize("family", MLLMS)
-LIKE_THE_MLLM = ["linear", "lora", "lora-lm", "adapter", "st-adapter", "full", "frames"]  # at step 0
 
 
 @pytest.mark.parametrize("family", [family for family in MLLMS if family != "qwen3_vl"])  # see test_qwen3_vl.py
@@ -36,7 +35,7 @@ def test_without_training_the_prefix_is_the_input_of_the_mllm(family):
 
 
 @every_family
-@pytest.mark.parametrize("name", LIKE_THE_MLLM)
+@pytest.mark.parametrize("name", ["linear", "lora", "lora-lm", "adapter", "st-adapter", "full", "frames"])
 def test_step_0_is_the_mllm_bit_for_bit(family, name):
     """Model seed 3, frames seed 4: loss and captions, with gradients; a random captioner differs."""
     captioner, whole, frames = make(name, 3, family), make("none", 3, family), clips(2, T, 4)
@@ -150,7 +149,7 @@ def test_each_clip_has_its_own_times(family):
 @pytest.mark.parametrize("family, fields, message", [
     ("llava", dict(grid=5), "--grid 5: expected at most 4, a side"),
     ("llava", dict(frames=200), "--grid: expected 300 positions at most, .* of 41"),
-    ("llava", dict(beams=40), "beams: 40, expected 1 to 39"),
+    ("llava", dict(beams=40), "beams: 40, expected 1 to 39"), ("llava", dict(beams=0), "beams: 0, expected 1 to 39"),
 ])
 def test_what_does_not_fit_the_frozen_models_is_refused(family, fields, message):
     with pytest.raises(InputError, match=message):

@@ -23,12 +23,10 @@ KILLS = {  # where, and in which call
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def save_often():
+@pytest.fixture(autouse=True)
+def save_often(monkeypatch):
     """Every second of the 12 steps; validations are after 0, 6 and 12."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "SAVE_EVERY", 2)
-        yield
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +37,10 @@ def uninterrupted(flags, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("where", KILLS)
-def test_a_killed_run_resumes_bit_for_bit(where, flags, uninterrupted, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit(where, flags, uninterrupted, tmp_path):
     """SIGKILL; `--resume` where there is a run, else the first command again."""
     out, new_run = tmp_path / "run", [*flags, *DROPOUT, "--out", tmp_path / "run"]
-    with monkeypatch.context() as patch:
-        act_at_call(patch, *KILLS[where], lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with act_at_call(*KILLS[where], lambda: os.kill(os.getpid(), signal.SIGKILL)):
         assert run_forked(train, *new_run).returncode == -signal.SIGKILL
     is_run = (out / "config.json").exists()
     assert is_run == ("config.json" not in where)
@@ -54,11 +51,10 @@ def test_a_killed_run_resumes_bit_for_bit(where, flags, uninterrupted, tmp_path,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step(number, flags, uninterrupted, tmp_path, monkeypatch):
+def test_a_signal_stops_after_the_step(number, flags, uninterrupted, tmp_path):
     """In the third step, which is no step that saves: exit code 130, a complete checkpoint of it, and the same end."""
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        act_at_call(patch, torch.optim.AdamW, "step", 3, lambda: os.kill(os.getpid(), number))
+    with act_at_call(torch.optim.AdamW, "step", 3, lambda: os.kill(os.getpid(), number)):
         done = run_forked(train, *flags, *DROPOUT, "--out", out)
     assert (done.returncode, done.stderr) == (130, "stopped\n") and f"--resume {out} continues" in done.stdout
     assert torch.load(out / "last/state.pt", weights_only=True)["step"] == 3

@@ -57,7 +57,7 @@ def test_micro_batches_train_as_whole_batches(two_run, two_flags, tmp_path):
     torch.testing.assert_close(losses(tmp_path / "micro"), losses(two_run), rtol=0, atol=1e-5)
 
 
-def test_a_signal_to_one_process_stops_both(two_run, two_flags, tmp_path, monkeypatch):
+def test_a_signal_to_one_process_stops_both(two_run, two_flags, tmp_path):
     """SIGTERM, twice, to the second process alone, in step 4: both stop after it, and `--resume` gives the same
     bits."""
     out = tmp_path / "stopped"
@@ -66,8 +66,7 @@ def test_a_signal_to_one_process_stops_both(two_run, two_flags, tmp_path, monkey
         for _ in range(2 * int(os.environ["RANK"])):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
-        act_at_call(patch, torch.optim.AdamW, "step", 4, interrupt)
+    with act_at_call(torch.optim.AdamW, "step", 4, interrupt):
         done = fork_two(*two_flags, "--out", out)
     assert done.returncode == 130 and f"--resume {out}" in done.stdout and "Traceback" not in done.stderr, done.stderr
     assert torch.load(out / "last/state.pt", weights_only=True)["step"] == 4 == read_log(out)[-1]["step"]

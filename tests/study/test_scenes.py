@@ -9,19 +9,14 @@ from study.scenes import KINDS, MOVING_STEPS, draw_distracted, draw_sparse
 from video_data import read_frames, shapes
 
 
-def make(folder: Path, kind: str) -> list[tuple[np.ndarray, list[str]]]:
-    """Frames (F, S, S, 3) and captions of each training clip."""
-    shapes.make_dataset(folder / kind, (12, 1, 1), 0, KINDS[kind])
-    return [(read_frames(folder / kind / name, shapes.FRAMES, shapes.SIDE).permute(0, 2, 3, 1).numpy(), captions)
-            for name, captions in read_json(folder / kind / "captions.json")["train"].items()]
-
-
 def test_distractors_are_grey_and_not_named(tmp_path):
     """The mean colour of the pixels of the middle frame that a distractor covers alone, if there are 20, is GREY to 20:
     colours vary by 12, and the codec blurs edges. Captions claim what the other shapes do, and nothing else."""
     distractors = 0
-    for index, (frames, captions) in enumerate(make(tmp_path, "distractors")):
-        scene, others, masks = draw_distracted(tmp_path / f"train/{index:05d}.mp4", 0)[:3]
+    shapes.make_dataset(tmp_path, (12, 1, 1), 0, KINDS["distractors"])
+    for name, captions in read_json(tmp_path / "captions.json")["train"].items():
+        frames = read_frames(tmp_path / name, shapes.FRAMES, shapes.SIDE).permute(0, 2, 3, 1).numpy()  # (F, S, S, 3)
+        scene, others, masks = draw_distracted(tmp_path / name, 0)[:3]
         for mask in masks[: len(others), shapes.FRAMES // 2] > 0.99:
             if mask.sum() >= 20:
                 np.testing.assert_allclose(frames[shapes.FRAMES // 2][mask].mean(0), shapes.GREY, rtol=0, atol=20)

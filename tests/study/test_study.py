@@ -145,8 +145,6 @@ def test_means_and_differences():
     assert tables.format_difference(mean, error) == "-8.0 ± 2.1"
     assert tables.format_difference(*tables.compare([1.0, 2.0, 3.0], [8.0])) == "-6.0"
     assert tables.scores([{"test": {"CIDEr": 3.0, "METEOR[exact]": 0.5}}], "METEOR") == [50.0]
-    # 1, 2 and 6 have a standard deviation of 2.646, over the root of 3 1.53.
-    assert tables.mean_and_error([1, 2, 6]) == "3.0 ± 1.5"
 
 
 def test_what_is_kept_of_a_run(tmp_path):

@@ -112,8 +112,7 @@ def test_a_run_of_all_phases_resumes(flags, tmp_path, monkeypatch):
     assert len(found) == 3 * 7 and (found[:9] > 0).all() and (found[9:] <= 0).all() and found[9:].mean() < 0
     assert {path.name for path in (tmp_path / "whole/val").iterdir()} == {"0.json", "9.json", "21.json"}
     for step in (2, 5, 8):  # of the process
-        with monkeypatch.context() as patch:
-            act_at_call(patch, torch.optim.AdamW, "step", step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        with act_at_call(torch.optim.AdamW, "step", step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
             assert run_forked(train, *words_next).returncode == -signal.SIGKILL
         words_next = ["--resume", tmp_path / "killed"]
     succeed(train, *words_next)

@@ -4,7 +4,6 @@ captioner on the cached frames. The plan's memory is in tests/reference/test_08_
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,17 +46,13 @@ def dataset(tmp_path_factory) -> VideoDataset:
     return read_dataset("shapes", root)
 
 
-def make_config(dataset: VideoDataset, folder: Path, **fields) -> Config:
-    """With a copy of the dataset, and so a cache, of its own."""
-    shutil.copytree(dataset.splits["train"][0].path.parents[1], folder)
-    return Config(data=folder, frames=4, queries=4, rank=4, last_blocks=0, precision="fp32", batch_size=2, **fields)
-
-
 @pytest.mark.parametrize("cache_features", [False, True])
 def test_caches_are_those_of_the_plan_and_hold_block_outputs(cache_features, dataset, backbones, tmp_path, capsys):
     """All sizes are said in one line before the first clip is decoded; with everything there nothing is said. Features
     are the captioner's block outputs, at most one rounding to bf16 apart."""
-    config = make_config(dataset, tmp_path / "shapes", cache_features=cache_features)
+    data = shutil.copytree(dataset.splits["train"][0].path.parents[1], tmp_path / "shapes")  # with a cache of its own
+    config = Config(data=data, frames=4, queries=4, rank=4, last_blocks=0, precision="fp32", batch_size=2,
+                    cache_features=cache_features)
     captioner = make_captioner(backbones, config)
     capsys.readouterr()
     caches = cached_inputs(config, dataset, captioner, {})
