@@ -280,14 +280,13 @@ def check_outputs(args: argparse.Namespace, inputs: Sequence[Path], videos: Sequ
     of_run = ("best", "last", "val", "config.json", "log.jsonl", "test.json", "report.html", "lock") if args.run else ()
     # realpath: Path.resolve raises a RuntimeError for a link to itself
     taken = [Path(os.path.realpath(path)) for path in (*inputs, *videos, *(args.run / name for name in of_run))]
-    read = [path for path in taken if path.exists()]
     for flag in ("save", "report", "show"):
         if not (path := getattr(args, flag, None)):
             continue
         target = Path(os.path.realpath(path))
         is_taken = any(target.is_relative_to(other) for other in taken)
         if target.exists():  # not a folder or a device, and not an input by another name
-            is_taken |= not target.is_file() or any(map(target.samefile, read))
+            is_taken |= not target.is_file() or any(map(target.samefile, filter(Path.exists, taken)))
         if is_taken or not os.access(target.parent, os.W_OK):
             raise InputError(f"--{flag} {path}: expected a file that is not read, in a folder that can be written to")
         taken.append(target)

@@ -37,7 +37,7 @@ from models.pair import Pair
 from models.safetensors import checksum, read_with_metadata, write_safetensors
 from models.tokenizer import load_tokenizer
 from models.vit import ViT
-from qadapter import QAdapter, init_time_embed, interpolate_time_embed
+from qadapter import QAdapter, init_time_embed, interpolate_time_embed, zero_linear
 
 __all__ = ["MLLM", "Captioner", "CausalLM", "Pair", "ViT", "generate", "load_tokenizer"]
 
@@ -100,9 +100,7 @@ class Captioner(nn.Module):
             nn.init.normal_(self.connector.weight, std=width**-0.5)
             nn.init.zeros_(self.connector.bias)
         elif config.method == "linear":  # of an MLLM, which step 0 leaves as it is
-            self.connector = nn.Linear(lm_width, lm_width)
-            nn.init.zeros_(self.connector.weight)
-            nn.init.zeros_(self.connector.bias)
+            self.connector = zero_linear(lm_width, lm_width)
         if config.deep_rank:  # visual tokens act on every block of the language model, not on its input alone
             text = torch.tensor(self.tokenizer.encode(TEXT), device=self.lm.embed.weight.device)
             self.deep = DeepVectors(width, self.lm, config.deep_rank, self.prefix_length(config.frames), text)

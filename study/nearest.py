@@ -24,6 +24,7 @@ from common.config import DEVICES
 from common.errors import InputError
 from common.files import write_json
 from evaluate import check_outputs, format_scores, load_run, read_run_dataset, score_captions
+from metrics.plain import ORDERS, document_frequencies, tf_idf
 from training import devices
 from training.frozen_models import fingerprint_models
 from training.inputs import cached_inputs
@@ -58,16 +59,11 @@ def similarities(clips: Tensor, training: Tensor) -> Tensor:
     return clips @ training.T
 
 
-def ngrams(caption: str) -> Counter:
-    words = normalize_caption(caption).split()
-    return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
-
-
-def caption_vector(caption: str, idf: dict[tuple, float]) -> dict[tuple, float]:
-    """Count times idf of each n-gram; for each n a vector of length 1."""
-    values = {gram: count * idf[gram] for gram, count in ngrams(caption).items()}
-    norms = [math.sqrt(sum(x * x for gram, x in values.items() if len(gram) == n)) or 1.0 for n in range(1, 5)]
-    return {gram: x / norms[len(gram) - 1] for gram, x in values.items()}
+def caption_vector(caption: str, frequencies: Counter, clips: int) -> dict[tuple, float]:
+    """Count times idf of each n-gram, as of CIDEr; for each n a vector of length 1."""
+    parts = [tf_idf(normalize_caption(caption), n, frequencies, clips) for n in ORDERS]
+    norms = [math.hypot(*part.values()) or 1.0 for part in parts]
+    return {gram: x / norm for part, norm in zip(parts, norms, strict=True) for gram, x in part.items()}
 
 
 def most_agreed(captions: list[list[str]], vectors: list[list[dict]], similar: Tensor, indices: Tensor) -> str:
@@ -105,9 +101,8 @@ def main() -> None:
     inputs = cached_inputs(config, dataset, captioner, fingerprint_models(folders))
     cosines = similarities(pooled(captioner, inputs[args.split]), pooled(captioner, inputs["train"]))
     captions = [list(clip.captions) for clip in dataset.splits["train"]]
-    clips_with = Counter(gram for clip in captions for gram in {gram for caption in clip for gram in ngrams(caption)})
-    idf = {gram: math.log(len(captions) / n) for gram, n in clips_with.items()}
-    vectors = [[caption_vector(caption, idf) for caption in clip] for clip in captions]
+    frequencies = document_frequencies([[*map(normalize_caption, clip)] for clip in captions])
+    vectors = [[caption_vector(caption, frequencies, len(captions)) for caption in clip] for clip in captions]
     found = {clip.id: most_agreed(captions, vectors, *row.topk(min(SIMILAR, len(row))))
              for clip, row in zip(dataset.splits[args.split], cosines, strict=True)}
     result = score_captions(dataset, args.split, found, ("BLEU", "METEOR", "ROUGE_L", "CIDEr"))

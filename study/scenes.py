@@ -19,36 +19,22 @@ SPARSE_FRAMES, MOVING_STEPS = 32, 4
 
 
 def draw_distracted(path: Path, seed: int) -> tuple:
-    """The scene that captions name, the grey shapes behind it, masks and frames of all, and the captions."""
+    """Frames, masks of all shapes, the scene that captions name, the grey shapes behind it, and the captions."""
     rng = np.random.default_rng([seed, SPLITS.index(path.parent.name), int(path.stem), 2])
     scene = shapes.draw_scene(rng)
     others = tuple(replace(shapes.draw_shape(rng), colour="grey") for _ in range(rng.integers(MOST_DISTRACTORS + 1)))
     frames, masks = shapes.render(others + scene, np.linspace(0, 1, shapes.FRAMES), rng)
-    return scene, others, masks, frames, shapes.reference_captions(scene, rng)
-
-
-def make_distracted(path: Path, seed: int) -> list[str]:
-    """Writes a clip with grey shapes behind those that its captions name; returns these captions."""
-    *_, frames, captions = draw_distracted(path, seed)
-    shapes.write_clip(path, frames)
-    return captions
+    return frames, masks, scene, others, shapes.reference_captions(scene, rng)
 
 
 def draw_sparse(path: Path, seed: int) -> tuple:
-    """The scene, the frame after which it moves, the frames and the captions."""
+    """Frames, the scene, the number of the frame after which it moves, and the captions."""
     rng = np.random.default_rng([seed, SPLITS.index(path.parent.name), int(path.stem), 3])
     scene = tuple(replace(shape, speed=2.0, phase=0.0) if shape.motion == "blink" else shape  # seen while it rests
                   for shape in shapes.draw_scene(rng))
     start = int(rng.integers(SPARSE_FRAMES - MOVING_STEPS))
     u = np.clip((np.arange(SPARSE_FRAMES) - start) / MOVING_STEPS, 0, 1)
-    return scene, start, shapes.render(scene, u, rng)[0], shapes.reference_captions(scene, rng)
+    return shapes.render(scene, u, rng)[0], scene, start, shapes.reference_captions(scene, rng)
 
 
-def make_sparse(path: Path, seed: int) -> list[str]:
-    """Writes a clip whose shapes rest most of the time; returns its captions."""
-    *_, frames, captions = draw_sparse(path, seed)
-    shapes.write_clip(path, frames)
-    return captions
-
-
-KINDS = {"usual": shapes.make_clip, "distractors": make_distracted, "sparse": make_sparse}
+KINDS = {"usual": shapes.draw_clip, "distractors": draw_distracted, "sparse": draw_sparse}

@@ -214,8 +214,6 @@ class WithChanges(Captioner):
         super().add_trained_parts()
         width = self.backbone.visual_width
         if self.time_embed is None:
-            if not self.backbone.trained_together:
-                raise InputError("--variant with-changes: expected a --method that trains something")
             self.time_embed = nn.Parameter(init_time_embed(self.config.frames, width))
             self.connector = zero_linear(width, width)
         self.change = nn.Linear(width, width, bias=False)
@@ -303,9 +301,11 @@ def choose(base: type, config) -> type:
     """The variant of a config if it is a kind of `base`, else `base`. Raises InputError for an unknown name, and for a
     variant that does not fit the method or --write-back."""
     is_qadapter = config.method == "qadapter"
-    names = [name for name, variant in VARIANTS.items() if issubclass(variant, QAdapter) == is_qadapter]
+    names = [name for name, variant in VARIANTS.items()
+             if issubclass(variant, QAdapter) == is_qadapter and config.method != "none"]
     if config.variant not in names:
-        raise InputError(f"--variant {config.variant}: expected one of {', '.join(names)} for --method {config.method}")
+        expected = f"one of {', '.join(names)}" if names else "none"
+        raise InputError(f"--variant {config.variant}: expected {expected} for --method {config.method}")
     if config.gate == "none" and config.variant.startswith("gate-"):
         raise InputError(f"--variant {config.variant}: expected without --gate none")
     if config.write_back and "read_outputs" in vars(VARIANTS[config.variant]):

@@ -10,6 +10,7 @@ import evaluate
 from common.config import VERSION, Config, parse_args, parse_words, read_config, to_json, to_words
 from common.errors import InputError
 from common.files import read_json, write_json
+from qadapter import HEADS
 
 VALUES = dict(  # of every field, none of them the default
     dataset="msvd", data=Path("-odd name"), mllm="m", vit="v", lm="l", method="linear", epochs=(3, 1, 2), batch_size=5,
@@ -78,7 +79,7 @@ def test_the_defaults_of_a_dataset(dataset):
     ("--epochs 1 1 --method none", "--epochs: .* words"), ("--mllm m --method lora-lm --epochs 1 1", ".* words"),
     ("--epochs 1 1 1 1", "--epochs: expected one to three"), ("--epochs 0 0", "--epochs: .* not all 0"),
     ("--epochs 0 1 1 --method none", "--epochs: .* CIDEr"), ("--precision bf16 --method full", "--precision bf16"),
-    ("--deep-rank 4 --method none", "--deep-rank: expected"), ("--rank 6", "--rank: expected a multiple"),
+    ("--deep-rank 4 --method none", "--deep-rank: expected"), ("--rank 6", f"--rank: .* multiple of {HEADS}$"),
     ("--cache-features --write-back", "--cache-features"), ("--cache-features --method none", "--cache-features"),
     ("--frames 0", "--frames: expected a whole number from 1 to 4096, found '0'"), ("--epoch 3", "--epoch 3 .*--help"),
     ("--device meta", "--device: invalid choice"), ("--data=", "--data: expected Unicode"),

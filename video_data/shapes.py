@@ -260,15 +260,15 @@ def draw_clip(path: Path, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]
     return *render(scene, np.linspace(0, 1, FRAMES), rng), reference_captions(scene, rng)
 
 
-def make_clip(path: Path, seed: int) -> list[str]:
-    """Writes a clip; returns its captions."""
-    frames, _, captions = draw_clip(path, seed)
+def make_clip(path: Path, seed: int, draw: Callable[[Path, int], tuple]) -> list[str]:
+    """Writes a clip; returns its captions. draw: see `draw_clip`; frames come first, captions last."""
+    frames, *_, captions = draw(path, seed)
     write_clip(path, frames)
     return captions
 
 
 def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0,
-                 make: Callable[[Path, int], list[str]] = make_clip) -> None:
+                 draw: Callable[[Path, int], tuple] = draw_clip) -> None:
     """Makes a folder of clips, `sizes` in its splits. One that is complete stays as it is.
 
     A lock lets only one call write; others wait for it. Raises InputError if the folder contains something else.
@@ -288,7 +288,7 @@ def make_dataset(root: Path, sizes: Sequence[int] = DEFAULT_SIZES, seed: int = 0
         for split, size in zip(SPLITS, sizes, strict=True):
             (root / split).mkdir(exist_ok=True)
             names = [f"{split}/{i:05d}.mp4" for i in range(size)]
-            captions = run_in_processes(f"shapes: {split}", make, [(root / name, seed) for name in names])
+            captions = run_in_processes(f"shapes: {split}", make_clip, [(root / name, seed, draw) for name in names])
             content[split] = dict(zip(names, captions, strict=True))
         write_json(root / "captions.json", content)
 

@@ -1,11 +1,11 @@
 """Captions of the nearest clips. References: CIDEr of a scored pair, and clips whose neighbour is known."""
 
-import math
 from collections import Counter
 
 import torch
 
 import metrics
+from metrics.plain import document_frequencies
 from study import nearest
 from tests.scripts import succeed
 
@@ -15,9 +15,8 @@ def test_vectors_have_the_directions_of_cider():
     penalized. Reference: CIDEr of a caption against another one, with the same idf, within 1e-6."""
     captions = ["the man plays a red guitar", "the man plays a blue drum", "two dogs run on green grass",
                 "a dog plays on green grass"]
-    clips_with = Counter(gram for caption in captions for gram in set(nearest.ngrams(caption)))
-    idf = {gram: math.log(4 / n) for gram, n in clips_with.items()}
-    vectors = [nearest.caption_vector(caption, idf) for caption in captions]
+    frequencies = document_frequencies([[caption] for caption in captions])
+    vectors = [nearest.caption_vector(caption, frequencies, 4) for caption in captions]
     hypotheses = {str(i): captions[(i + 1) % 4] for i in range(4)}
     scores = metrics.score({str(i): [caption] for i, caption in enumerate(captions)}, hypotheses, metrics=("CIDEr",))
     for i in range(4):
@@ -28,8 +27,7 @@ def test_vectors_have_the_directions_of_cider():
 def test_the_caption_that_agrees_with_similar_clips_wins():
     """Of three clips the last is far away: its caption counts for little, although it is in the clip twice."""
     captions = [["a cat sleeps here", "a cat is asleep"], ["a cat sleeps here now"], ["rain", "rain"]]
-    idf = Counter({gram: 1 for clip in captions for caption in clip for gram in nearest.ngrams(caption)})
-    vectors = [[nearest.caption_vector(caption, idf) for caption in clip] for clip in captions]
+    vectors = [[nearest.caption_vector(caption, Counter(), 3) for caption in clip] for clip in captions]
     indices, similar = torch.tensor([0, 1, 2]), torch.tensor([0.9, 0.8, 0.1])
     assert nearest.most_agreed(captions, vectors, similar, indices) == "a cat sleeps here"
     assert nearest.most_agreed(captions, vectors, torch.tensor([0.1, 0.1, 0.9]), indices) == "rain"

@@ -16,7 +16,7 @@ def test_distractors_are_grey_and_not_named(tmp_path):
     shapes.make_dataset(tmp_path, (12, 1, 1), 0, KINDS["distractors"])
     for name, captions in read_json(tmp_path / "captions.json")["train"].items():
         frames = read_frames(tmp_path / name, shapes.FRAMES, shapes.SIDE).permute(0, 2, 3, 1).numpy()  # (F, S, S, 3)
-        scene, others, masks = draw_distracted(tmp_path / name, 0)[:3]
+        _, masks, scene, others, _ = draw_distracted(tmp_path / name, 0)
         for mask in masks[: len(others), shapes.FRAMES // 2] > 0.99:
             if mask.sum() >= 20:
                 np.testing.assert_allclose(frames[shapes.FRAMES // 2][mask].mean(0), shapes.GREY, rtol=0, atol=20)
@@ -29,7 +29,7 @@ def test_distractors_are_grey_and_not_named(tmp_path):
 def test_sparse_clips_rest_outside_a_moment():
     """From frame to frame the pixels differ by the noise alone outside the moment, by 3% more in each step of it."""
     for index in range(12):
-        scene, start, frames, captions = draw_sparse(Path(f"train/{index:05d}.mp4"), 0)
+        frames, scene, start, captions = draw_sparse(Path(f"train/{index:05d}.mp4"), 0)
         steps = np.abs(np.diff(frames.astype(np.float32), axis=0)).mean((1, 2, 3))  # (F - 1,)
         moment = (np.arange(len(steps)) - start) // MOVING_STEPS == 0
         if any(shape.motion != "still" for shape in scene):

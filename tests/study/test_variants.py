@@ -181,6 +181,7 @@ def test_with_changes():
     ({"variant": "gate-head", "gate": "none"}, "gate-head: expected without --gate none"),
     ({"variant": "blind", "write_back": True}, "blind: expected without --write-back"),
     ({"variant": "gate-write"}, "gate-write: expected with --write-back"),
+    ({"variant": "with-changes", "method": "none"}, "expected none for --method none"),
     ({"variant": "blind", "method": "linear"}, "expected one of .*, all-linear, .* for --method linear")])
 def test_a_variant_that_does_not_fit_is_refused(fields, message):
     with pytest.raises(InputError, match=message):
