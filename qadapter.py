@@ -129,7 +129,7 @@ class GatedCrossAttention(nn.Module):
         z = F.layer_norm(tokens, tokens.shape[-1:])  # (B, T, P, D)
         normed_queries = self.norm(queries)  # (B, N, D)
         read = self.read(z, normed_queries, time_embed)  # A: (B, N, D)
-        gates = self.compute_gates(queries, normed_queries, read)  # (B, N, 1)
+        gates = self.compute_gates(normed_queries, read)  # (B, N, 1)
         queries = queries + gates * read
         if self.write_q is not None:
             tokens = self.write(z, queries, tokens, time_embed)
@@ -141,10 +141,10 @@ class GatedCrossAttention(nn.Module):
         k, v = self.keys_and_values(z, time_embed)  # (B, T*P, r)
         return self.o(multi_head_attention(q, k, v, self.mask(z)))  # (B, N, D)
 
-    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
-        """How much each query keeps of its read (B, N, D). Returns (B, N, 1). Only variants use Q itself."""
+    def compute_gates(self, normed_queries: Tensor, read: Tensor) -> Tensor:
+        """How much each query keeps of its read (B, N, D). Returns (B, N, 1)."""
         if self.gate is None:
-            return queries.new_ones(*queries.shape[:2], 1)
+            return read.new_ones(*read.shape[:2], 1)
         return self.gate(torch.cat([normed_queries, F.layer_norm(read, read.shape[-1:])], dim=-1)).sigmoid()
 
     def keys_and_values(self, z: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor]:

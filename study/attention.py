@@ -125,7 +125,7 @@ def main() -> None:
                  by_gate[j].mean() / area, covered[:, : tokens[j].mean().round().int()].mean(), pure[j, two].mean(),
                  gates[j].mean(), gates[j].std(0, False).mean(), (read[j].mean() / query[j].mean()).sqrt())
     for block, mean in zip(captioner.adapter.blocks, gates.mean((1, 2)), strict=True):
-        block.compute_gates = lambda queries, *_, mean=mean: mean.expand(*queries.shape[:2], 1)
+        block.compute_gates = lambda normed_queries, _, mean=mean: mean.expand(*normed_queries.shape[:2], 1)
     show("mean g")
 
 

@@ -20,34 +20,11 @@ from qadapter import HEADS, GatedCrossAttention, QAdapter, init_time_embed, mult
 # --------------------------------------------------------------------------------------- the gate
 
 
-class PlainGate(GatedCrossAttention):
-    """g = sigmoid([Q ; A] W_g + b_g): the gate reads queries and reads as they are, not their LN."""
-
-    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
-        return self.gate(torch.cat([queries, read], dim=-1)).sigmoid()  # (B, N, 1)
-
-
-class ChannelGate(GatedCrossAttention):
-    """g = sigmoid(LN(Q) * w + LN(A) * w' + b): one number per channel, from that channel of the query and its read."""
-
-    class Layer(nn.Module):
-        def __init__(self, width: int):
-            super().__init__()
-            self.of_query, self.of_read, self.bias = (nn.Parameter(torch.zeros(width)) for _ in range(3))
-
-        def forward(self, pair: Tensor) -> Tensor:
-            query, read = pair.chunk(2, dim=-1)  # (B, N, 2D) -> (B, N, D)
-            return query * self.of_query + read * self.of_read + self.bias
-
-    def make_gate(self, width: int) -> nn.Module:
-        return self.Layer(width)
-
-
 class OpenGate(GatedCrossAttention):
     """g = 1, which is what a log shows: the gating layer acts elsewhere."""
 
-    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
-        return queries.new_ones(*queries.shape[:2], 1)
+    def compute_gates(self, normed_queries: Tensor, read: Tensor) -> Tensor:
+        return read.new_ones(*read.shape[:2], 1)
 
 
 class TokenGate(OpenGate):
@@ -98,35 +75,6 @@ class WriteGate(OpenGate):
         return tokens.lerp(super().write(z, queries, tokens, time_embed), gates)
 
 
-class BiasedGate(GatedCrossAttention):
-    """Every gate starts at sigmoid(2) = 0.88, nearly open."""
-
-    bias = 2.0
-
-    def make_gate(self, width: int) -> nn.Module:
-        gate = super().make_gate(width)
-        nn.init.constant_(gate.bias, self.bias)
-        return gate
-
-
-class ShutGate(BiasedGate):
-    """Every gate starts at sigmoid(-2) = 0.12, nearly shut."""
-
-    bias = -2.0
-
-
-class CostlyGate(GatedCrossAttention):
-    """Each block's mean gate, times `cost`, adds to the loss of a micro-batch: in the gradient, not in the log."""
-
-    cost: float
-
-    def compute_gates(self, queries: Tensor, normed_queries: Tensor, read: Tensor) -> Tensor:
-        gates = super().compute_gates(queries, normed_queries, read)  # (B, N, 1)
-        if gates.requires_grad:
-            gates.register_hook(lambda gradient: gradient + self.cost / gates.numel())
-        return gates
-
-
 # ------------------------------------------------------------------------------- what tells frames apart
 
 
@@ -155,14 +103,6 @@ class PerFrame(NoChanges):
         same = frame_of_query[:, None] == frame_of_token  # (N, T*P)
         visible = super().mask(z)  # (B, 1, 1, T*P)
         return same if visible is None else same & visible  # (B, 1, N, T*P)
-
-
-class RandomTime(QAdapter):
-    """The frame vectors start at random, each by itself, instead of as a ramp."""
-
-    def __init__(self, width: int, depth: int, config):
-        super().__init__(width, depth, config)
-        nn.init.normal_(self.time_embed)
 
 
 class NoTime(QAdapter):
@@ -274,18 +214,12 @@ def with_block(block: type[GatedCrossAttention]) -> type[QAdapter]:
 
 
 VARIANTS = {
-    "gate-sigmoid": with_block(PlainGate),
-    "gate-channel": with_block(ChannelGate),
     "gate-patch": with_block(TokenGate),
     "gate-head": with_block(HeadGate),
     "gate-rank": with_block(RankGate),
     "gate-write": with_block(WriteGate),
-    "gate-open": with_block(BiasedGate),
-    "gate-shut": with_block(ShutGate),
-    **{f"gate-cost-{cost}": with_block(type("CostlyGate", (CostlyGate,), {"cost": cost})) for cost in (0.01, 0.1, 1.0)},
     "no-changes": with_block(NoChanges),
     "per-frame": with_block(PerFrame),
-    "time-random": RandomTime,
     "no-time": NoTime,
     "no-time-no-changes": NoTimeNoChanges,
     "raw-channels": RawChannels,

@@ -67,12 +67,10 @@ def naive(name: str | None, adapter: QAdapter, z: Tensor) -> Tensor:
             heads.append(torch.cat(logits).softmax(0) @ torch.cat(values))
         a = block.o.weight @ torch.cat(heads)  # (D,)
         normed, normed_a, layer = block.norm(q), F.layer_norm(a, (D,)), block.gate
-        if name == "gate-channel":
-            g = torch.sigmoid(normed * layer.of_query + normed_a * layer.of_read + layer.bias)
-        elif name in ("gate-patch", "gate-head", "gate-rank", "gate-write"):
+        if name in ("gate-patch", "gate-head", "gate-rank", "gate-write"):
             g = 1
         else:
-            g = torch.sigmoid(layer(torch.cat([q, a] if name == "gate-sigmoid" else [normed, normed_a])))
+            g = torch.sigmoid(layer(torch.cat([normed, normed_a])))
         rows.append(q + g * a)
     return adapter.norm(torch.stack(rows))
 
@@ -82,29 +80,9 @@ def test_a_variant_is_its_equations(name):
     adapter, z = make(name), torch.randn(2, T, 1, P, D, dtype=torch.float64)
     found = adapter.read_outputs(z)
     torch.testing.assert_close(found, torch.stack([naive(name, adapter, clip[:, 0]) for clip in z]), rtol=0, atol=1e-9)
-    assert adapter.last_gates.shape == ((1, 2, N, D) if name == "gate-channel" else (1, 2, N))
+    assert adapter.last_gates.shape == (1, 2, N)
     found.square().sum().backward()
     assert all(p.grad is not None for p in adapter.parameters() if p.requires_grad)
-
-
-def test_what_starts_otherwise():
-    """Gates at sigmoid(2), sigmoid(-2); frame vectors of rank 4, where a ramp has rank 1."""
-    for name, gate in (("gate-open", 0.8808), ("gate-shut", 0.1192)):
-        adapter = VARIANTS[name](D, 1, CONFIG)
-        adapter.read_outputs(torch.randn(1, T, 1, P, D))
-        torch.testing.assert_close(adapter.last_gates, torch.full((1, 1, N), gate), rtol=0, atol=1e-4)
-    ranks = [torch.linalg.matrix_rank(kind(D, 1, CONFIG).time_embed) for kind in (VARIANTS["time-random"], QAdapter)]
-    assert ranks == [T, 1]
-
-
-def test_a_gate_that_costs():
-    """The gradient is that of the loss plus the cost times the mean gate, within 1e-9."""
-    adapter, usual, gates = make("gate-cost-0.1"), make(None), []
-    adapter.read_outputs(z := torch.randn(2, T, 1, P, D, dtype=torch.float64)).square().sum().backward()
-    usual.blocks[0].gate.register_forward_hook(lambda layer, inputs, logits: gates.append(logits.sigmoid()))
-    (usual.read_outputs(z).square().sum() + 0.1 * gates[0].mean()).backward()
-    for found, expected in zip(adapter.parameters(), usual.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-9)
 
 
 def test_a_gate_of_what_is_written():
