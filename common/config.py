@@ -31,7 +31,7 @@ from common.errors import InputError, reading
 from common.files import field as json_field
 from common.files import read_json
 
-VERSION = "1.8.0"
+VERSION = "1.9.0"
 METHODS = ("qadapter", "none", "linear", "lora", "lora-lm", "adapter", "st-adapter", "prompt", "full")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 HEADS = 4  # of the attention in qadapter.py; the rank is a multiple of them

@@ -23,7 +23,7 @@ class AttentionMaps:
     """What the queries read of B clips, and how much of it they keep."""
 
     weights: Tensor  # (J, B, h, N, T, P); each query's sum to 1, where no two frames share a step of the ViT
-    gates: Tensor  # (J, B, N); where a variant has one per channel, their mean
+    gates: Tensor  # (J, B, N)
     grid: tuple[int, int]  # rows and columns of patches
 
     def patches(self) -> Tensor:
@@ -58,5 +58,5 @@ def record_attention(captioner, frames: Tensor) -> AttentionMaps | None:
     with register_module_forward_hook(record):  # of all modules, until the block ends
         captioner.run_encoder(frames.to(next(captioner.parameters()).device))
     steps = [t // captioner.vit.frames_per_step for t in range(frames.shape[1])]  # a step may be a pair of frames
-    gates = captioner.adapter.last_gates.float().cpu()[..., None].flatten(3)  # (J, B, N, 1 or D)
-    return AttentionMaps(torch.stack(weights)[..., steps, :], gates.mean(-1), captioner.vit.config.grid)
+    gates = captioner.adapter.last_gates.float().cpu()  # (J, B, N)
+    return AttentionMaps(torch.stack(weights)[..., steps, :], gates, captioner.vit.config.grid)

@@ -34,7 +34,7 @@ Key = tuple[Row, float, int]  # of a run: its row, learning rate and seed
 def missing_runs(rows: list[Row], seeds: list[int]) -> list[Key]:
     """What to train next: all rates at seed 0, and once they are there the best one at the other seeds."""
     missing = []
-    for row in (row for row in rows if not row.old):
+    for row in (row for row in rows if not row.commit):
         firsts, later = [(lr, 0) for lr in row.lrs], [(row.best_lr, seed) for seed in seeds[: row.seeds] if row.trains]
         missing += [(row, *key) for key in (firsts if row.best_lr is None else later) if key not in row.runs]
     return missing
@@ -95,7 +95,7 @@ def commands_of_table(name: str, seeds: list[int]) -> list[str]:
     with redirect_stdout(sys.stderr):  # stdout is for the shell
         for folder, clips in CONTENT["clips"].items():
             if any(folder in row.command.split() for row, _, _ in keys):
-                make_dataset(Path(folder), clips["sizes"], 1, KINDS[clips["kind"]])
+                make_dataset(Path(folder), clips["sizes"], clips.get("seed", 1), KINDS[clips["kind"]])
     return [command_of(store, key) for key in keys]
 
 

@@ -60,7 +60,7 @@ def similarities(clips: Tensor, training: Tensor) -> Tensor:
 
 
 def caption_vector(caption: str, frequencies: Counter, clips: int) -> dict[tuple, float]:
-    """Count times idf of each n-gram, as of CIDEr; for each n a vector of length 1."""
+    """Count times idf of each n-gram, as in CIDEr; for each n a vector of length 1."""
     parts = [tf_idf(normalize_caption(caption), n, frequencies, clips) for n in ORDERS]
     norms = [math.hypot(*part.values()) or 1.0 for part in parts]
     return {gram: x / norm for part, norm in zip(parts, norms, strict=True) for gram, x in part.items()}

@@ -1,7 +1,7 @@
 """Harder clips of `shapes`, in which a gate or a deeper read could help. `python -m study TABLE` makes them.
 
     distractors  0 to 8 grey shapes move, too, behind the others. No caption names them
-    sparse       4 seconds, in which the shapes move for half a second: in 4 of the 32 steps from frame to frame
+    sparse       4 seconds, in which the shapes move for half a second: in 4 of the 31 steps from frame to frame
 
 Captions and folders are like those of `video_data/shapes.py`: `train.py --dataset shapes --data FOLDER` trains on them.
 """

@@ -35,7 +35,7 @@ class Row:
     label: str
     flags: str  # of `train.py`, after those of the store
     command: str  # the store's flags and the row's
-    old: str  # the commit that it needs, or ""
+    commit: str  # one that can train it if today's code cannot, or ""
     lrs: Sequence[float]
     seeds: int  # how many of them it gets at most
     runs: dict[tuple[float, int], dict]  # those that are done, by learning rate and seed
@@ -100,7 +100,7 @@ def read_rows(name: str) -> list[Row]:
         command = f"{store['flags']} {row['flags']}"
         runs = {(run["lr"], run["seed"]): run for run in results if run["flags"] == command}
         lrs = row.get("lrs") or table.get("lrs") or CONTENT["lrs"]
-        rows.append(Row(row["label"], row["flags"], command, row.get("old", ""), lrs, row.get("seeds", 3), runs))
+        rows.append(Row(row["label"], row["flags"], command, row.get("commit", ""), lrs, row.get("seeds", 3), runs))
     return rows
 
 
@@ -179,7 +179,7 @@ def format_table(name: str) -> str:
         lower.append({f"compared with {table['reference']}": row.label,
                       **(dict.fromkeys(differences, "") if row.label == table["reference"] else differences),
                       **{cost: mean_and_spread(values, 2) if values else "" for cost, values in costs.items()},
-                      "flags of the row": f"`{row.flags}`" + (f" of {row.old}" if row.old else "")})
+                      "flags of the row": f"`{row.flags}`" + (f" of {row.commit}" if row.commit else "")})
     made = sorted({f"{run['machine']}, {run['date']}" for row in rows for run in row.best_runs})
     head = f"Flags of every row: `{CONTENT['stores'][table['store']]['flags']}`. {'; '.join(made)}."
     return "\n\n".join([head, to_markdown(upper), to_markdown(lower)])

@@ -1,4 +1,5 @@
-"""Experiments, each beside the method that it replaces: `train.py --variant NAME`. None of the Q-Adapter gained.
+"""Experiments, each beside the method that it replaces: `train.py --variant NAME`. No variant of the Q-Adapter gained.
+Some that taught nothing new are gone: `study/tables.toml` names the commit that has them.
 
 Read `qadapter.py` first; letters and shapes are those. A variant of a block replaces one method of
 `GatedCrossAttention`, a variant of what is around the blocks one of `QAdapter`, and a variant of another `--method`
@@ -148,7 +149,8 @@ class Blind(QAdapter):
 
 class WithChanges(Captioner):
     """The connector also reads, through a matrix, how each token differs from that of the frame before, at the same
-    place. The queries read such changes, too, of three blocks. LoRA from an MLLM gets the connector of `linear`."""
+    place. The queries read such changes, too, of three blocks. A method from an MLLM that has no connector gets that of
+    `linear`."""
 
     def add_trained_parts(self) -> None:
         super().add_trained_parts()
@@ -177,9 +179,9 @@ class AllLinear(Captioner):
             return self.down(self.activation(self.scale * self.up(x)) / self.scale)
 
     def add_trained_parts(self) -> None:
-        super().add_trained_parts()
         if self.config.method not in ("lora", "lora-lm"):
             raise InputError("--variant all-linear: expected --method lora or lora-lm")
+        super().add_trained_parts()
         blocks = self.vit.blocks if self.config.method == "lora" else self.lm.blocks
         if self.config.method == "lora":
             for block in blocks:
@@ -202,9 +204,9 @@ class TrainedProjector(Captioner):
             return self.trained(features.float()).to(features.dtype)
 
     def add_trained_parts(self) -> None:
-        super().add_trained_parts()
         if not self.backbone.trained_together:
-            raise InputError("--variant train-projector: expected with --mllm")
+            raise InputError("--variant train-projector: expected --mllm")
+        super().add_trained_parts()
         self.backbone.projector = self.Projector(self.backbone.projector)
 
 
@@ -233,12 +235,12 @@ VARIANTS = {
 
 def choose(base: type, config) -> type:
     """The variant of a config if it is a kind of `base`, else `base`. Raises InputError for an unknown name, and for a
-    variant that does not fit the method or --write-back."""
+    variant that does not fit --method, --gate or --write-back."""
     is_qadapter = config.method == "qadapter"
     names = [name for name, variant in VARIANTS.items()
              if issubclass(variant, QAdapter) == is_qadapter and config.method != "none"]
     if config.variant not in names:
-        expected = f"one of {', '.join(names)}" if names else "none"
+        expected = f"one of {', '.join(names)}" if names else "no variant"
         raise InputError(f"--variant {config.variant}: expected {expected} for --method {config.method}")
     if config.gate == "none" and config.variant.startswith("gate-"):
         raise InputError(f"--variant {config.variant}: expected without --gate none")

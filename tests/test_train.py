@@ -333,7 +333,7 @@ def test_a_folder_with_other_files_is_not_trained_into(flags, tmp_path, name):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--queries", 300], "--queries, .* 256 positions at most"), (["--variant", "nope"], "expected one of gate-sig"),
+    (["--queries", 300], "--queries, .* 256 positions at most"), (["--variant", "nope"], "one of gate-patch"),
     (["--last-blocks", 3], "--last-blocks 3: the ViT has 2 blocks"), (["--beams", 1000], "1000"),
     (["--vit", "gone"], "gone: expected a folder"), (["--image-size", 100], "size 16"),
     (["--batch-size", 64], "--batch-size 64: the dataset has only 12"), (["--grid", 2, "--method", "none"], "--grid 2"),

@@ -76,6 +76,7 @@ def test_missing_fields_have_the_defaults_of_transformers(tmp_path, family):
     config = {"model_type": FAMILIES[family]["model_type"]} | ({"eos_token_id": 7} if "qwen" in family else {})
     ours, theirs = read(tmp_path, config), AutoConfig.from_pretrained(tmp_path)
     assert_read_alike(ours, theirs)
+    assert ours.window == getattr(theirs, "sliding_window", None)
     sizes = (theirs.vocab_size, theirs.hidden_size, theirs.num_hidden_layers, theirs.intermediate_size)
     assert (ours.vocab, ours.width, ours.depth, ours.mlp_width) == sizes
     assert ours.head_width == (getattr(theirs, "head_dim", None) or ours.width // ours.heads)

@@ -134,7 +134,7 @@ def test_only_frozen_weights_are_bf16(name):
 
 
 def test_channel_statistics_of_cached_block_outputs_are_those_of_frames():
-    """Model seed 16, in float32, frames seed 17; a cache stores bf16. test_03_mllm.py has losses."""
+    """Model seed 16, in float32, frames seed 17; a cache stores bf16. Losses: test_03_mllm.py."""
     captioner, frames = make("no write-back", 16), clips(2, T, 17)
     captioner.measure_channels(frames)
     found = bits(dict(captioner.adapter.named_buffers()))

@@ -25,7 +25,7 @@ KILLS = {  # where, and in which call
 
 @pytest.fixture(autouse=True)
 def save_often(monkeypatch):
-    """Every second of the 12 steps; validations are after 0, 6 and 12."""
+    """Every second of the 12 steps, but not in the uninterrupted run; validations are after 0, 6 and 12."""
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
 
 

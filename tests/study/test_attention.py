@@ -44,7 +44,7 @@ def test_the_parts_of_patches_are_those_that_the_renderer_draws(size, edge, tmp_
     assert counts == {1, 2}
 
 
-@pytest.mark.parametrize("fields", [{}, {"gate": "none"}, {"variant": "gate-patch"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"gate": "none"}], ids=str)
 def test_what_is_measured_of_each_block(fields):
     """A tiny random captioner, seed 0, 3 clips, random parts. References: of g A and Q `naive_gated_cross_attention`,
     clip by clip; of the rest loops over the weights of `record_attention`. Tolerance 1e-4."""
