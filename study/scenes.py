@@ -15,7 +15,7 @@ from video_data import shapes
 from video_data.annotations import SPLITS
 
 MOST_DISTRACTORS = 8
-SPARSE_FRAMES, MOVING_STEPS = 32, 4
+SPARSE_FRAMES, MOVING_STEPS = 32, 4  # of a sparse clip, and in how many of its steps the shapes move
 
 
 def draw_distracted(path: Path, seed: int) -> tuple:
@@ -33,7 +33,7 @@ def draw_sparse(path: Path, seed: int) -> tuple:
     scene = tuple(replace(shape, speed=2.0, phase=0.0) if shape.motion == "blink" else shape  # seen while it rests
                   for shape in shapes.draw_scene(rng))
     start = int(rng.integers(SPARSE_FRAMES - MOVING_STEPS))
-    u = np.clip((np.arange(SPARSE_FRAMES) - start) / MOVING_STEPS, 0, 1)
+    u = np.clip((np.arange(SPARSE_FRAMES) - start) / MOVING_STEPS, 0, 1)  # (F,)
     return shapes.render(scene, u, rng)[0], scene, start, shapes.reference_captions(scene, rng)
 
 

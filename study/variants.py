@@ -22,7 +22,10 @@ from qadapter import HEADS, GatedCrossAttention, QAdapter, init_time_embed, mult
 
 
 class OpenGate(GatedCrossAttention):
-    """g = 1, which is what a log shows: the gating layer acts elsewhere."""
+    """g = 1, which is what a log shows: the gating layer acts elsewhere, by default with one number per token."""
+
+    def make_gate(self, width: int) -> nn.Module:
+        return zero_linear(width, 1)
 
     def compute_gates(self, normed_queries: Tensor, read: Tensor) -> Tensor:
         return read.new_ones(*read.shape[:2], 1)
@@ -30,9 +33,6 @@ class OpenGate(GatedCrossAttention):
 
 class TokenGate(OpenGate):
     """sigmoid((Y + E) w + b), one number per token of the ViT, scales the token's value."""
-
-    def make_gate(self, width: int) -> nn.Module:
-        return zero_linear(width, 1)
 
     def keys_and_values(self, z: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor]:
         k, v = super().keys_and_values(z, time_embed)  # (B, T*P, r)
@@ -67,9 +67,6 @@ class WriteGate(OpenGate):
         super().__init__(width, config, write_back)
         if not write_back:  # behind the last block nothing is written
             self.gate = None
-
-    def make_gate(self, width: int) -> nn.Module:
-        return zero_linear(width, 1)
 
     def write(self, z: Tensor, queries: Tensor, tokens: Tensor, time_embed: Tensor) -> Tensor:
         gates = self.project(self.gate, z, time_embed).sigmoid().to(z.dtype)  # (B, T, P, 1)
@@ -169,13 +166,14 @@ class AllLinear(Captioner):
     """LoRA in every linear layer of the blocks, not in queries and values alone (2305.14314)."""
 
     class CalledMLP(ViTMLP):
-        """A ViT's MLP that calls its layers, where the usual one takes their weights."""
+        """A ViT's MLP that calls its layers: the usual one takes their weights alone, and LoRA would do nothing."""
 
         def __init__(self, base: ViTMLP):
             nn.Module.__init__(self)
             self.up, self.down, self.activation, self.scale = base.up, base.down, base.activation, base.scale
 
         def forward(self, x: Tensor) -> Tensor:
+            """(n, P, D) -> (n, P, D)."""
             return self.down(self.activation(self.scale * self.up(x)) / self.scale)
 
     def add_trained_parts(self) -> None:
@@ -201,6 +199,7 @@ class TrainedProjector(Captioner):
             self.trained = frozen.float().requires_grad_()
 
         def forward(self, features: Tensor) -> Tensor:
+            """What the frozen projector maps, in its dtype, computed in float32."""
             return self.trained(features.float()).to(features.dtype)
 
     def add_trained_parts(self) -> None:
